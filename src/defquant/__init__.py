@@ -1,0 +1,68 @@
+"""Defensive Quantization: networks that are small and hard to fool.
+
+Importing the package imports no torch; each name is loaded when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from defquant.attacks import BIM as BIM
+    from defquant.attacks import FGSM as FGSM
+    from defquant.attacks import PGD as PGD
+    from defquant.attacks import RFGSM as RFGSM
+    from defquant.attacks import Attack as Attack
+    from defquant.attacks import Random as Random
+    from defquant.attacks import Transfer as Transfer
+    from defquant.checkpoint import load_model as load_model
+    from defquant.config import DataConfig as DataConfig
+    from defquant.config import ModelConfig as ModelConfig
+    from defquant.config import TrainConfig as TrainConfig
+    from defquant.data import Dataset as Dataset
+    from defquant.data import load as load
+    from defquant.errors import DefquantWarning as DefquantWarning
+    from defquant.errors import UserError as UserError
+    from defquant.evaluate import accuracy as accuracy
+    from defquant.evaluate import robust_accuracy as robust_accuracy
+    from defquant.evaluate import sweep as sweep
+    from defquant.lipschitz import ConvexSum as ConvexSum
+    from defquant.lipschitz import OrthogonalPenalty as OrthogonalPenalty
+    from defquant.lipschitz import project_simplex_ as project_simplex_
+    from defquant.models import resnet18 as resnet18
+    from defquant.models import vgg16 as vgg16
+    from defquant.models import wide_resnet as wide_resnet
+    from defquant.quantize import QuantReLU as QuantReLU
+    from defquant.quantize import QuantTanh as QuantTanh
+    from defquant.quantize import fake_quantize as fake_quantize
+    from defquant.quantize import set_bits as set_bits
+    from defquant.report import build_report as build_report
+    from defquant.results import Score as Score
+    from defquant.train import train as train
+
+_HOMES = {
+    "attacks": ("BIM", "FGSM", "PGD", "RFGSM", "Attack", "Random", "Transfer"),
+    "checkpoint": ("load_model",),
+    "config": ("DataConfig", "ModelConfig", "TrainConfig"),
+    "data": ("Dataset", "load"),
+    "errors": ("DefquantWarning", "UserError"),
+    "evaluate": ("accuracy", "robust_accuracy", "sweep"),
+    "lipschitz": ("ConvexSum", "OrthogonalPenalty", "project_simplex_"),
+    "models": ("resnet18", "vgg16", "wide_resnet"),
+    "quantize": ("QuantReLU", "QuantTanh", "fake_quantize", "set_bits"),
+    "report": ("build_report",),
+    "results": ("Score",),
+    "train": ("train",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'defquant' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"defquant.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

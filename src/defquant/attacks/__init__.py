@@ -1,0 +1,18 @@
+"""Attacks: frozen dataclasses with one signature, `attack(model, x, y, generator=g) -> x_adv`."""
+
+from defquant.attacks.base import Attack, untouched
+from defquant.attacks.gradient import BIM, FGSM, PGD, RFGSM, FirstOrder, Random, RandomEps
+from defquant.attacks.transfer import Transfer
+
+__all__ = [
+    "BIM",
+    "FGSM",
+    "PGD",
+    "RFGSM",
+    "Attack",
+    "FirstOrder",
+    "Random",
+    "RandomEps",
+    "Transfer",
+    "untouched",
+]

@@ -1,0 +1,137 @@
+"""What every attack keeps to: one signature, the model left as it was, draws per example."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from defquant.errors import DefquantWarning, UserError
+
+__all__ = ["Attack", "draw_seed", "lint_images", "lint_model", "uniform", "untouched"]
+
+
+class Attack(Protocol):
+    """Any function that returns adversarial examples within its own eps of `x`.
+
+    `x` holds images in [0, 1], (n, c, h, w); `y` their true labels, (n,).
+    """
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor: ...
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[nn.Module]:
+    """Put `model` in eval mode without parameter gradients; on the way out restore all of it.
+
+    Restored, also after an exception: each module's `training` flag, each parameter's
+    `requires_grad` and `.grad` (the same tensor object), each buffer (attacks run many forward
+    passes), and torch's global random state on the CPU.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    params = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    random_state = torch.get_rng_state()
+    try:
+        model.eval()
+        for parameter, _, _ in params:
+            parameter.requires_grad_(False)
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad, grad in params:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+        torch.set_rng_state(random_state)
+
+
+def draw_seed(generator: torch.Generator | None) -> int:
+    """A seed drawn from `generator`; 0 without one, so that nothing depends on global state."""
+    if generator is None:
+        return 0
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
+
+
+def uniform(seed: int, ids: Tensor, restart: Tensor, shape: torch.Size) -> Tensor:
+    """Uniform draws in [0, 1) that depend on (seed, example id, restart, position) alone.
+
+    A counter hashed by splitmix64 (Steele, Lea, Flood 2014): the same numbers on every device,
+    for every batch size and order. `ids` and `restart` are int64 (n,); returns float32 (n, *shape).
+    """
+    key = _mix(_mix(_mix(torch.full_like(ids, seed)) ^ ids) + restart)
+    counter = torch.arange(1, shape.numel() + 1, device=ids.device)
+    bits = _mix(key[:, None] + counter * _signed(0x9E3779B97F4A7C15))
+    return _shift(bits, 40).float().mul_(2.0**-24).view(len(ids), *shape)
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: Tensor, by: int) -> Tensor:
+    return (z >> by) & ((1 << (64 - by)) - 1)  # logical: torch's shift drags the sign along
+
+
+def _signed(word: int) -> int:
+    return word - 2**64
+
+
+def lint_images(x: Tensor, y: Tensor) -> None:
+    """Raise `UserError` unless `x` is (n, c, h, w) in [0, 1] (or uint8) and `y` labels it."""
+    if x.ndim != 4 or len(x) != len(y):
+        raise UserError(
+            f"an attack takes images (n, c, h, w) and n labels; found {tuple(x.shape)} and "
+            f"{tuple(y.shape)}"
+        )
+    if len(x) == 0:
+        raise UserError("there are no images to attack")
+    if x.dtype != torch.uint8:
+        low, high = x.aminmax()
+        if not (low >= 0 and high <= 1):
+            raise UserError(
+                f"images must lie in [0, 1]; found [{low:.3g}, {high:.3g}]: put the normalisation "
+                "into the model"
+            )
+
+
+def lint_model(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Warn of models whose attack would mislead; raise `UserError` for outputs that cannot be.
+
+    `x`: a few images. Warns when the model is in training mode, gives probabilities instead of
+    logits, or lets an example's output depend on its batch.
+    """
+    if any(module.training for module in model.modules()):
+        _warn("the model is in training mode: it is attacked in eval mode, and put back after")
+    with untouched(model), torch.no_grad():
+        logits = model(x)
+        alone = model(x[:1])
+    if logits.ndim != 2 or len(logits) != len(x):
+        raise UserError(
+            f"the model must return logits (n, classes) for n images; for {len(x)} it returned "
+            f"{tuple(logits.shape)}"
+        )
+    classes = logits.shape[1]
+    if int(y.max()) >= classes or int(y.min()) < 0:
+        raise UserError(
+            f"labels must lie in 0..{classes - 1}, the model's classes; found {y.max()}"
+        )
+    if logits.min() >= 0 and torch.allclose(logits.sum(1), torch.ones(()).to(logits), atol=1e-4):
+        _warn("the model seems to return probabilities: without its softmax attacks are stronger")
+    scale = logits.abs().max().clamp_min(1)
+    if len(x) > 1 and (logits[0] - alone[0]).abs().max() > 1e-2 * scale:
+        _warn("an example's output depends on the batch it comes in: its score does, too")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, DefquantWarning, stacklevel=3)

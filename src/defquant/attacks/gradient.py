@@ -1,0 +1,213 @@
+"""The paper's white-box attacks (section 2.2.1): Random, FGSM, R+FGSM, BIM, PGD."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from defquant.attacks.base import draw_seed, lint_images
+from defquant.attacks.engine import Walk, perturb
+from defquant.config import check_eps
+from defquant.errors import UserError
+
+__all__ = ["BIM", "FGSM", "PGD", "RFGSM", "FirstOrder", "Random", "RandomEps", "paper_steps"]
+
+
+def paper_steps(eps: float) -> int:
+    """Iterations of the paper's BIM and PGD: floor(min(eps + 4, 1.25 eps)), eps in pixels.
+
+    2, 10 and 20 at 2/255, 8/255 and 16/255 (section 2.2.1, after Kurakin et al. 2016).
+    """
+    pixels = eps * 255
+    return math.floor(min(pixels + 4, 1.25 * pixels) + 1e-6)
+
+
+@dataclass(frozen=True, repr=False)
+class FirstOrder:
+    """An L-infinity attack that is one `Walk`. `eps` lies in [0, 1]; 0 returns the images.
+
+    Calling it returns the best iterate of every example (see `perturb`), in the ball of radius
+    `eps` around `x` and in [0, 1]. Raises `UserError` for images outside [0, 1].
+    """
+
+    eps: float
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
+
+    @property
+    def walk(self) -> Walk:
+        raise TypeError(f"{type(self).__name__} is abstract: use FGSM, PGD, ...")
+
+    @property
+    def name(self) -> str:
+        """Name of the family as the tables show it."""
+        return type(self).__name__
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        lint_images(x, y)
+        return perturb(model, x, y, self.walk, self.eps, seed=draw_seed(generator))
+
+    def last(
+        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The last iterate instead of the best: for adversarial training and for transfer.
+
+        A forward pass cheaper; and an example that stops at one model's boundary transfers badly.
+        """
+        lint_images(x, y)
+        seed = draw_seed(generator)
+        return perturb(model, x, y, self.walk, self.eps, seed=seed, keep="last")
+
+    def __repr__(self) -> str:
+        walk = self.walk
+        parts = [f"eps={_pixels(self.eps)}"]
+        if walk.steps > 1:
+            parts += [f"steps={walk.steps}", f"alpha={_pixels(walk.rate * self.eps)}"]
+        if walk.restarts > 1:
+            parts.append(f"restarts={walk.restarts}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+@dataclass(frozen=True, repr=False)
+class Random(FirstOrder):
+    """x + U(-eps, eps), clipped to [0, 1]; no knowledge of the model. `samples` draws each."""
+
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive("samples", self.samples)
+
+    @property
+    def walk(self) -> Walk:
+        return Walk("uniform", steps=0, restarts=self.samples)
+
+    @property
+    def name(self) -> str:
+        return "Random" if self.samples == 1 else f"Random-{self.samples}"
+
+
+@dataclass(frozen=True, repr=False)
+class FGSM(FirstOrder):
+    """x + eps · sign(∇ₓL(x, y)) (Eq. 1; Goodfellow et al. 2014)."""
+
+    @property
+    def walk(self) -> Walk:
+        return Walk("clean", steps=1)
+
+
+@dataclass(frozen=True, repr=False)
+class RFGSM(FirstOrder):
+    """x' = x + eps/2 · sign(N(0, I)), then eps/2 along the gradient's sign at x' (Eq. 2).
+
+    Eq. 2 prints the gradient at x; it is taken at x', as Tramèr et al. 2017 define it.
+    """
+
+    @property
+    def walk(self) -> Walk:
+        return Walk("sign", steps=1, rate=0.5, reach=0.5)
+
+    @property
+    def name(self) -> str:
+        return "R+FGSM"
+
+
+@dataclass(frozen=True, repr=False)
+class BIM(FirstOrder):
+    """x ← clip(x + alpha · sign(∇ₓL)), from x (Eq. 3; Kurakin et al. 2016).
+
+    Attributes:
+        steps: iterations; when none, the paper's schedule (`paper_steps`) with alpha 1/255.
+        alpha: step size; when none, 1/255 with the paper's schedule, else 2.5 eps / steps.
+    """
+
+    steps: int | None = None
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps is not None:
+            _positive("steps", self.steps)
+        if self.alpha is not None and not 0 < self.alpha <= 1:
+            raise UserError(f"alpha is a step size in (0, 1], as 1/255; found {self.alpha:g}")
+
+    @property
+    def walk(self) -> Walk:
+        return Walk("clean", *self._pace())
+
+    def _pace(self) -> tuple[int, float]:
+        """Steps, and step size over eps."""
+        steps = max(1, paper_steps(self.eps)) if self.steps is None else self.steps
+        if self.eps == 0:
+            return steps, 0.0
+        if self.alpha is not None:
+            return steps, self.alpha / self.eps
+        return steps, (1 / 255 / self.eps if self.steps is None else 2.5 / steps)
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__ + ("" if self.steps is None else f"-{self.steps}")
+
+
+@dataclass(frozen=True, repr=False)
+class PGD(BIM):
+    """BIM from a uniform start in the ball, `restarts` times (Madry et al. 2017).
+
+    The paper's schedule (the default) is weak at small eps: report PGD-50x10 beside it.
+    """
+
+    restarts: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive("restarts", self.restarts)
+
+    @property
+    def walk(self) -> Walk:
+        return replace(super().walk, start="uniform", restarts=self.restarts)
+
+    @property
+    def name(self) -> str:
+        return super().name + ("" if self.restarts == 1 else f"x{self.restarts}")
+
+
+@dataclass(frozen=True)
+class RandomEps:
+    """Training attack whose eps is drawn anew: clip(|N(0, sigma)|, 0, 2 sigma) (section 5.2).
+
+    Per example for one-step attacks, per batch for those whose step count depends on eps. Every
+    example is walked to the end and the last iterate returned, as adversarial training needs.
+
+    Attributes:
+        attack: gives the walk; its own eps is not used.
+        sigma: of the normal distribution, in [0, 1]; the paper's is 8/255.
+    """
+
+    attack: FirstOrder
+    sigma: float = 8 / 255
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        per_batch = isinstance(self.attack, BIM)
+        draws = torch.randn(1 if per_batch else len(x), generator=generator)
+        eps = draws.mul_(self.sigma).abs_().clamp_(max=2 * self.sigma)
+        if per_batch:
+            return replace(self.attack, eps=float(eps)).last(model, x, y, generator=generator)
+        radius = eps.to(x.device)[:, None, None, None]
+        seed = draw_seed(generator)
+        return perturb(model, x, y, self.attack.walk, radius, seed=seed, keep="last")
+
+
+def _pixels(value: float) -> str:
+    pixels = value * 255
+    return f"{round(pixels, 3):g}/255"
+
+
+def _positive(name: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"{name} must be 1 or more; found {value}")

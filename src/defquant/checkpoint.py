@@ -1,0 +1,164 @@
+"""Checkpoints: one safetensors file whose header holds one JSON text. Loading runs no code."""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from defquant.config import DataConfig, ModelConfig, TrainConfig, from_mapping
+from defquant.errors import UserError
+from defquant.files import write_bytes, write_json
+from defquant.models import build
+
+__all__ = ["Checkpoint", "Facts", "load", "load_model", "restore", "save", "versions"]
+
+FORMAT = 1
+NAME = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything about a run but its tensors.
+
+    Attributes:
+        model, data, train: the configuration, whole.
+        num_classes, in_channels: shape of the network's ends.
+        classes: names of the classes.
+        data_name, fingerprint: of the training images.
+        history: one record of metrics per epoch done.
+        versions: of python, torch, numpy and defquant.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    num_classes: int
+    in_channels: int
+    classes: tuple[str, ...]
+    data_name: str
+    fingerprint: str
+    history: tuple[Mapping[str, float], ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        """`float`, `vanilla` (quantised) or `DQ` (convex sums or penalty), + its attack."""
+        defended = self.model.convex or self.train.beta > 0
+        name = "DQ" if defended else ("float" if self.model.bits is None else "vanilla")
+        return name if self.train.attack == "none" else f"{name} + {self.train.attack.upper()}"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`facts`, the network's state dict and the optimiser's momentum by parameter name."""
+
+    facts: Facts
+    weights: dict[str, Tensor]
+    momentum: dict[str, Tensor]
+
+
+def versions() -> dict[str, str]:
+    """Versions and machine, the evidence beside every number."""
+    import importlib.metadata as metadata
+
+    import numpy as np
+
+    return {
+        "defquant": metadata.version("defquant"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write `checkpoint.safetensors` and, for people, its facts into `folder`, each file whole.
+
+    `config.json` holds the configuration, `log.jsonl` one line per epoch.
+    """
+    facts = asdict(checkpoint.facts)
+    tensors = {f"model.{name}": value for name, value in checkpoint.weights.items()}
+    tensors |= {f"momentum.{name}": value for name, value in checkpoint.momentum.items()}
+    header = {"defquant": json.dumps({"format": FORMAT, **facts})}
+    whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_bytes(folder / NAME, safetensors.torch.save(whole, metadata=header))
+    history = facts.pop("history")
+    write_json(folder / "config.json", facts)
+    write_bytes(folder / "log.jsonl", "".join(json.dumps(h) + "\n" for h in history).encode())
+    return folder / NAME
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a run's folder, or its `checkpoint.safetensors`.
+
+    Raises `UserError` where the file is missing, cut, not one of ours, or of a newer version.
+    """
+    path = path / NAME if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: give the folder of a run of `defquant train`")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get("defquant")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error})") from None
+    if header is None:
+        raise UserError(f"{path} holds tensors but no defquant header: it is another program's")
+    return Checkpoint(_facts(path, header), _part(tensors, "model."), _part(tensors, "momentum."))
+
+
+def restore(model: nn.Module, weights: Mapping[str, Tensor], source: str = "checkpoint") -> None:
+    """Load `weights` into `model`; raises `UserError` for another architecture's weights."""
+    own = model.state_dict()
+    wrong = [
+        name
+        for name in own.keys() | weights.keys()
+        if name not in own or name not in weights or own[name].shape != weights[name].shape
+    ]
+    if wrong:
+        raise UserError(
+            f"{source} is of another architecture than {type(model).__name__}: {len(wrong)} of "
+            f"{len(own)} tensors differ, first {min(wrong)}"
+        )
+    model.load_state_dict(weights)
+
+
+def load_model(path: Path) -> tuple[nn.Module, Facts]:
+    """The trained network of a run's folder or checkpoint, in eval mode on the CPU."""
+    checkpoint = load(path)
+    facts = checkpoint.facts
+    model = build(facts.model, num_classes=facts.num_classes, in_channels=facts.in_channels)
+    restore(model, checkpoint.weights, str(path))
+    return model.eval(), facts
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _facts(path: Path, header: str) -> Facts:
+    try:
+        found = json.loads(header)
+        version = int(found.pop("format"))
+        if version > FORMAT:
+            raise UserError(
+                f"{path} has format {version}, this defquant reads up to {FORMAT}: upgrade defquant"
+            )
+        found["model"] = from_mapping(ModelConfig, found["model"])
+        found["data"] = from_mapping(DataConfig, found["data"])
+        found["train"] = from_mapping(TrainConfig, found["train"])
+        found["classes"], found["history"] = tuple(found["classes"]), tuple(found["history"])
+        return Facts(**found)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} has a header that is not ours ({error!r})") from None

@@ -1,0 +1,191 @@
+"""What a run is: the network, its data and its training, as three frozen dataclasses.
+
+They import no torch, so that the command line can read and explain them at once. The command
+line's flags are these fields, and a run's folder keeps them whole in `config.json`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar
+
+from defquant.errors import UserError
+
+__all__ = [
+    "PRESETS",
+    "DataConfig",
+    "ModelConfig",
+    "TrainConfig",
+    "check_bits",
+    "check_eps",
+    "from_mapping",
+]
+
+Activation = Literal["relu", "tanh"]
+PenaltyMode = Literal["fused", "loss", "parseval"]
+Schedule = Literal["step", "one-cycle", "constant"]
+TrainingAttack = Literal["none", "fgsm", "rfgsm", "pgd"]
+
+
+def check_bits(bits: object) -> int | None:
+    """`bits` as it was given, where it is None or a whole number from 1 to 8; else `UserError`."""
+    if bits is None or (isinstance(bits, int) and not isinstance(bits, bool) and 1 <= bits <= 8):
+        return bits
+    raise UserError(
+        f"bits must be a whole number from 1 to 8, or none for full precision; found {bits!r}"
+    )
+
+
+def check_eps(eps: float) -> float:
+    """`eps` as it was given, where it lies in [0, 1]; else `UserError`."""
+    if not 0 <= eps <= 1:
+        raise UserError(
+            f"eps is a distance between images in [0, 1]; found {eps:g}: write {eps:g}/255"
+            if eps > 1
+            else f"eps must lie in [0, 1]; found {eps:g}"
+        )
+    return eps
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A network and its activation quantiser.
+
+    Attributes:
+        model: `wrn-DEPTH-WIDTH` (depth = 6n + 4), `vgg-16` or `resnet-18`.
+        bits: activation bits, 1 to 8; none for full precision.
+        high: upper end of the activation range [0, high] (ReLU6: 6, ReLU1: 1).
+        convex: residual sums as learned convex combinations (Parseval, section 4 of the paper).
+        activation: `relu` (ReLU6 and its linear quantiser) or `tanh` (Rakin et al. 2018).
+    """
+
+    model: str = "wrn-10-1"
+    bits: int | None = None
+    high: float = 6.0
+    convex: bool = False
+    activation: Activation = "relu"
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        _require(self.high > 0, f"high must be positive; found {self.high:g}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images.
+
+    Attributes:
+        data: `digits` (ships with scikit-learn), `cifar10`, `svhn`, `folder` or `npz`.
+        data_root: where the files lie; not needed for digits.
+        train_images: use only the first so many training images; all when none.
+    """
+
+    data: str = "digits"
+    data_root: str | None = None
+    train_images: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            self.train_images is None or self.train_images > 0,
+            f"train_images must be positive; found {self.train_images}",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """SGD as in section 5 of the paper, with its penalty and, if asked, its adversarial training.
+
+    Attributes:
+        epochs: passes over the training images.
+        batch_size: images a step, over all processes together.
+        lr: learning rate at its highest.
+        schedule: `step` (times `gamma` at each milestone), `one-cycle` or `constant`.
+        milestones: epochs at which the step schedule acts.
+        gamma: factor of the step schedule.
+        momentum: of SGD.
+        nesterov: Nesterov's momentum instead of the classical one.
+        weight_decay: L2 decay of all parameters but the convex coefficients.
+        beta: weight of the orthogonality penalty (Eq. 8); 0 for none.
+        penalty: `fused` (closed-form gradient), `loss` (through autograd) or `parseval`
+            (retraction after the step).
+        attack: train on adversarial examples made by `fgsm`, `rfgsm` or `pgd`.
+        attack_eps: their eps in [0, 1]; when none it is drawn as clip(|N(0, 8)|, 0, 16)/255.
+        mix: share of each batch that is attacked.
+        augment: random flips and shifted crops where the data set allows them.
+        test_every: epochs between tests on the test images; the last epoch is always tested.
+        seed: of the weights, the order of the images and every random draw.
+        amp: bfloat16 autocast.
+        channels_last: memory format of images and weights.
+        device: `cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU where there is one.
+    """
+
+    epochs: int = 15
+    batch_size: int = 128
+    lr: float = 0.1
+    schedule: Schedule = "one-cycle"
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.2
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    beta: float = 0.0
+    penalty: PenaltyMode = "fused"
+    attack: TrainingAttack = "none"
+    attack_eps: float | None = None
+    mix: float = 1.0
+    augment: bool = True
+    test_every: int = 0
+    seed: int = 0
+    amp: bool = False
+    channels_last: bool = False
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _require(self.epochs > 0, f"epochs must be positive; found {self.epochs}")
+        _require(self.batch_size > 1, f"batch_size must be 2 or more; found {self.batch_size}")
+        _require(self.lr > 0, f"lr must be positive; found {self.lr:g}")
+        _require(self.beta >= 0, f"beta must not be negative; found {self.beta:g}")
+        _require(0 <= self.mix <= 1, f"mix must lie in [0, 1]; found {self.mix:g}")
+        if self.attack_eps is not None:
+            check_eps(self.attack_eps)
+
+
+_CIFAR = {"lr": 0.1, "gamma": 0.2, "milestones": (60, 120, 160), "epochs": 200}
+_SVHN = {"lr": 0.01, "gamma": 0.1, "milestones": (80, 120), "epochs": 160}
+_DQ = {"bits": 1, "convex": True, "beta": 2e-3}
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "cifar10-paper": {
+        "model": "wrn-28-10", "data": "cifar10", "schedule": "step", "batch_size": 128,
+        **_CIFAR, **_DQ,
+    },
+    "svhn-paper": {
+        "model": "wrn-16-4", "data": "svhn", "schedule": "step", "batch_size": 128,
+        **_SVHN, **_DQ,
+    },
+    "cifar10-short": {
+        "model": "wrn-10-1", "data": "cifar10", "schedule": "one-cycle", "batch_size": 128,
+        "lr": 0.1, "epochs": 8, "train_images": 20_000,
+    },
+    "digits-short": {
+        "model": "wrn-10-1", "data": "digits", "schedule": "one-cycle", "batch_size": 64,
+        "lr": 0.1, "epochs": 15,
+    },
+}  # fmt: skip
+"""Named settings: `--preset NAME` sets these fields, and flags after it override them."""
+
+_Config = TypeVar("_Config", ModelConfig, DataConfig, TrainConfig)
+
+
+def from_mapping(kind: type[_Config], values: Mapping[str, Any]) -> _Config:
+    """The `kind` whose fields are read from `values`; other keys are left alone.
+
+    Raises `UserError` for a value outside its range.
+    """
+    known = {field.name: values[field.name] for field in fields(kind) if field.name in values}
+    if isinstance(known.get("milestones"), list):
+        known["milestones"] = tuple(known["milestones"])
+    return kind(**known)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)

@@ -1,0 +1,219 @@
+"""CIFAR-10 as its authors pack it (pickles, in a tar.gz or loose) and as the hub does (parquet)."""
+
+import hashlib
+import io
+import os
+import pickle
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from defquant.data.archive import read_tar
+from defquant.data.dataset import Dataset, from_arrays
+from defquant.data.pictures import decode
+from defquant.errors import UserError
+from defquant.files import write_whole
+
+__all__ = ["read_cifar10"]
+
+_CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+_BATCHES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
+_OFFICIAL = {"train": 50_000, "test": 10_000}
+_ARCHIVE = "cifar-10-python.tar.gz"
+_AGAIN = "run `defquant data fetch cifar10`"
+_WORTH_CACHING = 5_000
+"""Images; fewer decode in half a second."""
+
+
+def read_cifar10(root: Path, split: str) -> Dataset:
+    """Read one split from `root`, in the first of these forms that is there.
+
+    1. the official pickles, in the folder or in its `cifar-10-batches-py/`;
+    2. the official `cifar-10-python.tar.gz`, or the folder that holds it;
+    3. the hub's `train-*.parquet` and `test-*.parquet`, in the folder or in its `plain_text/`.
+
+    Raises `UserError` where nothing of this is there, or it is broken.
+    """
+    names = _BATCHES[split]
+    if root.is_file():
+        return _from_pickles(_tar_batches(root, names), str(root))
+    for folder in (root, root / "cifar-10-batches-py"):
+        if any((folder / name).exists() for name in names):
+            return _from_pickles(_loose_batches(folder, names), str(folder))
+    if (root / _ARCHIVE).exists():
+        return _from_pickles(_tar_batches(root / _ARCHIVE, names), str(root / _ARCHIVE))
+    for folder in (root, root / "plain_text"):
+        shards = sorted(folder.glob(f"{split}-*.parquet"))
+        if shards:
+            return _from_parquet(shards, split)
+    raise UserError(
+        f"found no CIFAR-10 {split} set in {root}: looked for {names[0]}, "
+        f"cifar-10-batches-py/{names[0]}, {_ARCHIVE} and {split}-*.parquet; {_AGAIN}"
+    )
+
+
+def _loose_batches(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder} must hold all batches; missing {' '.join(missing)}: {_AGAIN}")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def _tar_batches(archive: Path, names: Sequence[str]) -> dict[str, bytes]:
+    members = {path.name: raw for path, raw in read_tar(archive, lambda p, _: p.name in names)}
+    missing = [name for name in names if name not in members]
+    if missing:
+        raise UserError(f"{archive} must hold all batches; missing {' '.join(missing)}: {_AGAIN}")
+    return {name: members[name] for name in names}
+
+
+def _from_pickles(batches: dict[str, bytes], where: str) -> Dataset:
+    parts = [_read_batch(raw, f"{where}/{name}") for name, raw in batches.items()]
+    images = np.concatenate([images for images, _ in parts])
+    labels = np.concatenate([labels for _, labels in parts])
+    return _named(_name({len(labels) for _, labels in parts}), images, labels, where)
+
+
+def _name(counts: set[int]) -> str:
+    if counts == {10_000}:
+        return "CIFAR-10"
+    few = f"first {counts.pop():,}" if len(counts) == 1 else "parts"
+    return f"CIFAR-10 ({few} of each batch)"
+
+
+def _named(
+    name: str, images: NDArray[np.uint8], labels: NDArray[np.integer], where: str
+) -> Dataset:
+    return from_arrays(images, labels, _CLASSES, name=name, where=where, flip=True, shift=4)
+
+
+class _Part:
+    """Stands for an array or a type of numbers while a pickle is read: keeps what it is given."""
+
+    state: Any = None
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds lists, dictionaries and inert `_Part`s; nothing that the pickle names is imported."""
+
+    def __init__(self, raw: bytes, where: str) -> None:
+        super().__init__(io.BytesIO(raw), encoding="bytes")
+        self.where = where
+
+    def find_class(self, module: str, name: str, /) -> type[_Part]:
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            allowed = name == "_reconstruct"
+        else:
+            allowed = module == "numpy" and name in ("ndarray", "dtype")
+        if allowed:
+            return _Part
+        raise UserError(
+            f"{self.where} must be a pickle of plain arrays; found a call for "
+            f"{module + '.' + name!r}, which is not run: remove the file and {_AGAIN}"
+        )
+
+
+def _read_batch(raw: bytes, where: str) -> tuple[NDArray[np.uint8], NDArray[np.integer]]:
+    """Images (n, 3, 32, 32) and labels (n,) of one official batch."""
+    try:
+        batch = _Unpickler(raw, where).load()
+    except UserError:
+        raise
+    except Exception as error:  # damaged opcodes raise errors of many kinds
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{where} must be a whole pickle ({reason}): it is damaged, {_AGAIN}"
+        ) from None
+    try:
+        data, labels = batch[b"data"], batch[b"labels"]
+        _, shape, dtype, fortran, pixels = data.state
+        if dtype.arguments[0] not in (b"u1", "u1") or shape[1:] != (3072,):
+            raise ValueError
+        array = np.frombuffer(pixels, np.uint8).reshape(shape, order="F" if fortran else "C")
+        if not all(type(label) is int for label in labels):
+            raise ValueError
+        return array.reshape(-1, 3, 32, 32), np.array(labels, np.int64)
+    except Exception:
+        keys = sorted(map(str, batch)) if isinstance(batch, dict) else type(batch).__name__
+        raise UserError(
+            f"{where} must hold b'data', uint8 (n, 3072), and b'labels', a list of integers; found "
+            f"{str(keys)[:200]} of other types or shapes: {_AGAIN}"
+        ) from None
+
+
+def _from_parquet(shards: list[Path], split: str) -> Dataset:
+    """All shards of one split; decoding is done once where there are many images."""
+    images, labels, jpeg = [], [], False
+    for path in shards:
+        encoded, found = _read_parquet(path)
+        images.append(_decoded(path, encoded))
+        labels.append(found)
+        jpeg |= any(raw.startswith(b"\xff\xd8") for raw in encoded)
+    if len({part.shape[1:] for part in images}) > 1:
+        raise UserError(f"all images must have one size; found several in {shards[0].parent}")
+    n = sum(map(len, labels))
+    notes = ["JPEG"] * jpeg + [f"{n:,} images"] * (n != _OFFICIAL[split])
+    name = f"CIFAR-10 ({', '.join(notes)})" if notes else "CIFAR-10"
+    return _named(name, np.concatenate(images), np.concatenate(labels), str(shards[0].parent))
+
+
+def _read_parquet(path: Path) -> tuple[list[bytes], NDArray[np.integer]]:
+    """The encoded images and the labels in one shard of the hub."""
+    import pyarrow as pa
+    import pyarrow.compute
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            column = next((name for name in ("img", "image") if name in names), "img")
+            table = file.read(columns=[column, "label"])
+        encoded = pa.compute.struct_field(table[column], "bytes").to_pylist()
+        labels = table["label"].to_numpy()
+        if not np.issubdtype(labels.dtype, np.integer) or not all(encoded):
+            raise KeyError("an empty cell, or labels that are no integers")
+    except (pa.ArrowException, KeyError, OSError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path} must be a parquet file with columns img or image (a struct with bytes) and "
+            f"label (integer); found: {reason}: download it again"
+        ) from None
+    return encoded, labels
+
+
+def _decoded(path: Path, encoded: list[bytes]) -> NDArray[np.uint8]:
+    """The images of `path`, from the user's cache where it holds them."""
+    if len(encoded) < _WORTH_CACHING:
+        return decode(encoded, str(path))
+    with path.open("rb") as file:
+        cached = _cache_folder() / f"{hashlib.file_digest(file, 'sha256').hexdigest()}.npy"
+    with suppress(OSError, ValueError, MemoryError), cached.open("rb") as file:
+        images = np.lib.format.read_array(file, allow_pickle=False)
+        if images.dtype == np.uint8 and images.ndim == 4 and len(images) == len(encoded):
+            return images
+    images = decode(encoded, str(path))
+    with suppress(UserError):  # a cache that cannot be written costs time, not the run
+        write_whole(cached, lambda temporary: _save(temporary, images))
+    return images
+
+
+def _save(path: Path, images: NDArray[np.uint8]) -> None:
+    with path.open("wb") as file:
+        np.save(file, images)
+
+
+def _cache_folder() -> Path:
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return given / "defquant" if given.is_absolute() else Path.home() / ".cache" / "defquant"

@@ -1,0 +1,234 @@
+"""A data set is one uint8 tensor on one device; batches of it are gathered there, augmented."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from defquant.errors import UserError
+
+__all__ = ["Dataset", "augment", "batches", "from_arrays", "num_batches"]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Labelled images of one size, whole in memory.
+
+    Attributes:
+        images: uint8 (n, c, h, w), 0..255.
+        labels: int64 (n,), each an index into `classes`.
+        classes: names of the classes.
+        name: what is shown beside numbers measured on it, such as `CIFAR-10 (JPEG)`.
+        flip: mirrored images keep their meaning.
+        shift: pixels of the random reflect-padded crop in training; 0 for none.
+
+    Raises `UserError` where types or shapes are others than these.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    name: str
+    flip: bool = False
+    shift: int = 0
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise UserError(
+                "images must be uint8 of shape (n, c, h, w); "
+                f"found {images.dtype} {tuple(images.shape)}"
+            )
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise UserError(
+                f"labels must be int64 of shape ({len(images)},), one for each image; "
+                f"found {labels.dtype} {tuple(labels.shape)}"
+            )
+        object.__setattr__(self, "images", images.contiguous())
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def in_channels(self) -> int:
+        return self.images.shape[1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of SHA-256 over shape, images and labels; the same on every device."""
+        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        digest.update(self.images.cpu().numpy().data)
+        digest.update(self.labels.cpu().numpy().astype("<i8").data)
+        return digest.hexdigest()[:16]
+
+    def to(self, device: torch.device | str) -> "Dataset":
+        """The same data set on `device`; itself where it already lies there."""
+        images, labels = self.images.to(device), self.labels.to(device)
+        if images is self.images and labels is self.labels:
+            return self
+        return replace(self, images=images, labels=labels)
+
+    def first(self, n: int | None) -> "Dataset":
+        """The first `n` images, or all for None. Raises `UserError` unless 1 <= n <= len."""
+        if n is None or n == len(self):
+            return self
+        if not 1 <= n <= len(self):
+            raise UserError(
+                f"{self.name} has {len(self):,} images here; found a request for the first {n:,}: "
+                "ask for fewer, or for all"
+            )
+        return replace(self, images=self.images[:n], labels=self.labels[:n])
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Float32 images in [0, 1] of shape (k, c, h, w) and labels (k,) at `index` (k,)."""
+        index = index.to(self.images.device)
+        return _unit(self.images[index]), self.labels[index]
+
+
+def from_arrays(
+    images: NDArray[np.uint8],
+    labels: NDArray[np.integer],
+    classes: tuple[str, ...],
+    *,
+    name: str,
+    where: str,
+    flip: bool = False,
+    shift: int = 0,
+) -> Dataset:
+    """A `Dataset` of what a reader found at `where`, images (n, c, h, w) and labels (n,).
+
+    Raises `UserError` where there is no image, the counts differ or a label names no class.
+    """
+    if len(images) == 0 or images.shape[:1] != labels.shape:
+        raise UserError(
+            f"{where} must hold images and one label for each; "
+            f"found {len(images)} images and labels of shape {labels.shape}"
+        )
+    bad = labels[(labels < 0) | (labels >= len(classes))]
+    if bad.size:
+        raise UserError(
+            f"{where}: labels must be whole numbers from 0 to {len(classes) - 1}; found {bad[0]}"
+        )
+    return Dataset(
+        torch.from_numpy(np.require(images, requirements=["C", "W"])),
+        torch.from_numpy(labels.astype(np.int64)),
+        classes,
+        name,
+        flip,
+        shift,
+    )
+
+
+def num_batches(data: Dataset, batch_size: int, world: int = 1) -> int:
+    """Steps of one epoch: what `batches` yields to each of `world` processes.
+
+    Raises `UserError` where not even one batch has two images for each process.
+    """
+    least = 2 * world
+    if world < 1 or min(batch_size, len(data)) < least:
+        raise UserError(
+            f"each of {world} processes needs 2 images a step (batch normalisation); found batch "
+            f"size {batch_size} and {len(data)} images: raise them or use fewer processes"
+        )
+    return len(data) // batch_size + (len(data) % batch_size >= least)
+
+
+def batches(
+    data: Dataset,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    augment: bool = True,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of training batches: float32 images in [0, 1] and labels, on the data's device.
+
+    The order depends on `seed` and `epoch` only. `batch_size` counts the images of all `world`
+    processes together; this process gets images `rank::world` of each such batch, augmented alike
+    whatever `world` is. A short last batch is left out where it has fewer than two images for
+    each process. Raises `UserError` as `num_batches` does, and where `rank` is not below `world`.
+    """
+    steps = num_batches(data, batch_size, world)
+    if not 0 <= rank < world:
+        raise UserError(f"rank must lie in 0..{world - 1}; found {rank}")
+    flip, shift = (data.flip, data.shift) if augment else (False, 0)
+    _check_shift(data.images, shift)
+    generator = torch.Generator().manual_seed(_mix(seed, epoch))
+    order = torch.randperm(len(data), generator=generator)[None]
+    draws = torch.cat([order, _draw(len(data), flip, shift, generator)]).to(data.images.device)
+
+    def walk() -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, steps * batch_size, batch_size):
+            mine = draws[:, start : start + batch_size][:, rank::world]
+            yield _unit(_moved(data.images, mine, flip, shift)), data.labels[mine[0]]
+
+    return walk()
+
+
+def augment(images: Tensor, *, flip: bool, shift: int, generator: torch.Generator) -> Tensor:
+    """Each image cropped at random from its reflect-padded self and, if `flip`, mirrored by chance.
+
+    Images are uint8 (n, c, h, w), on any device; `shift` is the padding in pixels, below h and w.
+    Draws come from `generator` on the CPU, so that every device sees the same ones.
+    Raises `UserError` where `shift` is too large for the images.
+    """
+    _check_shift(images, shift)
+    n = len(images)
+    draws = torch.cat([torch.arange(n)[None], _draw(n, flip, shift, generator)])
+    return _moved(images.contiguous(), draws.to(images.device), flip, shift)
+
+
+def _draw(n: int, flip: bool, shift: int, generator: torch.Generator) -> Tensor:
+    """(3, n): mirrored or not, and the offsets down and right, each in -shift..shift."""
+    mirror = torch.randint(2 if flip else 1, (1, n), generator=generator)
+    offset = torch.randint(2 * shift + 1, (2, n), generator=generator) - shift
+    return torch.cat([mirror, offset])
+
+
+def _moved(images: Tensor, draws: Tensor, flip: bool, shift: int) -> Tensor:
+    """The images that `draws` (4, k) picks, mirrored and shifted, in one gather."""
+    index, mirror, down, right = draws[:, :, None].unbind()
+    if not flip and not shift:
+        return images.index_select(0, index[:, 0])
+    _, c, h, w = images.shape
+    row, column, plane = (torch.arange(size, device=images.device) for size in (h, w, c))
+    column = torch.where(mirror.bool(), w - 1 - column, column)
+    y, x = _reflect(row + down, h), _reflect(column + right, w)
+    rows = (index * c + plane)[:, :, None] * h + y[:, None, :]
+    source = rows[..., None] * w + x[:, None, None, :]
+    # index_select of flat positions: five times as fast on a CPU as indexing with four tensors
+    return images.view(-1).index_select(0, source.view(-1)).view(source.shape)
+
+
+def _reflect(position: Tensor, size: int) -> Tensor:
+    """Positions in -size < i < 2 size - 1, mirrored at the first and last pixel into 0..size-1."""
+    return size - 1 - (size - 1 - position.abs()).abs()
+
+
+def _check_shift(images: Tensor, shift: int) -> None:
+    if not 0 <= shift < min(images.shape[2:]):
+        raise UserError(
+            f"the crop's shift must lie in 0..{min(images.shape[2:]) - 1} for images of "
+            f"{images.shape[2]} x {images.shape[3]}; found {shift}"
+        )
+
+
+def _unit(images: Tensor) -> Tensor:
+    return images.float().div_(255)
+
+
+def _mix(seed: int, epoch: int) -> int:
+    """63 bits for each pair; adding the two would make seed 0's epoch 1 seed 1's epoch 0."""
+    digest = hashlib.sha256(f"batches {seed} {epoch}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -1,0 +1,181 @@
+"""Scores: clean and robust accuracy, and sweeps over eps in which the fallen stay fallen."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from defquant.attacks.base import Attack, lint_images, lint_model, untouched
+from defquant.attacks.engine import unbroken
+from defquant.attacks.gradient import FirstOrder
+from defquant.data import Dataset
+from defquant.errors import UserError
+from defquant.results import Score
+
+__all__ = ["Images", "Scored", "accuracy", "correct", "robust", "robust_accuracy", "sweep"]
+
+Images = Dataset | tuple[Tensor, Tensor]
+"""A `Dataset`, or (images, labels): (n, c, h, w) uint8 or float in [0, 1], and int64 (n,)."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One measurement of a sweep: the attack (None for clean), its score, its seconds.
+
+    `survivors` is bool (n,): which examples neither this nor a weaker eps of its family broke.
+    """
+
+    attack: Attack | None
+    score: Score
+    seconds: float
+    survivors: Tensor
+
+
+def accuracy(model: nn.Module, data: Images, *, batch_size: int = 256) -> Score:
+    """Clean accuracy of `model` in eval mode; the model is left as it was found."""
+    return _score(correct(model, data, batch_size=batch_size))
+
+
+def robust_accuracy(
+    model: nn.Module, data: Images, attack: Attack, *, batch_size: int = 256, seed: int = 0
+) -> Score:
+    """Share of examples that `attack` never gets misclassified.
+
+    An example counts only if the model is right on it clean, and no iterate of any restart fools
+    the model.
+
+    Args:
+        model: any module that maps images in [0, 1] to logits; left as it was found.
+        data: images and labels.
+        attack: one of `defquant.attacks`, or any function of that signature.
+        batch_size: rows at a time; the score does not depend on it.
+        seed: of the attack's draws.
+
+    Raises:
+        UserError: images outside [0, 1], labels or logits of the wrong shape.
+    """
+    return _score(robust(model, data, attack, batch_size=batch_size, seed=seed))
+
+
+def correct(model: nn.Module, data: Images, *, batch_size: int = 256) -> Tensor:
+    """Which examples are classified rightly: bool (n,), on the model's device."""
+    images, labels = _on_device(model, data)
+    lint_images(images, labels)
+    lint_model(model, _floats(images[:8]), labels)
+    with untouched(model), torch.no_grad():
+        parts = [
+            model(_floats(x)).argmax(1) == y
+            for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
+        ]
+    return torch.cat(parts)
+
+
+def robust(
+    model: nn.Module,
+    data: Images,
+    attack: Attack,
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+    standing: Tensor | None = None,
+) -> Tensor:
+    """Which examples `attack` never breaks: bool (n,).
+
+    `standing`: examples not yet broken by a clean pass or an earlier attack; only they are
+    attacked. Without it the clean pass is made here.
+    """
+    images, labels = _on_device(model, data)
+    if standing is None:
+        standing = correct(model, data, batch_size=batch_size)
+    ids = standing.nonzero().squeeze(1)
+    if not len(ids):
+        return standing
+    result = standing.clone()
+    if isinstance(attack, FirstOrder):
+        result[ids] = unbroken(
+            model, images[ids], labels[ids], attack.walk, attack.eps, ids=ids, seed=seed,
+            batch_size=batch_size,
+        )  # fmt: skip
+    else:
+        result[ids] = _withstands(model, images[ids], labels[ids], attack, batch_size, seed)
+    return result
+
+
+def sweep(
+    model: nn.Module,
+    data: Images,
+    attacks: Iterable[Attack],
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> Iterator[Scored]:
+    """Clean accuracy first, then each attack, in order of its family's eps.
+
+    Within a family (the attacks of one name) eps rises, and an example that fell stays fallen:
+    curves never rise, and no work is done on it again.
+    """
+    start = time.perf_counter()
+    clean = correct(model, data, batch_size=batch_size)
+    yield Scored(None, _score(clean), time.perf_counter() - start, clean)
+    families: dict[str, list[Attack]] = {}
+    for attack in attacks:
+        families.setdefault(_name(attack), []).append(attack)
+    for family in families.values():
+        standing = clean
+        for attack in sorted(family, key=_eps):
+            start = time.perf_counter()
+            standing = robust(
+                model, data, attack, batch_size=batch_size, seed=seed, standing=standing
+            )
+            yield Scored(attack, _score(standing), time.perf_counter() - start, standing)
+
+
+def _withstands(
+    model: nn.Module, images: Tensor, labels: Tensor, attack: Attack, batch_size: int, seed: int
+) -> Tensor:
+    """`robust` for a function that is no walk of ours: called batch by batch."""
+    parts = []
+    generator = torch.Generator().manual_seed(seed)
+    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        clean = _floats(x)
+        with untouched(model):
+            adversarial = attack(model, clean, y, generator=generator).detach()
+        _check_ball(adversarial, clean, attack)
+        with untouched(model), torch.no_grad():
+            parts.append(model(adversarial).argmax(1) == y)
+    return torch.cat(parts)
+
+
+def _check_ball(adversarial: Tensor, clean: Tensor, attack: Attack) -> None:
+    eps = _eps(attack)
+    distance = float((adversarial - clean).abs().max())
+    if not distance <= (eps if eps else 1) + 1e-5:
+        raise UserError(f"{attack!r} moved a pixel by {distance:.4g}, further than its eps {eps:g}")
+    low, high = adversarial.aminmax()
+    if not (low >= 0 and high <= 1):
+        raise UserError(f"{attack!r} returned images outside [0, 1]: [{low:.3g}, {high:.3g}]")
+
+
+def _eps(attack: Attack) -> float:
+    return float(getattr(attack, "eps", 0.0))
+
+
+def _name(attack: Attack) -> str:
+    return str(getattr(attack, "name", getattr(attack, "__name__", repr(attack))))
+
+
+def _on_device(model: nn.Module, data: Images) -> tuple[Tensor, Tensor]:
+    images, labels = (data.images, data.labels) if isinstance(data, Dataset) else data
+    parameter = next(model.parameters(), None)
+    device = images.device if parameter is None else parameter.device
+    return images.to(device), labels.to(device)
+
+
+def _floats(images: Tensor) -> Tensor:
+    return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
+
+
+def _score(right: Tensor) -> Score:
+    return Score(int(right.sum()), len(right))

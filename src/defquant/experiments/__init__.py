@@ -1,0 +1,1 @@
+"""Experiments: which networks to train, which measurements to make."""

@@ -1,0 +1,117 @@
+"""The main job, small: how quantisation changes robustness, and what DQ does about it."""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from defquant.config import DataConfig, ModelConfig, TrainConfig
+from defquant.files import owned_folder
+
+__all__ = ["Network", "networks", "run_demo"]
+
+BETA = 0.05  # short trainings need a larger beta than the paper's 2e-3 over 200 epochs
+TRAINING = TrainConfig(epochs=15, batch_size=64, lr=0.1, schedule="one-cycle", device="cpu")
+ATTACKS = ("random", "fgsm", "pgd-20")
+EPS = (8 / 255, 16 / 255, 24 / 255, 32 / 255, 48 / 255)
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network of the demo: its folder's name and what it is."""
+
+    name: str
+    model: ModelConfig
+    train: TrainConfig
+    images: int | None = None  # attacked test images; all when None
+
+
+def networks(seeds: int, *, smoke: bool = False) -> list[Network]:
+    """Float, vanilla 4-bit and 1-bit, and their DQ twins; `seeds` of each.
+
+    `smoke`: one epoch and few images, to see that all of it runs.
+    """
+    training = replace(TRAINING, epochs=1) if smoke else TRAINING
+    return [
+        Network(
+            f"{'dq' if beta else 'vanilla'}-{'float' if bits is None else f'{bits}bit'}-s{seed}",
+            ModelConfig("wrn-10-1", bits=bits, convex=beta > 0),
+            replace(training, beta=beta, seed=seed),
+            images=40 if smoke else None,
+        )
+        for seed in range(seeds)
+        for beta in (0.0, BETA)
+        for bits in (None, 4, 1)
+    ]
+
+
+def run_demo(out: Path, *, seeds: int = 3, smoke: bool = False) -> list[Path]:
+    """Train and attack the demo's networks into `out`, one process per core; returns the runs.
+
+    A run that is there already is not made again, so a demo that was stopped goes on.
+    """
+    todo = networks(seeds, smoke=smoke)
+    with owned_folder(out):
+        # the first run also settles bad input before any process starts
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        _run_all(out, todo, min(cores, len(todo)))
+    return [out / network.name for network in todo]
+
+
+def _run_all(out: Path, todo: Sequence[Network], processes: int) -> None:
+    # spawn: a forked child inherits torch's thread pool in a state that can hang
+    context = multiprocessing.get_context("spawn")
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn())
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_quiet_child)
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("train and attack networks", total=len(todo))
+        futures = {pool.submit(_train_and_attack, out, network): network for network in todo}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                bar.advance(task)
+                if not console.is_terminal:
+                    print(f"demo: {futures[future].name} done", file=sys.stderr, flush=True)
+        except BaseException:
+            for process in list(pool._processes.values()):
+                process.terminate()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        pool.shutdown()
+
+
+def _quiet_child() -> None:
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its children
+    torch.set_num_threads(1)
+
+
+def _train_and_attack(out: Path, network: Network) -> None:
+    import torch
+
+    from defquant.attacks.names import parse_attack
+    from defquant.measure import load_on, measure, write_examples
+    from defquant.runs import finished, test_images, train_run
+
+    run = out / network.name
+    data = DataConfig("digits", train_images=256 if network.images else None)
+    if not finished(run):
+        train_run(network.model, data, network.train, run, resume=True, show=False)
+    if (run / "examples.json").exists():
+        return  # written last, so all else is there
+    model, facts = load_on(run, torch.device("cpu"))
+    images = test_images(facts, limit=network.images)
+    attacks = [parse_attack(name, eps) for name in ATTACKS for eps in EPS]
+    (run / "results.jsonl").unlink(missing_ok=True)
+    for _ in measure(run, model, facts, images, attacks):
+        pass
+    write_examples(run, model, facts, images, parse_attack("pgd-20", EPS[-2]))

@@ -1,0 +1,249 @@
+"""Keep layers non-expansive: the orthogonality penalty, convex sums, and norms that check them."""
+
+import math
+from collections.abc import Callable
+from typing import Literal, final, get_args
+
+import torch
+from torch import Tensor, nn
+
+from defquant.errors import UserError
+
+__all__ = [
+    "ConvexSum",
+    "OrthogonalPenalty",
+    "conv_spectral_norm",
+    "project_simplex",
+    "project_simplex_",
+    "spectral_norm",
+]
+
+Target = Literal["identity", "parseval"]
+
+
+@final
+class OrthogonalPenalty:
+    """(beta/2) sum_l ||W_l'W_l - I||_F^2 over all convolution and linear weights (Eq. 8).
+
+    A `Conv2d` weight is read as c_out x (c_in/groups k k); batch norms, biases and convex
+    coefficients are left out. Each group of a grouped convolution is a matrix of its own, so that a
+    depthwise one is penalised channel by channel. A weight that layers share counts once.
+
+    W (n x m) with n < m cannot satisfy W'W = I. As ||W'W - I||^2 = ||WW' - I||^2 + (m - n), with
+    the same gradient 2 beta (WW' - I) W, the smaller Gram is used, and this reduced value, whose
+    minimum is 0, is returned. Weight decay lambda moves the minimum to sigma^2 = 1 - lambda/2beta.
+
+    `target="parseval"` penalises c W instead of W, where c^2 is the number of patches that share an
+    input pixel: the kernel's area at stride 1. As ||unfold(x)|| <= c ||x||, a solution c ||W|| = 1
+    bounds the true convolution by 1, for zero and circular padding (the rescaling of Cisse et al.
+    2017, section 4). Eq. 8, `target="identity"`, bounds it by c alone: 3 for a 3x3 kernel.
+
+    Args:
+        model: any module; it may be moved or loaded later. Frozen weights count, unchanged.
+        beta: weight of the penalty; 2e-3 in most of the paper.
+        target: `identity` (this paper) or `parseval`.
+
+    Raises:
+        UserError: beta is negative, the model has no such layer, or a weight is parametrised.
+
+    >>> penalty = OrthogonalPenalty(nn.Linear(8, 4), beta=2e-3)
+    >>> penalty.penalty().backward()  # or, cheaper: loss.backward(); penalty.add_grad_()
+    """
+
+    def __init__(self, model: nn.Module, beta: float, *, target: Target = "identity") -> None:
+        if not 0 <= beta < math.inf:
+            raise UserError(f"beta must be finite and not negative; found {beta:g}")
+        if target not in get_args(Target):
+            raise UserError(f"target must be one of {get_args(Target)}; found {target!r}")
+        self.beta = beta
+        layers: dict[int, nn.Conv2d | nn.Linear] = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                if not isinstance(layer.weight, nn.Parameter):
+                    raise UserError(f"weights must be plain; {name!r} has a parametrised one")
+                layers.setdefault(id(layer.weight), layer)
+        if not layers:
+            raise UserError(
+                f"the penalty needs Conv2d or Linear layers; {type(model).__name__} has none"
+            )
+        self._layers = [(x, _overlap(x) if target == "parseval" else 1) for x in layers.values()]
+
+    def penalty(self) -> Tensor:
+        """(beta/2) sum ||Gram - I||_F^2 on the smaller Gram, for the loss; in float32 or better."""
+        with _full_precision(self._layers[0][0].weight):
+            squares = [_residual(_matrices(layer), c2).square().sum() for layer, c2 in self._layers]
+            return self.beta / 2 * torch.stack(squares).sum()
+
+    @torch.no_grad()
+    def add_grad_(self) -> Tensor:
+        """Add the penalty's gradient, 2 beta (WW' - I) W, to every trainable weight's `.grad`.
+
+        Two small matrix products a weight, no graph and no synchronisation. Call it once a step,
+        between `backward()` (and the unscaling of scaled gradients) and the optimiser's step.
+        Returns the value of `penalty()`, detached, from the same Grams.
+        """
+        squares = []
+        with _full_precision(self._layers[0][0].weight):
+            for layer, c2 in self._layers:
+                weight, W = layer.weight, _matrices(layer)
+                residual = _residual(W, c2)
+                squares.append(residual.flatten().dot(residual.flatten()))
+                if weight.requires_grad:
+                    if weight.grad is None:
+                        weight.grad = torch.zeros_like(weight)
+                    weight.grad.add_(_times(residual, W, weight), alpha=2 * self.beta * c2)
+            return self.beta / 2 * torch.stack(squares).sum()
+
+    @torch.no_grad()
+    def retract_(self, beta: float | None = None) -> None:
+        """Parseval's retraction W <- (1 + beta) W - beta WW'W (Cisse et al. 2017, Algorithm 1).
+
+        It is a step of size 1/2 along the gradient of (beta/2) ||W'W - I||^2, outside the
+        optimiser: call it after the optimiser's step, instead of `add_grad_`. A singular value
+        moves to sigma + beta sigma (1 - sigma^2), and on to 1 if beta < 1 and sigma^2 < 1 + 2/beta.
+        With `target="parseval"` it retracts c W. Frozen weights stay as they are.
+
+        Raises:
+            UserError: beta (the penalty's own when None) lies outside [0, 1].
+        """
+        beta = self.beta if beta is None else beta
+        if not 0 <= beta <= 1:
+            raise UserError(f"the retraction's beta must lie in [0, 1]; found {beta:g}")
+        with _full_precision(self._layers[0][0].weight):
+            for layer, c2 in self._layers:
+                if layer.weight.requires_grad:
+                    W = _matrices(layer)
+                    layer.weight.sub_(_times(_residual(W, c2), W, layer.weight), alpha=beta)
+
+
+@final
+class ConvexSum(nn.Module):
+    """sum_i alpha_i x_i; as residual sum: Parseval networks (Cisse et al. 2017, section 4).
+
+    Non-expansive where alpha is on the probability simplex: call `project_simplex_` after each
+    optimiser step, and keep weight decay off `alpha`, whose start is 1/branches each.
+    """
+
+    def __init__(self, branches: int = 2) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((branches,), 1 / branches))
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        """The combination of `branches` tensors of one shape."""
+        if len(xs) != len(self.alpha):
+            raise UserError(f"ConvexSum has {len(self.alpha)} branches; found {len(xs)} tensors")
+        total = self.alpha[0] * xs[0]
+        for i, x in enumerate(xs[1:], 1):
+            # In place: the product's own gradient needs xs[0], never the product.
+            total.addcmul_(self.alpha[i], x)
+        return total
+
+
+def project_simplex(v: Tensor) -> Tensor:
+    """The point of {a : a >= 0, sum a = 1} nearest to the vector v (Held et al. 1974).
+
+    a = max(v - tau, 0), tau = max_k (u_1 + ... + u_k - 1)/k, u = v sorted downwards: the maximum is
+    at Duchi et al. (2008)'s rho, and finding it needs no index, so no synchronisation.
+
+    >>> project_simplex(torch.tensor([0.8, 0.6]))
+    tensor([0.6000, 0.4000])
+    """
+    u = v.sort(descending=True).values
+    counts = torch.arange(1, len(v) + 1, device=v.device, dtype=v.dtype)
+    tau = ((u.cumsum(0) - 1) / counts).max()
+    return (v - tau).clamp(min=0)
+
+
+@torch.no_grad()
+def project_simplex_(model: nn.Module) -> None:
+    """Project the `alpha` of every `ConvexSum` in the model onto the simplex, in place."""
+    for module in model.modules():
+        if isinstance(module, ConvexSum):
+            module.alpha.copy_(project_simplex(module.alpha))
+
+
+@torch.inference_mode(False)
+def spectral_norm(weight: Tensor, *, iterations: int = 200, tolerance: float = 1e-6) -> float:
+    """The largest singular value of `weight` reshaped to (c_out, -1), by power iteration.
+
+    Approached from below, from a fixed start; ends when a step changes it by at most `tolerance`,
+    relatively, or after `iterations` steps. In float64 where the weight is, else in float32.
+    """
+    W = _full(weight.detach().flatten(1))
+    return _operator_norm(lambda v: W @ v, (W.shape[1],), W, iterations, tolerance)
+
+
+@torch.inference_mode(False)
+def conv_spectral_norm(
+    conv: nn.Conv2d, input_size: tuple[int, int], *, iterations: int = 200, tolerance: float = 1e-6
+) -> float:
+    """The largest singular value of the map x -> conv(x) - bias on images of `input_size`.
+
+    Stride, padding (any mode), dilation and groups are the layer's: this is its true Lipschitz
+    constant, up to 3 for an orthonormal 3x3 kernel matrix. Computed as `spectral_norm`.
+    """
+    W, size = _full(conv.weight.detach()), (1, conv.in_channels, *input_size)
+    return _operator_norm(lambda x: conv._conv_forward(x, W, None), size, W, iterations, tolerance)
+
+
+def _operator_norm(
+    A: Callable[[Tensor], Tensor], size: tuple[int, ...], like: Tensor, steps: int, tolerance: float
+) -> float:
+    """||A|| of a linear map: v <- A'Av / ||A'Av||, where A'Av is the gradient of ||Av||^2/2."""
+    start = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    v, norm = (start / start.norm()).to(like), 0.0
+    with torch.enable_grad(), _full_precision(like):
+        for _ in range(steps):
+            v = v.detach().requires_grad_()
+            energy = A(v).square().sum()
+            before, norm = norm, math.sqrt(energy.item())
+            if abs(norm - before) <= tolerance * norm:
+                break
+            (v,) = torch.autograd.grad(energy / 2, v)
+            v = v / v.norm()
+    return norm
+
+
+def _matrices(layer: nn.Conv2d | nn.Linear) -> Tensor:
+    """The layer's weight as (groups, rows, columns), a view where it can be."""
+    weight, groups = layer.weight, getattr(layer, "groups", 1)
+    if _channels_last(weight):  # no Gram knows the order of the columns, and this one is a view
+        weight = weight.permute(0, 2, 3, 1)
+    return _full(weight.reshape(groups, len(weight) // groups, -1))
+
+
+def _residual(W: Tensor, c2: int) -> Tensor:
+    """c^2 WW' - I or c^2 W'W - I, whichever is smaller."""
+    gram = W @ W.mT if W.shape[1] <= W.shape[2] else W.mT @ W
+    gram = gram if c2 == 1 else gram * c2
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return gram
+
+
+def _times(residual: Tensor, W: Tensor, weight: Tensor) -> Tensor:
+    """(c^2 WW' - I) W in the shape of `weight`."""
+    product = residual @ W if W.shape[1] <= W.shape[2] else W @ residual
+    if _channels_last(weight):
+        rows, channels, height, width = weight.shape
+        return product.reshape(rows, height, width, channels).permute(0, 3, 1, 2)
+    return product.reshape(weight.shape)
+
+
+def _channels_last(weight: Tensor) -> bool:
+    return weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _full_precision(like: Tensor) -> torch.autocast:
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def _overlap(layer: nn.Conv2d | nn.Linear) -> int:
+    """c^2: in how many patches a pixel takes part at most (kernel k, stride s, dilation d)."""
+    if isinstance(layer, nn.Linear):
+        return 1
+    sides = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    return math.prod(math.ceil(k * math.gcd(s, d) / s) for k, s, d in sides)

@@ -1,0 +1,147 @@
+"""Attack a trained run and write what was measured into its folder."""
+
+import base64
+import io
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from defquant.attacks import Attack, FirstOrder, Transfer
+from defquant.checkpoint import Facts, load_model, versions
+from defquant.data import Dataset
+from defquant.errors import UserError
+from defquant.evaluate import Scored, sweep
+from defquant.files import write_json
+from defquant.results import Measurement, append
+
+__all__ = ["example_ids", "load_on", "measure", "write_examples"]
+
+
+def load_on(run: Path, device: torch.device) -> tuple[nn.Module, Facts]:
+    """The network of a run on `device`. Raises `UserError` for an unfinished or broken run."""
+    model, facts = load_model(run)
+    if len(facts.history) < facts.train.epochs:
+        raise UserError(
+            f"{run} has done {len(facts.history)} of {facts.train.epochs} epochs: finish it with "
+            "`defquant train --resume`"
+        )
+    return model.to(device), facts
+
+
+def measure(
+    run: Path,
+    model: nn.Module,
+    facts: Facts,
+    images: Dataset,
+    attacks: Sequence[FirstOrder],
+    *,
+    substitute: nn.Module | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> Iterator[Measurement]:
+    """Clean accuracy and every attack on `images`; each is appended to `results.jsonl` at once.
+
+    With a `substitute`, each attack is also made on it and transferred (black box).
+    """
+    black_box: list[Attack] = []
+    if substitute is not None:
+        black_box = [Transfer(attack, substitute) for attack in attacks]
+    chosen: Iterable[Attack] = [*attacks, *black_box]
+    evidence = {
+        "versions": versions(),
+        "command": shlex.join(["defquant", *sys.argv[1:]]),
+        "epochs": facts.train.epochs,
+        "train_images": facts.data.train_images,
+        "batch_size": batch_size,
+    }
+    for scored in sweep(model, images, chosen, batch_size=batch_size, seed=seed):
+        measurement = _measurement(run, facts, images, scored, seed, evidence)
+        append(run / "results.jsonl", measurement)
+        yield measurement
+
+
+def _measurement(
+    run: Path, facts: Facts, images: Dataset, scored: Scored, seed: int, evidence: dict[str, Any]
+) -> Measurement:
+    attack = scored.attack
+    return Measurement(
+        run=run.name,
+        method=facts.method,
+        model=facts.model.model,
+        bits=facts.model.bits,
+        beta=facts.train.beta,
+        seed=facts.train.seed,
+        data=images.name,
+        fingerprint=images.fingerprint,
+        attack="clean" if attack is None else str(getattr(attack, "name", attack)),
+        eps=0.0 if attack is None else float(getattr(attack, "eps", 0.0)),
+        settings="clean" if attack is None else repr(attack),
+        correct=scored.score.correct,
+        total=scored.score.total,
+        attack_seed=seed,
+        seconds=round(scored.seconds, 3),
+        evidence=evidence,
+    )
+
+
+def example_ids(labels: Tensor, count: int) -> Tensor:
+    """The first image of each class in turn, then the second of each, ...: `count` positions."""
+    rank = torch.zeros_like(labels)
+    for label in labels.unique():
+        mine = labels == label
+        rank[mine] = torch.arange(int(mine.sum()), device=labels.device)
+    order = torch.argsort(rank * (int(labels.max()) + 1) + labels, stable=True)
+    return order[:count]
+
+
+def write_examples(
+    run: Path, model: nn.Module, facts: Facts, images: Dataset, attack: FirstOrder, count: int = 8
+) -> Path:
+    """Clean and adversarial pictures with the model's predictions (Figure 7): `examples.json`."""
+    ids = example_ids(images.labels, count)
+    clean, labels = images.take(ids)
+    device = next(model.parameters()).device
+    clean, labels = clean.to(device), labels.to(device)
+    adversarial = attack(model, clean, labels)
+    adversarial = adversarial.mul(255).round().div(255)  # what a saved picture can hold
+    answers = [_answers(model, x) for x in (clean, adversarial)]
+    examples = [
+        {
+            "id": int(ids[i]),
+            "label": int(labels[i]),
+            "clean_png": _png(clean[i]),
+            "adversarial_png": _png(adversarial[i]),
+            "clean": answers[0][i],
+            "adversarial": answers[1][i],
+        }
+        for i in range(len(ids))
+    ]
+    about = {
+        "run": run.name, "method": facts.method, "model": facts.model.model,
+        "bits": facts.model.bits, "beta": facts.train.beta, "seed": facts.train.seed,
+        "data": images.name, "attack": attack.name, "eps": attack.eps,
+        "classes": list(images.classes),
+    }  # fmt: skip
+    return write_json(run / "examples.json", {**about, "examples": examples})
+
+
+def _answers(model: nn.Module, x: Tensor) -> list[dict[str, float]]:
+    with torch.no_grad():
+        confidence, prediction = model(x).softmax(1).max(1)
+    pairs = zip(prediction.tolist(), confidence.tolist(), strict=True)
+    return [{"prediction": p, "confidence": round(c, 4)} for p, c in pairs]
+
+
+def _png(image: Tensor) -> str:
+    from PIL import Image
+
+    pixels = image.mul(255).round().to(torch.uint8).cpu()
+    array = pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,40 @@
+"""Networks: plain modules with `bits=`, `high=`, `convex=`, and their names on the command line."""
+
+import re
+
+import torch
+from torch import nn
+
+from defquant.config import ModelConfig
+from defquant.errors import UserError
+from defquant.models.resnet import ResNet, resnet18
+from defquant.models.vgg import VGG, vgg16
+from defquant.models.wide_resnet import WideResNet, wide_resnet
+
+__all__ = ["VGG", "ResNet", "WideResNet", "build", "resnet18", "vgg16", "wide_resnet"]
+
+
+def build(config: ModelConfig, *, num_classes: int, in_channels: int, seed: int = 0) -> nn.Module:
+    """The network that `config.model` names: `wrn-DEPTH-WIDTH`, `vgg-16` or `resnet-18`.
+
+    `vgg-16xW` and `resnet-18xW` scale the channels by W (`vgg-16x0.25`). The first weights are
+    drawn from `seed`, the global random state is left alone.
+    Raises `UserError` for any other name.
+    """
+    match = re.fullmatch(r"(wrn)-(\d+)-(\d+)|(vgg-16|resnet-18)(?:x(\d*\.?\d+))?", config.model)
+    if match is None:
+        raise UserError(
+            f"unknown model {config.model!r}: use wrn-DEPTH-WIDTH (as wrn-28-10), vgg-16 or "
+            "resnet-18"
+        )
+    wrn, depth, width, name, scale = match.groups()
+    options = {
+        "bits": config.bits, "high": config.high, "convex": config.convex,
+        "activation": config.activation, "num_classes": num_classes, "in_channels": in_channels,
+    }  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if wrn:
+            return wide_resnet(int(depth), int(width), **options)  # type: ignore[arg-type]
+        make = vgg16 if name == "vgg-16" else resnet18
+        return make(**options, width=float(scale or 1))  # type: ignore[arg-type]

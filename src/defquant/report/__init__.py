@@ -1,0 +1,6 @@
+"""Results as one self-contained HTML page, as Markdown and as terminal rows. No torch."""
+
+from defquant.report.page import build_report
+from defquant.report.tables import Row, markdown_table, summary, text_table
+
+__all__ = ["Row", "build_report", "markdown_table", "summary", "text_table"]

@@ -1,0 +1,200 @@
+"""One JSON line per measurement, read back and aggregated over seeds. No torch.
+
+A line of `results.jsonl` is a `Measurement`: what was measured (`correct` of `total`), on which
+network (`method`, `bits`, `seed`, ...), by which attack, and the evidence (data fingerprint,
+versions, machine, command).
+"""
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from defquant.errors import UserError
+from defquant.files import append_line
+
+__all__ = ["Cell", "Measurement", "Score", "aggregate", "append", "read_folder", "read_jsonl"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """`correct` of `total` examples.
+
+    The interval is Wilson's at 95 %:
+    (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n), z = 1.96 (Wilson 1927).
+    """
+
+    correct: int
+    total: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.correct <= self.total or self.total == 0:
+            raise UserError(f"a score needs 0 <= correct <= total > 0; found {self}")
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        z, n, p = 1.959963984540054, self.total, self.accuracy
+        centre = p + z * z / (2 * n)
+        spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+        return (0.0 if self.correct == 0 else low, 1.0 if self.correct == self.total else high)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.accuracy:.1%} [{low:.1%}, {high:.1%}] ({self.correct}/{self.total})"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One score with its evidence.
+
+    Attributes:
+        run: name of the run's folder.
+        method: `float`, `vanilla` or `DQ` (convex sums and penalty), `+ ATTACK` where trained so.
+        model: as in `ModelConfig`.
+        bits: activation bits; none for full precision.
+        beta: weight of the penalty.
+        seed: of the training.
+        data: data set, as shown to the reader; `fingerprint` is the hash of the test images.
+        attack: family, as shown: `clean`, `Random`, `FGSM`, `R+FGSM`, `BIM`, `PGD`, `PGD-50x10`,
+            `FGSM(B)`, ... ((B) is black box).
+        eps: L-infinity radius in [0, 1]; 0 for clean.
+        settings: the attack's repr, whole.
+        correct: examples classified rightly under every attempt.
+        total: examples attacked.
+        attack_seed: of the attack's random draws.
+        seconds: wall-clock time of the measurement.
+        evidence: versions, machine, threads, command, training configuration.
+    """
+
+    run: str
+    method: str
+    model: str
+    bits: int | None
+    beta: float
+    seed: int
+    data: str
+    fingerprint: str
+    attack: str
+    eps: float
+    settings: str
+    correct: int
+    total: int
+    attack_seed: int = 0
+    seconds: float = 0.0
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def score(self) -> Score:
+        return Score(self.correct, self.total)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What it measures: a later line with the same key replaces an earlier one."""
+        identity = (self.run, self.method, self.model, self.bits, self.beta, self.seed)
+        return (*identity, self.fingerprint, self.attack, self.eps, self.settings, self.total)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The same measurement over several seeds.
+
+    `mean` is the mean accuracy, `spread` the standard deviation over seeds (n - 1; 0 for one),
+    `pooled` the score of all seeds together, whose interval covers the test images' chance but
+    not the training's.
+    """
+
+    method: str
+    model: str
+    bits: int | None
+    beta: float
+    data: str
+    attack: str
+    eps: float
+    accuracies: tuple[float, ...]
+    seeds: tuple[int, ...]
+    pooled: Score
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def spread(self) -> float:
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
+
+
+def append(path: Path, measurement: Measurement) -> None:
+    """Append `measurement` to the JSON lines of `path`."""
+    low, high = measurement.score.interval
+    derived = {"accuracy": measurement.score.accuracy, "low": low, "high": high}
+    append_line(path, asdict(measurement) | derived)
+
+
+def read_jsonl(path: Path) -> list[Measurement]:
+    """The measurements of one file. A last line that a crash cut short is left out.
+
+    Raises `UserError`, naming file and line, where another line is not a measurement.
+    """
+    import json
+
+    known = {item.name for item in fields(Measurement)}
+    lines = path.read_text(encoding="utf-8").split("\n")
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            found.append(Measurement(**{k: v for k, v in record.items() if k in known}))
+            _ = found[-1].score
+        except (ValueError, TypeError, AttributeError) as error:
+            if number == len(lines):  # no newline after it: the writer was killed
+                break
+            raise UserError(f"{path}, line {number}: not a measurement ({error})") from None
+    return found
+
+
+def read_folder(folder: Path) -> list[Measurement]:
+    """All measurements of every `results.jsonl` below `folder`, the latest of each key.
+
+    Raises `UserError` when there are none.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}: give the folder that holds the runs")
+    files = sorted(folder.rglob("results.jsonl"))
+    latest = {m.key: m for path in files for m in read_jsonl(path)}
+    if not latest:
+        raise UserError(f"no results.jsonl below {folder}: run `defquant attack` on a run first")
+    return list(latest.values())
+
+
+def aggregate(measurements: Iterable[Measurement]) -> list[Cell]:
+    """Cells in order of first appearance, each over the seeds of one kind of measurement."""
+    groups: dict[tuple[Any, ...], list[Measurement]] = {}
+    for m in measurements:
+        name = (m.method, m.model, m.bits, m.beta, m.data, m.attack, m.eps)
+        groups.setdefault(name, []).append(m)
+    return [_cell(sorted(group, key=lambda m: m.seed)) for group in groups.values()]
+
+
+def _cell(group: list[Measurement]) -> Cell:
+    first = group[0]
+    return Cell(
+        method=first.method,
+        model=first.model,
+        bits=first.bits,
+        beta=first.beta,
+        data=first.data,
+        attack=first.attack,
+        eps=first.eps,
+        accuracies=tuple(m.score.accuracy for m in group),
+        seeds=tuple(m.seed for m in group),
+        pooled=Score(sum(m.correct for m in group), sum(m.total for m in group)),
+    )

@@ -1,0 +1,139 @@
+"""A run: one folder with its checkpoint, configuration, log and results."""
+
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from defquant import checkpoint
+from defquant.checkpoint import Checkpoint, Facts
+from defquant.config import DataConfig, ModelConfig, TrainConfig
+from defquant.data import Dataset, load
+from defquant.errors import UserError
+from defquant.files import owned_folder
+from defquant.models import build
+from defquant.train import History, train
+
+__all__ = ["finished", "test_images", "train_run"]
+
+
+def train_run(
+    model_config: ModelConfig,
+    data_config: DataConfig,
+    config: TrainConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    show: bool = True,
+) -> Facts:
+    """Train a network into the folder `out`, with a checkpoint after every epoch.
+
+    With `resume`, a run that was killed goes on from its last checkpoint to the same weights, bit
+    for bit on a CPU; a finished one is left as it is.
+
+    Raises:
+        UserError: `out` holds a run already (without `resume`), one of another configuration or
+            of other images, or is in use by another process; and whatever reading the data or
+            training raises.
+    """
+    leads = os.environ.get("RANK", "0") == "0"
+    with owned_folder(out) if leads else nullcontext():
+        before = _earlier(out, resume)
+        data = load_images(data_config, "train")
+        facts = Facts(
+            model_config, data_config, config, data.num_classes, data.in_channels, data.classes,
+            data.name, data.fingerprint, versions=checkpoint.versions(),
+        )  # fmt: skip
+        model = build(
+            model_config, num_classes=data.num_classes, in_channels=data.in_channels,
+            seed=config.seed,
+        )  # fmt: skip
+        momentum: dict[str, Tensor] = {}
+        if before is not None:
+            _check_same(before.facts, facts, out)
+            facts, momentum = replace(facts, history=before.facts.history), before.momentum
+            checkpoint.restore(model, before.weights, str(out))
+        return _train(model, data, facts, momentum, out, show)
+
+
+def _train(
+    model: nn.Module,
+    data: Dataset,
+    facts: Facts,
+    momentum: Mapping[str, Tensor],
+    out: Path,
+    show: bool,
+) -> Facts:
+    def keep(history: History, buffers: Mapping[str, Tensor]) -> None:
+        now = replace(facts, history=history)
+        checkpoint.save(out, Checkpoint(now, model.state_dict(), dict(buffers)))
+        _tensorboard(out, history)
+
+    torch.backends.cudnn.deterministic = True
+    history = train(
+        model, data, facts.train, test=load_images(facts.data, "test"), history=facts.history,
+        momentum=momentum, on_epoch=keep, label=out.name, show=show,
+    )  # fmt: skip
+    return replace(facts, history=history)
+
+
+def load_images(config: DataConfig, split: str) -> Dataset:
+    """The images that `config` names; `train_images` cuts the training split alone."""
+    images = load(config.data, config.data_root, "train" if split == "train" else "test")
+    return images.first(config.train_images) if split == "train" else images
+
+
+def test_images(facts: Facts, data_root: str | None = None, limit: int | None = None) -> Dataset:
+    """The test images of a run, from `data_root` where they have moved; the first `limit`."""
+    root = facts.data.data_root if data_root is None else data_root
+    return load(facts.data.data, root, "test").first(limit)
+
+
+def finished(out: Path) -> bool:
+    """Whether `out` holds a run whose epochs are all done."""
+    if not (out / checkpoint.NAME).is_file():
+        return False
+    facts = checkpoint.load(out).facts
+    return len(facts.history) >= facts.train.epochs
+
+
+def _earlier(out: Path, resume: bool) -> Checkpoint | None:
+    if not (out / checkpoint.NAME).exists():
+        return None
+    if not resume:
+        raise UserError(f"{out} holds a run already: continue it with --resume, or choose another")
+    return checkpoint.load(out)
+
+
+def _check_same(before: Facts, now: Facts, out: Path) -> None:
+    old = {**asdict(before.model), **asdict(before.data), **asdict(before.train)}
+    new = {**asdict(now.model), **asdict(now.data), **asdict(now.train)}
+    changed = [
+        name for name in new if new[name] != old[name] and name not in ("device", "data_root")
+    ]
+    if changed:
+        name = changed[0]
+        raise UserError(
+            f"cannot resume {out}: it was started with {name}={old[name]!r}, not {new[name]!r}"
+        )
+    if before.fingerprint != now.fingerprint:
+        raise UserError(
+            f"cannot resume {out}: its training images had fingerprint {before.fingerprint}, "
+            f"these have {now.fingerprint}"
+        )
+
+
+def _tensorboard(out: Path, history: History) -> None:
+    """The last epoch as TensorBoard events, where tensorboard is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return
+    with SummaryWriter(str(out / "tensorboard")) as writer:
+        for name, value in history[-1].items():
+            if name != "epoch":
+                writer.add_scalar(name, value, int(history[-1]["epoch"]))

@@ -1,0 +1,645 @@
+"""Augmentation against a slow reference, batches, and every reader with its bad inputs."""
+
+import hashlib
+import io
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.io import savemat
+
+from defquant.data import Dataset, augment, batches, cifar, load, num_batches, pictures
+from defquant.data import dataset as dataset_module
+from defquant.errors import UserError
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real images in {SHARED}")
+rng = np.random.default_rng(0)
+
+
+def make(n: int = 21, flip: bool = True, shift: int = 2, size: int = 6) -> Dataset:
+    images = torch.from_numpy(rng.integers(0, 256, (n, 3, size, size), np.uint8))
+    return Dataset(images, torch.arange(n), tuple(map(str, range(n))), "made", flip, shift)
+
+
+def fails(root: Path | None, *parts: str, name: str = "cifar10", split: Any = "train") -> str:
+    """The message of the error that `load` must raise: one line that holds all `parts`."""
+    with pytest.raises(UserError) as caught:
+        load(name, root, split)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+    return message
+
+
+# ---------------------------------------------------------------- augmentation and batches
+
+
+def slow_augment(
+    images: NDArray[np.uint8], flip: bool, shift: int, generator: torch.Generator
+) -> NDArray[np.uint8]:
+    n, _, h, w = images.shape
+    mirror = torch.randint(2 if flip else 1, (1, n), generator=generator)[0].tolist()
+    offsets = torch.randint(2 * shift + 1, (2, n), generator=generator).tolist()
+    out = np.empty_like(images)
+    for i in range(n):
+        padded = np.pad(images[i], ((0, 0), (shift, shift), (shift, shift)), mode="reflect")
+        top, left = offsets[0][i], offsets[1][i]
+        crop = padded[:, top : top + h, left : left + w]
+        out[i] = crop[:, :, ::-1] if mirror[i] else crop
+    return out
+
+
+@given(
+    n=st.integers(0, 5),
+    c=st.sampled_from([1, 3]),
+    h=st.integers(1, 9),
+    w=st.integers(1, 9),
+    flip=st.booleans(),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+@settings(max_examples=80, deadline=None)
+def test_augment_is_pad_crop_flip(
+    n: int, c: int, h: int, w: int, flip: bool, seed: int, data: st.DataObject
+) -> None:
+    shift = data.draw(st.integers(0, min(h, w) - 1))
+    images = np.random.default_rng(seed).integers(0, 256, (n, c, h, w), np.uint8)
+    fast = augment(
+        torch.from_numpy(images),
+        flip=flip,
+        shift=shift,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    slow = slow_augment(images, flip, shift, torch.Generator().manual_seed(seed))
+    assert fast.dtype == torch.uint8
+    np.testing.assert_array_equal(fast.numpy(), slow)
+
+
+def test_augment_takes_strided_images_and_leaves_them_alone() -> None:
+    images = make(4).images
+    strided = images.to(memory_format=torch.channels_last)
+    before = images.clone()
+    one, two = (
+        augment(x, flip=True, shift=2, generator=torch.Generator().manual_seed(3))
+        for x in (images, strided)
+    )
+    assert torch.equal(one, two)
+    assert torch.equal(images, before)
+
+
+def test_shift_must_be_smaller_than_the_image() -> None:
+    with pytest.raises(UserError, match=r"shift must lie in 0..5 .* found 6"):
+        augment(make().images, flip=False, shift=6, generator=torch.Generator())
+    with pytest.raises(UserError, match="shift"):
+        batches(make(shift=9), 4, seed=0, epoch=0)
+
+
+@given(
+    n=st.integers(1, 30),
+    batch_size=st.integers(1, 12),
+    world=st.integers(1, 3),
+    shuffled=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_slices_of_all_processes_make_the_whole_batch(
+    n: int, batch_size: int, world: int, shuffled: bool
+) -> None:
+    data = make(n)
+    try:
+        steps = num_batches(data, batch_size, world)
+    except UserError:
+        assert min(n, batch_size) < 2 * world
+        return
+    whole = list(batches(data, batch_size, seed=1, epoch=2, augment=shuffled))
+    ranks = [
+        list(batches(data, batch_size, seed=1, epoch=2, augment=shuffled, rank=r, world=world))
+        for r in range(world)
+    ]
+    assert {len(part) for part in ranks} == {steps}
+    assert len(whole) == num_batches(data, batch_size)
+    for step in range(steps):
+        images, labels = whole[step]
+        for r in range(world):
+            assert len(ranks[r][step][1]) >= 2
+            assert torch.equal(ranks[r][step][0], images[r::world])
+            assert torch.equal(ranks[r][step][1], labels[r::world])
+
+
+def test_an_epoch_holds_each_image_once() -> None:
+    data = make(22)
+    found = list(batches(data, 5, seed=0, epoch=0, augment=False))
+    images, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    assert sorted(labels.tolist()) == list(range(22))
+    assert images.dtype == torch.float32
+    assert torch.equal(images, data.images[labels].float() / 255)
+
+
+def test_order_depends_on_seed_and_epoch_only() -> None:
+    data = make(40)
+
+    def order(seed: int, epoch: int, batch_size: int = 8, augment: bool = True) -> list[int]:
+        found = batches(data, batch_size, seed=seed, epoch=epoch, augment=augment)
+        return [int(label) for _, labels in found for label in labels]
+
+    assert order(0, 1) == order(0, 1) == order(0, 1, 10) == order(0, 1, augment=False)
+    assert len({tuple(order(s, e)) for s in range(3) for e in range(3)}) == 9
+    first, again = (next(batches(data, 8, seed=0, epoch=1))[0] for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def test_a_last_batch_of_one_image_is_left_out() -> None:
+    data = make(21)
+    assert num_batches(data, 5) == len(list(batches(data, 5, seed=0, epoch=0))) == 4
+    assert num_batches(data, 9, world=2) == 2  # 9 + 9 + 3: the second process would get one image
+    with pytest.raises(UserError, match="2 images"):
+        batches(data, 1, seed=0, epoch=0)
+    with pytest.raises(UserError, match=r"rank must lie in 0..1; found 2"):
+        batches(data, 8, seed=0, epoch=0, rank=2, world=2)
+
+
+def test_dataset_views() -> None:
+    data = make(9)
+    assert len(data) == data.num_classes == 9
+    assert data.in_channels == 3
+    assert data.first(None) is data is data.first(9) is data.to("cpu")
+    assert torch.equal(data.first(4).images, data.images[:4])
+    images, labels = data.take(torch.tensor([3, 3, 0]))
+    assert labels.tolist() == [3, 3, 0]
+    assert torch.equal(images, data.images[[3, 3, 0]] / 255)
+    for n in (0, -1, 10):
+        with pytest.raises(UserError, match=f"has 9 images here.*first {n}"):
+            data.first(n)
+
+
+def test_dataset_refuses_other_types() -> None:
+    images, labels = make(4).images, torch.arange(4)
+    with pytest.raises(UserError, match="images must be uint8"):
+        Dataset(images.float(), labels, ("a",), "x")
+    with pytest.raises(UserError, match=r"labels must be int64 of shape \(4,\)"):
+        Dataset(images, labels[:3], ("a",), "x")
+
+
+def test_fingerprint_tells_data_apart() -> None:
+    data = make(4)
+    images, labels = data.images, data.labels
+    other = images.clone()
+    other[0, 0, 0, 0] ^= 1
+    variants = [
+        Dataset(images, labels, data.classes, "renamed"),
+        Dataset(other, labels, data.classes, "made"),
+        Dataset(images, labels.flip(0), data.classes, "made"),
+        Dataset(images.reshape(4, 3, 4, 9), labels, data.classes, "made"),
+    ]
+    assert [v.fingerprint == data.fingerprint for v in variants] == [True, False, False, False]
+    strided = images.to(memory_format=torch.channels_last)
+    assert Dataset(strided, labels, data.classes, "made").fingerprint == data.fingerprint
+    raw = repr((4, 3, 6, 6)).encode() + images.numpy().tobytes() + labels.numpy().tobytes()
+    assert data.fingerprint == hashlib.sha256(raw).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- digits, names and roots
+
+
+def test_digits() -> None:
+    train, test = load("digits"), load("digits", split="test")
+    assert (len(train), len(test)) == (1347, 450)
+    assert train.images.shape[1:] == (1, 8, 8)
+    assert int(train.images.max()) == 255
+    assert (train.name, train.flip, train.shift) == ("digits", False, 1)
+    both = torch.bincount(train.labels) + torch.bincount(test.labels)
+    assert (4 * torch.bincount(test.labels) - both).abs().max() < 4
+    # the split is part of every published number: this value must never change
+    assert (train.fingerprint, test.fingerprint) == ("353226428bc18813", "5f2692a92eaff6bc")
+
+
+def test_unknown_name_and_missing_root(tmp_path: Path) -> None:
+    fails(None, "'mnist'", "digits, cifar10, svhn, folder, npz", name="mnist")
+    fails(None, "data root", "defquant data fetch svhn", name="svhn")
+    fails(None, "data root", name="npz")
+    fails(tmp_path / "gone", "found no data at", "defquant data fetch cifar10")
+    fails(tmp_path, "train or test", "'val'", split="val")
+
+
+# ---------------------------------------------------------------- CIFAR-10: pickles and tar
+
+
+def batch(n: int = 4, **changes: Any) -> bytes:
+    content = {
+        b"data": rng.integers(0, 256, (n, 3072), np.uint8),
+        b"labels": [i % 10 for i in range(n)],
+    }
+    content.update({key.encode(): value for key, value in changes.items()})
+    return pickle.dumps(content, protocol=3)
+
+
+def write_batches(folder: Path, n: int = 4) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        (folder / name).write_bytes(batch(n))
+    return folder
+
+
+def write_tar(path: Path, members: dict[str, bytes], *extra: tarfile.TarInfo) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        for info in extra:
+            tar.addfile(info)
+    return path
+
+
+def test_cifar_pickles_loose_nested_and_in_a_tar(tmp_path: Path) -> None:
+    folder = write_batches(tmp_path / "a" / "cifar-10-batches-py")
+    members = {f"cifar-10-batches-py/{f.name}": f.read_bytes() for f in folder.iterdir()}
+    (tmp_path / "b").mkdir()
+    tar = write_tar(tmp_path / "b" / "cifar-10-python.tar.gz", members)
+    found = [load("cifar10", root) for root in (folder, tmp_path / "a", tar, tmp_path / "b")]
+    assert len({data.fingerprint for data in found}) == 1
+    data = found[0]
+    assert data.images.shape == (20, 3, 32, 32)
+    assert data.name == "CIFAR-10 (first 4 of each batch)"
+    assert (data.classes[3], data.num_classes, data.flip, data.shift) == ("cat", 10, True, 4)
+    assert len(load("cifar10", str(tar), "test")) == 4
+
+
+@needs_shared
+def test_official_pickles() -> None:
+    root = SHARED / "cifar-10-batches-py"
+    data = load("cifar10", root, "test")
+    assert data.name == "CIFAR-10 (first 1,000 of each batch)"
+    raw = pickle.loads((root / "test_batch").read_bytes(), encoding="bytes")
+    np.testing.assert_array_equal(data.images.reshape(1000, -1).numpy(), raw[b"data"])
+    assert data.labels.tolist() == raw[b"labels"]
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return __import__("os").system, ("touch hacked",)
+
+
+def test_bad_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = write_batches(tmp_path / "c")
+    first = folder / "data_batch_1"
+    whole = first.read_bytes()
+
+    def bad(content: bytes, *parts: str) -> None:
+        first.write_bytes(content)
+        fails(folder, str(first), "defquant data fetch cifar10", *parts)
+
+    for protocol in (0, 2, 4):
+        bad(pickle.dumps(Hostile(), protocol), "posix.system", "not run")
+    bad(b"cos\nsystem\n(S'touch hacked'\ntR.", "os.system")
+    bad(b"\x80\x02cnumpy\nload\n.", "numpy.load")
+    assert not Path("hacked").exists()
+    for cut in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        bad(whole[:cut], "whole pickle")
+    bad(b"hello", "whole pickle")
+    bad(pickle.dumps([1], 2), "list")
+    bad(pickle.dumps({b"pixels": 1}, 3), "pixels")
+    bad(batch(data=np.zeros((4, 3072), np.float32)), "uint8 (n, 3072)")
+    bad(batch(data=np.zeros((4, 100), np.uint8)), "uint8 (n, 3072)")
+    bad(batch(data=[1, 2]), "uint8 (n, 3072)")
+    bad(batch(labels=["a"] * 4), "integers")
+    bad(batch(labels=7), "integers")
+    for labels, part in (([0, 1], "one label for each"), ([0, 1, 10, 2], "0 to 9; found 10")):
+        first.write_bytes(batch(labels=labels))
+        fails(folder, str(folder), part)
+    first.unlink()
+    fails(folder, "missing data_batch_1")
+    fails(tmp_path, "data_batch_1", "cifar-10-python.tar.gz", "train-*.parquet", "fetch cifar10")
+
+
+def test_a_damaged_pickle_is_always_a_user_error(tmp_path: Path) -> None:
+    """Any flipped byte reads as other pixels or raises `UserError`; nothing else comes out."""
+    folder = write_batches(tmp_path, 1)
+    path = folder / "test_batch"
+    whole = path.read_bytes()
+    for position in [*range(120), *range(len(whole) - 60, len(whole))]:
+        for flip in (1, 0x80, 0xFF):
+            path.write_bytes(
+                whole[:position] + bytes([whole[position] ^ flip]) + whole[position + 1 :]
+            )
+            try:
+                assert len(load("cifar10", folder, "test")) == 1
+            except UserError as error:
+                assert "\n" not in str(error)
+
+
+def test_bad_tars(tmp_path: Path) -> None:
+    path = tmp_path / "cifar-10-python.tar.gz"
+    link = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    hard = tarfile.TarInfo("x")
+    hard.type, hard.linkname = tarfile.LNKTYPE, "y"
+    for extra in (link, hard):
+        write_tar(path, {}, extra)
+        fails(path, "files and folders only", extra.name)
+    for name in ("/data_batch_1", "a/../../data_batch_1"):
+        write_tar(path, {name: b"x"})
+        fails(path, "inside itself", name)
+    write_tar(path, {"a/data_batch_1": batch()})
+    fails(tmp_path, "missing data_batch_2 data_batch_3")
+    path.write_bytes(path.read_bytes()[:-2000])
+    fails(path, "whole tar.gz", "cut")
+    path.write_bytes(b"not a tar")
+    fails(path, "whole tar.gz")
+
+
+# ---------------------------------------------------------------- CIFAR-10: parquet
+
+
+def encode(pixels: NDArray[np.uint8], form: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, form)
+    return buffer.getvalue()
+
+
+def write_parquet(
+    path: Path, images: list[bytes] | None, labels: list[Any] | None, column: str = "img"
+) -> Path:
+    columns = {}
+    if images is not None:
+        columns[column] = [{"bytes": raw, "path": None} for raw in images]
+    if labels is not None:
+        columns["label"] = labels
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pixels = rng.integers(0, 256, (4, 32, 32, 3), np.uint8)
+    images = [encode(p) for p in pixels]
+    write_parquet(tmp_path / "train-00000-of-00002.parquet", images[:3], [1, 2, 3], "image")
+    write_parquet(tmp_path / "train-00001-of-00002.parquet", images[3:], [9], "image")
+    data = load("cifar10", tmp_path)
+    np.testing.assert_array_equal(data.images.permute(0, 2, 3, 1).numpy(), pixels)
+    assert data.labels.tolist() == [1, 2, 3, 9]
+    assert data.name == "CIFAR-10 (4 images)"
+    write_parquet(tmp_path / "plain_text" / "test-0.parquet", [encode(pixels[0], "JPEG")], [0])
+    assert load("cifar10", tmp_path, "test").name == "CIFAR-10 (JPEG, 1 images)"
+
+
+def test_bad_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "train-0.parquet"
+    good = encode(np.zeros((32, 32, 3), np.uint8))
+    small = encode(np.zeros((8, 9, 3), np.uint8))
+    write_parquet(path, [good], None)
+    fails(tmp_path, str(path), "columns img or image", "label")
+    write_parquet(path, None, [1])
+    fails(tmp_path, "columns img or image")
+    write_parquet(path, [good], ["cat"])
+    fails(tmp_path, "integers")
+    write_parquet(path, [good, b""], [1, 2])
+    fails(tmp_path, "empty cell")
+    pq.write_table(pa.table({"img": [1], "label": [1]}), path)
+    fails(tmp_path, "columns img or image")
+    write_parquet(path, [good, b"\xff\xd8no jpeg"], [1, 2])
+    fails(tmp_path, f"{path}, image 1", "no known format")
+    write_parquet(path, [good, good[:-30]], [1, 2])
+    fails(tmp_path, f"cannot decode {path}, image 1")
+    write_parquet(path, [good, small], [1, 2])
+    fails(tmp_path, "one size, here 32 x 32; found 9 x 8", "image 1")
+    write_parquet(path, [good, good], [1, 10])
+    fails(tmp_path, "0 to 9; found 10")
+    write_parquet(path, [], [])
+    fails(tmp_path, str(tmp_path))
+    for content in (b"", b"PAR1 hello", path.read_bytes()[:-9]):
+        path.write_bytes(content)
+        fails(tmp_path, str(path), "parquet")
+
+
+def test_decoded_images_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cifar, "_WORTH_CACHING", 2)
+    images = [encode(p) for p in rng.integers(0, 256, (3, 32, 32, 3), np.uint8)]
+    path = write_parquet(tmp_path / "train-0.parquet", images, [1, 2, 3])
+    first = load("cifar10", tmp_path)
+    (cached,) = (tmp_path / "cache" / "defquant").iterdir()
+    assert cached.name == f"{hashlib.sha256(path.read_bytes()).hexdigest()}.npy"
+    whole = cached.read_bytes()
+    monkeypatch.setattr(cifar, "decode", None)
+    assert load("cifar10", tmp_path).fingerprint == first.fingerprint
+    monkeypatch.setattr(cifar, "decode", pictures.decode)
+    for broken in (b"", b"PK\x03\x04", whole[:-1], whole[:50], whole.replace(b"|u1", b"|i1")):
+        cached.write_bytes(broken)
+        assert load("cifar10", tmp_path).fingerprint == first.fingerprint
+        assert cached.read_bytes() == whole
+    monkeypatch.setenv(
+        "XDG_CACHE_HOME", str(path)
+    )  # cannot be written: the images come all the same
+    assert load("cifar10", tmp_path).fingerprint == first.fingerprint
+
+
+# ---------------------------------------------------------------- SVHN
+
+
+def write_svhn(root: Path, split: str = "train", n: int = 5, **changes: Any) -> Path:
+    content = {
+        "X": rng.integers(0, 256, (32, 32, 3, n), np.uint8),
+        "y": np.array([[i % 10 + 1] for i in range(n)], np.uint8),
+    } | changes
+    path = root / f"{split}_32x32.mat"
+    savemat(path, content)
+    return path
+
+
+def test_svhn(tmp_path: Path) -> None:
+    pixels = rng.integers(0, 256, (32, 32, 3, 2), np.uint8)
+    write_svhn(tmp_path, X=pixels, y=np.array([[10], [3]], np.uint8))
+    assert load("svhn", tmp_path).name == "SVHN (2 digits)"
+    write_svhn(tmp_path, "test")
+    data = load("svhn", tmp_path)
+    assert data.name == load("svhn", tmp_path, "test").name == "SVHN (7 digits)"
+    assert data.labels.tolist() == [0, 3]
+    assert (data.flip, data.shift) == (False, 0)
+    np.testing.assert_array_equal(data.images[1].numpy(), pixels[..., 1].transpose(2, 0, 1))
+
+
+@needs_shared
+def test_official_svhn() -> None:
+    train, test = (load("svhn", SHARED / "svhn", split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (832, 251)
+    assert train.name == test.name == "SVHN (1,083 digits)"
+
+
+def test_bad_svhn(tmp_path: Path) -> None:
+    fails(tmp_path, "train_32x32.mat", "defquant data fetch svhn", name="svhn")
+    path = write_svhn(tmp_path)
+    whole = path.read_bytes()
+    for cut in (0, 60, 200, len(whole) - 10):
+        path.write_bytes(whole[:cut])
+        fails(tmp_path, str(path), "cut", "fetch svhn", name="svhn")
+    write_svhn(tmp_path, X=np.zeros((5, 3, 32, 32), np.uint8))
+    fails(tmp_path, "(5, 3, 32, 32)", name="svhn")
+    write_svhn(tmp_path, X=np.zeros((32, 32, 3, 4), np.uint8))
+    fails(tmp_path, "5 labels", name="svhn")
+    write_svhn(tmp_path, y=np.array([[1.0], [2], [0], [3], [4]]))
+    fails(tmp_path, "1..10", "found 0", name="svhn")
+    savemat(path, {"Z": 1})
+    fails(tmp_path, "X and y", name="svhn")
+
+
+# ---------------------------------------------------------------- image folder
+
+
+def picture(path: Path, mode: str = "RGB", size: tuple[int, int] = (5, 4)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shade = int.from_bytes(hashlib.sha256(path.name.encode()).digest()[:1], "big")
+    Image.new("L", size, shade).convert(mode).save(path)
+    return path
+
+
+def test_folder_with_its_own_split(tmp_path: Path) -> None:
+    root = tmp_path / "pets"
+    for part in ("train/cat/1.png", "train/cat/2.bmp", "train/dog/3.PNG", "test/dog/4.png"):
+        picture(root / part)
+    (root / "train" / "cat" / "notes.txt").write_text("x")
+    (root / "train" / ".hidden").mkdir()
+    train, test = load("folder", root), load("folder", root, "test")
+    assert train.classes == test.classes == ("cat", "dog")
+    assert sorted(train.labels.tolist()) == [0, 0, 1]
+    assert test.labels.tolist() == [1]
+    assert train.images.shape == (3, 3, 4, 5)
+    assert (train.name, train.flip, train.shift) == ("pets", False, 0)
+
+
+def test_folder_split_here(tmp_path: Path) -> None:
+    for i in range(10):
+        picture(tmp_path / "a" / f"{i}.png", "L")
+        picture(tmp_path / "b" / f"x{i}.png", "L")
+    picture(tmp_path / "single" / "0.png", "L")
+    train, test = load("folder", tmp_path), load("folder", tmp_path, "test")
+    assert train.images.shape == (17, 1, 4, 5)
+    assert torch.bincount(train.labels).tolist() == [8, 8, 1]
+    assert torch.bincount(test.labels).tolist() == [2, 2]
+    assert load("folder", tmp_path).fingerprint == train.fingerprint
+    assert len(set(train.labels[:8].tolist())) > 1  # the first n mix the classes
+    picture(tmp_path / "a" / "0.png", "RGB")
+    assert load("folder", tmp_path).in_channels + load("folder", tmp_path, "test").in_channels == 4
+
+
+def test_bad_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bad(*parts: str, split: str = "train") -> None:
+        fails(tmp_path, *parts, name="folder", split=split)
+
+    bad("must hold images", "0 classes")
+    first = picture(tmp_path / "train" / "cat" / "1.png")
+    fails(first, "found the file", name="folder")
+    bad("found no", "test", split="test")
+    picture(tmp_path / "test" / "cow" / "1.png")
+    bad("training set only", "'cow'", split="test")
+    odd = picture(tmp_path / "train" / "cat" / "2.png", size=(6, 4))
+    bad("one size", "6 x 4", "5 x 4", ".png")
+    odd.write_bytes(first.read_bytes()[:50])
+    bad("cannot decode", str(odd))
+    odd.write_bytes(b"no picture")
+    bad("cannot decode", str(odd), "no known format")
+    odd.unlink()
+    odd.symlink_to(tmp_path / "gone.png")
+    bad("cannot decode", str(odd))
+    odd.unlink()
+    picture(odd, "I;16")
+    bad("8 bits", str(odd))
+    odd.unlink()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15)
+    bad("cannot decode", str(first), "decompression bomb")
+
+
+# ---------------------------------------------------------------- npz
+
+
+def write_npz(path: Path, images: Any, labels: Any = (0, 1, 0, 2, 1)) -> Path:
+    np.savez(path, images=images, labels=np.asarray(labels))
+    return path
+
+
+def test_npz(tmp_path: Path) -> None:
+    pixels = rng.integers(0, 256, (10, 6, 7, 3), np.uint8)
+    path = tmp_path / "mine.npz"
+    labels = np.arange(10) % 3
+    found = []
+    for images in (pixels, pixels.transpose(0, 3, 1, 2), pixels / 255):
+        write_npz(path, images, labels)
+        found.append((load("npz", path), load("npz", path, "test")))
+    train, test = found[0]
+    assert len({(a.fingerprint, b.fingerprint) for a, b in found}) == 1
+    assert (train.images.shape, len(test)) == ((8, 3, 6, 7), 2)
+    assert (train.name, train.classes) == ("mine", ("0", "1", "2"))
+    assert not {p.tobytes() for p in train.images.numpy()} & {
+        p.tobytes() for p in test.images.numpy()
+    }
+    np.savez(
+        path,
+        x_train=pixels[:, :, :, 0],
+        y_train=labels,
+        x_test=pixels[:2, :, :, :1],
+        y_test=[[4], [0]],
+    )
+    train, test = load("npz", path), load("npz", path, "test")
+    assert train.images.shape == (10, 1, 6, 7)
+    assert test.images.shape == (2, 1, 6, 7)
+    assert train.num_classes == test.num_classes == 5
+    assert test.labels.tolist() == [4, 0]
+
+
+def test_bad_npz(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    good = rng.random((5, 6, 6, 3))
+
+    def bad(images: Any, *parts: str, labels: Any = (0, 1, 0, 2, 1)) -> None:
+        write_npz(path, images, labels)
+        fails(path, str(path), *parts, name="npz")
+
+    bad(good * 1.5 + 1, "[0, 1]", "scale")
+    bad(good * np.nan, "[0, 1]", "nan")
+    bad((good * 255).astype(np.int64), "uint8", "int64")
+    bad(good[..., :2], "(5, 6, 6, 2)")
+    bad(good[:, :3], "(5, 3, 6, 3)")
+    bad(good[0, 0], "(6, 3)", labels=[0] * 6)
+    bad(good, "0..9999", "found -1", labels=[0, 1, -1, 0, 0])
+    bad(good, "0..9999", "found 10000000", labels=[0, 1, 10_000_000, 0, 0])
+    bad(good, "whole numbers", "float64", labels=[0.0, 1, 1, 0, 0])
+    bad(good, "whole numbers", "(5, 3)", labels=np.eye(5, 3, dtype=np.int64))
+    bad(good, "one label for each", labels=[0, 1])
+    bad(np.array([None, "x"], object), "plain arrays", labels=[0, 1])
+    np.savez(path, pictures=good)
+    fails(path, "x_train", "found pictures", name="npz")
+    whole = write_npz(path, good).read_bytes()
+    for content in (b"", b"hello", whole[: len(whole) // 2], pickle.dumps({"a": 1})):
+        path.write_bytes(content)
+        fails(path, "plain arrays", name="npz")
+    np.save(tmp_path / "b.npy", good)
+    fails(tmp_path / "b.npy", "npz", name="npz")
+    fails(tmp_path, name="npz")
+
+
+@needs_shared
+@pytest.mark.slow
+def test_hub_parquet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    data = load("cifar10", SHARED / "cifar10-jpeg", "test")
+    assert data.name == "CIFAR-10 (JPEG)"
+    assert torch.bincount(data.labels).tolist() == [1000] * 10
+    assert load("cifar10", SHARED / "cifar10-jpeg", "test").fingerprint == data.fingerprint
+
+
+def test_module_names() -> None:
+    """`augment` is a parameter of `batches` and a function beside it; both must be reachable."""
+    assert dataset_module.augment is augment

@@ -1,0 +1,340 @@
+import io
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from defquant.errors import UserError
+from defquant.report import build_report, markdown_table, summary, text_table
+from defquant.report.figures import Scale, eps_panel, palette, sparkline
+from defquant.report.names import attack_order, eps_text, series_of, signed
+from defquant.report.reading import reading
+from defquant.report.tables import Row, columns, table_eps
+from defquant.results import Measurement, aggregate, append
+from synthetic_runs import measurement, write_run, write_runs
+
+PAPER = {  # Table 1: full precision, then 1 to 5 bits; clean and adversarial
+    ("vanilla", 0.0): ([94.8, 42.0, 84.9, 92.8, 93.9, 94.7], [39.3, 9.0, 8.5, 14.1, 19.0, 30.2]),
+    ("DQ", 3e-4): ([95.3, 95.2, 95.3, 95.1, 95.1, 95.1], [41.8, 43.2, 41.1, 40.1, 39.8, 39.3]),
+    ("DQ", 6e-4): ([95.6, 95.7, 95.2, 95.4, 95.6, 95.5], [45.7, 48.3, 47.9, 43.8, 43.9, 44.6]),
+    ("DQ", 1e-3): ([95.9, 95.8, 95.6, 95.6, 95.8, 95.8], [49.1, 51.3, 50.4, 51.3, 49.8, 51.8]),
+}
+HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=y>|`*[red]"
+
+
+def paper_table() -> list[Measurement]:
+    found = []
+    for (method, beta), rows in PAPER.items():
+        for attack, eps, row in zip(("clean", "FGSM"), (0.0, 8 / 255), rows, strict=True):
+            for bits, value in zip((None, 1, 2, 3, 4, 5), row, strict=True):
+                name = "float" if method == "vanilla" and bits is None else method
+                new = measurement(method=name, bits=bits, beta=beta, attack=attack, eps=eps)
+                run = f"{method}{bits}{beta}"
+                found.append(replace(new, run=run, correct=round(10 * value), total=1000))
+    return found
+
+
+def two(dq: tuple[int, ...], vanilla: tuple[int, ...]) -> list[Measurement]:
+    pgd = measurement(attack="PGD", eps=32 / 255, bits=4, total=100)
+    rows = [
+        replace(pgd, run=f"d{s}", method="DQ", beta=0.1, seed=s, correct=c)
+        for s, c in enumerate(dq)
+    ]
+    return rows + [
+        replace(pgd, run=f"v{s}", method="vanilla", seed=s, correct=c)
+        for s, c in enumerate(vanilla)
+    ]
+
+
+def page_of(folder: Path) -> str:
+    return build_report(folder, folder / "report.html").read_text(encoding="utf-8")
+
+
+def folder_of(place: Path, measurements: list[Measurement]) -> Path:
+    for m in measurements:
+        append(place / m.run / "results.jsonl", m)
+    return place
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_runs(tmp_path_factory.mktemp("runs"))
+
+
+def adversarial(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row.attack != "clean"]
+
+
+def test_summary_is_the_papers_table_1() -> None:
+    rows = summary(paper_table())
+    assert columns(rows) == [None, 1, 2, 3, 4, 5]
+    assert [str(row.family) for row in rows[::2]] == [
+        "vanilla",
+        "DQ (β = 0.0003)",
+        "DQ (β = 0.0006)",
+        "DQ (β = 0.001)",
+    ]
+    gains = [signed(row.gain or 0) for row in adversarial(rows)]
+    assert gains == ["−9.1", "+1.4", "+2.6", "+2.7"]
+    assert [round(100 * row.best, 1) for row in adversarial(rows)] == [39.3, 43.2, 48.3, 51.8]
+    assert [row.gain for row in rows if row.attack == "clean"] == [None] * 4
+
+
+def test_best_and_second_are_the_papers() -> None:
+    places = [
+        [row.place(b) for b in (None, 1, 2, 3, 4, 5)] for row in adversarial(summary(paper_table()))
+    ]
+    assert places == [
+        [1, 0, 0, 0, 0, 2],
+        [2, 1, 0, 0, 0, 0],
+        [0, 1, 2, 0, 0, 0],
+        [0, 2, 0, 2, 0, 1],
+    ]
+
+
+def test_gain_needs_full_precision_and_a_quantised_network() -> None:
+    rows = summary([m for m in paper_table() if m.bits is not None])
+    assert [row.gain for row in rows] == [None] * 8
+    assert columns(rows) == [1, 2, 3, 4, 5]
+    rows = summary([m for m in paper_table() if m.bits is None])
+    assert [row.gain for row in rows] == [None] * 8
+    assert [row.place(None) for row in rows] == [0] * 8
+
+
+def test_mean_and_spread_are_over_seeds() -> None:
+    (row, _) = summary(two((30, 40, 50), (20, 20, 20)))[::-1]
+    cell = row.cells[4]
+    assert (cell.mean, cell.spread) == (pytest.approx(0.4), pytest.approx(0.1))
+
+
+def test_a_run_measured_twice_is_no_second_seed() -> None:
+    few = measurement(attack="PGD", eps=0.1, correct=9, total=10, settings="quick")
+    many = replace(few, correct=50, total=100, settings="slow")
+    weak = replace(many, correct=60, settings="weak")
+    (row,) = summary([few, many, weak])
+    assert row.cells[None].accuracies == (0.5,)
+
+
+def test_the_tables_eps_separates_networks_best() -> None:
+    near, far = measurement(attack="PGD", eps=0.1), measurement(attack="PGD", eps=0.2)
+    near4, far4 = (replace(m, run="q", method="vanilla", bits=4) for m in (near, far))
+    cells = [replace(near, correct=50), replace(near4, correct=10)]
+    at_zero = [replace(far, correct=0), replace(far4, correct=90)]
+    assert table_eps(aggregate(cells + at_zero)) == 0.1
+    apart = [replace(far, correct=60), replace(far4, correct=10)]
+    assert table_eps(aggregate(cells + apart)) == 0.2
+
+
+def test_markdown_marks_best_and_second_and_escapes() -> None:
+    table = markdown_table([replace(m, model=HOSTILE, data="a|b\nc") for m in paper_table()])
+    lines = table.splitlines()
+    assert "| vanilla | FGSM 8/255 | **39.3** 36–42 | 9.0 7–11 | 8.5 7–10 |" in lines[3]
+    assert "<ins>30.2</ins> 27–33 | −9.1 | 39.3 |" in lines[3]
+    assert len(lines) == 10
+    several = markdown_table([*paper_table(), measurement(model=HOSTILE, data="a|b\nc")])
+    assert "\\<script\\>" in several
+    assert "a\\|b�c" in several
+
+
+def test_text_table_prints_hostile_names_as_they_are() -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(text_table([*paper_table(), measurement(model="[red]x\x1b[2J")]))
+    text = console.export_text()
+    assert "[red]x�[2J" in text
+    assert "39.3 36–42" in text
+
+
+@pytest.mark.parametrize(
+    ("dq", "vanilla", "said"),
+    [
+        ((60, 62, 64), (20, 21, 22), "DQ is 41.0 points ahead of vanilla; their ranges over seeds"),
+        ((60, 62, 64), (20, 21, 22), "and 95% intervals do not overlap."),
+        ((20, 21, 22), (60, 62, 64), "DQ is 41.0 points behind vanilla"),
+        ((30, 50), (40, 35), "ranges over seeds and 95% intervals overlap, so these runs do not"),
+        ((40, 41), (38, 39), "their 95% intervals overlap"),
+        ((40,), (38,), "(one seed each). DQ is 2.0 points ahead of vanilla; their 95% intervals"),
+        ((40,), (40,), "DQ is level with vanilla"),
+    ],
+)
+def test_reading_is_neutral(dq: tuple[int, ...], vanilla: tuple[int, ...], said: str) -> None:
+    assert said in reading(summary(two(dq, vanilla)))
+
+
+def test_reading_names_attack_eps_networks_and_choice_of_beta() -> None:
+    assert reading(summary(paper_table())) == (
+        "Under FGSM at 8/255 on digits, vanilla 4-bit keeps 19.0%, float 39.3% and DQ 4-bit "
+        "(β = 0.001), the best of 3 values of β, 49.8% (one seed each). DQ is 30.8 points ahead "
+        "of vanilla; their 95% intervals do not overlap."
+    )
+
+
+def test_reading_without_rivals() -> None:
+    assert reading(summary([measurement()])) == (
+        "On clean images of digits, float keeps 90.0% (one seed)."
+    )
+
+
+def test_scale_maps_ends_middle_and_a_single_value() -> None:
+    scale = Scale(0, 1, 182, 10)
+    assert (scale(0), scale(0.5), scale(1)) == (182, 96, 10)
+    assert Scale(3, 3, 0, 10)(3) == 5
+
+
+def test_curve_starts_at_clean_and_passes_the_measured_points() -> None:
+    pgd = measurement(attack="PGD", eps=16 / 255, correct=50)
+    cells = aggregate([measurement(correct=100), pgd, replace(pgd, eps=32 / 255, correct=0)])
+    svg = eps_panel(cells, "PGD", palette(map(series_of, cells)))
+    line = re.search(r'class="line" d="([^"]+)"', svg)
+    assert line is not None
+    assert line[1] == "M36.0 10.0L169.0 96.0L302.0 182.0"
+    assert re.findall(r'text-anchor="middle">([^<]+)<', svg) == ["0", "16", "32", "ε · 255"]
+
+
+def test_sparkline_is_short_whatever_the_number_of_epochs() -> None:
+    assert len(sparkline([[1.0] * 5000], "loss", 1.0, "s0")) < 1500
+
+
+def test_names() -> None:
+    assert [eps_text(e) for e in (0.1255, 8 / 255, 0.5 / 255)] == ["32/255", "8/255", "0.5/255"]
+    attacks = ["PGD(B)", "PGD-50x10", "odd", "PGD", "FGSM", "clean"]
+    expected = ["clean", "FGSM", "PGD", "PGD-50x10", "odd", "PGD(B)"]
+    assert sorted(attacks, key=attack_order) == expected
+    assert signed(-0.0001) == "0.0"
+
+
+class Checker(HTMLParser):
+    """Collects what a browser would load or run, and checks that tags are closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        names = dict(attrs)
+        assert not [name for name in names if name.startswith("on")]
+        self.loads += [
+            names[k] or "" for k in ("src", "href", "xlink:href", "srcset") if k in names
+        ]
+        if tag not in ("meta", "img", "br", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def check(page: str) -> Checker:
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == []
+    assert not {"script", "link", "iframe", "object"} & checker.tags
+    assert all(target.startswith(("#", "data:image/png;base64,")) for target in checker.loads)
+    assert "url(" not in page
+    assert "@import" not in page
+    return checker
+
+
+def test_page_is_whole_small_and_loads_nothing(runs: Path) -> None:
+    page = page_of(runs)
+    assert check(page).tags >= {"table", "svg", "img", "details", "figure", "nav"}
+    assert len(page) < 1_000_000
+    assert "http://" not in page
+    assert "https://" not in page
+    for name in ("summary", "eps", "bits", "examples", "training", "numbers", "settings"):
+        assert f'<section id="{name}">' in page
+    for series in ("float", "vanilla 4-bit", "DQ full precision (β = 0.05)"):
+        assert series in page
+
+
+def test_report_says_the_same_each_time(runs: Path) -> None:
+    assert page_of(runs) == page_of(runs)
+
+
+def test_everything_in_the_files_is_escaped(tmp_path: Path) -> None:
+    hostile = measurement(
+        method=HOSTILE, model=HOSTILE, data=HOSTILE, attack=HOSTILE, settings=HOSTILE, eps=0.1
+    )
+    evidence = {HOSTILE: {HOSTILE: HOSTILE}, "command": HOSTILE}
+    run = tmp_path / "run"
+    append(run / "results.jsonl", replace(hostile, run=HOSTILE, evidence=evidence))
+    (run / "config.json").write_text(json.dumps({"model": {HOSTILE: HOSTILE}}))
+    (run / "log.jsonl").write_text(json.dumps({"epoch": 1, "loss": 1.0, HOSTILE: 2}) + "\n")
+    guess = {"prediction": 0, "confidence": 0.5}
+    example = {"id": HOSTILE, "label": 0, "clean": guess, "adversarial": guess}
+    strip = {"method": HOSTILE, "model": HOSTILE, "seed": 0, "data": HOSTILE, "attack": HOSTILE}
+    strip |= {"eps": 0.1, "classes": [HOSTILE], "examples": [example]}
+    (run / "examples.json").write_text(json.dumps(strip))
+    page = build_report(tmp_path, tmp_path / "r.html", title=HOSTILE).read_text()
+    check(page)
+    assert "<script" not in page
+    assert "<img" not in page
+
+
+def test_only_png_pictures_reach_the_page(tmp_path: Path) -> None:
+    write_run(tmp_path / "float-s0", "float", 0)
+    path = tmp_path / "float-s0" / "examples.json"
+    strip = json.loads(path.read_text())
+    good = strip["examples"][0]["clean_png"]
+    for bad in ("not base64!", "PHN2Zz48L3N2Zz4=", '"><script>', None, good + "A" * 200_000):
+        strip["examples"][0]["adversarial_png"] = bad
+        path.write_text(json.dumps(strip))
+        page = page_of(tmp_path)
+        check(page)
+        assert page.count("<img") == 2 * len(strip["examples"]) - 1
+        assert "no picture" in page
+
+
+def test_missing_and_broken_files_leave_a_report(tmp_path: Path) -> None:
+    folder_of(tmp_path, two((30,), (20,)))
+    plain = page_of(tmp_path)
+    check(plain)
+    for name in ("examples", "training"):
+        assert f'<section id="{name}">' not in plain
+    (tmp_path / "d0" / "config.json").write_text("{cut")
+    (tmp_path / "v0" / "examples.json").write_text('{"examples": [1]}')
+    (tmp_path / "v0" / "log.jsonl").write_text('{"epoch": 1, "loss": NaN, "accuracy": 0.5}\n{"ep')
+    page = page_of(tmp_path)
+    check(page)
+    assert page.count("left out in part") == 2
+    assert '<section id="training">' in page
+
+
+def test_folders_without_results_are_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no results"):
+        build_report(tmp_path, tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+    (tmp_path / "results.jsonl").write_text(
+        json.dumps({**vars(measurement()), "bits": "4"}) + "\n", encoding="utf-8"
+    )
+    with pytest.raises(UserError, match="wrong types"):
+        build_report(tmp_path, tmp_path / "r.html")
+
+
+@pytest.mark.parametrize("networks", [("float",), ("dq-4bit", "vanilla-4bit"), ("dq-full",)])
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_any_selection_of_runs_makes_a_page(
+    tmp_path: Path, networks: tuple[str, ...], seeds: int
+) -> None:
+    page = page_of(write_runs(tmp_path, seeds=seeds, networks=networks))
+    check(page)
+    assert ('<section id="bits">' in page) == (len(networks) > 2)
+
+
+def test_clean_only_one_eps_and_mixed_data(tmp_path: Path) -> None:
+    other = measurement(run="long" * 60, data="cifar", fingerprint="ab", attack="FGSM", eps=0.03)
+    page = page_of(
+        folder_of(tmp_path, [measurement(), other, replace(other, run="b", fingerprint="c")])
+    )
+    check(page)
+    assert "<h3>wrn-10-1 on cifar</h3>" in page
+    assert "No attack was run on wrn-10-1 on digits" in page
+    assert "Different test images" in page
