@@ -160,6 +160,18 @@ def test_order_depends_on_seed_and_epoch_only() -> None:
     assert torch.equal(first, again)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_gpu_makes_the_same_batches() -> None:
+    data = make(40)
+    on_gpu = data.to("cuda")
+    assert on_gpu.fingerprint == data.fingerprint
+    pairs = zip(batches(data, 8, seed=0, epoch=0), batches(on_gpu, 8, seed=0, epoch=0), strict=True)
+    for (images, labels), (gpu_images, gpu_labels) in pairs:
+        assert gpu_images.is_cuda
+        assert torch.equal(images, gpu_images.cpu())
+        assert torch.equal(labels, gpu_labels.cpu())
+
+
 def test_a_last_batch_of_one_image_is_left_out() -> None:
     data = make(21)
     assert num_batches(data, 5) == len(list(batches(data, 5, seed=0, epoch=0))) == 4
@@ -392,8 +404,11 @@ def test_parquet(tmp_path: Path) -> None:
     np.testing.assert_array_equal(data.images.permute(0, 2, 3, 1).numpy(), pixels)
     assert data.labels.tolist() == [1, 2, 3, 9]
     assert data.name == "CIFAR-10 (4 images)"
-    write_parquet(tmp_path / "plain_text" / "test-0.parquet", [encode(pixels[0], "JPEG")], [0])
-    assert load("cifar10", tmp_path, "test").name == "CIFAR-10 (JPEG, 1 images)"
+    gray = encode(pixels[0, :, :, 0], "JPEG")
+    write_parquet(tmp_path / "plain_text" / "test-0.parquet", [gray, gray], [0, 1])
+    test = load("cifar10", tmp_path, "test")
+    assert test.name == "CIFAR-10 (JPEG, 2 images)"
+    assert test.in_channels == 3
 
 
 def test_bad_parquet(tmp_path: Path) -> None:
@@ -532,7 +547,7 @@ def test_folder_split_here(tmp_path: Path) -> None:
     assert load("folder", tmp_path).fingerprint == train.fingerprint
     assert len(set(train.labels[:8].tolist())) > 1  # the first n mix the classes
     picture(tmp_path / "a" / "0.png", "RGB")
-    assert load("folder", tmp_path).in_channels + load("folder", tmp_path, "test").in_channels == 4
+    assert load("folder", tmp_path).in_channels == load("folder", tmp_path, "test").in_channels == 3
 
 
 def test_bad_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,7 +202,7 @@ def test_an_archive_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 class Handler(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         if self.path.startswith("/missing"):
             self.send_error(404)
             return

@@ -28,6 +28,12 @@ from reference_lipschitz import (
 
 BETA = 0.3
 
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 # Rows fewer than, as many as and more than columns; 1x1 and 3x3; grouped and depthwise; linear.
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "3x3 wide": lambda: nn.Conv2d(2, 5, 3),
@@ -72,7 +78,6 @@ def literal_grads(model: nn.Module, beta: float, scale: float = 1.0) -> list[Ten
 
 
 def float64(name: str) -> nn.Module:
-    torch.manual_seed(0)
     return LAYERS[name]().double()
 
 
@@ -222,7 +227,6 @@ def test_half_weights_have_a_gram_in_float32(dtype: torch.dtype) -> None:
 
 def test_weight_decay_moves_the_equilibrium() -> None:
     beta, decay = 2e-3, 5e-4
-    torch.manual_seed(0)
     linear = nn.Linear(6, 4, bias=False).double()
     penalty = OrthogonalPenalty(linear, beta)
     optimizer = torch.optim.SGD(linear.parameters(), lr=50, weight_decay=decay)
@@ -262,7 +266,6 @@ def orthonormal(conv: nn.Conv2d, scale: float = 1.0) -> nn.Conv2d:
 
 
 def test_an_orthonormal_kernel_matrix_is_not_a_nonexpansive_convolution() -> None:
-    torch.manual_seed(0)
     conv = orthonormal(nn.Conv2d(16, 16, 3, padding=1))
     assert OrthogonalPenalty(conv, BETA).penalty().item() == pytest.approx(0, abs=1e-9)
     assert spectral_norm(conv.weight) == pytest.approx(1, abs=1e-6)
@@ -296,7 +299,6 @@ def test_the_worst_orthonormal_kernel_reaches_three() -> None:
 def test_the_parseval_target_bounds_the_true_norm_by_one(
     c: int, options: dict[str, int | str]
 ) -> None:
-    torch.manual_seed(0)
     conv = orthonormal(nn.Conv2d(2, 4, 3, **options), 1 / c)  # type: ignore[arg-type]
     penalty = OrthogonalPenalty(conv, BETA, target="parseval")
     assert penalty.penalty().item() == pytest.approx(0, abs=1e-9)
@@ -329,7 +331,6 @@ def test_bad_input_is_named() -> None:
 
 @pytest.mark.parametrize("branches", [1, 2, 3])
 def test_convex_sum_is_the_combination(branches: int) -> None:
-    torch.manual_seed(0)
     convex = ConvexSum(branches)
     assert torch.equal(convex.alpha, torch.full((branches,), 1 / branches))
     convex = convex.double()
@@ -351,6 +352,21 @@ def test_convex_sum_keeps_the_type_and_format_of_its_input() -> None:
     y = ConvexSum()(x, x)
     assert y.dtype == torch.bfloat16 and y.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(y, x)
+
+
+def test_convex_sum_can_be_traced() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.sum = nn.Conv2d(3, 3, 1), ConvexSum()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.sum(x, self.conv(x))
+            return y
+
+    block, x = Block(), torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(torch.fx.symbolic_trace(block)(x), block(x))
+    torch.testing.assert_close(torch.export.export(block, (x,)).module()(x), block(x))
 
 
 vectors = arrays.arrays(
@@ -411,6 +427,7 @@ def test_spectral_norm_is_the_largest_singular_value(shape: tuple[int, ...]) -> 
     ids=str,
 )
 def test_conv_spectral_norm_is_that_of_the_dense_operator(conv: nn.Conv2d) -> None:
+    conv.reset_parameters()
     exact = np.linalg.svd(dense_convolution(conv.double(), (6, 7)), compute_uv=False)[0]
     norm = conv_spectral_norm(conv, (6, 7), iterations=5000, tolerance=1e-13)
     assert norm == pytest.approx(exact, rel=1e-6)

@@ -70,13 +70,18 @@ def _parse(verb: str, flags: list[str]) -> Namespace | None:
     """The flags as a namespace; None where `--help` or `--print_config` has answered."""
     parser = parser_for(verb, _preset(flags) if verb == "train" else None)
     try:
-        return parser.parse_args(_spelled(flags))
+        settings: Namespace = parser.parse_args(_spelled(flags))
     except ArgumentError as error:
         raise UserError(_one_line(verb, str(error))) from None
     except SystemExit as stop:
         if stop.code:
             raise UserError(f"bad flags: see `defquant {verb} --help`") from None
         return None
+    if verb == "attack":
+        settings.eps = [eps(text) for text in settings.eps]
+    if verb == "train" and settings.attack_eps is not None:
+        settings.attack_eps = eps(settings.attack_eps)
+    return settings
 
 
 def parser_for(verb: str, preset: str | None = None) -> ArgumentParser:
@@ -108,7 +113,7 @@ def _train_flags(parser: ArgumentParser) -> None:
     parser.add_class_arguments(DataConfig)
     parser.add_class_arguments(TrainConfig, skip={"attack_eps"})
     parser.add_argument(
-        "--attack_eps", type=_eps_or_none, default=None,
+        "--attack_eps", type=str | None, default=None,
         help="eps of the training attack, as 8/255; when not given: |N(0, 8)| clipped to 16, /255",
     )  # fmt: skip
 
@@ -120,7 +125,7 @@ def _attack_flags(parser: ArgumentParser) -> None:
         help="random[-SAMPLES] fgsm rfgsm bim[-STEPS] pgd[-STEPS[xRESTARTS]]",
     )  # fmt: skip
     parser.add_argument(
-        "--eps", nargs="+", type=eps, default=[2 / 255, 8 / 255, 16 / 255],
+        "--eps", nargs="+", type=str, default=["2/255", "8/255", "16/255"],
         help="L-infinity radii in [0, 1], as 8/255",
     )  # fmt: skip
     parser.add_argument(
@@ -174,10 +179,6 @@ def eps(text: str | float) -> float:
     if value != value:
         raise UserError(f"eps is a number in [0, 1], as 8/255 or 0.03; found {text!r}")
     return check_eps(value)
-
-
-def _eps_or_none(text: str | float | None) -> float | None:
-    return None if text in (None, "none", "null") else eps(str(text))
 
 
 def _spelled(flags: list[str]) -> list[str]:

@@ -78,9 +78,8 @@ class OrthogonalPenalty:
     def add_grad_(self) -> Tensor:
         """Add the penalty's gradient, 2 beta (WW' - I) W, to every trainable weight's `.grad`.
 
-        Two small matrix products a weight, no graph and no synchronisation. Call it once a step,
-        between `backward()` (and the unscaling of scaled gradients) and the optimiser's step.
-        Returns the value of `penalty()`, detached, from the same Grams.
+        Two small products a weight, no graph, no synchronisation. Call it once a step, between
+        `backward()` (unscaled) and the optimiser's step. Returns `penalty()`'s value, detached.
         """
         squares = []
         with _full_precision(self._layers[0][0].weight):
@@ -126,12 +125,13 @@ class ConvexSum(nn.Module):
 
     def __init__(self, branches: int = 2) -> None:
         super().__init__()
+        self.branches = branches
         self.alpha = nn.Parameter(torch.full((branches,), 1 / branches))
 
     def forward(self, *xs: Tensor) -> Tensor:
         """The combination of `branches` tensors of one shape."""
-        if len(xs) != len(self.alpha):
-            raise UserError(f"ConvexSum has {len(self.alpha)} branches; found {len(xs)} tensors")
+        if len(xs) != self.branches:
+            raise UserError(f"ConvexSum has {self.branches} branches; found {len(xs)} tensors")
         total = self.alpha[0] * xs[0]
         for i, x in enumerate(xs[1:], 1):
             # In place: the product's own gradient needs xs[0], never the product.

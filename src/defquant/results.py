@@ -31,7 +31,9 @@ class Score:
 
     def __post_init__(self) -> None:
         if not 0 <= self.correct <= self.total or self.total == 0:
-            raise UserError(f"a score needs 0 <= correct <= total > 0; found {self}")
+            raise UserError(
+                f"a score needs 0 <= correct <= total > 0; found {self.correct} of {self.total}"
+            )
 
     @property
     def accuracy(self) -> float:

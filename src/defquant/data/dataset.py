@@ -225,7 +225,9 @@ def _check_shift(images: Tensor, shift: int) -> None:
 
 
 def _unit(images: Tensor) -> Tensor:
-    return images.float().div_(255)
+    unit = images.float()
+    # by a tensor: CUDA multiplies by the reciprocal of a plain 255, which rounds otherwise
+    return unit.div_(unit.new_full((), 255))
 
 
 def _mix(seed: int, epoch: int) -> int:

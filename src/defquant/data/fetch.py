@@ -121,14 +121,18 @@ def _chunks(
                 received += len(chunk)
                 yield chunk, total
     except (OSError, http.client.HTTPException) as error:
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()
-        reason = " ".join(str(getattr(error, "reason", None) or error).split())
-        raise UserError(
-            f"cannot download {url} ({reason or type(error).__name__}): {remedy}"
-        ) from None
+        reason = _reason(error)
+        raise UserError(f"cannot download {url} ({reason}): {remedy}") from None
     if total is not None and received < total:
         raise UserError(f"the download was cut after {received:,} of {total:,} bytes: {remedy}")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, urllib.error.HTTPError):
+        error.close()
+        return str(error)
+    inner = error.reason if isinstance(error, urllib.error.URLError) else error
+    return " ".join(str(inner).split()) or type(error).__name__
 
 
 def _unpack(path: Path, root: Path) -> None:

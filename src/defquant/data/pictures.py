@@ -4,6 +4,7 @@ import hashlib
 import io
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,13 @@ __all__ = ["decode", "read_folder"]
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 
 
-def decode(sources: Sequence[Path | bytes], where: str) -> NDArray[np.uint8]:
-    """Images (n, c, h, w), c = 1 where all are 8-bit grayscale and 3 otherwise.
+def decode(sources: Sequence[Path | bytes], where: str, *, gray: bool = False) -> NDArray[np.uint8]:
+    """RGB images (n, 3, h, w); one channel where `gray` allows it and all images have but one.
 
     `sources` are encoded images or the files that hold them, at least one; `where` names the place
     that bytes came from. The orientation that a camera noted is not applied.
     Raises `UserError`, naming the file, where one does not decode or has another size.
     """
-    gray = True
     images = np.empty((0, 3, 0, 0), np.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -61,19 +61,33 @@ def read_folder(root: Path, split: str) -> Dataset:
     unknown = sorted(set(_subfolders(here)) - set(classes))
     if unknown:
         raise UserError(f"{here} must hold classes of the training set only; found {unknown[0]!r}")
-    files: list[tuple[Path, int]] = []
-    for label, name in enumerate(classes):
-        found = _images(here / name)
-        files += [(path, label) for path in (found if ready else _part(found, split))]
-    if not files:
+    chosen, rest = _split(root, split, classes, ready)
+    if not chosen:
         raise UserError(
             f"a data folder must hold images ({' '.join(sorted(_SUFFIXES))}) in one folder for "
             f"each class; found {len(classes)} classes and no {split} image in {here}"
         )
-    files.sort(key=lambda item: _hash(item[0]))
-    images = decode([path for path, _ in files], str(here))
-    labels = np.array([label for _, label in files])
+    gray = not any(_has_colour(path) for path, _ in rest)  # both splits need as many channels
+    images = decode([path for path, _ in chosen], str(here), gray=gray)
+    labels = np.array([label for _, label in chosen])
     return from_arrays(images, labels, classes, name=root.resolve().name, where=str(here))
+
+
+def _split(
+    root: Path, split: str, classes: Sequence[str], ready: bool
+) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]]]:
+    """Files and labels of `split`, in the order of their hash, and those of the other one."""
+    chosen, rest = [], []
+    for label, name in enumerate(classes):
+        if ready:
+            parts = {part: _images(root / part / name) for part in ("train", "test")}
+        else:
+            found = _images(root / name)
+            cut = max(1, round(len(found) / 5)) if len(found) > 1 else 0
+            parts = {"test": found[:cut], "train": found[cut:]}
+        chosen += [(path, label) for path in parts.pop(split)]
+        rest += [(path, label) for paths in parts.values() for path in paths]
+    return sorted(chosen, key=lambda item: _hash(item[0])), rest
 
 
 def _subfolders(folder: Path) -> tuple[str, ...]:
@@ -96,13 +110,17 @@ def _images(folder: Path) -> list[Path]:
     )
 
 
-def _part(files: list[Path], split: str) -> list[Path]:
-    cut = max(1, round(len(files) / 5)) if len(files) > 1 else 0
-    return files[:cut] if split == "test" else files[cut:]
-
-
 def _hash(path: Path) -> tuple[str, str]:
     return hashlib.sha256(path.name.encode(errors="surrogateescape")).hexdigest(), str(path)
+
+
+def _has_colour(path: Path) -> bool:
+    """From the file's header alone; a broken file has its say when its own split is read."""
+    with suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path) as image:
+            return image.mode not in ("L", "1")
+    return False
 
 
 def _pixels(source: Path | bytes, name: str) -> NDArray[np.uint8]:

@@ -74,7 +74,7 @@ def colours(classes: Mapping[Series, str], *, dark: bool) -> str:
         for index, series in enumerate(same):
             share = index / max(1, len(same) - 1)
             light = 0.88 - 0.26 * share if dark else 0.38 + 0.31 * share
-            chroma = 0.0 if series.method.startswith("float") else 0.13
+            chroma = 0.0 if series.method == "float" else 0.13
             shade = hue + 24 * share * (-1 if family.is_dq else 1)
             rules.append(f".{classes[series]}{{--c:oklch({light:.2f} {chroma} {shade:.0f})}}")
         middle = 0.74 if dark else 0.55

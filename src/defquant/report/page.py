@@ -29,6 +29,7 @@ from defquant.results import Cell, Measurement, aggregate, read_folder
 __all__ = ["build_report"]
 
 STRIP_ROWS = 8
+STRIP_COLUMNS = 8
 STRIP_BYTES = 350_000
 
 
@@ -65,6 +66,7 @@ class StripTable:
     where: str
     columns: list[Strip]
     images: list[str]
+    left_out: int
 
     def holders(self, image: str) -> list[Strip]:
         return [strip for strip in self.columns if image in strip.examples]
@@ -191,8 +193,10 @@ def _strips(strips: Sequence[Strip]) -> list[StripTable]:
 
 
 def _strip(name: tuple[str, str, str, float], strips: list[Strip], share: int) -> StripTable:
+    """Full precision and 4 bits first, as the paper's Figure 7, where not all columns fit."""
     data, model, attack, eps = name
-    columns = sorted(strips, key=lambda strip: strip.series.order)
+    columns = sorted(strips, key=lambda s: (s.series.bits not in (None, 4), s.series.order))
+    columns = sorted(columns[:STRIP_COLUMNS], key=lambda s: s.series.order)
     counts: dict[str, int] = {}
     for image in (image for strip in columns for image in strip.examples):
         counts[image] = counts.get(image, 0) + 1
@@ -203,4 +207,5 @@ def _strip(name: tuple[str, str, str, float], strips: list[Strip], share: int) -
         if size > STRIP_BYTES / share:
             break
         images.append(image)
-    return StripTable(f"{attack} at {eps_text(eps)}, {model} on {data}", columns, images)
+    where = f"{attack} at {eps_text(eps)}, {model} on {data}"
+    return StripTable(where, columns, images, len(strips) - len(columns))

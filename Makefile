@@ -1,0 +1,56 @@
+# make demo: the main job.  make test: the tests.  Both set everything up themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := src tests benchmarks
+
+.PHONY: setup setup-dev demo test test-slow lint format types bench docs check smoke clean
+
+setup: .venv/.base
+setup-dev: .venv/.dev
+
+# The stamps are written last, so a set-up that was stopped is done again.
+.venv/.base: requirements.lock pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'defquant needs Python 3.11 or newer: make PYTHON=python3.11 ...')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+.venv/.dev: .venv/.base requirements-dev.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	touch $@
+
+demo: setup
+	$(BIN)/defquant demo --out demo
+
+test: setup-dev
+	$(BIN)/pytest -m "not slow"
+
+test-slow: setup-dev
+	$(BIN)/pytest -m slow
+
+lint: setup-dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+format: setup-dev
+	$(BIN)/ruff check --fix-only $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+types: setup-dev
+	$(BIN)/mypy
+
+bench: setup-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps torchattacks==3.5.1
+	for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+docs: setup-dev
+	$(BIN)/pytest tests/test_docs.py
+
+smoke: setup
+	$(BIN)/defquant demo --smoke --seeds 1 --out build/smoke
+
+check: lint types test test-slow smoke
+
+clean:
+	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,33 @@
+"""Shared by all tests: few threads, small networks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from defquant.data import Dataset
+
+REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _few_threads() -> None:
+    torch.set_num_threads(1)
+
+
+def tiny_images(n: int = 64, *, size: int = 8, channels: int = 1, seed: int = 0) -> Dataset:
+    """Bright bars on a dark ground: four classes that a small network learns in a few steps."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 4
+    images = torch.randint(0, 60, (n, channels, size, size), generator=generator)
+    half = size // 2
+    corners = ((0, 0), (0, half), (half, 0), (half, half))
+    for index, label in enumerate(labels.tolist()):
+        row, column = corners[label]
+        images[index, :, row : row + half, column : column + half] += 120
+    return Dataset(images.to(torch.uint8), labels, ("nw", "ne", "sw", "se"), "corners")
+
+
+@pytest.fixture
+def corners() -> Dataset:
+    return tiny_images()

@@ -1,0 +1,97 @@
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from defquant import checkpoint
+from defquant.checkpoint import Checkpoint, Facts, load, load_model, save
+from defquant.config import DataConfig, ModelConfig, TrainConfig
+from defquant.errors import UserError
+from defquant.models import build
+
+
+def facts(**model: object) -> Facts:
+    return Facts(
+        ModelConfig("wrn-10-1", **model), DataConfig(), TrainConfig(milestones=(3, 5), beta=0.1), 4,  # type: ignore[arg-type]
+        1, ("a", "b", "c", "d"), "corners", "f00d", history=({"epoch": 1, "loss": 0.5},),
+    )  # fmt: skip
+
+
+def saved(folder: Path) -> Path:
+    model = build(facts(bits=4).model, num_classes=4, in_channels=1)
+    momentum = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    return save(folder, Checkpoint(facts(bits=4), model.state_dict(), momentum))
+
+
+def refused(path: Path, match: str) -> None:
+    with pytest.raises(UserError, match=match) as error:
+        load_model(path)
+    assert "\n" not in str(error.value)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    again = load(tmp_path)
+    assert again.facts == facts(bits=4)
+    model, _ = load_model(path)
+    assert all(torch.equal(v, again.weights[k]) for k, v in model.state_dict().items())
+    assert again.momentum.keys() == dict(model.named_parameters()).keys()
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["beta"] == 0.1
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == {"epoch": 1, "loss": 0.5}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_cut_anywhere_it_is_refused(tmp_path: Path, share: float) -> None:
+    path = saved(tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    refused(path, "not a whole safetensors file")
+
+
+def test_a_pickle_is_never_run(tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (tmp_path / "ran",)  # type: ignore[return-value]
+
+    path = tmp_path / checkpoint.NAME
+    path.write_bytes(pickle.dumps(Hostile()))
+    refused(path, "not a whole safetensors file")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_other_architectures_versions_and_programs_are_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    whole = load(path)
+    save(tmp_path, replace(whole, facts=replace(whole.facts, model=ModelConfig("wrn-16-1"))))
+    refused(path, "of another architecture")
+    save(tmp_path, replace(whole, facts=replace(whole.facts, num_classes=5)))
+    refused(path, "of another architecture")
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path)
+    refused(path, "another program's")
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path, {"defquant": '{"format": 99}'})
+    refused(path, "upgrade defquant")
+    for header in ("", "[]", "{}", '{"format": 1}', '{"format": "x"}', '{"format": 1, "model": 3}'):
+        safetensors.torch.save_file({"a": torch.zeros(1)}, path, {"defquant": header})
+        refused(path, "header")
+    refused(tmp_path / "nothing", "no checkpoint at")
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path)
+    before = path.read_bytes()
+
+    def full(_: Path, content: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        saved(tmp_path)
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    load_model(path)

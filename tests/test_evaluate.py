@@ -1,0 +1,131 @@
+import warnings
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import defquant as dq
+from defquant.attacks import FGSM, PGD, Random
+from defquant.data import Dataset
+from defquant.evaluate import correct, robust, sweep
+
+
+class Threshold(nn.Module):
+    """Right on images brighter than 0.5 on average, for class 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = (x.mean((1, 2, 3)) - 0.5) * self.w * 20
+        return torch.stack([-z, z], 1)
+
+
+def ladder() -> tuple[Tensor, Tensor]:
+    """Images whose distance from the threshold is 0, 1/255, ... 99/255, all of class 1."""
+    images = (torch.arange(100) / 255 + 0.5).clamp(0, 1)
+    return images.view(-1, 1, 1, 1).expand(-1, 1, 4, 4), torch.ones(100, dtype=torch.int64)
+
+
+def test_robust_accuracy_counts_exactly_those_within_reach() -> None:
+    model, data = Threshold().eval(), ladder()
+    for pixels in (5, 20, 60):
+        score = dq.robust_accuracy(model, data, FGSM((pixels + 0.5) / 255))
+        assert score.correct == 100 - pixels - 1
+        assert score.total == 100
+    assert dq.accuracy(model, data).correct == 99  # the first is on the threshold: argmax says 0
+
+
+def test_uint8_and_float_images_score_the_same() -> None:
+    images = torch.randint(0, 256, (50, 1, 4, 4), generator=torch.Generator().manual_seed(0))
+    labels = torch.ones(50, dtype=torch.int64)
+    data = Dataset(images.to(torch.uint8), labels, ("0", "1"), "noise")
+    model = Threshold().eval()
+    floats = (images.float() / 255, labels)
+    attack = PGD(4 / 255)
+    assert dq.robust_accuracy(model, data, attack) == dq.robust_accuracy(model, floats, attack)
+    assert torch.equal(correct(model, data), correct(model, floats))
+
+
+def test_sweeps_fall_monotonically_and_carry_the_fallen() -> None:
+    model, data = Threshold().eval(), ladder()
+
+    def weak(model: nn.Module, x: Tensor, y: Tensor, *, generator: object = None) -> Tensor:
+        return x
+
+    weak.eps = 0.2  # type: ignore[attr-defined]
+    weak.name = "FGSM"  # type: ignore[attr-defined]
+    attacks = [FGSM(30 / 255), FGSM(10 / 255), Random(5 / 255), weak]
+    found = list(sweep(model, data, attacks))
+    assert found[0].attack is None
+    fgsm = [s for s in found if getattr(s.attack, "name", "") == "FGSM"]
+    assert [s.score.correct for s in fgsm] == sorted((s.score.correct for s in fgsm), reverse=True)
+    assert fgsm[-1].attack is weak
+    assert fgsm[-1].score == fgsm[-2].score
+    assert all((a.survivors | ~b.survivors).all() for a, b in pairwise(fgsm))
+
+
+def test_any_function_is_an_attack_and_its_ball_is_checked() -> None:
+    model, data = Threshold().eval(), ladder()
+
+    class Darken:
+        eps = 0.1
+
+        def __init__(self, by: float) -> None:
+            self.by = by
+
+        def __call__(
+            self, model: nn.Module, x: Tensor, y: Tensor, *, generator: object = None
+        ) -> Tensor:
+            return x - self.by
+
+    assert dq.robust_accuracy(model, data, Darken(10.5 / 255)).correct == 89
+    with pytest.raises(dq.UserError, match="further than its eps"):
+        dq.robust_accuracy(model, data, Darken(0.2))
+    with pytest.raises(dq.UserError, match="outside"):
+        dq.robust_accuracy(model, data, Darken(-0.09))
+
+
+def test_only_the_standing_are_attacked() -> None:
+    model, data = Threshold().eval(), ladder()
+    seen = 0
+
+    def spy(model: nn.Module, x: Tensor, y: Tensor, *, generator: object = None) -> Tensor:
+        nonlocal seen
+        seen += len(x)
+        return x
+
+    standing = torch.zeros(100, dtype=torch.bool)
+    standing[3:9] = True
+    assert torch.equal(robust(model, data, spy, standing=standing), standing)
+    assert seen == 6
+
+
+def warned(model: nn.Module, data: tuple[Tensor, Tensor]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dq.accuracy(model, data)
+    return [str(w.message) for w in caught]
+
+
+def test_usual_mistakes_are_named() -> None:
+    data = ladder()
+    assert not warned(Threshold().eval(), data)
+    assert "training mode" in warned(Threshold(), data)[0]
+    assert "probabilities" in warned(nn.Sequential(Threshold(), nn.Softmax(1)).eval(), data)[0]
+
+    class Centred(Threshold):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x - x.mean(0) + 0.5)
+
+    assert "batch" in warned(Centred().eval(), data)[0]
+    with pytest.raises(dq.UserError, match=r"must return logits \(n, classes\)"):
+        dq.accuracy(nn.Flatten(0).eval(), data)
+    with pytest.raises(dq.UserError, match=r"labels must lie in 0\.\.1"):
+        dq.accuracy(Threshold().eval(), (data[0], data[1] * 7))
+    with pytest.raises(dq.UserError, match=r"images must lie in \[0, 1\]"):
+        dq.accuracy(Threshold().eval(), (data[0] * 255, data[1]))
+    with pytest.raises(dq.UserError, match="no images"):
+        dq.accuracy(Threshold().eval(), (data[0][:0], data[1][:0]))
