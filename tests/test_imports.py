@@ -8,7 +8,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "defquant"
 ORDER = (
     "errors", "files", "config", "results", "quantize", "lipschitz", "data", "models", "attacks",
-    "progress", "distributed", "evaluate", "train", "checkpoint", "runs", "measure", "experiments",
+    "progress", "distributed", "evaluate", "training", "checkpoint", "runs", "measure", "experiments",
     "report", "commands", "cli", "__main__",
 )  # fmt: skip
 TORCHLESS = ("errors", "files", "config", "results", "report", "cli", "commands")
@@ -45,3 +45,11 @@ def test_public_names_all_exist() -> None:
     for name in defquant.__all__:
         assert getattr(defquant, name) is not None
     assert set(defquant.__all__) <= set(dir(defquant))
+
+
+def test_no_public_name_is_also_a_module() -> None:
+    """Importing `defquant.x` would put the module in the place of the function `dq.x`."""
+    import defquant
+
+    modules = {path.stem for path in SOURCE.glob("*.py")} | {p.name for p in SOURCE.glob("*/")}
+    assert not modules & set(defquant.__all__)

@@ -16,7 +16,8 @@ def reference(x: Tensor, bits: int, high: float) -> Tensor:
     """The paper's own words: y = r + stop_gradient[Quantize(r) - r], r = relu6(x)."""
     r = nn.functional.hardtanh(x, 0.0, high)
     step = high / (2**bits - 1)
-    return r + (torch.round(r / step) * step - r).detach()
+    quantized: Tensor = r + (torch.round(r / step) * step - r).detach()
+    return quantized
 
 
 @settings(max_examples=60, deadline=None)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from defquant.quantize import set_bits as set_bits
     from defquant.report import build_report as build_report
     from defquant.results import Score as Score
-    from defquant.train import train as train
+    from defquant.training import train as train
 
 _HOMES = {
     "attacks": ("BIM", "FGSM", "PGD", "RFGSM", "Attack", "Random", "Transfer"),
@@ -51,7 +51,7 @@ _HOMES = {
     "quantize": ("QuantReLU", "QuantTanh", "fake_quantize", "set_bits"),
     "report": ("build_report",),
     "results": ("Score",),
-    "train": ("train",),
+    "training": ("train",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -58,7 +58,7 @@ def fake_quantize(x: Tensor, bits: int | None, high: float = 6.0) -> Tensor:
         x = x.float()
     if bits is None:
         return nn.functional.hardtanh(x, 0.0, high)
-    quantized: Tensor = _FakeQuantize.apply(x, 2**bits - 1, high)
+    quantized: Tensor = _FakeQuantize.apply(x, 2**bits - 1, high)  # type: ignore[no-untyped-call]
     return quantized
 
 

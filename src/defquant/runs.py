@@ -16,7 +16,7 @@ from defquant.data import Dataset, load
 from defquant.errors import UserError
 from defquant.files import owned_folder
 from defquant.models import build
-from defquant.train import History, train
+from defquant.training import History, train
 
 __all__ = ["finished", "test_images", "train_run"]
 

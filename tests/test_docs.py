@@ -1,0 +1,309 @@
+"""The documentation cannot rot: its code runs, its commands parse, its names and links exist."""
+
+import ast
+import contextlib
+import importlib
+import io
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import defquant
+from defquant import cli
+from defquant.attacks.names import parse_attack
+from defquant.config import DataConfig, ModelConfig, TrainConfig, from_mapping
+from defquant.data import DATASETS
+from defquant.errors import UserError
+from defquant.models import build
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("docs", "src", "tests", "benchmarks")
+PAGES = sorted([*ROOT.glob("*.md"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.md"))])
+DOCS = [page for page in PAGES if page.parent.name == "docs"]
+SHELLS = ("console", "bash", "sh")
+FILE = re.compile(r".*\.(py|md|json|jsonl|html|ya?ml|mat|npz|gz|toml|lock|safetensors|txt)")
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+every_doc = pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: `language` and `note` come from its first line, ```language note."""
+
+    language: str
+    note: str
+    code: str
+    line: int
+
+
+def blocks(text: str) -> Iterator[Block]:
+    for found in re.finditer(r"^```(\w*) *(.*)\n((?:.*\n)*?)```$", text, re.M):
+        yield Block(found[1], found[2].strip(), found[3], text[: found.start(3)].count("\n") + 1)
+
+
+def prose(text: str) -> str:
+    return re.sub(r"^```(?:.*\n)*?```$", "", text, flags=re.M)
+
+
+def spans(text: str) -> list[str]:
+    """What stands between backticks, outside fenced blocks."""
+    return [span.replace("\\|", "|") for span in re.findall(r"`([^`\n]+)`", prose(text))]
+
+
+# ------------------------------------------------------------------ (a) code
+
+
+def run_python(text: str, name: str) -> int:
+    """Run the python blocks of one page in one namespace; how many ran."""
+    namespace: dict[str, object] = {"__name__": "__docs__"}
+    ran = 0
+    for block in blocks(text):
+        if block.language == "python":
+            tree = compile("\n" * (block.line - 1) + block.code, name, "exec")
+            if block.note != "no-run":
+                exec(tree, namespace)
+                ran += 1
+    return ran
+
+
+@every_page
+@pytest.mark.timeout(60)
+def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = run_python(page.read_text(), page.name)
+    assert ran or page.name != "guide.md"
+
+
+# -------------------------------------------------------------- (b) commands
+
+
+def commands(text: str) -> Iterator[tuple[list[str], str | None]]:
+    """`defquant` command lines of the shell blocks: the words after it, and the file after `>`."""
+    for block in blocks(text):
+        if block.language == "yaml" and block.note:
+            Path(block.note).write_text(block.code)
+        if block.language in SHELLS:
+            for line in re.sub(r"\\\n", " ", block.code).splitlines():
+                words = shlex.split(line.removeprefix("$ "), comments=True)
+                if "defquant" in words:
+                    words = words[words.index("defquant") + 1 :]
+                    file = words[words.index(">") + 1] if ">" in words else None
+                    ends = [words.index(end) for end in (">", "|", "&&", ";") if end in words]
+                    yield words[: min(ends, default=len(words))], file
+
+
+def check(words: list[str]) -> None:
+    """Raise unless `defquant words...` would be understood: its flags, and the names in them."""
+    if words[0] in ("--help", "--version"):
+        return
+    verb, flags = words[0], words[1:]
+    if verb not in cli.VERBS:
+        raise UserError(f"unknown verb {verb!r}")
+    settings = cli._parse(verb, flags)
+    if settings is None:
+        return
+    if verb == "train":
+        values = settings.as_dict() | {"convex": bool(settings.convex)}
+        from_mapping(TrainConfig, values)
+        with torch.device("meta"):
+            build(from_mapping(ModelConfig, values), num_classes=10, in_channels=3)
+        if from_mapping(DataConfig, values).data not in DATASETS:
+            raise UserError(f"unknown data set {settings.data!r}")
+    if verb == "attack":
+        for name in settings.attack:
+            parse_attack(name, settings.eps[0])
+
+
+@every_page
+def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words, file in commands(page.read_text()):
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(printed):
+                check(words)
+        except Exception as error:
+            pytest.fail(f"{page.name}: defquant {shlex.join(words)}: {error}")
+        if file:
+            Path(file).write_text(printed.getvalue())
+
+
+@every_page
+def test_commands_in_the_text_parse(page: Path) -> None:
+    for span in spans(page.read_text()):
+        words = shlex.split(span) if span.startswith("defquant ") else ["defquant"]
+        if len(words) == 2 and words[1][0] != "-":
+            assert words[1] in {*cli.VERBS, "VERB"}, f"{page.name}: {span}"
+        elif len(words) > 2 and words[1] != "VERB":
+            check(words[1:])
+
+
+@every_page
+def test_make_targets_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    shells = "".join(b.code for b in blocks(page.read_text()) if b.language in SHELLS)
+    found = re.findall(r"^\$? ?make ([\w-]+)", shells + "\n".join(spans(page.read_text())), re.M)
+    assert set(found) <= targets, page.name
+
+
+@cache
+def flags() -> set[str]:
+    parsers = [cli.parser_for(verb) for verb in cli.VERBS]
+    return {name for parser in parsers for name in parser.get_defaults().keys()} | {  # noqa: SIM118
+        "config", "print_config", "help", "version",
+    }  # fmt: skip
+
+
+@every_doc
+def test_flags_in_the_text_exist(page: Path) -> None:
+    for span in spans(page.read_text()):
+        if span.startswith("--"):
+            name = re.split(r"[ =]", span[2:])[0].replace("-", "_")
+            assert name in flags(), f"{page.name}: {span}"
+
+
+# ----------------------------------------------------------------- (c) names
+
+
+def resolve(name: str) -> object:
+    """What `defquant.` + name names. Raises `ImportError` or `AttributeError`."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        path = Path(defquant.__file__).parent.joinpath(*parts[:end])
+        if path.is_dir() or path.with_suffix(".py").is_file():
+            found: object = importlib.import_module(f"defquant.{'.'.join(parts[:end])}")
+            for part in parts[end:]:
+                found = getattr(found, part)
+            return found
+    raise ImportError(f"defquant has no module {parts[0]}")
+
+
+def dotted(text: str) -> list[str]:
+    """`module.function` names: all between backticks that look like one and like no file."""
+    names = [s for s in spans(text) if re.fullmatch(r"[a-z_]\w*(\.\w+)+", s)]
+    return [name for name in names if not FILE.fullmatch(name)]
+
+
+def tests_named(text: str) -> list[tuple[str, str]]:
+    return re.findall(r"`(tests/\w+\.py)::(\w+)`", text)
+
+
+def has_test(file: str, name: str) -> bool:
+    tree = ast.parse((ROOT / file).read_text())
+    return any(isinstance(n, ast.FunctionDef) and n.name == name for n in ast.walk(tree))
+
+
+def test_names_of_the_paper_map_exist() -> None:
+    text = (ROOT / "docs" / "paper-map.md").read_text()
+    assert len(dotted(text)) > 20
+    assert len(tests_named(text)) > 20
+    for name in dotted(text):
+        resolve(name)
+
+
+@every_page
+def test_tests_and_public_names_exist(page: Path) -> None:
+    text = page.read_text()
+    for file, name in tests_named(text):
+        assert has_test(file, name), f"{page.name}: {file}::{name}"
+    for name in re.findall(r"\bdq\.(\w+)", "\n".join(spans(text))):
+        assert name in defquant.__all__, f"{page.name}: dq.{name}"
+
+
+@pytest.fixture(scope="module")
+def messages() -> list[str]:
+    """Every string of the sources, `…` for what is filled in."""
+    found = []
+    for path in Path(defquant.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = (getattr(v, "value", "") for v in node.values)
+                found.append("".join(p if isinstance(p, str) else "…" for p in parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_messages_are_those_of_the_code(messages: list[str]) -> None:
+    """`### message` of flags.md, `…` for anything: its parts stand in one string of the sources."""
+    text = (ROOT / "docs" / "flags.md").read_text()
+    heads = re.findall(r"^### (.*)$", text, re.M)
+    assert len(heads) > 30
+    for head in heads:
+        parts = [part.strip() for part in head.replace("`", "").split("…") if part.strip()]
+        plain = [message.replace("`", "") for message in messages]
+        assert any(all(part in message for part in parts) for message in plain), head
+
+
+def test_every_warning_is_explained() -> None:
+    heads = re.findall(r"^### (.*)$", (ROOT / "docs" / "flags.md").read_text(), re.M)
+    warned = []
+    for path in Path(defquant.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("_warn", "warnings.warn"):
+                warned += [a.value for a in node.args[:1] if isinstance(a, ast.Constant)]
+    assert warned
+    assert set(warned) <= set(heads)
+
+
+# ----------------------------------------------------------------- (d) links
+
+
+def anchors(path: Path) -> set[str]:
+    """GitHub's names of the headings of a page."""
+    heads = re.findall(r"^#+ (.*)$", prose(path.read_text()), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+def broken_links(page: Path) -> list[str]:
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page.read_text())):
+        if not re.match(r"[a-z]+:", target):
+            place, _, anchor = target.partition("#")
+            path = (page.parent / place).resolve() if place else page
+            if not path.exists() or (anchor and anchor not in anchors(path)):
+                broken.append(target)
+    return broken
+
+
+@every_page
+def test_relative_links_resolve(page: Path) -> None:
+    assert not broken_links(page)
+
+
+@every_page
+def test_no_path_of_one_machine(page: Path) -> None:
+    assert not re.findall(r"(?<![\w.])/(?:home|work|root|Users|mnt|tmp)/\S*", page.read_text())
+
+
+# ------------------------------------------------- each check is able to fail
+
+
+def test_the_checks_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        run_python("```python\nx = 0\n```\ntext\n```python\n1 / x\n```\n", "page")
+    with pytest.raises(SyntaxError):
+        run_python("```python no-run\n1 +\n```\n", "page")
+    for command in (
+        "$ defquant train --outt runs/a", "defquant fly --out a", "defquant attack a --eps 8",
+        "defquant attack a --attack cw", "defquant train --out a --model lenet",
+        "torchrun -m defquant train \\\n  --preset none", "defquant train --out a --data mnist",
+    ):  # fmt: skip
+        ((words, _),) = commands(f"```console\n{command}\n```\n")
+        with pytest.raises(UserError):
+            check(words)
+    for name in ("quantize.missing", "missing.name", "lipschitz.OrthogonalPenalty.missing"):
+        with pytest.raises((ImportError, AttributeError)):
+            resolve(name)
+    assert not has_test("tests/test_docs.py", "test_missing")
+    page = tmp_path / "page.md"
+    page.write_text("# One head\n[a](page.md) [b](#one-head) [c](gone.md) [d](page.md#gone)\n")
+    assert broken_links(page) == ["gone.md", "page.md#gone"]

@@ -1,0 +1,217 @@
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_images
+from torch import Tensor, nn
+
+import defquant as dq
+from defquant import checkpoint
+from defquant.config import PRESETS, DataConfig, ModelConfig, TrainConfig, from_mapping
+from defquant.data import Dataset, batches
+from defquant.lipschitz import ConvexSum
+from defquant.training import learning_rate, train, training_attack
+
+CONFIG = TrainConfig(epochs=2, batch_size=16, lr=0.05, device="cpu")
+
+
+def network(bits: int | None = 4, *, convex: bool = False, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return dq.wide_resnet(10, 1, bits=bits, convex=convex, in_channels=1, num_classes=4)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def test_it_learns(corners: Dataset) -> None:
+    history = train(network(), corners, replace(CONFIG, epochs=6), test=tiny_images(seed=1))
+    assert history[-1]["test_accuracy"] > 0.95
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert [h["epoch"] for h in history] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_loop_is_plain_sgd_on_the_papers_objective(corners: Dataset) -> None:
+    """Against a loop written out with torch's own SGD and the literal penalty of Eq. 8."""
+    beta, decay = 0.03, 5e-4
+    config = replace(CONFIG, beta=beta, schedule="constant", channels_last=False)
+    model, plain = network(convex=True), network(convex=True)
+    train(model, corners, config)
+    alphas = [p for n, p in plain.named_parameters() if n.endswith("alpha")]
+    others = [p for n, p in plain.named_parameters() if not n.endswith("alpha")]
+    groups = [{"params": others, "weight_decay": decay}, {"params": alphas, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+    plain.train()
+    for epoch in range(2):
+        for x, y in batches(corners, 16, seed=0, epoch=epoch):
+            loss = nn.functional.cross_entropy(plain(x), y)
+            for module in plain.modules():
+                if isinstance(module, nn.Conv2d | nn.Linear):
+                    W = module.weight.flatten(1)
+                    loss = loss + beta / 2 * (W.T @ W - torch.eye(W.shape[1])).square().sum()
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            dq.project_simplex_(plain)
+    for (name, mine), theirs in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=2e-4, msg=name)
+
+
+def test_penalty_as_loss_and_fused_train_alike(corners: Dataset) -> None:
+    models = [network(None), network(None)]
+    for model, mode in zip(models, ("fused", "loss"), strict=True):
+        config = replace(CONFIG, epochs=1, beta=0.02, penalty=mode)  # type: ignore[arg-type]
+        record = train(model, corners, config)[-1]
+        assert record["penalty"] > 0
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("penalty", ["fused", "parseval"])
+def test_penalties_pull_weights_towards_orthonormal(corners: Dataset, penalty: str) -> None:
+    config = replace(CONFIG, epochs=10, beta=0.1, penalty=penalty, weight_decay=0.0)  # type: ignore[arg-type]
+    pulled, free = network(None), network(None)
+    train(pulled, corners, config)
+    train(free, corners, replace(config, beta=0.0))
+
+    def distance(model: nn.Module) -> float:
+        return float(dq.OrthogonalPenalty(model, 1.0).penalty())
+
+    assert distance(pulled) < 0.2 * distance(free)
+
+
+def test_convex_coefficients_stay_on_the_simplex_and_are_not_decayed(corners: Dataset) -> None:
+    model = network(convex=True)
+    train(model, corners, replace(CONFIG, weight_decay=0.5))
+    for module in model.modules():
+        if isinstance(module, ConvexSum):
+            assert (module.alpha >= 0).all()
+            assert abs(float(module.alpha.sum()) - 1) < 1e-6
+
+
+def test_same_seed_same_weights_other_seed_other_weights(corners: Dataset) -> None:
+    models = [network() for _ in range(3)]
+    for model, seed in zip(models, (0, 0, 1), strict=True):
+        torch.rand(7)  # the global random state must not matter
+        train(model, corners, replace(CONFIG, epochs=1, seed=seed))
+    assert same(models[0], models[1])
+    assert not same(models[0], models[2])
+
+
+@pytest.mark.parametrize("attack", ["fgsm", "rfgsm", "pgd"])
+def test_adversarial_training_sees_the_attacked_images(corners: Dataset, attack: str) -> None:
+    config = replace(CONFIG, epochs=1, attack=attack, attack_eps=8 / 255)  # type: ignore[arg-type]
+    made = training_attack(config)
+    assert made is not None
+    seen: list[float] = []
+
+    def spy(
+        model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        assert model.training
+        adversarial = made(model, x, y, generator=generator)
+        assert model.training
+        seen.append(float((adversarial - x).abs().max()))
+        return adversarial
+
+    plain, attacked, again = network(), network(), network()
+    train(plain, corners, replace(config, attack="none"))
+    train(attacked, corners, config, attack=spy)
+    train(again, corners, config)
+    assert 0 < max(seen) <= 8 / 255 + 1e-6
+    assert same(attacked, again)
+    assert not same(attacked, plain)
+    halved = network()
+    train(halved, corners, replace(config, mix=0.0))
+    assert same(halved, plain)
+
+
+def test_diverging_stops_with_a_clear_word(corners: Dataset) -> None:
+    with pytest.raises(dq.UserError, match="training diverged: the loss is") as error:
+        train(network(None), corners, replace(CONFIG, lr=1e30, schedule="constant"))
+    assert "\n" not in str(error.value)
+
+
+def test_learning_rates() -> None:
+    step = TrainConfig(**{k: v for k, v in PRESETS["cifar10-paper"].items() if k in TrainConfig.__annotations__})
+    rates = [learning_rate(step, epoch * 391, 391) for epoch in (0, 59, 60, 119, 120, 160, 199)]
+    expected = [0.1, 0.1, 0.02, 0.02, 0.004, 0.0008, 0.0008]
+    assert all(math.isclose(a, b) for a, b in zip(rates, expected, strict=True))
+    cycle = TrainConfig(epochs=4, lr=0.2)
+    curve = [learning_rate(cycle, s, 10) for s in range(40)]
+    assert max(curve) == pytest.approx(0.2)
+    assert curve.index(max(curve)) == 9
+    assert 0 < curve[-1] < 0.01
+    assert min(curve) > 0
+
+
+def test_presets_are_the_papers() -> None:
+    for name, values in PRESETS.items():
+        for kind in (ModelConfig, DataConfig, TrainConfig):
+            from_mapping(kind, values)
+        known = {f for k in (ModelConfig, DataConfig, TrainConfig) for f in k.__annotations__}
+        assert set(values) <= known, name
+    paper = PRESETS["svhn-paper"]
+    assert (paper["epochs"], paper["lr"], paper["gamma"], paper["beta"]) == (160, 0.01, 0.1, 2e-3)
+
+
+# --- whole runs in folders ---------------------------------------------------------------------
+
+RUN = """
+import sys, pathlib
+from defquant.config import *
+from defquant.runs import train_run
+train_run(ModelConfig("wrn-10-1", bits=4, convex=True), DataConfig("digits", train_images=192),
+          TrainConfig(epochs=4, batch_size=32, beta=0.05, attack="rfgsm", device="cpu"),
+          pathlib.Path(sys.argv[1]), resume=True)
+"""
+
+
+def run(folder: Path, **popen: object) -> subprocess.Popen[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", RUN, str(folder)]
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, **popen)  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    assert whole.wait() == 0, whole.stderr
+    for epoch in (1, 2):
+        killed = run(tmp_path / f"killed{epoch}")
+        assert killed.stderr is not None
+        for line in killed.stderr:
+            if f"epoch {epoch}/4" in line:
+                killed.kill()
+                break
+        killed.wait()
+        assert len(checkpoint.load(tmp_path / f"killed{epoch}").facts.history) < 4
+        again = run(tmp_path / f"killed{epoch}")
+        assert again.wait() == 0
+    first, *others = [checkpoint.load(tmp_path / n) for n in ("whole", "killed1", "killed2")]
+    for other in others:
+        assert other.facts.history[-1]["loss"] == first.facts.history[-1]["loss"]
+        assert all(torch.equal(v, other.weights[k]) for k, v in first.weights.items())
+        assert all(torch.equal(v, other.momentum[k]) for k, v in first.momentum.items())
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Two gloo processes with half the batch each: the same loss as one, up to batch norm."""
+    code = RUN.replace('attack="rfgsm", ', "").replace("resume=True", "show=False")
+    script = tmp_path / "run.py"
+    script.write_text(code)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*launch, str(script), str(tmp_path / "two")], env=env, check=True, timeout=240)
+    subprocess.run([sys.executable, str(script), str(tmp_path / "one")], env=env, check=True)
+    one, two = (checkpoint.load(tmp_path / name).facts.history for name in ("one", "two"))
+    assert len(one) == len(two) == 4
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=0.1)
+    assert two[-1]["test_accuracy"] == pytest.approx(one[-1]["test_accuracy"], abs=0.15)
