@@ -26,7 +26,7 @@ def bare(data: Dataset, layout: torch.memory_format) -> None:
     for x, y in batches(data, BATCH, seed=0, epoch=0):
         loss = nn.functional.cross_entropy(model(x.contiguous(memory_format=layout)), y)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
 
 

@@ -12,7 +12,17 @@ import pytest
 
 from defquant.cli import eps, main
 
-TRAIN = ["train", "--data", "digits", "--train-images", "128", "--epochs", "1", "--batch-size", "32"]
+TRAIN = [
+    "train",
+    "--data",
+    "digits",
+    "--train-images",
+    "128",
+    "--epochs",
+    "1",
+    "--batch-size",
+    "32",
+]
 
 
 def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, list[str], list[str]]:
@@ -54,12 +64,12 @@ def test_train_attack_report(
     ]  # fmt: skip
     assert all(r["total"] == 30 and r["low"] <= r["accuracy"] <= r["high"] for r in records)
     assert out[-1] == str(trained / "results.jsonl")
-    status, out, err = call(capsys, *words[:-4], "--images", "20", "--substitute", str(trained))
+    status, out, _ = call(capsys, *words[:-4], "--images", "20", "--substitute", str(trained))
     assert status == 0
     assert any("FGSM(B)" in line for line in out)
     page = tmp_path / "page.html"
     table = tmp_path / "table.md"
-    status, out, err = call(
+    status, out, _ = call(
         capsys, "report", str(trained.parent), "--out", str(page), "--markdown", str(table)
     )
     assert status == 0
@@ -97,7 +107,7 @@ def test_a_folder_is_not_trained_over(trained: Path, capsys: pytest.CaptureFixtu
     words = [*TRAIN, "--bits", "4", "--beta", "0.05", "--out", str(trained)]
     assert "--resume" in refused(capsys, *words)
     assert "bits=4, not 3" in refused(capsys, *words, "--bits", "3", "--resume")
-    status, out, _ = call(capsys, *words, "--resume")  # finished: nothing to do, and says so
+    status, _, _ = call(capsys, *words, "--resume")  # finished: nothing to do, and says so
     assert status == 0
     assert (trained / "checkpoint.safetensors").read_bytes() == before
 

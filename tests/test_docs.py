@@ -140,7 +140,7 @@ def test_commands_in_the_text_parse(page: Path) -> None:
     for span in spans(page.read_text()):
         words = shlex.split(span) if span.startswith("defquant ") else ["defquant"]
         if len(words) == 2 and words[1][0] != "-":
-            assert words[1] in {*cli.VERBS, "VERB"}, f"{page.name}: {span}"
+            assert words[1] in {*cli.VERBS, "VERB", "..."}, f"{page.name}: {span}"
         elif len(words) > 2 and words[1] != "VERB":
             check(words[1:])
 
@@ -191,7 +191,7 @@ def dotted(text: str) -> list[str]:
     return [name for name in names if not FILE.fullmatch(name)]
 
 
-def tests_named(text: str) -> list[tuple[str, str]]:
+def named_tests(text: str) -> list[tuple[str, str]]:
     return re.findall(r"`(tests/\w+\.py)::(\w+)`", text)
 
 
@@ -203,7 +203,7 @@ def has_test(file: str, name: str) -> bool:
 def test_names_of_the_paper_map_exist() -> None:
     text = (ROOT / "docs" / "paper-map.md").read_text()
     assert len(dotted(text)) > 20
-    assert len(tests_named(text)) > 20
+    assert len(named_tests(text)) > 20
     for name in dotted(text):
         resolve(name)
 
@@ -211,7 +211,7 @@ def test_names_of_the_paper_map_exist() -> None:
 @every_page
 def test_tests_and_public_names_exist(page: Path) -> None:
     text = page.read_text()
-    for file, name in tests_named(text):
+    for file, name in named_tests(text):
         assert has_test(file, name), f"{page.name}: {file}::{name}"
     for name in re.findall(r"\bdq\.(\w+)", "\n".join(spans(text))):
         assert name in defquant.__all__, f"{page.name}: dq.{name}"

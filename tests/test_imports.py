@@ -8,8 +8,8 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "defquant"
 ORDER = (
     "errors", "files", "config", "results", "quantize", "lipschitz", "data", "models", "attacks",
-    "progress", "distributed", "evaluate", "training", "checkpoint", "runs", "measure", "experiments",
-    "report", "commands", "cli", "__main__",
+    "progress", "distributed", "evaluate", "training", "checkpoint", "runs", "measure",
+    "experiments", "report", "commands", "cli", "__main__",
 )  # fmt: skip
 TORCHLESS = ("errors", "files", "config", "results", "report", "cli", "commands")
 

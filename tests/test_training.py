@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_images
 from torch import Tensor, nn
 
 import defquant as dq
+from conftest import tiny_images
 from defquant import checkpoint
 from defquant.config import PRESETS, DataConfig, ModelConfig, TrainConfig, from_mapping
 from defquant.data import Dataset, batches
@@ -31,10 +31,10 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 
 def test_it_learns(corners: Dataset) -> None:
-    history = train(network(), corners, replace(CONFIG, epochs=6), test=tiny_images(seed=1))
+    history = train(network(), corners, replace(CONFIG, epochs=10), test=tiny_images(seed=1))
     assert history[-1]["test_accuracy"] > 0.95
     assert history[-1]["loss"] < history[0]["loss"]
-    assert [h["epoch"] for h in history] == [1, 2, 3, 4, 5, 6]
+    assert [h["epoch"] for h in history] == list(range(1, 11))
 
 
 def test_the_loop_is_plain_sgd_on_the_papers_objective(corners: Dataset) -> None:
@@ -56,10 +56,12 @@ def test_the_loop_is_plain_sgd_on_the_papers_objective(corners: Dataset) -> None
                     W = module.weight.flatten(1)
                     loss = loss + beta / 2 * (W.T @ W - torch.eye(W.shape[1])).square().sum()
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             dq.project_simplex_(plain)
-    for (name, mine), theirs in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
+    for (name, mine), theirs in zip(
+        model.state_dict().items(), plain.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=2e-4, msg=name)
 
 
@@ -81,7 +83,7 @@ def test_penalties_pull_weights_towards_orthonormal(corners: Dataset, penalty: s
     train(free, corners, replace(config, beta=0.0))
 
     def distance(model: nn.Module) -> float:
-        return float(dq.OrthogonalPenalty(model, 1.0).penalty())
+        return float(dq.OrthogonalPenalty(model, 1.0).penalty().detach())
 
     assert distance(pulled) < 0.2 * distance(free)
 
@@ -92,7 +94,7 @@ def test_convex_coefficients_stay_on_the_simplex_and_are_not_decayed(corners: Da
     for module in model.modules():
         if isinstance(module, ConvexSum):
             assert (module.alpha >= 0).all()
-            assert abs(float(module.alpha.sum()) - 1) < 1e-6
+            assert abs(float(module.alpha.detach().sum()) - 1) < 1e-6
 
 
 def test_same_seed_same_weights_other_seed_other_weights(corners: Dataset) -> None:
@@ -139,7 +141,9 @@ def test_diverging_stops_with_a_clear_word(corners: Dataset) -> None:
 
 
 def test_learning_rates() -> None:
-    step = TrainConfig(**{k: v for k, v in PRESETS["cifar10-paper"].items() if k in TrainConfig.__annotations__})
+    step = TrainConfig(
+        **{k: v for k, v in PRESETS["cifar10-paper"].items() if k in TrainConfig.__annotations__}
+    )
     rates = [learning_rate(step, epoch * 391, 391) for epoch in (0, 59, 60, 119, 120, 160, 199)]
     expected = [0.1, 0.1, 0.02, 0.02, 0.004, 0.0008, 0.0008]
     assert all(math.isclose(a, b) for a, b in zip(rates, expected, strict=True))
@@ -153,8 +157,9 @@ def test_learning_rates() -> None:
 
 def test_presets_are_the_papers() -> None:
     for name, values in PRESETS.items():
-        for kind in (ModelConfig, DataConfig, TrainConfig):
-            from_mapping(kind, values)
+        from_mapping(ModelConfig, values)
+        from_mapping(DataConfig, values)
+        from_mapping(TrainConfig, values)
         known = {f for k in (ModelConfig, DataConfig, TrainConfig) for f in k.__annotations__}
         assert set(values) <= known, name
     paper = PRESETS["svhn-paper"]

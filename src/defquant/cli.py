@@ -5,6 +5,7 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -184,7 +185,7 @@ def eps(text: str | float) -> float:
 def _spelled(flags: list[str]) -> list[str]:
     """`--data-root` as `--data_root`, and a bare switch as `--switch true`."""
     spelled: list[str] = []
-    for word, following in zip(flags, [*flags[1:], "--"], strict=True):
+    for word, following in pairwise([*flags, "--"]):
         name, equals, value = word.partition("=")
         if name.startswith("--"):
             name = "--" + name[2:].replace("-", "_")
@@ -196,7 +197,7 @@ def _spelled(flags: list[str]) -> list[str]:
 
 
 def _preset(flags: list[str]) -> str | None:
-    for word, following in zip(flags, [*flags[1:], ""], strict=True):
+    for word, following in pairwise([*flags, ""]):
         if word == "--preset":
             return following
         if word.startswith("--preset="):

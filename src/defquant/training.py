@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -140,10 +140,20 @@ class _Run:
         penalty = OrthogonalPenalty(model, config.beta) if config.beta else None
         attack = training_attack(config) if attack is None else attack
         names = {parameter: name for name, parameter in model.named_parameters()}
-        optimizer = _optimizer(names, config)
-        convex = any(isinstance(module, ConvexSum) for module in model.modules())
+        coefficients = [m.alpha for m in model.modules() if isinstance(m, ConvexSum)]
+        optimizer = _optimizer(names, coefficients, config)
         return cls(
-            model, network, data, config, attack, penalty, optimizer, device, me, names, convex
+            model,
+            network,
+            data,
+            config,
+            attack,
+            penalty,
+            optimizer,
+            device,
+            me,
+            names,
+            bool(coefficients),
         )
 
     def momentum(self) -> dict[str, Tensor]:
@@ -157,12 +167,15 @@ class _Run:
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer.detach()
 
 
-def _optimizer(names: Mapping[nn.Parameter, str], config: TrainConfig) -> torch.optim.SGD:
-    coefficients = [p for p, name in names.items() if name.endswith("join.alpha")]
-    weights = [p for p, name in names.items() if not name.endswith("join.alpha")]
+def _optimizer(
+    parameters: Iterable[nn.Parameter], coefficients: Sequence[nn.Parameter], config: TrainConfig
+) -> torch.optim.SGD:
+    """SGD whose weight decay spares the coefficients of the convex sums."""
+    convex = set(coefficients)
+    weights = [parameter for parameter in parameters if parameter not in convex]
     groups = [{"params": weights}]
     if coefficients:
-        groups.append({"params": coefficients, "weight_decay": 0.0})  # type: ignore[dict-item]
+        groups.append({"params": list(coefficients), "weight_decay": 0.0})  # type: ignore[dict-item]
     return torch.optim.SGD(
         groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
         weight_decay=config.weight_decay, fused=True,
