@@ -56,7 +56,7 @@ def test_train_attack_report(
     assert config["model"]["convex"] is True  # where beta > 0, if not said otherwise
     assert config["train"]["beta"] == 0.05
     words = ["attack", str(trained), "--attack", "fgsm", "pgd-2x2", "--eps", "8/255", "0.1"]
-    status, out, err = call(capsys, *words, "--images", "30", "--json")
+    status, out, _ = call(capsys, *words, "--images", "30", "--json")
     assert status == 0
     records = [json.loads(line) for line in out[:-1]]
     assert [(r["attack"], round(r["eps"] * 255, 3)) for r in records] == [

@@ -122,8 +122,9 @@ def _train_flags(parser: ArgumentParser) -> None:
 def _attack_flags(parser: ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=str, help="folders of runs")
     parser.add_argument(
-        "--attack", nargs="+", type=str, default=["random", "fgsm", "pgd", "pgd-20"],
-        help="random[-SAMPLES] fgsm rfgsm bim[-STEPS] pgd[-STEPS[xRESTARTS]]",
+        "--attack", nargs="+", type=str, default=["random", "fgsm", "rfgsm", "pgd", "pgd-50x10"],
+        help="random[-SAMPLES] fgsm rfgsm bim[-STEPS] pgd[-STEPS[xRESTARTS]]; bim and pgd alone: "
+        "the paper's schedule, which is weak at small eps",
     )  # fmt: skip
     parser.add_argument(
         "--eps", nargs="+", type=str, default=["2/255", "8/255", "16/255"],
@@ -145,6 +146,7 @@ def _report_flags(parser: ArgumentParser) -> None:
     parser.add_argument("folder", type=str, help="folder that holds runs")
     parser.add_argument("--out", type=str, default="report.html", help="the page")
     parser.add_argument("--markdown", type=str | None, default=None, help="also a Markdown table")
+    parser.add_argument("--figure", type=str | None, default=None, help="also a PNG, SVG or PDF")
     parser.add_argument("--json", type=bool, default=False, help="the measurements as JSON lines")
 
 

@@ -73,7 +73,7 @@ def attack(settings: Namespace) -> int:
 
 def report(settings: Namespace) -> int:
     """`defquant report`: the page, and the summary on stdout."""
-    from defquant.report import build_report, markdown_table
+    from defquant.report import build_report, markdown_table, plot_curves
 
     folder = Path(settings.folder)
     measurements = read_folder(folder)
@@ -82,6 +82,8 @@ def report(settings: Namespace) -> int:
         from defquant.files import write_bytes
 
         write_bytes(Path(settings.markdown), markdown_table(measurements).encode())
+    if settings.figure:
+        plot_curves(measurements, Path(settings.figure))
     _print_summary(measurements, as_json=settings.json)
     print(page)
     return 0

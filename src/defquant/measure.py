@@ -30,7 +30,8 @@ def load_on(run: Path, device: torch.device) -> tuple[nn.Module, Facts]:
             f"{run} has done {len(facts.history)} of {facts.train.epochs} epochs: finish it with "
             "`defquant train --resume`"
         )
-    return model.to(device), facts
+    layout = torch.channels_last if facts.train.channels_last else torch.contiguous_format
+    return model.to(device=device, memory_format=layout), facts  # type: ignore[call-overload]
 
 
 def measure(

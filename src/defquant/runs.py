@@ -1,8 +1,8 @@
 """A run: one folder with its checkpoint, configuration, log and results."""
 
 import os
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -68,16 +68,19 @@ def _train(
     out: Path,
     show: bool,
 ) -> Facts:
-    def keep(history: History, buffers: Mapping[str, Tensor]) -> None:
-        now = replace(facts, history=history)
-        checkpoint.save(out, Checkpoint(now, model.state_dict(), dict(buffers)))
-        _tensorboard(out, history)
-
     torch.backends.cudnn.deterministic = True
-    history = train(
-        model, data, facts.train, test=load_images(facts.data, "test"), history=facts.history,
-        momentum=momentum, on_epoch=keep, label=out.name, show=show,
-    )  # fmt: skip
+    test = load_images(facts.data, "test")
+    with _tensorboard(out) as log:
+
+        def keep(history: History, buffers: Mapping[str, Tensor]) -> None:
+            now = replace(facts, history=history)
+            checkpoint.save(out, Checkpoint(now, model.state_dict(), dict(buffers)))
+            log(history[-1])
+
+        history = train(
+            model, data, facts.train, test=test, history=facts.history, momentum=momentum,
+            on_epoch=keep, label=out.name, show=show,
+        )  # fmt: skip
     return replace(facts, history=history)
 
 
@@ -127,13 +130,19 @@ def _check_same(before: Facts, now: Facts, out: Path) -> None:
         )
 
 
-def _tensorboard(out: Path, history: History) -> None:
-    """The last epoch as TensorBoard events, where tensorboard is installed."""
+@contextmanager
+def _tensorboard(out: Path) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """Writes an epoch's record as TensorBoard events; does nothing where it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
+        yield lambda record: None
         return
     with SummaryWriter(str(out / "tensorboard")) as writer:
-        for name, value in history[-1].items():
-            if name != "epoch":
-                writer.add_scalar(name, value, int(history[-1]["epoch"]))
+
+        def log(record: Mapping[str, float]) -> None:
+            for name, value in record.items():
+                writer.add_scalar(name, value, int(record["epoch"]))
+            writer.flush()
+
+        yield log

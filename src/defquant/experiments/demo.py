@@ -59,7 +59,6 @@ def run_demo(out: Path, *, seeds: int = 3, smoke: bool = False) -> list[Path]:
     """
     todo = networks(seeds, smoke=smoke)
     with owned_folder(out):
-        # the first run also settles bad input before any process starts
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         _run_all(out, todo, min(cores, len(todo)))
     return [out / network.name for network in todo]
