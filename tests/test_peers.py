@@ -1,0 +1,82 @@
+"""The same attacks by Foolbox and ART on one trained network: the same images, the same scores."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import defquant as dq
+from defquant.attacks import BIM, FGSM, PGD
+from defquant.config import TrainConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+EPS = 16 / 255
+
+
+@pytest.fixture(scope="module")
+def scene() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = dq.wide_resnet(10, 1, bits=4, in_channels=1)
+    config = TrainConfig(epochs=4, batch_size=64, device="cpu", channels_last=False)
+    dq.train(model, dq.load("digits", None, "train"), config)
+    x, y = dq.load("digits", None, "test").take(torch.arange(200))
+    return model.eval(), x, y
+
+
+def foolbox_attack(name: str, model: nn.Module, x: Tensor, y: Tensor, **options: object) -> Tensor:
+    import foolbox
+
+    wrapped = foolbox.models.pytorch.PyTorchModel(model, bounds=(0, 1))
+    made: Tensor = getattr(foolbox.attacks, name)(**options)(wrapped, x, y, epsilons=EPS)[1]
+    return made
+
+
+def art_attack(name: str, model: nn.Module, x: Tensor, y: Tensor, **options: object) -> Tensor:
+    import art.attacks.evasion as evasion
+    from art.estimators.classification import PyTorchClassifier
+
+    wrapped = PyTorchClassifier(
+        model, nn.CrossEntropyLoss(), (1, 8, 8), 10, clip_values=(0.0, 1.0), device_type="cpu"
+    )
+    made = getattr(evasion, name)(wrapped, eps=EPS, **options)
+    return torch.from_numpy(np.asarray(made.generate(x.numpy(), y.numpy())))
+
+
+def mostly_equal(ours: Tensor, theirs: Tensor) -> None:
+    """Equal but for pixels whose gradient is zero up to rounding."""
+    assert ((ours - theirs).abs() > 1e-5).float().mean() < 0.01
+
+
+def test_fgsm_makes_the_same_images(scene: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = scene
+    ours = FGSM(EPS).last(model, x, y)
+    mostly_equal(ours, foolbox_attack("FGSM", model, x, y))
+    mostly_equal(ours, art_attack("FastGradientMethod", model, x, y))
+
+
+def test_bim_makes_the_same_images(scene: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = scene
+    ours = BIM(EPS, steps=5, alpha=4 / 255).last(model, x, y)
+    options = {"abs_stepsize": 4 / 255, "steps": 5, "random_start": False}
+    theirs = foolbox_attack("LinfBasicIterativeAttack", model, x, y, **options)
+    assert ((ours - theirs).abs() > 1e-5).float().mean() < 0.05
+    theirs = art_attack("BasicIterativeMethod", model, x, y, eps_step=4 / 255, max_iter=5)
+    assert ((ours - theirs).abs() > 1e-5).float().mean() < 0.05
+
+
+def test_pgd_scores_alike(scene: tuple[nn.Module, Tensor, Tensor]) -> None:
+    """The last iterates score alike; counting every iterate, as we do, may only be lower."""
+    model, x, y = scene
+    ours = dq.robust_accuracy(model, (x, y), PGD(EPS, steps=20, alpha=2 / 255)).accuracy
+    last = PGD(EPS, steps=20, alpha=2 / 255).last(model, x, y)
+    foolbox = foolbox_attack("LinfPGD", model, x, y, abs_stepsize=2 / 255, steps=20)
+    art = art_attack(
+        "ProjectedGradientDescent", model, x, y, eps_step=2 / 255, max_iter=20, num_random_init=1,
+        verbose=False,
+    )  # fmt: skip
+    with torch.no_grad():
+        scores = [float((model(z).argmax(1) == y).float().mean()) for z in (last, foolbox, art)]
+    assert 0.1 < scores[0] < 0.9
+    assert max(scores) - min(scores) <= 0.03
+    assert ours <= min(scores)
