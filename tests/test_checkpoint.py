@@ -95,3 +95,24 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     monkeypatch.undo()
     assert path.read_bytes() == before
     load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("model", "train", "method"),
+    [
+        ({}, {}, "float"),
+        ({"bits": 4}, {}, "vanilla"),
+        ({"bits": 4, "convex": True}, {"beta": 0.1}, "DQ"),
+        ({"convex": True}, {"beta": 0.1}, "DQ"),
+        ({"convex": True}, {}, "DQ convex-only"),
+        ({"bits": 4}, {"beta": 0.1}, "DQ plain-sums"),
+        ({"bits": 4, "high": 1.0}, {"attack": "pgd"}, "vanilla ReLU1 + PGD"),
+        ({"bits": 2, "activation": "tanh"}, {}, "vanilla tanh"),
+        ({"convex": True}, {"beta": 0.1, "penalty": "parseval"}, "DQ Parseval"),
+    ],
+)
+def test_networks_that_differ_have_other_names(
+    model: dict[str, object], train: dict[str, object], method: str
+) -> None:
+    whole = replace(facts(**model), train=TrainConfig(**train))  # type: ignore[arg-type]
+    assert whole.method == method

@@ -130,6 +130,33 @@ def test_config_files_and_presets(tmp_path: Path, capsys: pytest.CaptureFixture[
     refused(capsys, "train", "--config", str(tmp_path / "none.yaml"))
 
 
+def test_none_and_lists_as_people_write_them(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--bits", "none", "--milestones", "60,120", "--attack", "none"]
+    status, out, _ = call(capsys, *words, "--print_config")
+    assert status == 0
+    text = "\n".join(out)
+    assert "bits: null" in text
+    assert "- 60" in text or "[60" in text
+    assert "attack: none" in text
+    assert "a number" in refused(capsys, "train", "--lr", "abc", "--out", "x")
+
+
+def test_a_preset_named_in_a_config_file_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("preset: svhn-paper\nepochs: 7\n")
+    _, out, _ = call(capsys, "train", "--config", str(path), "--print_config")
+    assert "model: wrn-16-4" in out
+    assert "epochs: 7" in out
+
+
+def test_mistakes_in_an_attack(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--batch_size" in refused(capsys, "attack", str(trained), "--batch-size", "0")
+    assert "--examples" in refused(capsys, "attack", str(trained), "--examples", "-3")
+    assert "450 images" in refused(capsys, "attack", str(trained), "--images", "451")
+
+
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ([], ["--help"], ["train", "--help"], ["attack", "-h"], ["--version"]):
         status, out, err = call(capsys, *words)

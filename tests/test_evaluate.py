@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 import defquant as dq
-from defquant.attacks import FGSM, PGD, Attack, Random
+from defquant.attacks import FGSM, PGD, Attack, Random, Transfer
 from defquant.data import Dataset
-from defquant.evaluate import correct, robust, sweep
+from defquant.evaluate import correct, robust, sweep, vanishing
 
 
 class Threshold(nn.Module):
@@ -129,3 +129,30 @@ def test_usual_mistakes_are_named() -> None:
         dq.accuracy(Threshold().eval(), (data[0] * 255, data[1]))
     with pytest.raises(dq.UserError, match="no images"):
         dq.accuracy(Threshold().eval(), (data[0][:0], data[1][:0]))
+
+
+def test_vanishing_gradients_are_counted() -> None:
+    class Flat(Threshold):
+        """Gradients die above 0.7."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.clamp(0, 0.7))
+
+    model, data = Flat().eval(), ladder()
+    standing = correct(model, data)
+    above = int((data[0][:, 0, 0, 0] > 0.7).sum())
+    assert vanishing(model, data, standing, batch_size=7) == above / int(standing.sum())
+    assert vanishing(Threshold().eval(), data, standing) == 0
+    assert vanishing(model, data, standing & False) is None
+
+
+def test_black_box_scores_do_not_depend_on_the_batch_or_on_who_stands() -> None:
+    model, data = Threshold().eval(), ladder()
+    torch.manual_seed(0)
+    substitute = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).eval()
+    attack = Transfer(PGD(20 / 255, steps=2, alpha=3 / 255), substitute)
+    whole = robust(model, data, attack)
+    assert 0 < int(whole.sum()) < 99
+    assert torch.equal(robust(model, data, attack, batch_size=9), whole)
+    some = torch.arange(100) % 3 == 1
+    assert torch.equal(robust(model, data, attack, standing=some), whole & some)

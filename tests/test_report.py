@@ -346,3 +346,31 @@ def test_clean_only_one_eps_and_mixed_data(tmp_path: Path) -> None:
 def test_the_report_needs_no_torch() -> None:
     code = "import sys, defquant.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_blind_attack_is_marked_everywhere(tmp_path: Path) -> None:
+    sound = [
+        Measurement("a", "float", "wrn", None, 0.0, 0, "d", "f", attack, eps, attack, right, 100)
+        for attack, eps, right in (
+            ("clean", 0.0, 90),
+            ("PGD", 8 / 255, 60),
+            ("PGD(B)", 8 / 255, 70),
+        )
+    ]
+    masked = [replace(m, run="b", method="vanilla", bits=1, vanishing=0.5) for m in sound]
+    assert "†" not in markdown_table(sound)
+    table = markdown_table(sound + masked)
+    assert table.count("†") == 2  # PGD's cell and the note; clean and black box are not blind
+    assert "vanilla 1-bit" in table.splitlines()[-1]
+    for m in sound + masked:
+        append(tmp_path / m.run / "results.jsonl", m)
+    page = build_report(tmp_path, tmp_path / "page.html").read_text()
+    assert "masked, not robust" in page
+
+
+def test_two_runs_of_one_seed_are_noticed(tmp_path: Path) -> None:
+    for run in ("a/x", "b/x"):
+        m = Measurement(run, "float", "wrn", None, 0.0, 0, "d", "f", "clean", 0.0, "clean", 9, 10)
+        append(tmp_path / run / "results.jsonl", m)
+    page = build_report(tmp_path, tmp_path / "page.html").read_text()
+    assert "several runs of one seed" in page

@@ -140,6 +140,30 @@ def test_diverging_stops_with_a_clear_word(corners: Dataset) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_impossible_settings_are_refused() -> None:
+    for wrong in (
+        {"momentum": 1.0}, {"nesterov": True, "momentum": 0.0}, {"weight_decay": -1.0},
+        {"clip": -1.0}, {"gamma": 0.0}, {"beta": 2.0, "penalty": "parseval"}, {"mix": 2.0},
+        {"attack_eps": 8.0}, {"epochs": 0}, {"batch_size": 1}, {"lr": 0.0}, {"beta": -1.0},
+    ):  # fmt: skip
+        with pytest.raises(dq.UserError, match=next(iter(wrong)).replace("attack_", "")):
+            TrainConfig(**wrong)
+
+
+def test_clipped_gradients_take_shorter_steps(corners: Dataset) -> None:
+    config = replace(CONFIG, epochs=1, weight_decay=0.0, momentum=0.0, schedule="constant")
+    start, far, near = network(), network(), network()
+    train(far, corners, config)
+    train(near, corners, replace(config, clip=1e-3))
+
+    def moved(model: nn.Module) -> float:
+        pairs = zip(model.parameters(), start.parameters(), strict=True)
+        return math.sqrt(sum(float((a - b).detach().square().sum()) for a, b in pairs))
+
+    assert 0 < moved(near) <= 0.05 * 1e-3 * 4 * 1.01  # lr times length times steps
+    assert moved(far) > 10 * moved(near)
+
+
 def test_learning_rates() -> None:
     step = TrainConfig(
         **{k: v for k, v in PRESETS["cifar10-paper"].items() if k in TrainConfig.__annotations__}

@@ -48,10 +48,24 @@ class Facts:
 
     @property
     def method(self) -> str:
-        """`float`, `vanilla` (quantised) or `DQ` (convex sums or penalty), + its attack."""
-        defended = self.model.convex or self.train.beta > 0
-        name = "DQ" if defended else ("float" if self.model.bits is None else "vanilla")
-        return name if self.train.attack == "none" else f"{name} + {self.train.attack.upper()}"
+        """`float`, `vanilla` (quantised) or `DQ` (convex sums or penalty), then what is unusual.
+
+        Networks of one method differ in bits, beta and seed alone.
+        """
+        model, train = self.model, self.train
+        penalised = train.beta > 0
+        defended = penalised or model.convex
+        words = ["DQ" if defended else "float" if model.bits is None else "vanilla"]
+        if defended and not (penalised and model.convex):
+            words.append("plain-sums" if penalised else "convex-only")
+        if penalised and train.penalty == "parseval":
+            words.append("Parseval")
+        if model.activation == "tanh":
+            words.append("tanh")
+        elif model.high != 6:
+            words.append(f"ReLU{model.high:g}")
+        name = " ".join(words)
+        return name if train.attack == "none" else f"{name} + {train.attack.upper()}"
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,7 @@ class Checkpoint:
     momentum: dict[str, Tensor]
 
 
-def versions() -> dict[str, str]:
+def versions(device: torch.device) -> dict[str, str]:
     """Versions and machine, the evidence beside every number."""
     import importlib.metadata as metadata
 
@@ -75,7 +89,7 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "machine": platform.machine(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": str(torch.get_num_threads()),
     }
 
@@ -97,12 +111,12 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     return folder / NAME
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path | str) -> Checkpoint:
     """Read a run's folder, or its `checkpoint.safetensors`.
 
     Raises `UserError` where the file is missing, cut, not one of ours, or of a newer version.
     """
-    path = path / NAME if path.is_dir() else path
+    path = Path(path) / NAME if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: give the folder of a run of `defquant train`")
     try:
@@ -132,7 +146,7 @@ def restore(model: nn.Module, weights: Mapping[str, Tensor], source: str = "chec
     model.load_state_dict(weights)
 
 
-def load_model(path: Path) -> tuple[nn.Module, Facts]:
+def load_model(path: Path | str) -> tuple[nn.Module, Facts]:
     """The trained network of a run's folder or checkpoint, in eval mode on the CPU."""
     checkpoint = load(path)
     facts = checkpoint.facts

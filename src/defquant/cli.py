@@ -6,8 +6,10 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from defquant.config import PRESETS, DataConfig, ModelConfig, TrainConfig, check_eps
@@ -127,7 +129,7 @@ def _attack_flags(parser: ArgumentParser) -> None:
         "the paper's schedule, which is weak at small eps",
     )  # fmt: skip
     parser.add_argument(
-        "--eps", nargs="+", type=str, default=["2/255", "8/255", "16/255"],
+        "--eps", nargs="+", type=str | float, default=["2/255", "8/255", "16/255"],
         help="L-infinity radii in [0, 1], as 8/255",
     )  # fmt: skip
     parser.add_argument(
@@ -191,6 +193,12 @@ def _spelled(flags: list[str]) -> list[str]:
         name, equals, value = word.partition("=")
         if name.startswith("--"):
             name = "--" + name[2:].replace("-", "_")
+        if name == "--milestones" or (spelled and spelled[-1] == "--milestones"):
+            name, value = _listed(name), _listed(value)  # 60,120 as [60,120]
+        if value == "none" and name != "--attack":
+            value = "null"
+        if name == "none" and spelled and spelled[-1] not in ("--attack",):
+            name = "null"
         spelled.append(name + equals + value)
         bare = following.lower() not in ("true", "false", "yes", "no", "null", "none")
         if not equals and name[2:] in _SWITCHES and bare:
@@ -198,19 +206,34 @@ def _spelled(flags: list[str]) -> list[str]:
     return spelled
 
 
+def _listed(text: str) -> str:
+    return f"[{text}]" if re.fullmatch(r"\d+(,\d+)*", text) else text
+
+
 def _preset(flags: list[str]) -> str | None:
+    """The preset that the flags name, or a `--config` file does."""
     for word, following in pairwise([*flags, ""]):
         if word == "--preset":
             return following
         if word.startswith("--preset="):
             return word.partition("=")[2]
+        if word == "--config" and Path(following).is_file():
+            return _preset_of(Path(following))
     return None
+
+
+def _preset_of(config: Path) -> str | None:
+    try:
+        found = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None  # the parser will say what is wrong with it
+    return found.get("preset") if isinstance(found, dict) else None
 
 
 def _one_line(verb: str, message: str) -> str:
     """jsonargparse's report of several lines as one: the flag, what it takes, what was found."""
     key = re.search(r'[Kk]ey "([\w.]+)"', message)
-    found = re.findall(r"Given value: (.*)", message)
+    found = re.findall(r"(?:Given|Got) value: (.*)", message)
     if key and found:
         kinds = dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", message))
         names = {"int": "a whole number", "float": "a number", "bool": "true or false"}

@@ -1,17 +1,21 @@
 """What each verb does: settings in, files and rows out, exit status back."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
 from defquant.config import DataConfig, ModelConfig, TrainConfig, from_mapping
 from defquant.errors import UserError
 from defquant.results import Measurement, read_folder
+
+if TYPE_CHECKING:
+    from defquant.checkpoint import Facts
 
 __all__ = ["attack", "data", "demo", "report", "train"]
 
@@ -34,6 +38,8 @@ def train(settings: Namespace) -> int:
 
     out = Path(settings.out)
     last = train_run(*configs, out, resume=settings.resume).history[-1]
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # under torchrun the first process speaks for all
     if settings.json:
         print(json.dumps({"run": str(out), **last}))
     else:
@@ -50,23 +56,28 @@ def attack(settings: Namespace) -> int:
     from defquant.measure import load_on, measure, write_examples
     from defquant.runs import test_images
 
+    if settings.batch_size < 1 or settings.examples < 0:
+        raise UserError("--batch_size must be 1 or more and --examples 0 or more")
     attacks = [parse_attack(name, eps) for name in settings.attack for eps in settings.eps]
     device = pick_device(settings.device)
-    substitute = load_on(Path(settings.substitute), device)[0] if settings.substitute else None
+    substitute = load_on(Path(settings.substitute), device) if settings.substitute else None
     runs = [Path(run) for run in settings.runs]
     loaded = [load_on(run, device) for run in runs]  # all are sound before the first is attacked
+    if substitute is not None:
+        for run, (_, facts) in zip(runs, loaded, strict=True):
+            _check_substitute(facts, substitute[1], run, settings.substitute)
     for run, (model, facts) in zip(runs, loaded, strict=True):
         images = test_images(facts, settings.data_root, settings.images)
         measurements = measure(
-            run, model, facts, images, attacks, substitute=substitute, seed=settings.seed,
-            batch_size=settings.batch_size,
+            run, model, facts, images, attacks, substitute=substitute and substitute[0],
+            source=settings.substitute or "", seed=settings.seed, batch_size=settings.batch_size,
         )  # fmt: skip
         _print_measurements(measurements, as_json=settings.json)
         strongest = max(attacks, key=lambda a: a.walk.steps * a.walk.restarts)
         middle = sorted(settings.eps)[len(settings.eps) // 2]
         shown = parse_attack(settings.attack[attacks.index(strongest) // len(settings.eps)], middle)
         if settings.examples:
-            write_examples(run, model, facts, images, shown, settings.examples)
+            write_examples(run, model, facts, images, shown, settings.examples, settings.seed)
         print(run / "results.jsonl")
     return 0
 
@@ -112,6 +123,15 @@ def data(settings: Namespace) -> int:
 
     print(fetch(settings.name, Path(settings.data_root)))
     return 0
+
+
+def _check_substitute(facts: "Facts", substitute: "Facts", run: Path, source: str) -> None:
+    mine, other = ((f.in_channels, f.num_classes) for f in (facts, substitute))
+    if mine != other:
+        raise UserError(
+            f"the substitute {source} takes {other[0]} channels and knows {other[1]} classes, "
+            f"{run} {mine[0]} and {mine[1]}: train it on the same data set"
+        )
 
 
 def _print_measurements(measurements: Iterable[Measurement], *, as_json: bool) -> None:

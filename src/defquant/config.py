@@ -104,6 +104,7 @@ class TrainConfig:
         momentum: of SGD.
         nesterov: Nesterov's momentum instead of the classical one.
         weight_decay: L2 decay of all parameters but the convex coefficients.
+        clip: longest gradient, as a norm over all parameters; 0 for any length (the paper).
         beta: weight of the orthogonality penalty (Eq. 8); 0 for none.
         penalty: `fused` (closed-form gradient), `loss` (through autograd) or `parseval`
             (retraction after the step).
@@ -127,6 +128,7 @@ class TrainConfig:
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 5e-4
+    clip: float = 0.0
     beta: float = 0.0
     penalty: PenaltyMode = "fused"
     attack: TrainingAttack = "none"
@@ -145,13 +147,27 @@ class TrainConfig:
         _require(self.lr > 0, f"lr must be positive; found {self.lr:g}")
         _require(self.beta >= 0, f"beta must not be negative; found {self.beta:g}")
         _require(0 <= self.mix <= 1, f"mix must lie in [0, 1]; found {self.mix:g}")
+        _require(0 <= self.momentum < 1, f"momentum must lie in [0, 1); found {self.momentum:g}")
+        _require(
+            self.momentum > 0 or not self.nesterov, "nesterov needs a momentum above 0; found 0"
+        )
+        _require(
+            self.weight_decay >= 0,
+            f"weight_decay must not be negative; found {self.weight_decay:g}",
+        )
+        _require(self.clip >= 0, f"clip must not be negative; found {self.clip:g}")
+        _require(self.gamma > 0, f"gamma must be positive; found {self.gamma:g}")
+        _require(
+            self.penalty != "parseval" or self.beta <= 1,
+            f"beta of a Parseval retraction must be at most 1; found {self.beta:g}",
+        )
         if self.attack_eps is not None:
             check_eps(self.attack_eps)
 
 
 _CIFAR = {"lr": 0.1, "gamma": 0.2, "milestones": (60, 120, 160), "epochs": 200}
 _SVHN = {"lr": 0.01, "gamma": 0.1, "milestones": (80, 120), "epochs": 160}
-_DQ = {"bits": 1, "convex": True, "beta": 2e-3}
+_DQ = {"bits": 1, "beta": 2e-3}  # and convex sums, which the command line adds where beta > 0
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "cifar10-paper": {
         "model": "wrn-28-10", "data": "cifar10", "schedule": "step", "batch_size": 128,

@@ -10,11 +10,21 @@ from torch import Tensor, nn
 from defquant.attacks.base import Attack, lint_images, lint_model, untouched
 from defquant.attacks.engine import unbroken
 from defquant.attacks.gradient import FirstOrder
-from defquant.data import Dataset
+from defquant.attacks.transfer import Transfer
+from defquant.data import Dataset, to_unit
 from defquant.errors import UserError
 from defquant.results import Score
 
-__all__ = ["Images", "Scored", "accuracy", "correct", "robust", "robust_accuracy", "sweep"]
+__all__ = [
+    "Images",
+    "Scored",
+    "accuracy",
+    "correct",
+    "robust",
+    "robust_accuracy",
+    "sweep",
+    "vanishing",
+]
 
 Images = Dataset | tuple[Tensor, Tensor]
 """A `Dataset`, or (images, labels): (n, c, h, w) uint8 or float in [0, 1], and int64 (n,)."""
@@ -63,10 +73,10 @@ def correct(model: nn.Module, data: Images, *, batch_size: int = 256) -> Tensor:
     """Which examples are classified rightly: bool (n,), on the model's device."""
     images, labels = _on_device(model, data)
     lint_images(images, labels)
-    lint_model(model, _floats(images[:8]), labels)
+    lint_model(model, to_unit(images[:8]), labels)
     with untouched(model), torch.no_grad():
         parts = [
-            model(_floats(x)).argmax(1) == y
+            model(to_unit(x)).argmax(1) == y
             for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
         ]
     return torch.cat(parts)
@@ -99,8 +109,32 @@ def robust(
             batch_size=batch_size,
         )  # fmt: skip
     else:
-        result[ids] = _withstands(model, images[ids], labels[ids], attack, batch_size, seed)
+        parts = [
+            _withstands(model, to_unit(images[some]), labels[some], attack, some, seed)
+            for some in ids.split(batch_size)
+        ]
+        result[ids] = torch.cat(parts)
     return result
+
+
+def vanishing(
+    model: nn.Module, data: Images, standing: Tensor, *, batch_size: int = 256
+) -> float | None:
+    """Share of the `standing` examples whose loss gradient is exactly zero at every pixel.
+
+    Gradient attacks are blind there, and robustness against them means nothing (Athalye et al.
+    2018). None where no example stands.
+    """
+    images, labels = _on_device(model, data)
+    ids = standing.nonzero().squeeze(1)
+    flat = 0
+    with untouched(model):
+        for some in ids.split(batch_size):
+            x = to_unit(images[some]).requires_grad_()
+            loss = nn.functional.cross_entropy(model(x), labels[some], reduction="sum")
+            grad = torch.autograd.grad(loss, x)[0].nan_to_num_(0.0)
+            flat += int((grad.abs().amax((1, 2, 3)) == 0).sum())
+    return flat / len(ids) if len(ids) else None
 
 
 def sweep(
@@ -133,25 +167,25 @@ def sweep(
 
 
 def _withstands(
-    model: nn.Module, images: Tensor, labels: Tensor, attack: Attack, batch_size: int, seed: int
+    model: nn.Module, x: Tensor, y: Tensor, attack: Attack, ids: Tensor, seed: int
 ) -> Tensor:
-    """`robust` for a function that is no walk of ours: called batch by batch."""
-    parts = []
-    generator = torch.Generator().manual_seed(seed)
-    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        clean = _floats(x)
+    """`robust` for one batch of an attack that is no walk on the model itself."""
+    if isinstance(attack, Transfer):
+        adversarial = attack.examples(x, y, seed=seed, ids=ids)
+    else:
+        generator = torch.Generator().manual_seed(seed + int(ids[0]))
         with untouched(model):
-            adversarial = attack(model, clean, y, generator=generator).detach()
-        _check_ball(adversarial, clean, attack)
-        with untouched(model), torch.no_grad():
-            parts.append(model(adversarial).argmax(1) == y)
-    return torch.cat(parts)
+            adversarial = attack(model, x, y, generator=generator).detach()
+    _check_ball(adversarial, x, attack)
+    with untouched(model), torch.no_grad():
+        right: Tensor = model(adversarial).argmax(1) == y
+    return right
 
 
 def _check_ball(adversarial: Tensor, clean: Tensor, attack: Attack) -> None:
-    eps = _eps(attack)
+    eps = getattr(attack, "eps", None)
     distance = float((adversarial - clean).abs().max())
-    if not distance <= (eps if eps else 1) + 1e-5:
+    if eps is not None and not distance <= eps + 1e-5:
         raise UserError(f"{attack!r} moved a pixel by {distance:.4g}, further than its eps {eps:g}")
     low, high = adversarial.aminmax()
     if not (low >= 0 and high <= 1):
@@ -171,10 +205,6 @@ def _on_device(model: nn.Module, data: Images) -> tuple[Tensor, Tensor]:
     parameter = next(model.parameters(), None)
     device = images.device if parameter is None else parameter.device
     return images.to(device), labels.to(device)
-
-
-def _floats(images: Tensor) -> Tensor:
-    return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
 
 
 def _score(right: Tensor) -> Score:

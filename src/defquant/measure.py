@@ -15,7 +15,7 @@ from defquant.attacks import Attack, FirstOrder, Transfer
 from defquant.checkpoint import Facts, load_model, versions
 from defquant.data import Dataset
 from defquant.errors import UserError
-from defquant.evaluate import Scored, sweep
+from defquant.evaluate import Scored, sweep, vanishing
 from defquant.files import write_json
 from defquant.results import Measurement, append
 
@@ -42,32 +42,43 @@ def measure(
     attacks: Sequence[FirstOrder],
     *,
     substitute: nn.Module | None = None,
+    source: str = "",
     seed: int = 0,
     batch_size: int = 256,
 ) -> Iterator[Measurement]:
     """Clean accuracy and every attack on `images`; each is appended to `results.jsonl` at once.
 
-    With a `substitute`, each attack is also made on it and transferred (black box).
+    With a `substitute`, named `source`, each attack is also made on it and transferred (black box).
     """
     black_box: list[Attack] = []
     if substitute is not None:
-        black_box = [Transfer(attack, substitute) for attack in attacks]
+        asking = [attack for attack in attacks if attack.walk.steps]  # Random asks no network
+        black_box = [Transfer(attack, substitute, source) for attack in asking]
     chosen: Iterable[Attack] = [*attacks, *black_box]
     evidence = {
-        "versions": versions(),
+        "versions": versions(next(model.parameters()).device),
         "command": shlex.join(["defquant", *sys.argv[1:]]),
         "epochs": facts.train.epochs,
         "train_images": facts.data.train_images,
         "batch_size": batch_size,
     }
+    blind: float | None = None
     for scored in sweep(model, images, chosen, batch_size=batch_size, seed=seed):
-        measurement = _measurement(run, facts, images, scored, seed, evidence)
+        if scored.attack is None:
+            blind = vanishing(model, images, scored.survivors, batch_size=batch_size)
+        measurement = _measurement(run, facts, images, scored, blind, seed, evidence)
         append(run / "results.jsonl", measurement)
         yield measurement
 
 
 def _measurement(
-    run: Path, facts: Facts, images: Dataset, scored: Scored, seed: int, evidence: dict[str, Any]
+    run: Path,
+    facts: Facts,
+    images: Dataset,
+    scored: Scored,
+    blind: float | None,
+    seed: int,
+    evidence: dict[str, Any],
 ) -> Measurement:
     attack = scored.attack
     return Measurement(
@@ -84,6 +95,7 @@ def _measurement(
         settings="clean" if attack is None else repr(attack),
         correct=scored.score.correct,
         total=scored.score.total,
+        vanishing=blind,
         attack_seed=seed,
         seconds=round(scored.seconds, 3),
         evidence=evidence,
@@ -101,14 +113,20 @@ def example_ids(labels: Tensor, count: int) -> Tensor:
 
 
 def write_examples(
-    run: Path, model: nn.Module, facts: Facts, images: Dataset, attack: FirstOrder, count: int = 8
+    run: Path,
+    model: nn.Module,
+    facts: Facts,
+    images: Dataset,
+    attack: FirstOrder,
+    count: int = 8,
+    seed: int = 0,
 ) -> Path:
     """Clean and adversarial pictures with the model's predictions (Figure 7): `examples.json`."""
     ids = example_ids(images.labels, count)
     clean, labels = images.take(ids)
     device = next(model.parameters()).device
     clean, labels = clean.to(device), labels.to(device)
-    adversarial = attack(model, clean, labels)
+    adversarial = attack(model, clean, labels, generator=torch.Generator().manual_seed(seed))
     adversarial = adversarial.mul(255).round().div(255)  # what a saved picture can hold
     answers = [_answers(model, x) for x in (clean, adversarial)]
     examples = [

@@ -8,14 +8,23 @@ versions, machine, command).
 import math
 import statistics
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from defquant.errors import UserError
 from defquant.files import append_line
 
-__all__ = ["Cell", "Measurement", "Score", "aggregate", "append", "read_folder", "read_jsonl"]
+__all__ = [
+    "Cell",
+    "Measurement",
+    "Score",
+    "aggregate",
+    "append",
+    "read_folder",
+    "read_jsonl",
+    "run_name",
+]
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,8 @@ class Measurement:
 
     Attributes:
         run: name of the run's folder.
-        method: `float`, `vanilla` or `DQ` (convex sums and penalty), `+ ATTACK` where trained so.
+        method: `float`, `vanilla` or `DQ` (convex sums or penalty); then, where they are not the
+            usual ones, `ReLU1`, `tanh`, ... ; then `+ ATTACK` where trained so.
         model: as in `ModelConfig`.
         bits: activation bits; none for full precision.
         beta: weight of the penalty.
@@ -70,9 +80,11 @@ class Measurement:
         settings: the attack's repr, whole.
         correct: examples classified rightly under every attempt.
         total: examples attacked.
+        vanishing: share of the rightly classified images whose loss gradient is exactly zero:
+            gradient attacks are blind there.
         attack_seed: of the attack's random draws.
         seconds: wall-clock time of the measurement.
-        evidence: versions, machine, threads, command, training configuration.
+        evidence: versions, machine, threads, command, epochs and training images.
     """
 
     run: str
@@ -88,6 +100,7 @@ class Measurement:
     settings: str
     correct: int
     total: int
+    vanishing: float | None = None
     attack_seed: int = 0
     seconds: float = 0.0
     evidence: dict[str, Any] = field(default_factory=dict)
@@ -100,7 +113,8 @@ class Measurement:
     def key(self) -> tuple[object, ...]:
         """What it measures: a later line with the same key replaces an earlier one."""
         identity = (self.run, self.method, self.model, self.bits, self.beta, self.seed)
-        return (*identity, self.fingerprint, self.attack, self.eps, self.settings, self.total)
+        attack = (self.attack, self.eps, self.settings, self.attack_seed)
+        return (*identity, self.fingerprint, *attack, self.total)
 
 
 @dataclass(frozen=True)
@@ -109,7 +123,7 @@ class Cell:
 
     `mean` is the mean accuracy, `spread` the standard deviation over seeds (n - 1; 0 for one),
     `pooled` the score of all seeds together, whose interval covers the test images' chance but
-    not the training's.
+    not the training's; `vanishing` the largest share of images with zero gradients.
     """
 
     method: str
@@ -122,6 +136,7 @@ class Cell:
     accuracies: tuple[float, ...]
     seeds: tuple[int, ...]
     pooled: Score
+    vanishing: float = 0.0
 
     @property
     def mean(self) -> float:
@@ -170,11 +185,19 @@ def read_folder(folder: Path) -> list[Measurement]:
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: give the folder that holds the runs")
-    files = sorted(folder.rglob("results.jsonl"))
-    latest = {m.key: m for path in files for m in read_jsonl(path)}
+    latest: dict[tuple[object, ...], Measurement] = {}
+    for path in sorted(folder.rglob("results.jsonl")):
+        for m in read_jsonl(path):
+            named = replace(m, run=run_name(path.parent, folder))
+            latest[named.key] = named
     if not latest:
         raise UserError(f"no results.jsonl below {folder}: run `defquant attack` on a run first")
     return list(latest.values())
+
+
+def run_name(run: Path, folder: Path) -> str:
+    """A run's name among those below `folder`: its path from there, or its own name."""
+    return run.resolve().name if run == folder else str(run.relative_to(folder))
 
 
 def aggregate(measurements: Iterable[Measurement]) -> list[Cell]:
@@ -199,4 +222,5 @@ def _cell(group: list[Measurement]) -> Cell:
         accuracies=tuple(m.score.accuracy for m in group),
         seeds=tuple(m.seed for m in group),
         pooled=Score(sum(m.correct for m in group), sum(m.total for m in group)),
+        vanishing=max(m.vanishing or 0.0 for m in group),
     )

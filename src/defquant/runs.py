@@ -13,12 +13,13 @@ from defquant import checkpoint
 from defquant.checkpoint import Checkpoint, Facts
 from defquant.config import DataConfig, ModelConfig, TrainConfig
 from defquant.data import Dataset, load
+from defquant.distributed import pick_device
 from defquant.errors import UserError
 from defquant.files import owned_folder
 from defquant.models import build
 from defquant.training import History, train
 
-__all__ = ["finished", "test_images", "train_run"]
+__all__ = ["test_images", "train_run"]
 
 
 def train_run(
@@ -46,7 +47,7 @@ def train_run(
         data = load_images(data_config, "train")
         facts = Facts(
             model_config, data_config, config, data.num_classes, data.in_channels, data.classes,
-            data.name, data.fingerprint, versions=checkpoint.versions(),
+            data.name, data.fingerprint, versions=checkpoint.versions(pick_device(config.device)),
         )  # fmt: skip
         model = build(
             model_config, num_classes=data.num_classes, in_channels=data.in_channels,
@@ -94,14 +95,6 @@ def test_images(facts: Facts, data_root: str | None = None, limit: int | None = 
     """The test images of a run, from `data_root` where they have moved; the first `limit`."""
     root = facts.data.data_root if data_root is None else data_root
     return load(facts.data.data, root, "test").first(limit)
-
-
-def finished(out: Path) -> bool:
-    """Whether `out` holds a run whose epochs are all done."""
-    if not (out / checkpoint.NAME).is_file():
-        return False
-    facts = checkpoint.load(out).facts
-    return len(facts.history) >= facts.train.epochs
 
 
 def _earlier(out: Path, resume: bool) -> Checkpoint | None:

@@ -94,7 +94,7 @@ def train(
         with TrainingProgress(label, total, done, show=show and me.leads) as progress:
             for epoch in range(len(history), config.epochs):
                 record = _epoch(run, epoch, steps, progress)
-                if test is not None and _tested(config, epoch):
+                if test is not None and me.leads and _tested(config, epoch):
                     model.eval()
                     record["test_accuracy"] = accuracy(model, test.to(device)).accuracy
                 history = (*history, record)
@@ -227,9 +227,13 @@ def _step(run: _Run, x: Tensor, y: Tensor, lr: float, step: int, share: float) -
         value = penalty.add_grad_()
     for group in run.optimizer.param_groups:
         group["lr"] = lr
+    if config.clip:
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     run.optimizer.step()
     if penalty and config.penalty == "parseval":
         penalty.retract_()
+        with torch.no_grad():
+            value = penalty.penalty()
     if run.coefficients:
         project_simplex_(model)
     right = (logits.argmax(1) == y).sum()

@@ -88,7 +88,7 @@ def _signed(word: int) -> int:
 
 
 def lint_images(x: Tensor, y: Tensor) -> None:
-    """Raise `UserError` unless `x` is (n, c, h, w) in [0, 1] (or uint8) and `y` labels it."""
+    """Raise `UserError` unless `x` is (n, c, h, w) in [0, 1], or uint8, and `y` labels it."""
     if x.ndim != 4 or len(x) != len(y):
         raise UserError(
             f"an attack takes images (n, c, h, w) and n labels; found {tuple(x.shape)} and "
@@ -96,7 +96,9 @@ def lint_images(x: Tensor, y: Tensor) -> None:
         )
     if len(x) == 0:
         raise UserError("there are no images to attack")
-    if x.dtype != torch.uint8:
+    if not x.is_floating_point() and x.dtype != torch.uint8:
+        raise UserError(f"images are float in [0, 1] or uint8; found {x.dtype}")
+    if x.is_floating_point():
         low, high = x.aminmax()
         if not (low >= 0 and high <= 1):
             raise UserError(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from defquant.attacks.base import uniform, untouched
+from defquant.data import to_unit
 
 __all__ = ["Walk", "perturb", "unbroken"]
 
@@ -39,6 +40,7 @@ def perturb(
     eps: float | Tensor,
     *,
     seed: int,
+    ids: Tensor | None = None,
     keep: Literal["best", "last"] = "best",
 ) -> Tensor:
     """Adversarial examples of one batch, every example walked to the end.
@@ -50,11 +52,12 @@ def perturb(
         walk: the attack.
         eps: radius in [0, 1], or one per example, (n, 1, 1, 1).
         seed: of the starts.
+        ids: int64 (n,), the names under which the examples draw their starts; else 0, 1, ...
         keep: `best`: of all iterates and restarts the one with the highest loss among those
             that fool the model, else the highest loss (a start counts only if it fools);
             `last`: the final iterate, a forward pass cheaper.
     """
-    ids = torch.arange(len(x), device=x.device)
+    ids = torch.arange(len(x), device=x.device) if ids is None else ids
     best, best_rank = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
     with untouched(model), torch.autocast(x.device.type, enabled=False):
         for restart in range(walk.restarts):
@@ -106,14 +109,14 @@ def unbroken(
     queue = _queue(n * walk.restarts, max(1, batch_size // 4), device)
     rows = torch.empty(0, dtype=torch.int64, device=device)  # restart * n + example
     step = rows.clone()
-    clean = at = _to_float(images[:0])
+    clean = at = to_unit(images[:0])
     with untouched(model), torch.autocast(device.type, enabled=False):
         while True:
             stays = (standing[rows % n]) & (step <= walk.steps)
             rows, step, clean, at = rows[stays], step[stays], clean[stays], at[stays]
             fresh = _next_rows(queue, batch_size - len(rows), standing)
             if len(fresh):
-                x = _to_float(images[fresh % n])
+                x = to_unit(images[fresh % n])
                 start = _start(walk, x, eps, seed, ids[fresh % n], fresh // n)
                 rows, step = torch.cat([rows, fresh]), torch.cat([step, torch.zeros_like(fresh)])
                 clean, at = torch.cat([clean, x]), torch.cat([at, start])
@@ -141,10 +144,6 @@ def _next_rows(queue: Iterator[Tensor], room: int, standing: Tensor) -> Tensor:
         found.append(rows[standing[rows % len(standing)]])
         room -= len(found[-1])
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=standing.device)
-
-
-def _to_float(images: Tensor) -> Tensor:
-    return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
 
 
 def _start(

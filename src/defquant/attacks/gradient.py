@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from defquant.attacks.base import draw_seed, lint_images
 from defquant.attacks.engine import Walk, perturb
 from defquant.config import check_eps
+from defquant.data import to_unit
 from defquant.errors import UserError
 
 __all__ = ["BIM", "FGSM", "PGD", "RFGSM", "FirstOrder", "Random", "RandomEps", "paper_steps"]
@@ -48,8 +50,7 @@ class FirstOrder:
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        lint_images(x, y)
-        return perturb(model, x, y, self.walk, self.eps, seed=draw_seed(generator))
+        return self._perturb(model, x, y, draw_seed(generator), "best")
 
     def last(
         self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
@@ -58,9 +59,13 @@ class FirstOrder:
 
         A forward pass cheaper; and an example that stops at one model's boundary transfers badly.
         """
+        return self._perturb(model, x, y, draw_seed(generator), "last")
+
+    def _perturb(
+        self, model: nn.Module, x: Tensor, y: Tensor, seed: int, keep: Literal["best", "last"]
+    ) -> Tensor:
         lint_images(x, y)
-        seed = draw_seed(generator)
-        return perturb(model, x, y, self.walk, self.eps, seed=seed, keep="last")
+        return perturb(model, to_unit(x), y, self.walk, self.eps, seed=seed, keep=keep)
 
     def __repr__(self) -> str:
         walk = self.walk
@@ -68,7 +73,7 @@ class FirstOrder:
         if walk.steps > 1:
             parts += [f"steps={walk.steps}", f"alpha={_pixels(walk.rate * self.eps)}"]
         if walk.restarts > 1:
-            parts.append(f"restarts={walk.restarts}")
+            parts.append(f"{'restarts' if walk.steps else 'samples'}={walk.restarts}")
         return f"{type(self).__name__}({', '.join(parts)})"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from defquant.errors import UserError
 
-__all__ = ["Dataset", "augment", "batches", "from_arrays", "num_batches"]
+__all__ = ["Dataset", "augment", "batches", "from_arrays", "num_batches", "to_unit"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ class Dataset:
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Float32 images in [0, 1] of shape (k, c, h, w) and labels (k,) at `index` (k,)."""
         index = index.to(self.images.device)
-        return _unit(self.images[index]), self.labels[index]
+        return to_unit(self.images[index]), self.labels[index]
 
 
 def from_arrays(
@@ -171,7 +171,7 @@ def batches(
     def walk() -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, steps * batch_size, batch_size):
             mine = draws[:, start : start + batch_size][:, rank::world]
-            yield _unit(_moved(data.images, mine, flip, shift)), data.labels[mine[0]]
+            yield to_unit(_moved(data.images, mine, flip, shift)), data.labels[mine[0]]
 
     return walk()
 
@@ -224,8 +224,11 @@ def _check_shift(images: Tensor, shift: int) -> None:
         )
 
 
-def _unit(images: Tensor) -> Tensor:
+def to_unit(images: Tensor) -> Tensor:
+    """Float32 images in [0, 1] from uint8 ones; float ones as float32."""
     unit = images.float()
+    if images.is_floating_point():
+        return unit
     # by a tensor: CUDA multiplies by the reciprocal of a plain 255, which rounds otherwise
     return unit.div_(unit.new_full((), 255))
 

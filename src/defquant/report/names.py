@@ -34,7 +34,7 @@ class Family:
 
     @property
     def is_dq(self) -> bool:
-        return self.method.split(" + ")[0] == "DQ"
+        return self.method.split()[0] == "DQ"
 
     @property
     def order(self) -> tuple[bool, str, bool, float, str]:
@@ -55,8 +55,8 @@ class Series:
 
     @property
     def family(self) -> Family:
-        name, plus, attack = self.method.partition(" + ")
-        return Family(("vanilla" if name == "float" else name) + plus + attack, self.beta)
+        base, space, rest = self.method.partition(" ")
+        return Family(("vanilla" if base == "float" else base) + space + rest, self.beta)
 
     @property
     def order(self) -> tuple[tuple[bool, str, bool, float, str], int]:
@@ -65,9 +65,9 @@ class Series:
     @property
     def short(self) -> str:
         """Without β: `DQ 4-bit`."""
-        name, plus, attack = self.method.partition(" + ")
-        precision = "" if name == "float" else f" {bits_text(self.bits)}"
-        return f"{name}{precision}{plus}{attack}"
+        base, space, rest = self.method.partition(" ")
+        precision = "" if base == "float" else f" {bits_text(self.bits)}"
+        return f"{base}{precision}{space}{rest}"
 
     @property
     def shows_beta(self) -> bool:

@@ -72,13 +72,14 @@ class StripTable:
         return [strip for strip in self.columns if image in strip.examples]
 
 
-def build_report(folder: Path, out: Path, title: str | None = None) -> Path:
+def build_report(folder: Path | str, out: Path | str, title: str | None = None) -> Path:
     """Write the report on every run below `folder` to `out` and return `out`.
 
     The page holds the summary (the paper's Table 1), accuracy over eps and over bits, example
     pictures, training curves and the settings; it is one file without anything to load.
     Raises `UserError` when the folder holds no results.
     """
+    folder, out = Path(folder), Path(out)
     measurements = read_folder(folder)
     check_types(measurements)
     return write_bytes(out, _render(folder, measurements, title).encode())
@@ -108,6 +109,7 @@ def _context(
     return {
         "title": title or _title(names),
         "lede": reading(rows),
+        "footnotes": tables.footnotes(rows),
         "facts": _facts(kept),
         "light": Markup(figures.colours(classes, dark=False)),
         "dark": Markup(figures.colours(classes, dark=True)),
@@ -117,8 +119,14 @@ def _context(
         "training": training(runs, kept, classes),
         "evidence": evidence(measurements, runs),
         "repeated": len(measurements) - len(kept),
-        "notes": notes,
+        "notes": [*notes, *_same_seeds(cells)],
     }
+
+
+def _same_seeds(cells: Sequence[Cell]) -> list[str]:
+    """Networks of which a cell averages two runs of one seed: they differ in something else."""
+    names = distinct(str(series_of(c)) for c in cells if len(set(c.seeds)) < len(c.seeds))
+    return [f"{name}: several runs of one seed are averaged, though they differ" for name in names]
 
 
 def _title(names: Sequence[tuple[str, str]]) -> str:

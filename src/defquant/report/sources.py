@@ -16,7 +16,7 @@ from typing import Any
 from defquant.errors import UserError
 from defquant.files import read_json
 from defquant.report.names import Series
-from defquant.results import Measurement
+from defquant.results import Measurement, run_name
 
 __all__ = ["Example", "Prediction", "Run", "Strip", "check_types", "flatten", "read_runs"]
 
@@ -74,7 +74,7 @@ def read_runs(folder: Path) -> tuple[list[Run], list[Strip], list[str]]:
     folders = sorted({path.parent for name in names for path in folder.rglob(name)})
     runs, strips, notes = [], [], []
     for place in folders:
-        name = place.resolve().name
+        name = run_name(place, folder)
         try:
             config = read_json(place / names[0]) if (place / names[0]).exists() else {}
             runs.append(Run(name, flatten(config), _log(place / names[1])))

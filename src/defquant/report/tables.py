@@ -17,12 +17,20 @@ __all__ = [
     "band",
     "chosen",
     "columns",
+    "footnotes",
+    "is_blind",
     "markdown_table",
     "summary",
     "table_eps",
     "text_table",
     "uncertainty",
 ]
+
+
+BLIND = (
+    "† {}: the loss gradient is exactly zero on more than 1% of the images that are classified "
+    "rightly. Gradient attacks are blind there: this accuracy is masked, not robust."
+)
 
 
 @dataclass(frozen=True)
@@ -143,11 +151,26 @@ def band(cell: Cell) -> tuple[float, float]:
 
 
 def uncertainty(cell: Cell) -> str:
-    """`±1.1`, the standard deviation over seeds, or Wilson's interval `28–41` of one seed."""
+    """`±1.1`, the standard deviation over seeds, or Wilson's interval `28–41` of one seed.
+
+    With a dagger where the attack was blind.
+    """
+    mark = "†" if is_blind(cell) else ""
     if len(cell.accuracies) > 1:
-        return f"±{100 * cell.spread:.1f}"
+        return f"±{100 * cell.spread:.1f}{mark}"
     low, high = cell.pooled.interval
-    return f"{100 * low:.0f}–{100 * high:.0f}"
+    return f"{100 * low:.0f}–{100 * high:.0f}{mark}"
+
+
+def is_blind(cell: Cell) -> bool:
+    """Whether gradients vanish on over 1 % of the images, so that the score overstates."""
+    return cell.vanishing > 0.01 and cell.attack != "clean" and not cell.attack.endswith("(B)")
+
+
+def footnotes(rows: Iterable[Row]) -> list[str]:
+    """What the marks in a table of `rows` mean."""
+    blind = {series_of(c).short for row in rows for c in row.cells.values() if is_blind(c)}
+    return [BLIND.format(", ".join(sorted(blind)))] if blind else []
 
 
 def markdown_table(measurements: Iterable[Measurement]) -> str:
@@ -162,6 +185,7 @@ def markdown_table(measurements: Iterable[Measurement]) -> str:
         values = [_plain(row, bits, styles) for bits in shown]
         cells = [*map(_markdown, _names(row, rows)), *values, *_ends(row)]
         lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *map(_markdown, notes)] if (notes := footnotes(rows)) else []
     return "\n".join(lines) + "\n"
 
 
@@ -182,6 +206,8 @@ def text_table(measurements: Iterable[Measurement]) -> Table:
         values = [Text(_plain(row, b, ("{}",) * 3), style=_style(row, b)) for b in shown]
         table.add_row(*names, Text(images), *values, *_ends(row))
         former = group
+    table.caption = Text("\n".join(footnotes(rows)), style="italic") if footnotes(rows) else None
+    table.caption_justify = "left"
     return table
 
 
