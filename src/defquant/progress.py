@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
@@ -17,7 +18,7 @@ class TrainingProgress:
     def __init__(self, label: str, total: int, done: int, *, show: bool = True) -> None:
         self._show = show
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.description}"), BarColumn(12), TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[text]}"), TimeRemainingColumn(),
             console=Console(stderr=True), transient=True,
             disable=not (show and sys.stderr.isatty()),
@@ -43,11 +44,20 @@ class TrainingProgress:
         """Whether the bar is worth the reading of the device's numbers now."""
         return not self._bar.disable and time.monotonic() >= self._next
 
-    def update(self, done: int, text: str) -> None:
+    def update(self, done: int, record: Mapping[str, float]) -> None:
+        """Show the running means of this epoch, in words that fit 80 columns."""
+        text = f"loss {record['loss']:.3f} acc {record['accuracy']:.1%} pen {record['penalty']:.3g}"
+        text += f" {record['images_per_second']:,.0f} img/s"
         self._bar.update(self._task, completed=done, text=text)
         self._next = time.monotonic() + 0.5
 
-    def epoch(self, number: int, epochs: int, text: str) -> None:
+    def epoch(self, epochs: int, record: Mapping[str, float]) -> None:
         """Say that an epoch is done, where there is no bar to say so."""
-        if self._show and self._bar.disable:
-            print(f"{self._label}: epoch {number}/{epochs}  {text}", file=sys.stderr, flush=True)
+        if not self._show or not self._bar.disable:
+            return
+        text = f"loss {record['loss']:.3f}  accuracy {record['accuracy']:.1%}"
+        text += f"  penalty {record['penalty']:.3g}  {record['images_per_second']:,.0f} images/s"
+        if "test_accuracy" in record:
+            text += f"  test {record['test_accuracy']:.1%}"
+        number = f"{record['epoch']:.0f}/{epochs}"
+        print(f"{self._label}: epoch {number}  {text}", file=sys.stderr, flush=True)

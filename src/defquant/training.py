@@ -98,7 +98,7 @@ def train(
                     model.eval()
                     record["test_accuracy"] = accuracy(model, test.to(device)).accuracy
                 history = (*history, record)
-                progress.epoch(epoch + 1, config.epochs, _text(record))
+                progress.epoch(config.epochs, record)
                 if on_epoch is not None and me.leads:
                     on_epoch(history, run.momentum())
     model.eval()
@@ -201,7 +201,7 @@ def _epoch(run: _Run, epoch: int, steps: int, progress: TrainingProgress) -> dic
             _stop_if_diverged(totals, epoch, index, lr)
         if progress.due:
             elapsed = time.perf_counter() - start
-            progress.update(step + 1, _text(_record(totals, epoch, lr, elapsed, index + 1)))
+            progress.update(step + 1, _record(totals, epoch, lr, elapsed, index + 1))
     totals = sum_over(totals)
     totals[3] /= me.world
     return _record(totals, epoch, lr, time.perf_counter() - start, steps)
@@ -262,14 +262,6 @@ def _record(totals: Tensor, epoch: int, lr: float, seconds: float, steps: int) -
         "seconds": seconds,
         "images_per_second": seen / seconds,
     }
-
-
-def _text(record: Mapping[str, float]) -> str:
-    text = f"loss {record['loss']:.3f}  accuracy {record['accuracy']:.1%}"
-    text += f"  penalty {record['penalty']:.3g}  {record['images_per_second']:,.0f} images/s"
-    if "test_accuracy" in record:
-        text += f"  test {record['test_accuracy']:.1%}"
-    return text
 
 
 def _tested(config: TrainConfig, epoch: int) -> bool:
