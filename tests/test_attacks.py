@@ -18,6 +18,7 @@ from defquant.attacks import (
     Random,
     RandomEps,
     Transfer,
+    engine,
     untouched,
 )
 from defquant.attacks.base import uniform
@@ -122,8 +123,6 @@ def test_the_active_set_agrees_with_the_plain_loop(make: Callable[[float], First
         for steps in range(walk.steps + 1):
             partial = Walk(one.start, steps, one.rate, restart + 1, one.reach)
             at = x  # iterate `steps` of restart `restart`, by walking afresh
-            from defquant.attacks import engine
-
             ids = torch.arange(n)
             at = engine._start(partial, x, attack.eps, 7, ids, torch.full_like(ids, restart))
             for _ in range(steps):
@@ -198,12 +197,18 @@ def test_model_is_left_as_it_was_even_after_an_error() -> None:
     x, y = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
     torch.set_rng_state(random_state)
     PGD(8 / 255)(model, x, y)
+    counter = torch.zeros(1)
+    model.register_buffer("counter", counter)
     with pytest.raises(RuntimeError, match="boom"), untouched(model):
+        model.get_buffer("counter").add_(1)  # a model may count its own calls
+        first.grad, second.grad = torch.zeros_like(first), torch.zeros_like(second)
         model(x)
         torch.rand(3)
         raise RuntimeError("boom")
     assert [m.training for m in model.modules()] == modes
     assert not first.requires_grad
+    assert first.grad is None
+    assert counter.item() == 0
     assert second.grad is kept
     assert torch.equal(kept, torch.full_like(second, 3.0))
     assert all(p.grad is None for p in model.parameters() if p is not second)
@@ -240,6 +245,16 @@ def test_best_iterate_prefers_one_that_fools() -> None:
     assert model(attack.last(model, x, y)).argmax(1).item() == 0
     assert model(attack(model, x, y)).argmax(1).item() == 1
     assert dq.robust_accuracy(model.eval(), (x, y), attack).correct == 0
+
+
+def test_an_iterate_that_fools_beats_one_of_higher_loss() -> None:
+    logits = torch.tensor([[1.0, 1.1, -9.0], [1.0, 0.99, 0.99], [1.0, 0.5, 0.5], [1.0, 9.0, 9.0]])
+    y = torch.zeros(4, dtype=torch.int64)
+    loss = nn.functional.cross_entropy(logits, y, reduction="none")
+    assert loss[1] > loss[0]
+    rank = engine._rank(loss, logits.argmax(1) != y)
+    assert torch.argsort(rank).tolist() == [2, 1, 0, 3]
+    assert engine._rank(torch.tensor([torch.inf, 1e9]), torch.tensor([False, True])).diff() > 0
 
 
 def test_nan_in_one_example_leaves_its_neighbours_alone() -> None:

@@ -62,6 +62,8 @@ def test_sweeps_fall_monotonically_and_carry_the_fallen() -> None:
     assert found[0].attack is None
     fgsm = [s for s in found if getattr(s.attack, "name", "") == "FGSM"]
     assert [s.score.correct for s in fgsm] == sorted((s.score.correct for s in fgsm), reverse=True)
+    assert [round(s.attack.eps * 255) for s in fgsm] == [10, 30, 51]  # type: ignore[union-attr]
+    assert fgsm[0].score.correct == 89
     assert fgsm[-1].attack is weak
     assert fgsm[-1].score == fgsm[-2].score
     assert all((a.survivors | ~b.survivors).all() for a, b in pairwise(fgsm))

@@ -112,11 +112,14 @@ def test_adversarial_training_sees_the_attacked_images(corners: Dataset, attack:
     made = training_attack(config)
     assert made is not None
     seen: list[float] = []
+    draws: set[int] = set()
 
     def spy(
         model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
         assert model.training
+        assert generator is not None
+        draws.add(generator.initial_seed())
         adversarial = made(model, x, y, generator=generator)
         assert model.training
         seen.append(float((adversarial - x).abs().max()))
@@ -127,6 +130,7 @@ def test_adversarial_training_sees_the_attacked_images(corners: Dataset, attack:
     train(attacked, corners, config, attack=spy)
     train(again, corners, config)
     assert 0 < max(seen) <= 8 / 255 + 1e-6
+    assert len(draws) == len(seen) == 4  # each step draws anew
     assert same(attacked, again)
     assert not same(attacked, plain)
     halved = network()
