@@ -192,13 +192,13 @@ def test_model_is_left_as_it_was_even_after_an_error() -> None:
     second.grad = torch.full_like(second, 3.0)
     kept = second.grad
     modes = [m.training for m in model.modules()]
+    counter = torch.zeros(1)
+    model.register_buffer("counter", counter)
     buffers = [b.clone() for b in model.buffers()]
     random_state = torch.get_rng_state()
     x, y = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
     torch.set_rng_state(random_state)
     PGD(8 / 255)(model, x, y)
-    counter = torch.zeros(1)
-    model.register_buffer("counter", counter)
     with pytest.raises(RuntimeError, match="boom"), untouched(model):
         model.get_buffer("counter").add_(1)  # a model may count its own calls
         first.grad, second.grad = torch.zeros_like(first), torch.zeros_like(second)

@@ -24,11 +24,10 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Distance:
-    """Eq. 4 over `examples` examples, in both readings: the `mean` of the examples' own distances
-    and their standard deviation, `spread`; and `whole`, the batch as one long vector.
+    """Eq. 4 over `examples` examples, in both readings; a number that is not finite is None.
 
-    The mean leaves out `left_out` examples whose distance is infinite or NaN. What is not finite
-    is None.
+    `mean` and `spread` (standard deviation) of the examples' own distances, without those that
+    are not finite (`left_out` counts them); and `whole`, the batch as one long vector.
     """
 
     mean: float | None
@@ -40,8 +39,7 @@ class Distance:
 
 @dataclass(frozen=True)
 class LayerDistance:
-    """A point of Figure 3b; `index` counts the calls of the forward pass, `bits` are the network's
-    (None for full precision, `mixed` where quantisers differ)."""
+    """A layer of Figure 3b, `index`-th of a network of `bits` (`mixed` where layers differ)."""
 
     layer: str
     index: int
@@ -75,41 +73,28 @@ def normalized_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def layer_distances(
-    model: nn.Module,
-    x: Tensor,
-    x_adv: Tensor,
-    *,
-    bits: Sequence[int | None] | None = None,
-    at: Literal["inputs", "activations"] = "inputs",
-    batch_size: int = 128,
+    model: nn.Module, x: Tensor, x_adv: Tensor, *, bits: Sequence[int | None] | None = None
 ) -> list[LayerDistance]:
-    """D between clean and adversarial images at each layer, in order of the forward pass.
+    """D at the input of each convolution and linear layer, in order of the forward pass.
 
     Figure 3b. Its caption speaks of full- against low-precision activations, section 3 of clean
-    against adversarial ones at each bit width; this follows section 3.
+    against adversarial ones at each bit width; this follows section 3. The first is the image.
 
     `x` (n, c, h, w) and `x_adv` lie on the model's device; the model is left as it was found.
-    `bits` are set one after the other, weights and batch norms as trained; without them the
-    model's own. `at` is the `inputs` of each convolution and linear layer (the first is the image
-    itself) or the `activations` that each quantiser returns. Memory grows with `batch_size`, in
-    pairs; the answer does not change.
-
-    Returns one record for each of `bits` and each call of a layer. Raises `UserError` for unequal
-    shapes, no layer to look at, bits outside 1 to 8 or no quantiser to set.
+    `bits` are set in turn, weights and batch norms as trained; without them the model's own are
+    kept. Returns one record for each of `bits` and each call of a layer. Raises `UserError` for
+    unequal shapes, no layer to look at, bits outside 1 to 8 or no quantiser to set.
     """
     _check_pair(x, x_adv)
     former = [(module, module.bits) for module in model.modules() if isinstance(module, Quantizer)]
-    found: list[LayerDistance] = []
+    if bits is None:
+        own = {width for _, width in former}
+        return _layers(model, x, x_adv, "mixed" if len(own) > 1 else next(iter(own), None))
     try:
-        for width in [_own_bits(model)] if bits is None else bits:
-            if bits is not None:
-                set_bits(model, width)  # type: ignore[arg-type]
-            layers = enumerate(_layers(model, x, x_adv, at, batch_size))
-            found += [LayerDistance(name, i, width, distance) for i, (name, distance) in layers]
+        return [d for b in bits for d in _layers(set_bits(model, b), x, x_adv, b)]
     finally:
-        for quantizer, own in former:
-            quantizer.bits = own
-    return found
+        for quantizer, width in former:
+            quantizer.bits = width
 
 
 def first_block_distances(
@@ -124,15 +109,18 @@ def first_block_distances(
     away from the edges of their cells, as zeros do, let D fall as the paper reports.
 
     `x` (n, c, h, w) lies on the model's device; the paper takes 128 images. `attacked` pairs eps
-    in [0, 1] with images attacked at it; the paper's run from 1/255 to 8/255. One record for each
-    pair, in order. The model is left as it was found.
-    Raises `UserError` for no quantiser, unequal shapes, eps or bits out of range.
+    in [0, 1] with images attacked at it; the paper's run from 1/255 to 8/255. The model is left as
+    it was found. Returns one record for each pair. Raises `UserError` for a model without
+    quantiser, unequal shapes, eps or bits out of range.
     """
     check_bits(bits)
 
-    def look(module: nn.Module, z: Tensor, output: Tensor) -> list[Distance]:
-        activations = (_at_bits(module, b)(z) for b in (None, bits))
-        return [_summary(_norms(*a.chunk(2))) for a in activations]
+    def look(module: nn.Module, z: Tensor) -> list[Distance]:
+        twin, both = copy.copy(module), []
+        for width in (None, bits):
+            set_bits(twin, width)
+            both.append(_summary(_norms(*twin.forward(z).chunk(2))))  # not twin(): it has the hook
+        return both
 
     found = []
     for eps, x_adv in attacked:
@@ -143,33 +131,35 @@ def first_block_distances(
 
 
 def _layers(
-    model: nn.Module, x: Tensor, x_adv: Tensor, at: str, batch_size: int
-) -> list[tuple[str, Distance]]:
+    model: nn.Module, x: Tensor, x_adv: Tensor, bits: int | Literal["mixed"] | None
+) -> list[LayerDistance]:
     names = {module: name for name, module in model.named_modules()}
 
-    def look(module: nn.Module, z: Tensor, output: Tensor) -> tuple[str, Tensor]:
-        return names[module], _norms(*(z if at == "inputs" else output).chunk(2))
+    def look(module: nn.Module, z: Tensor) -> tuple[str, Tensor]:
+        return names[module], _norms(*z.chunk(2))
 
-    kinds = (nn.Conv2d, nn.Linear) if at == "inputs" else (Quantizer,)
     # both halves in one pass: their activations meet in the hook, and none has to be kept
-    pairs = zip(x.split(batch_size), x_adv.split(batch_size), strict=True)
-    calls = zip(*(_look(model, torch.cat(pair), kinds, look) for pair in pairs), strict=True)
-    return [(call[0][0], _summary(torch.cat([n for _, n in call], 1))) for call in calls]
+    pairs = zip(x.split(128), x_adv.split(128), strict=True)
+    passes = [_look(model, torch.cat(pair), (nn.Conv2d, nn.Linear), look) for pair in pairs]
+    return [
+        LayerDistance(call[0][0], index, bits, _summary(torch.cat([norms for _, norms in call], 1)))
+        for index, call in enumerate(zip(*passes, strict=True))
+    ]
 
 
 def _look(
     model: nn.Module,
     x: Tensor,
     kinds: tuple[type[nn.Module], ...],
-    look: Callable[[nn.Module, Tensor, Tensor], _T],
+    look: Callable[[nn.Module, Tensor], _T],
 ) -> list[_T]:
-    """What `look(module, input, output)` gives at each call of a module of `kinds`, in order."""
+    """What `look(module, input)` gives at each call of a module of `kinds`, in order."""
     found: list[_T] = []
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        found.append(look(module, args[0], output))
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        found.append(look(module, args[0]))
 
-    handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, kinds)]
+    handles = [m.register_forward_pre_hook(hook) for m in model.modules() if isinstance(m, kinds)]
     try:
         with untouched(model), torch.no_grad():
             model(x)
@@ -178,25 +168,15 @@ def _look(
             handle.remove()
     if not found:
         wanted = " or ".join(kind.__name__ for kind in kinds)
-        raise UserError(f"{type(model).__name__} calls no {wanted}: there is nothing to look at")
+        raise UserError(f"there must be a {wanted} to look at; {type(model).__name__} calls none")
     return found
-
-
-def _at_bits(quantizer: nn.Module, bits: int | None) -> Callable[[Tensor], Tensor]:
-    twin = copy.copy(quantizer)
-    twin.bits = bits  # type: ignore[assignment]
-    return twin.forward  # without the hooks, which the twin shares
-
-
-def _own_bits(model: nn.Module) -> int | Literal["mixed"] | None:
-    own = {module.bits for module in model.modules() if isinstance(module, Quantizer)}
-    return "mixed" if len(own) > 1 else next(iter(own), None)
 
 
 def _norms(a: Tensor, b: Tensor) -> Tensor:
     """||a - b||_2 and ||a||_2 of each row, (2, n), in float32 or better."""
     a, b = (t if t.dtype == torch.float64 else t.float() for t in (a, b))
-    return torch.stack([a - b, a]).flatten(2).norm(dim=2)
+    norms: Tensor = torch.linalg.vector_norm(torch.stack([a - b, a]).flatten(2), dim=2)
+    return norms
 
 
 def _ratio(norms: Tensor) -> Tensor:
