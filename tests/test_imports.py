@@ -8,8 +8,8 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "defquant"
 ORDER = (
     "errors", "files", "config", "results", "quantize", "lipschitz", "data", "models", "attacks",
-    "defenses", "progress", "distributed", "evaluate", "diagnose", "training", "checkpoint", "runs", "measure",
-    "experiments", "report", "commands", "cli", "__main__",
+    "defenses", "progress", "distributed", "evaluate", "diagnose", "training", "checkpoint", "runs",
+    "measure", "experiments", "report", "commands", "cli", "__main__",
 )  # fmt: skip
 TORCHLESS = ("errors", "files", "config", "results", "report", "cli", "commands")
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from defquant.config import TrainConfig as TrainConfig
     from defquant.data import Dataset as Dataset
     from defquant.data import load as load
+    from defquant.defenses import FeatureSqueezing as FeatureSqueezing
     from defquant.errors import DefquantWarning as DefquantWarning
     from defquant.errors import UserError as UserError
     from defquant.evaluate import accuracy as accuracy
@@ -44,6 +45,7 @@ _HOMES = {
     "checkpoint": ("load_model",),
     "config": ("DataConfig", "ModelConfig", "TrainConfig"),
     "data": ("Dataset", "load"),
+    "defenses": ("FeatureSqueezing",),
     "errors": ("DefquantWarning", "UserError"),
     "evaluate": ("accuracy", "robust_accuracy", "sweep"),
     "lipschitz": ("ConvexSum", "OrthogonalPenalty", "project_simplex_"),

@@ -108,6 +108,7 @@ class FeatureSqueezing(nn.Module):
     def __init__(self, model: nn.Module, bits: int | None = 5, median: bool = True) -> None:
         super().__init__()
         self.model, self.bits, self.median = model, check_bits(bits), median
+        self.training = model.training
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(squeeze(x, self.bits, self.median))  # type: ignore[no-any-return]
@@ -135,13 +136,22 @@ class Unaware:
         return f"{self.attack.name} (unaware)"
 
     def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        ids: Tensor | None = None,
     ) -> Tensor:
-        """As every `Attack`. Raises `UserError` where `model` is no `FeatureSqueezing`."""
+        """As every `Attack`; `ids` as in `perturb`.
+
+        Raises `UserError` where `model` is no `FeatureSqueezing`.
+        """
         if not isinstance(model, FeatureSqueezing):
             found = type(model).__name__
             raise UserError(f"Unaware attacks a FeatureSqueezing; found {found}: drop Unaware")
-        return self.attack.last(model.model, x, y, generator=generator)
+        return self.attack.last(model.model, x, y, generator=generator, ids=ids)
 
 
 def squeezing_distance(

@@ -12,6 +12,7 @@ from defquant.attacks.engine import unbroken
 from defquant.attacks.gradient import FirstOrder
 from defquant.attacks.transfer import Transfer
 from defquant.data import Dataset, to_unit
+from defquant.defenses import Unaware
 from defquant.errors import UserError
 from defquant.results import Score
 
@@ -170,8 +171,9 @@ def _withstands(
     model: nn.Module, x: Tensor, y: Tensor, attack: Attack, ids: Tensor, seed: int
 ) -> Tensor:
     """`robust` for one batch of an attack that is no walk on the model itself."""
-    if isinstance(attack, Transfer):
-        adversarial = attack.examples(x, y, seed=seed, ids=ids)
+    if isinstance(attack, Transfer | Unaware):
+        whole = torch.Generator().manual_seed(seed)  # one seed for all batches: ids tell them apart
+        adversarial = attack(model, x, y, generator=whole, ids=ids)
     else:
         generator = torch.Generator().manual_seed(seed + int(ids[0]))
         with untouched(model):

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,22 +49,26 @@ class FirstOrder:
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        return self._perturb(model, x, y, draw_seed(generator), "best")
+        lint_images(x, y)
+        return perturb(model, to_unit(x), y, self.walk, self.eps, seed=draw_seed(generator))
 
     def last(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        ids: Tensor | None = None,
     ) -> Tensor:
         """The last iterate instead of the best: for adversarial training and for transfer.
 
         A forward pass cheaper; and an example that stops at one model's boundary transfers badly.
+        `ids` as in `perturb`.
         """
-        return self._perturb(model, x, y, draw_seed(generator), "last")
-
-    def _perturb(
-        self, model: nn.Module, x: Tensor, y: Tensor, seed: int, keep: Literal["best", "last"]
-    ) -> Tensor:
         lint_images(x, y)
-        return perturb(model, to_unit(x), y, self.walk, self.eps, seed=seed, keep=keep)
+        seed = draw_seed(generator)
+        return perturb(model, to_unit(x), y, self.walk, self.eps, seed=seed, ids=ids, keep="last")
 
     def __repr__(self) -> str:
         walk = self.walk

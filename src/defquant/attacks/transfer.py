@@ -5,10 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from defquant.attacks.base import draw_seed, lint_images
-from defquant.attacks.engine import perturb
 from defquant.attacks.gradient import FirstOrder
-from defquant.data import to_unit
 
 __all__ = ["Transfer"]
 
@@ -35,15 +32,13 @@ class Transfer:
         return f"{self.attack.name}(B)"
 
     def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        ids: Tensor | None = None,
     ) -> Tensor:
-        """Images (n, c, h, w) in [0, 1]; `model` is never asked."""
-        ids = torch.arange(len(x), device=x.device)
-        return self.examples(x, y, seed=draw_seed(generator), ids=ids)
-
-    def examples(self, x: Tensor, y: Tensor, *, seed: int, ids: Tensor) -> Tensor:
-        """The same for examples with names `ids`, which alone, with `seed`, decide the draws."""
-        lint_images(x, y)
-        walk, eps = self.attack.walk, self.attack.eps
-        x = to_unit(x)
-        return perturb(self.substitute, x, y, walk, eps, seed=seed, ids=ids, keep="last")
+        """Images (n, c, h, w) in [0, 1]; `model` is never asked. `ids` as in `perturb`."""
+        return self.attack.last(self.substitute, x, y, generator=generator, ids=ids)

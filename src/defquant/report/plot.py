@@ -67,6 +67,8 @@ def _panel(axis: "Axes", cells: Sequence[Cell], attack: str) -> None:
         )  # fmt: skip
     axis.set_title(attack, fontsize=10)
     axis.set_xlabel("ε (1/255)")
+    axis.set_xticks(sorted({c.eps * 255 for c in cells if c.attack == attack} | {0}))
+    axis.xaxis.set_major_formatter("{x:.4g}")
     axis.set_ylim(0, 100)
     axis.grid(alpha=0.2)
     axis.spines[["top", "right"]].set_visible(False)
