@@ -91,7 +91,9 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {len(x)} images, ", end=""
     )
-    print(f"PGD-{STEPS}, batch {BATCH}, n = {options.repeats}\n")
+    print(f"PGD-{STEPS}, batch {BATCH}, n = {options.repeats}")
+    clean = [dq.accuracy(model, (x, y)).accuracy for model in (plain, robust)]
+    print(f"clean accuracy: float {clean[0]:.1%}, robust {clean[1]:.1%}\n")
     for name, model, eps, target in scenes:
         _compare(name, model, x, y, eps, target, options.repeats)
 
@@ -128,11 +130,11 @@ def _networks(
         test = test_images(facts, data_root, images)
     else:
         train, test = digits("train"), digits("test").first(images)
-        config = TrainConfig(epochs=3, batch_size=64, device="cpu")
+        config = TrainConfig(epochs=10, batch_size=64, device="cpu")
         plain, robust = (dq.wide_resnet(10, 1, in_channels=1) for _ in range(2))
         dq.train(plain, train, config, show=True)
         attack = dq.PGD(32 / 255, steps=3, alpha=16 / 255).last
-        dq.train(robust, train, TrainConfig(epochs=6, batch_size=64, device="cpu"), attack=attack)
+        dq.train(robust, train, config, attack=attack, show=True)
     x, y = test.take(torch.arange(len(test)))
     layout = torch.channels_last
     return plain.to(memory_format=layout), robust.to(memory_format=layout), (x, y)  # type: ignore[call-overload]

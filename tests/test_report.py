@@ -122,14 +122,18 @@ def test_a_run_measured_twice_is_no_second_seed() -> None:
     assert row.cells[None].accuracies == (0.5,)
 
 
-def test_the_tables_eps_separates_networks_best() -> None:
-    near, far = measurement(attack="PGD", eps=0.1), measurement(attack="PGD", eps=0.2)
-    near4, far4 = (replace(m, run="q", method="vanilla", bits=4) for m in (near, far))
-    cells = [replace(near, correct=50), replace(near4, correct=10)]
-    at_zero = [replace(far, correct=0), replace(far4, correct=90)]
-    assert table_eps(aggregate(cells + at_zero)) == 0.1
-    apart = [replace(far, correct=60), replace(far4, correct=10)]
-    assert table_eps(aggregate(cells + apart)) == 0.2
+def test_the_tables_eps_is_where_the_strongest_attack_halves_float() -> None:
+    def at(attack: str, eps: float, correct: int, method: str = "float") -> Measurement:
+        bits = None if method == "float" else 4
+        made = measurement(attack=attack, eps=eps, correct=correct, total=100)
+        return replace(made, run=method, method=method, bits=bits)
+
+    float_ = [at("clean", 0.0, 80), at("PGD", 0.1, 70), at("PGD", 0.2, 45), at("PGD", 0.3, 2)]
+    noise = [at("Random", eps, 78) for eps in (0.1, 0.2, 0.3)]
+    quantised = [at("PGD", eps, 40, "vanilla") for eps in (0.1, 0.3)]
+    assert table_eps(aggregate(float_ + noise + quantised)) == 0.2
+    assert table_eps(aggregate(quantised[:1])) == 0.1
+    assert table_eps([]) == 0.0
 
 
 def test_markdown_marks_best_and_second_and_escapes() -> None:
