@@ -1,6 +1,5 @@
 """First-order L-infinity attacks as one walk, and the loop that works only on the unbroken."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,46 +103,72 @@ def unbroken(
         seed: of the starts.
         batch_size: rows at a time; the answer does not depend on it (beyond rounding).
     """
-    device, n = images.device, len(images)
+    n, device = len(images), images.device
     standing = torch.ones(n, dtype=torch.bool, device=device)
-    queue = _queue(n * walk.restarts, max(1, batch_size // 4), device)
-    rows = torch.empty(0, dtype=torch.int64, device=device)  # restart * n + example
-    step = rows.clone()
-    clean = at = to_unit(images[:0])
+    position, total = 0, n * walk.restarts
+    row = torch.empty(0, dtype=torch.int64, device=device)  # restart * n + example
+    active: _Rows = (row, row, to_unit(images[:0]), to_unit(images[:0]))
+    ended = active
     with untouched(model), torch.autocast(device.type, enabled=False):
         while True:
-            stays = (standing[rows % n]) & (step <= walk.steps)
-            rows, step, clean, at = rows[stays], step[stays], clean[stays], at[stays]
-            fresh = _next_rows(queue, batch_size - len(rows), standing)
+            active = _where(active, standing[active[0] % n])
+            position, fresh = _refill(position, total, batch_size - len(active[0]), standing)
             if len(fresh):
                 x = to_unit(images[fresh % n])
                 start = _start(walk, x, eps, seed, ids[fresh % n], fresh // n)
-                rows, step = torch.cat([rows, fresh]), torch.cat([step, torch.zeros_like(fresh)])
-                clean, at = torch.cat([clean, x]), torch.cat([at, start])
-            if not len(rows):
+                active = _both(active, (fresh, torch.zeros_like(fresh), x, start))
+            # the last iterate needs no gradient: it waits until a batch of its kind is together
+            at_end = active[1] == walk.steps
+            ended, active = _both(ended, _where(active, at_end)), _where(active, ~at_end)
+            if len(ended[0]) >= batch_size or not len(active[0]):
+                ended = _where(ended, standing[ended[0] % n])
+                _settle(model, ended, labels, standing, gradient=False)
+                ended = _where(ended, torch.zeros_like(ended[0], dtype=torch.bool))
+            if len(active[0]):
+                rows, step, clean, at = active
+                grad = _settle(model, active, labels, standing, gradient=True)
+                active = (rows, step + 1, clean, _advance(walk, at, clean, eps, grad))
+            elif position == total:
                 return standing
-            moving = bool((step < walk.steps).any())
-            _, fooled, grad = _look(model, at, labels[rows % n], gradient=moving)
-            standing[(rows % n)[fooled]] = False
-            at = _advance(walk, at, clean, eps, grad) if moving else at
-            step = step + 1
 
 
-def _queue(total: int, chunk: int, device: torch.device) -> Iterator[Tensor]:
-    for first in range(0, total, chunk):
-        yield torch.arange(first, min(first + chunk, total), device=device)
+_Rows = tuple[Tensor, Tensor, Tensor, Tensor]  # row, step, clean image, iterate
 
 
-def _next_rows(queue: Iterator[Tensor], room: int, standing: Tensor) -> Tensor:
-    """The next unbroken rows of the queue: none without room, else at least `room` while it lasts.
+def _where(rows: _Rows, mask: Tensor) -> _Rows:
+    return (
+        rows if bool(mask.all()) else (rows[0][mask], rows[1][mask], rows[2][mask], rows[3][mask])
+    )
 
-    Whole chunks, a quarter of a batch each: the batch may run over by less than that.
-    """
-    found: list[Tensor] = []
-    while room > 0 and (rows := next(queue, None)) is not None:
-        found.append(rows[standing[rows % len(standing)]])
-        room -= len(found[-1])
-    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=standing.device)
+
+def _both(a: _Rows, b: _Rows) -> _Rows:
+    if not len(a[0]) or not len(b[0]):
+        return a if len(a[0]) else b
+    row, step, clean, at = (torch.cat(pair) for pair in zip(a, b, strict=True))
+    return row, step, clean, at
+
+
+def _settle(
+    model: nn.Module, rows: _Rows, labels: Tensor, standing: Tensor, *, gradient: bool
+) -> Tensor:
+    """Strike from `standing` the examples that these iterates fool; the loss's gradient there."""
+    example, at = rows[0] % len(standing), rows[3]
+    if not len(at):
+        return at
+    seen = _round_up(len(at))
+    _, fooled, grad = _look(model, at, labels[example], gradient=gradient, rows=seen)
+    standing[example[fooled]] = False
+    return grad
+
+
+def _refill(position: int, total: int, room: int, standing: Tensor) -> tuple[int, Tensor]:
+    """The next `room` unbroken rows from `position` on, fewer at the end, and where they end."""
+    found, taken = torch.empty(0, dtype=torch.int64, device=standing.device), position
+    while taken < total and (missing := room - len(found)) > 0:
+        rows = torch.arange(taken, min(taken + missing, total), device=standing.device)
+        found = torch.cat([found, rows[standing[rows % len(standing)]]])
+        taken += len(rows)
+    return taken, found
 
 
 def _start(
@@ -158,17 +183,35 @@ def _start(
 
 
 def _look(
-    model: nn.Module, at: Tensor, y: Tensor, *, gradient: bool = True
+    model: nn.Module, at: Tensor, y: Tensor, *, gradient: bool = True, rows: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-example cross-entropy, whether the model is fooled, and the gradient at the images."""
+    """Per-example cross-entropy, whether the model is fooled, and the gradient at the images.
+
+    With `rows` the model sees that many rows at least.
+    """
+    n, at = len(at), _padded(at.detach(), rows or 0)
     with torch.set_grad_enabled(gradient):
-        at = at.detach().requires_grad_(gradient)
-        logits = model(at).float()
+        at = at.requires_grad_(gradient)
+        logits = model(at)[:n].float()
         loss = nn.functional.cross_entropy(logits, y, reduction="none")
-        grad = torch.autograd.grad(loss.sum(), at)[0] if gradient else torch.zeros_like(at)
+        grad = torch.autograd.grad(loss.sum(), at)[0][:n] if gradient else torch.zeros_like(at[:n])
     # a NaN among the logits is an answer as wrong as any, and must not stop its neighbours
     fooled = (logits.argmax(1) != y) | logits.isnan().any(1)
     return loss.detach().nan_to_num_(torch.inf), fooled, grad.nan_to_num_(0.0)
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    """`x` with rows of zeros added, up to `rows` of them."""
+    missing = rows - len(x)
+    return x if missing <= 0 else torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
+
+
+def _round_up(n: int) -> int:
+    """`n` up to the next of 1, 2, 4, 8, 16, 32, 48, 64, ...
+
+    A batch that shrinks row by row would have convolution kernels made for every size it has.
+    """
+    return 1 << (n - 1).bit_length() if n < 16 else -(-n // 16) * 16
 
 
 def _advance(walk: Walk, at: Tensor, x: Tensor, eps: float | Tensor, grad: Tensor) -> Tensor:

@@ -114,4 +114,4 @@ def _train_and_attack(out: Path, network: Network) -> None:
     (run / "results.jsonl").unlink(missing_ok=True)
     for _ in measure(run, model, facts, images, attacks):
         pass
-    write_examples(run, model, facts, images, parse_attack("pgd-20", EPS[-2]))
+    write_examples(run, model, facts, images, parse_attack("pgd-20", EPS[2]))
