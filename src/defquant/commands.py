@@ -1,7 +1,6 @@
 """What each verb does: settings in, files and rows out, exit status back."""
 
 import json
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, fields
@@ -34,12 +33,13 @@ def train(settings: Namespace) -> int:
         from_mapping(DataConfig, values),
         from_mapping(TrainConfig, values),
     )
+    from defquant.distributed import leads
     from defquant.runs import train_run
 
     out = Path(settings.out)
     last = train_run(*configs, out, resume=settings.resume).history[-1]
-    if os.environ.get("RANK", "0") != "0":
-        return 0  # under torchrun the first process speaks for all
+    if not leads():
+        return 0
     if settings.json:
         print(json.dumps({"run": str(out), **last}))
     else:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from defquant.errors import UserError
 
-__all__ = ["Workers", "pick_device", "sum_over", "workers"]
+__all__ = ["Workers", "leads", "pick_device", "sum_over", "workers"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class Workers:
     def leads(self) -> bool:
         """Whether this process writes the files."""
         return self.rank == 0
+
+
+def leads() -> bool:
+    """Whether this process speaks and writes for all; so does one that is alone."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """A run: one folder with its checkpoint, configuration, log and results."""
 
-import os
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -13,7 +13,7 @@ from defquant import checkpoint
 from defquant.checkpoint import Checkpoint, Facts
 from defquant.config import DataConfig, ModelConfig, TrainConfig
 from defquant.data import Dataset, load
-from defquant.distributed import pick_device
+from defquant.distributed import leads, pick_device
 from defquant.errors import UserError
 from defquant.files import owned_folder
 from defquant.models import build
@@ -41,8 +41,7 @@ def train_run(
             of other images, or is in use by another process; and whatever reading the data or
             training raises.
     """
-    leads = os.environ.get("RANK", "0") == "0"
-    with owned_folder(out) if leads else nullcontext():
+    with owned_folder(out) if leads() else nullcontext():
         before = _earlier(out, resume)
         data = load_images(data_config, "train")
         facts = Facts(
@@ -126,11 +125,11 @@ def _check_same(before: Facts, now: Facts, out: Path) -> None:
 @contextmanager
 def _tensorboard(out: Path) -> Iterator[Callable[[Mapping[str, float]], None]]:
     """Writes an epoch's record as TensorBoard events; does nothing where it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
+    if not leads() or importlib.util.find_spec("tensorboard") is None:
         yield lambda record: None
         return
+    from torch.utils.tensorboard import SummaryWriter
+
     with SummaryWriter(str(out / "tensorboard")) as writer:
 
         def log(record: Mapping[str, float]) -> None:
