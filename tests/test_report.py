@@ -133,6 +133,8 @@ def test_the_tables_eps_is_where_the_strongest_attack_halves_float() -> None:
     quantised = [at("PGD", eps, 40, "vanilla") for eps in (0.1, 0.3)]
     assert table_eps(aggregate(float_ + noise + quantised)) == 0.2
     assert table_eps(aggregate(quantised[:1])) == 0.1
+    strong = [at("PGD-50x10", 0.1, 60), at("PGD-50x10", 0.3, 1)]  # not measured at 0.2
+    assert table_eps(aggregate(float_ + noise + strong)) == 0.1
     assert table_eps([]) == 0.0
 
 

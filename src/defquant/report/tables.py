@@ -106,8 +106,9 @@ def summary(measurements: Iterable[Measurement]) -> list[Row]:
 def table_eps(cells: Sequence[Cell]) -> float:
     """The telling radius: where the strongest attack comes nearest to halving clean accuracy.
 
-    Of float, or of all networks where none is float. A smaller radius breaks nothing, at a larger
-    one nothing stands; either way all networks look alike.
+    Of float, or of all networks where none is float; among the radii of every attack, where there
+    are such. A smaller radius breaks nothing, at a larger one nothing stands; either way all
+    networks look alike.
     """
     floats = [cell for cell in cells if cell.method.startswith("float")] or list(cells)
     half = fmean([cell.mean for cell in floats if cell.attack == "clean"] or [1.0]) / 2
@@ -117,7 +118,13 @@ def table_eps(cells: Sequence[Cell]) -> float:
         means = [fmean(c.mean for c in here if c.attack == name) for name in _attacks(here)]
         return abs(min(means, default=0.0) - half)
 
-    return min(sorted({c.eps for c in cells if c.attack != "clean"}), key=distance, default=0.0)
+    radii: dict[str, set[float]] = {}
+    for cell in cells:
+        if cell.attack != "clean":
+            radii.setdefault(cell.attack, set()).add(cell.eps)
+    found = list(radii.values())
+    shared = set.intersection(*found) or set.union(*found) if found else set()
+    return min(sorted(shared), key=distance, default=0.0)
 
 
 def _attacks(cells: Sequence[Cell]) -> list[str]:
