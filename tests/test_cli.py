@@ -177,7 +177,10 @@ def test_ctrl_c_keeps_the_last_checkpoint_and_resumes(tmp_path: Path) -> None:
     words = [*TRAIN, "--epochs", "200", "--out", str(tmp_path / "run")]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "defquant", *words]
-    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
+    # a job in the background of a script inherits that Ctrl-C is ignored
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=env, **pipe, **heard) as process:  # type: ignore[call-overload]
         assert process.stderr is not None
         for line in process.stderr:
             if "epoch 2/200" in line:

@@ -212,21 +212,24 @@ def run(folder: Path, **popen: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, **popen)  # type: ignore[call-overload,no-any-return]
 
 
+def finish(folder: Path) -> None:
+    with run(folder) as process:
+        _, errors = process.communicate()
+    assert process.returncode == 0, errors
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(tmp_path: Path) -> None:
-    whole = run(tmp_path / "whole")
-    assert whole.wait() == 0, whole.stderr
+    finish(tmp_path / "whole")
     for epoch in (1, 2):
-        killed = run(tmp_path / f"killed{epoch}")
-        assert killed.stderr is not None
-        for line in killed.stderr:
-            if f"epoch {epoch}/4" in line:
-                killed.kill()
-                break
-        killed.wait()
+        with run(tmp_path / f"killed{epoch}") as killed:
+            assert killed.stderr is not None
+            for line in killed.stderr:
+                if f"epoch {epoch}/4" in line:
+                    killed.kill()
+                    break
         assert len(checkpoint.load(tmp_path / f"killed{epoch}").facts.history) < 4
-        again = run(tmp_path / f"killed{epoch}")
-        assert again.wait() == 0
+        finish(tmp_path / f"killed{epoch}")
     first, *others = [checkpoint.load(tmp_path / n) for n in ("whole", "killed1", "killed2")]
     for other in others:
         assert other.facts.history[-1]["loss"] == first.facts.history[-1]["loss"]

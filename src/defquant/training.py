@@ -98,9 +98,9 @@ def train(
                     model.eval()
                     record["test_accuracy"] = accuracy(model, test.to(device)).accuracy
                 history = (*history, record)
-                progress.epoch(config.epochs, record)
                 if on_epoch is not None and me.leads:
                     on_epoch(history, run.momentum())
+                progress.epoch(config.epochs, record)  # after it: what is said to be done is kept
     model.eval()
     return history
 
