@@ -158,3 +158,21 @@ def test_black_box_scores_do_not_depend_on_the_batch_or_on_who_stands() -> None:
     assert torch.equal(robust(model, data, attack, batch_size=9), whole)
     some = torch.arange(100) % 3 == 1
     assert torch.equal(robust(model, data, attack, standing=some), whole & some)
+
+
+def test_an_answer_of_nan_is_wrong_even_where_argmax_hits() -> None:
+    class Nan(Threshold):
+        def forward(self, x: Tensor) -> Tensor:
+            z = super().forward(x)
+            bright = (x.mean((1, 2, 3)) > 0.7)[:, None]
+            return torch.where(bright & (torch.arange(2) == 1), torch.nan, z)  # class 1, the truth
+
+    model, data = Nan().eval(), ladder()
+    sound = int((data[0].mean((1, 2, 3)) <= 0.7).sum()) - 1  # the first is on the threshold
+    assert dq.accuracy(model, data).correct == sound
+
+    def idle(model: nn.Module, x: Tensor, y: Tensor, *, generator: object = None) -> Tensor:
+        return x
+
+    everyone = torch.ones(100, dtype=torch.bool)
+    assert int(robust(model, data, idle, standing=everyone).sum()) == sound

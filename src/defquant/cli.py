@@ -197,7 +197,7 @@ def _spelled(flags: list[str]) -> list[str]:
             name, value = _listed(name), _listed(value)  # 60,120 as [60,120]
         if value == "none" and name != "--attack":
             value = "null"
-        if name == "none" and spelled and spelled[-1] not in ("--attack",):
+        if name == "none" and spelled and spelled[-1] != "--attack":
             name = "null"
         spelled.append(name + equals + value)
         bare = following.lower() not in ("true", "false", "yes", "no", "null", "none")

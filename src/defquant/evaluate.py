@@ -77,7 +77,7 @@ def correct(model: nn.Module, data: Images, *, batch_size: int = 256) -> Tensor:
     lint_model(model, to_unit(images[:8]), labels)
     with untouched(model), torch.no_grad():
         parts = [
-            model(to_unit(x)).argmax(1) == y
+            _right(model, to_unit(x), y)
             for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
         ]
     return torch.cat(parts)
@@ -180,8 +180,13 @@ def _withstands(
             adversarial = attack(model, x, y, generator=generator).detach()
     _check_ball(adversarial, x, attack)
     with untouched(model), torch.no_grad():
-        right: Tensor = model(adversarial).argmax(1) == y
-    return right
+        return _right(model, adversarial, y)
+
+
+def _right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Which answers are right; one with a NaN among its logits is not, whatever argmax says."""
+    logits: Tensor = model(x)
+    return (logits.argmax(1) == y) & ~logits.isnan().any(1)
 
 
 def _check_ball(adversarial: Tensor, clean: Tensor, attack: Attack) -> None:

@@ -237,7 +237,9 @@ def _step(run: _Run, x: Tensor, y: Tensor, lr: float, step: int, share: float) -
     if run.coefficients:
         project_simplex_(model)
     right = (logits.argmax(1) == y).sum()
-    return torch.stack([loss * len(x), right, right * 0 + len(x), value]).detach().double()
+    return (
+        torch.stack([loss * len(x), right, torch.full_like(right, len(x)), value]).detach().double()
+    )
 
 
 def _attacked(run: _Run, x: Tensor, y: Tensor, step: int) -> Tensor:
