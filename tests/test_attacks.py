@@ -216,6 +216,29 @@ def test_model_is_left_as_it_was_even_after_an_error() -> None:
     assert torch.equal(random_state, torch.get_rng_state())
 
 
+def test_only_buffers_that_changed_are_written_back() -> None:
+    """Each with its own values, of every type and shape; the others may belong to a graph."""
+    model = nn.Module()
+    for name, value in {
+        "map": torch.rand(2, 3, 2, 2).contiguous(memory_format=torch.channels_last),
+        "scalar": torch.tensor(7), "steps": torch.arange(4), "nan": torch.tensor([1.0, torch.nan]),
+        "empty": torch.empty(0), "wide": torch.rand(3, 2, dtype=torch.float64).t(),
+        "swapped": torch.rand(3, 2),
+    }.items():  # fmt: skip
+        model.register_buffer(name, value)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    versions = {name: buffer._version for name, buffer in model.named_buffers()}
+    with untouched(model):
+        model.get_buffer("map")[1, 2] = 5.0
+        model.get_buffer("steps").add_(1)
+        model.get_buffer("swapped").data = torch.zeros(3, 2)
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, before[name], rtol=0, atol=0, equal_nan=True)
+    assert model.get_buffer("map").is_contiguous(memory_format=torch.channels_last)
+    for name in ("scalar", "empty", "wide"):
+        assert model.get_buffer(name)._version == versions[name]
+
+
 def test_attacks_run_in_eval_mode_without_parameter_gradients() -> None:
     seen: list[tuple[bool, bool]] = []
 

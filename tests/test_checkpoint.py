@@ -1,17 +1,22 @@
 import json
 import pickle
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from torch import Tensor, nn
 
+from conftest import tiny_images
 from defquant import checkpoint
 from defquant.checkpoint import Checkpoint, Facts, load, load_model, save
 from defquant.config import DataConfig, ModelConfig, TrainConfig
 from defquant.errors import UserError
-from defquant.models import build
+from defquant.models import FeatureSqueezing, build
+from defquant.models.squeezing import squeeze
+from defquant.training import History, train
 
 
 def facts(**model: object) -> Facts:
@@ -42,6 +47,37 @@ def test_round_trip(tmp_path: Path) -> None:
     assert again.momentum.keys() == dict(model.named_parameters()).keys()
     assert json.loads((tmp_path / "config.json").read_text())["train"]["beta"] == 0.1
     assert json.loads((tmp_path / "log.jsonl").read_text()) == {"epoch": 1, "loss": 0.5}
+
+
+def test_a_squeezed_run_comes_back_and_goes_on(tmp_path: Path) -> None:
+    config = TrainConfig(epochs=2, batch_size=16, lr=0.05, beta=0.1, device="cpu")
+    about = replace(facts(bits=4, convex=True, squeeze=3), train=config)
+
+    def fresh() -> nn.Module:
+        return build(about.model, num_classes=4, in_channels=1, seed=5)
+
+    whole = fresh()
+
+    def keep(history: History, momentum: Mapping[str, Tensor]) -> None:
+        now = replace(about, history=history)
+        save(tmp_path / str(len(history)), Checkpoint(now, whole.state_dict(), dict(momentum)))
+
+    train(whole, tiny_images(48), config, on_epoch=keep)
+    x = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    again, _ = load_model(tmp_path / "2")
+    assert isinstance(again, FeatureSqueezing)
+    assert torch.equal(again(x), whole(x))
+    assert torch.equal(again(x), again.model(squeeze(x, 3)))
+    assert not torch.equal(again(x), again.model(x))
+    half, other = load(tmp_path / "1"), fresh()
+    checkpoint.restore(other, half.weights)
+    assert not torch.equal(other.eval()(x), whole(x))
+    history = half.facts.history
+    train(other, tiny_images(48), config, history=history, momentum=half.momentum)
+    assert torch.equal(other(x), whole(x))
+    bare = replace(about, model=replace(about.model, squeeze=None))
+    save(tmp_path, replace(half, facts=bare))
+    refused(tmp_path, "of another architecture than WideResNet")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
@@ -109,6 +145,10 @@ def test_a_full_disk_keeps_the_last_checkpoint(
         ({"bits": 4, "high": 1.0}, {"attack": "pgd"}, "vanilla ReLU1 + PGD"),
         ({"bits": 2, "activation": "tanh"}, {}, "vanilla tanh"),
         ({"convex": True}, {"beta": 0.1, "penalty": "parseval"}, "DQ Parseval"),
+        ({"squeeze": 5}, {}, "float + squeezing"),
+        ({"squeeze": 3}, {}, "float + squeezing 3-bit"),
+        ({"bits": 4, "squeeze": 5}, {"attack": "rfgsm"}, "vanilla + squeezing + RFGSM"),
+        ({"bits": 1, "convex": True, "squeeze": 5}, {"beta": 0.1}, "DQ + squeezing"),
     ],
 )
 def test_networks_that_differ_have_other_names(

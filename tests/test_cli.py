@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from defquant.cli import eps, main
+from defquant.results import read_folder
 
 TRAIN = [
     "train",
@@ -78,10 +81,122 @@ def test_train_attack_report(
     assert "| DQ" in table.read_text()
 
 
+def test_one_black_box_for_two_runs_scores_as_the_attack_itself(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from defquant.attacks import FGSM, PGD, Transfer
+    from defquant.evaluate import sweep
+    from defquant.measure import load_on
+    from defquant.runs import test_images
+
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for run in runs:
+        shutil.copytree(trained, run)
+        (run / "results.jsonl").unlink(missing_ok=True)
+    other = tmp_path / "s"
+    given = f"{other}/"  # as typed, so it stands in the results
+    assert main([*TRAIN, "--epochs", "2", "--seed", "1", "--out", str(other)]) == 0
+    words = ["--attack", "random", "fgsm", "pgd-2", "--eps", "0.1", "--images", "60"]
+    words += ["--substitute", given, "--seed", "4", "--examples", "0"]
+    assert call(capsys, "attack", *map(str, runs), *words)[0] == 0
+    assert len(list((other / "transfer").iterdir())) == 2  # Random asks no network
+
+    cpu = torch.device("cpu")
+    (model, facts), (substitute, _) = load_on(runs[0], cpu), load_on(other, cpu)
+    live = [Transfer(attack, substitute, given) for attack in (FGSM(0.1), PGD(0.1, steps=2))]
+    scored = list(sweep(model, test_images(facts, limit=60), live, seed=4))
+    expected = [(repr(s.attack), s.score) for s in scored[1:]]
+    assert len({score for _, score in expected} | {scored[0].score}) == 3
+    for run in runs:
+        found = read_folder(run)
+        boxes = [(m.settings, m.score) for m in found if m.attack.endswith("(B)")]
+        assert boxes == expected
+        assert [m.attack for m in found if not m.attack.endswith("(B)")] == [
+            "clean", "Random", "FGSM", "PGD-2",
+        ]  # fmt: skip
+    assert len(read_folder(tmp_path)) == 12  # what the substitute's folder keeps is no run
+    assert call(capsys, "report", str(tmp_path), "--out", str(tmp_path / "page.html"))[0] == 0
+
+
+@pytest.fixture(scope="module")
+def squeezed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("squeezed") / "run"
+    assert main([*TRAIN, "--train-images", "256", "--squeeze", "5", "--out", str(out)]) == 0
+    return out
+
+
+def test_unaware_and_detector_are_what_python_finds(
+    squeezed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from defquant.attacks import FGSM, PGD, FirstOrder
+    from defquant.checkpoint import load_model
+    from defquant.defenses import Detector, FeatureSqueezing, Unaware
+    from defquant.evaluate import robust_accuracy
+    from defquant.runs import test_images
+
+    words = ["attack", str(squeezed), "--attack", "random", "fgsm", "pgd-2", "--eps", "0.1"]
+    words += ["--images", "60", "--examples", "0", "--unaware", "--detector"]
+    status, out, _ = call(capsys, *words, "--json")
+    assert status == 0
+    assert out[-2:] == [str(squeezed / "results.jsonl"), str(squeezed / "detector.json")]
+    rows = [json.loads(line) for line in out[:-2]]
+    scores = {r["attack"]: (r["correct"], r["total"]) for r in rows if "detected" not in r}
+    assert list(scores) == ["clean", "Random", "FGSM", "PGD-2", "FGSM (unaware)", "PGD-2 (unaware)"]
+    assert {r["method"] for r in rows} == {"float + squeezing"}
+    model, facts = load_model(squeezed)
+    assert isinstance(model, FeatureSqueezing)
+    images = test_images(facts, limit=60)
+    attacks: list[FirstOrder] = [FGSM(0.1), PGD(0.1, steps=2)]
+    for attack in attacks:
+        score = robust_accuracy(model, images, Unaware(attack))
+        assert scores[f"{attack.name} (unaware)"] == (score.correct, score.total)
+
+    records = json.loads((squeezed / "detector.json").read_text())
+    assert records == [r for r in rows if "detected" in r]
+    assert [r["attack"] for r in records] == ["Random", "FGSM", "PGD-2"]
+    train = test_images(facts, split="train")
+    assert len(train) == 256
+    detector = Detector().fit(model.model, train.images)
+    x, y = images.take(torch.arange(60))
+    made, right = FGSM(0.1)(model.model, x, y), model.model(x).argmax(1) == y
+    found = detector.rates(model.model, images.images, made[right], y[right])
+    assert found.detected is not None
+    expected = [found.detected.correct, found.detected.total, found.false_positives.correct, 60]
+    counts = ("detected", "fooling", "false_positives", "clean")
+    assert [records[1][name] for name in counts] == expected
+    assert records[1]["calibration"] == {"fingerprint": train.fingerprint, "images": 256}
+
+    status, out, _ = call(capsys, *words)
+    k, n, false, clean = expected
+    (line,) = [line for line in out if line.startswith("detector  FGSM")]
+    assert f"25.5/255  detects {k}/{n} ({k / n:.1%})" in line
+    assert line.endswith(f"  false positives {false}/{clean} ({false / clean:.1%})")
+    lines = [line for line in out if line.startswith("detector  ")]
+    assert len({line.index(" detects ") for line in lines}) == 1
+    assert len({line.index(" false positives ") for line in lines}) == 1
+
+
+def test_unaware_needs_a_squeezing_in_every_run(
+    trained: Path, squeezed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = squeezed / "results.jsonl"
+    before = results.read_text() if results.exists() else None
+    message = refused(capsys, "attack", str(squeezed), str(trained), "--unaware", "--images", "20")
+    assert f"{trained} has none" in message
+    assert "--squeeze 5" in message
+    assert before == (results.read_text() if results.exists() else None)  # none was attacked
+
+
 def test_flags_are_typed_and_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "whole number from 1 to 8" in refused(capsys, "train", "--bits", "four", "--out", "x")
     assert "found 0" in refused(capsys, "train", "--bits", "0", "--out", "x")
     assert "found 9" in refused(capsys, "train", "--bits", "9", "--out", "x")
+    assert "squeeze must be a whole number from 1 to 8, or none for no squeezing; found 9" in (
+        refused(capsys, "train", "--squeeze", "9", "--out", "x")
+    )
+    assert "--squeeze takes a whole number from 1 to 8, or none for no squeezing; found 'x'" in (
+        refused(capsys, "train", "--squeeze", "x", "--out", "x")
+    )
     assert "write 8/255" in refused(capsys, "attack", "x", "--eps", "8")
     assert "found 'eight'" in refused(capsys, "attack", "x", "--eps", "eight")
     assert "unknown attack 'cw'" in refused(capsys, "attack", "x", "--attack", "cw")
@@ -131,11 +246,13 @@ def test_config_files_and_presets(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_none_and_lists_as_people_write_them(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["train", "--bits", "none", "--milestones", "60,120", "--attack", "none"]
+    words = ["train", "--bits", "none", "--squeeze", "5", "--squeeze", "none"]
+    words += ["--milestones", "60,120", "--attack", "none"]
     status, out, _ = call(capsys, *words, "--print_config")
     assert status == 0
     text = "\n".join(out)
     assert "bits: null" in text
+    assert "squeeze: null" in text
     assert "- 60" in text or "[60" in text
     assert "attack: none" in text
     assert "a number" in refused(capsys, "train", "--lr", "abc", "--out", "x")

@@ -1,18 +1,22 @@
 """The filters against scipy, the attacks through and around them, the detector's arithmetic."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from scipy.ndimage import median_filter
 from torch import Tensor, nn
 
 import defquant as dq
 from conftest import tiny_images
-from defquant.attacks import FGSM, PGD, Random
-from defquant.data import to_unit
+from defquant.attacks import BIM, FGSM, PGD, FirstOrder, Random
+from defquant.config import ModelConfig, TrainConfig
+from defquant.data import Dataset, to_unit
 from defquant.defenses import (
     Detector,
     FeatureSqueezing,
@@ -22,7 +26,12 @@ from defquant.defenses import (
     squeeze,
     squeezing_distance,
 )
+from defquant.detection import adversarial, detection
 from defquant.errors import UserError
+from defquant.evaluate import correct, robust, vanishing
+from defquant.models import build
+
+Array = NDArray[np.float64]
 
 
 def images(*shape: int, seed: int = 0) -> Tensor:
@@ -136,6 +145,66 @@ def test_the_module_is_the_network_behind_the_filter() -> None:
     assert all(p.grad is not None for p in squeezed.parameters())
 
 
+def built(squeeze: int | None, seed: int = 3) -> nn.Module:
+    config = ModelConfig("wrn-10-1", bits=4, convex=True, squeeze=squeeze)
+    return build(config, num_classes=4, in_channels=1, seed=seed)
+
+
+def behind(bare: nn.Module) -> dict[str, Tensor]:
+    return {f"model.{name}": value for name, value in bare.state_dict().items()}
+
+
+def alike(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(v, b[name]) for name, v in a.items())
+
+
+def test_squeeze_builds_the_same_network_behind_the_filter() -> None:
+    model, bare, x = built(4), built(None), images(6, 1, 8, 8)
+    assert alike(model.state_dict(), behind(bare))
+    for seed in range(10):  # batch norm's statistics, without which 4 bits are all zero
+        bare(images(32, 1, 8, 8, seed=seed))
+    model.load_state_dict(behind(bare))
+    model, bare = model.eval(), bare.eval()
+    assert torch.equal(model(x), FeatureSqueezing(bare, 4)(x))
+    assert not torch.equal(model(x), bare(x))
+    before = model(x)
+    dq.set_bits(model, 2)
+    assert not torch.equal(model(x), before)
+    assert torch.equal(model(x), FeatureSqueezing(dq.set_bits(bare, 2), 4)(x))
+
+
+@pytest.mark.parametrize("penalty", ["fused", "loss", "parseval"])
+def test_training_through_the_filter_is_training_on_filtered_images(penalty: str) -> None:
+    """Exactly so for 8 bits, whose medians are bytes: penalty, momentum and convex sums, too."""
+    raw = tiny_images(48)
+    filtered = median_2x2(to_unit(raw.images)).mul(255).round().to(torch.uint8)
+    assert not torch.equal(filtered, raw.images)
+    config = TrainConfig(epochs=2, batch_size=16, beta=0.05, penalty=penalty, device="cpu")  # type: ignore[arg-type]
+    squeezed, bare = built(8), built(None)
+    histories = [
+        dq.train(squeezed, raw, config), dq.train(bare, replace(raw, images=filtered), config),
+    ]  # fmt: skip
+    assert [h["loss"] for h in histories[0]] == [h["loss"] for h in histories[1]]
+    assert [h["penalty"] for h in histories[0]] == [h["penalty"] for h in histories[1]]
+    assert alike(squeezed.state_dict(), behind(bare))
+
+
+def test_vanishing_gradients_are_those_of_the_squeezed_image() -> None:
+    class Blind(nn.Module):
+        """No gradient for images that are 0.4 or darker on average."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = torch.relu(x.mean((1, 2, 3)) - 0.4)
+            return torch.stack([z, -z], 1)
+
+    grey = torch.tensor([0.0, 0.3, 0.38, 0.45, 0.6, 1.0])  # 2 bits make 1/3 of 0.45
+    data = (grey.view(-1, 1, 1, 1).expand(-1, 1, 4, 4), torch.zeros(6, dtype=torch.int64))
+    every = torch.ones(6, dtype=torch.bool)
+    shares = {bits: vanishing(FeatureSqueezing(Blind(), bits), data, every) for bits in (5, 2)}
+    assert shares == {5: 3 / 6, 2: 4 / 6}
+    assert vanishing(Blind(), data, every) == 3 / 6
+
+
 def test_attacks_go_through_the_squeezing() -> None:
     data, model = tiny_images(32), FeatureSqueezing(network())
     x, y = data.take(torch.arange(32))
@@ -242,3 +311,133 @@ def test_detector_refuses_what_it_cannot_do() -> None:
     for x, squeezers in ((dark(), ()), (dark(0), (squeeze,))):
         with pytest.raises(UserError, match="needs squeezers and images"):
             squeezing_distance(Brightest(), x, squeezers)
+
+
+# --- a run's images and its detector -----------------------------------------------------------
+
+
+def noise(n: int, seed: int) -> Dataset:
+    """Flat grey images with a little noise: squeezing moves their answers, more or less."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = 128 + 40 * torch.randn(n, 1, 6, 6, generator=generator)
+    labels = torch.randint(0, 3, (n,), generator=generator)
+    return Dataset(pixels.clamp(0, 255).to(torch.uint8), labels, ("a", "b", "c"), "noise")
+
+
+W = torch.randn(3, 36, generator=torch.Generator().manual_seed(5))
+
+
+def linear() -> nn.Module:
+    layer = nn.Linear(36, 3, bias=False)
+    layer.load_state_dict({"weight": W})
+    return nn.Sequential(nn.Flatten(), layer).eval()
+
+
+def by_hand(data: Dataset, calibration: Dataset, eps: float) -> list[int]:
+    """FGSM on `linear()` and Xu et al.'s detector in numpy, image by image, in float64."""
+    w = W.double().numpy()
+
+    def p(x: Array) -> Array:
+        z = np.exp(w @ x.ravel() - (w @ x.ravel()).max())
+        shares: Array = z / z.sum()
+        return shares
+
+    def distance(x: Array) -> float:
+        smooth = median_filter(x, size=2, mode="reflect")
+        return max(float(np.abs(p(x) - p(s)).sum()) for s in (np.round(31 * x) / 31, smooth))
+
+    def attacked(x: Array, y: int) -> Array:
+        grad = (w.T @ (p(x) - np.eye(3)[y])).reshape(x.shape)
+        moved = np.clip(x + eps * np.sign(grad), 0, 1)
+        fooling = [at for at in (x, moved) if p(at).argmax() != y]
+        return min(fooling, key=lambda at: p(at)[y]) if fooling else moved
+
+    clean, others = (
+        [x[0] / 255 for x in each.images.double().numpy()] for each in (data, calibration)
+    )
+    threshold = sorted(map(distance, others), reverse=True)[len(others) * 5 // 100]
+    made = [attacked(x, y) for x, y in zip(clean, data.labels.tolist(), strict=True)]
+    labels = data.labels.tolist()
+    right = [p(x).argmax() == y for x, y in zip(clean, labels, strict=True)]
+    pairs = zip(made, labels, right, strict=True)
+    fooling = [x for x, y, known in pairs if known and p(x).argmax() != y]
+    caught = sum(distance(x) > threshold for x in fooling)
+    return [caught, len(fooling), sum(distance(x) > threshold for x in clean), len(clean)]
+
+
+@pytest.mark.parametrize("eps", [4 / 255, 24 / 255])
+def test_detection_counts_what_a_count_by_hand_counts(eps: float) -> None:
+    model, data, calibration = linear(), noise(90, 0), noise(200, 1)
+    labels = model(to_unit(data.images)).argmax(1)
+    labels[::9] = (labels[::9] + 1) % 3  # some are wrong before they are attacked
+    data = replace(data, labels=labels)
+    expected = by_hand(data, calibration, eps)
+    assert 0 < expected[0] < expected[1]
+    assert 0 < expected[2] < expected[3]
+    found = detection(model, data, calibration, FGSM(eps))
+    assert found.detected is not None
+    both = (found.detected, found.false_positives)
+    assert [n for score in both for n in (score.correct, score.total)] == expected
+
+
+def test_detection_attacks_and_watches_the_network_inside() -> None:
+    data, calibration, attack = tiny_images(24), tiny_images(40, seed=1), PGD(0.1, steps=3)
+    model = network()
+    inside = detection(model, data, calibration, attack)
+    model.train()
+    assert detection(FeatureSqueezing(model, 1), data, calibration, attack) == inside
+    assert model.training
+
+
+@pytest.mark.parametrize("attack", [Random(0.1), PGD(0.1, steps=2, restarts=2)])
+def test_adversarial_images_are_the_best_iterates_whatever_the_batch(attack: FirstOrder) -> None:
+    model, data = network(), tiny_images(24)
+    whole = adversarial(model, data, attack, seed=7)
+    for size in (5, 24):
+        parts = adversarial(model, data, attack, seed=7, batch_size=size)
+        torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
+    assert not torch.equal(adversarial(model, data, attack, seed=8), whole)
+    wrong = model(whole).argmax(1) != data.labels
+    broken = ~robust(model, data, attack, seed=7)  # the same starts, every iterate
+    clean = model(to_unit(data.images)).argmax(1) != data.labels
+    assert torch.equal(wrong | clean, broken)
+    assert (broken & ~clean).any()
+
+
+def test_an_iterate_passed_on_the_way_is_kept() -> None:
+    class Valley(nn.Module):
+        """Wrong (class 1) where the image's mean lies in (0.5, 0.6) alone."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = (x.mean((1, 2, 3)) - 0.55).square() - 0.0025
+            return torch.stack([z, torch.zeros_like(z)], 1)
+
+    data = Dataset(torch.full((3, 1, 2, 2), 102, dtype=torch.uint8), torch.zeros(3).long(), (), "")
+    made = adversarial(Valley(), data, BIM(0.3, steps=2, alpha=0.13))  # 0.4, 0.53, 0.66
+    torch.testing.assert_close(made, torch.full((3, 1, 2, 2), 0.53))
+
+
+def test_detection_draws_from_its_seed() -> None:
+    model, data, calibration, attack = linear(), noise(90, 0), noise(200, 1), Random(24 / 255)
+    detector = Detector().fit(model, calibration.images)
+    found = [detection(model, data, calibration, attack, seed=seed) for seed in range(3)]
+    assert len({each.detected for each in found}) > 1
+    for seed, each in enumerate(found):
+        made, right = adversarial(model, data, attack, seed=seed), correct(model, data)
+        assert each == detector.rates(model, data.images, made[right], data.labels[right])
+
+
+def test_without_a_right_answer_there_is_nothing_to_detect() -> None:
+    model, data = linear(), noise(20, 0)
+    wrong = replace(data, labels=(model(to_unit(data.images)).argmax(1) + 1) % 3)
+    found = detection(model, wrong, noise(40, 1), FGSM(24 / 255))
+    assert found.detected is None
+    assert found.false_positives.total == 20
+
+
+def test_an_attack_that_fools_nothing_leaves_nothing_to_detect() -> None:
+    model, data = linear(), noise(20, 0)
+    data = replace(data, labels=model(to_unit(data.images)).argmax(1))
+    found = detection(model, data, noise(40, 1), FGSM(0.0))
+    assert found.detected is None
+    assert found.false_positives.total == 20

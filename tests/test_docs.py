@@ -20,6 +20,7 @@ from defquant.attacks.names import parse_attack
 from defquant.config import DataConfig, ModelConfig, TrainConfig, from_mapping
 from defquant.data import DATASETS
 from defquant.errors import UserError
+from defquant.flags import VERBS, parser_for
 from defquant.models import build
 
 ROOT = Path(__file__).parents[1]
@@ -104,7 +105,7 @@ def check(words: list[str]) -> None:
     if words[0] in ("--help", "--version"):
         return
     verb, flags = words[0], words[1:]
-    if verb not in cli.VERBS:
+    if verb not in VERBS:
         raise UserError(f"unknown verb {verb!r}")
     settings = cli._parse(verb, flags)
     if settings is None:
@@ -142,7 +143,7 @@ def test_commands_in_the_text_parse(page: Path) -> None:
         if any(word.startswith("--") for word in words[2:]):
             check(words[1:])
         elif words and words[1][0] not in "-.":
-            assert words[1] in {*cli.VERBS, "VERB"}, f"{page.name}: {span}"
+            assert words[1] in {*VERBS, "VERB"}, f"{page.name}: {span}"
 
 
 @every_page
@@ -155,7 +156,7 @@ def test_make_targets_exist(page: Path) -> None:
 
 @cache
 def flags() -> set[str]:
-    parsers = [cli.parser_for(verb) for verb in cli.VERBS]
+    parsers = [parser_for(verb) for verb in VERBS]
     return {name for parser in parsers for name in parser.get_defaults().keys()} | {  # noqa: SIM118
         "config", "print_config", "help", "version",
     }  # fmt: skip

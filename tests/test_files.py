@@ -94,7 +94,24 @@ def test_a_line_cut_by_a_crash_does_not_swallow_the_next(tmp_path: Path) -> None
     path = tmp_path / "lines.jsonl"
     path.write_text('{"a": 1}\n{"a": ')
     append_line(path, {"a": 2})
-    assert path.read_text().splitlines() == ['{"a": 1}', '{"a": ', '{"a": 2}']
+    assert path.read_text() == '{"a": 1}\n{"a": 2}\n'  # what is left can be read
+    long = '{"text": "' + 9000 * "x"
+    path.write_text('{"a": 1}\n' + long)
+    append_line(path, {"a": 2})
+    assert path.read_text() == '{"a": 1}\n{"a": 2}\n'
+
+
+def test_what_people_wrote_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    for text in (
+        '{"a": 1}',
+        "no line of ours",
+        '{"a": 0}\n{"a": 1}',
+        '{"a": "' + 9000 * "x" + '"}',
+    ):
+        path.write_text(text)  # no newline at the end: an editor left it out
+        append_line(path, {"a": 2})
+        assert path.read_text() == text + '\n{"a": 2}\n'
 
 
 def test_one_folder_one_run(tmp_path: Path) -> None:

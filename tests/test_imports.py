@@ -8,10 +8,11 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "defquant"
 ORDER = (
     "errors", "files", "config", "results", "quantize", "lipschitz", "data", "models", "attacks",
-    "defenses", "progress", "distributed", "evaluate", "diagnose", "training", "checkpoint", "runs",
-    "measure", "experiments", "report", "commands", "cli", "__main__",
+    "defenses", "progress", "distributed", "evaluate", "diagnose", "monitor", "training_state",
+    "training", "checkpoint", "runs", "replay", "measure", "detection", "experiments", "report",
+    "commands", "flags", "cli", "__main__",
 )  # fmt: skip
-TORCHLESS = ("errors", "files", "config", "results", "report", "cli", "commands")
+TORCHLESS = ("flags", "errors", "files", "config", "results", "report", "cli", "commands")
 
 
 def imports(path: Path) -> set[str]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from defquant.errors import UserError
 from defquant.report import build_report, markdown_table, summary, text_table
 from defquant.report.figures import Scale, eps_panel, palette, sparkline
-from defquant.report.names import attack_order, eps_text, series_of, signed
+from defquant.report.names import Series, attack_order, eps_text, series_of, signed
 from defquant.report.reading import reading
 from defquant.report.tables import Row, columns, table_eps
 from defquant.results import Measurement, aggregate, append
@@ -212,7 +212,49 @@ def test_names() -> None:
     attacks = ["PGD(B)", "PGD-50x10", "odd", "PGD", "FGSM", "clean"]
     expected = ["clean", "FGSM", "PGD", "PGD-50x10", "odd", "PGD(B)"]
     assert sorted(attacks, key=attack_order) == expected
+    unaware = ["PGD(B)", "FGSM(B)", "PGD-50x10 (unaware)", "PGD", "PGD (unaware)", "FGSM (unaware)"]
+    assert sorted(unaware, key=attack_order) == [
+        "PGD", "FGSM (unaware)", "PGD (unaware)", "PGD-50x10 (unaware)", "FGSM(B)", "PGD(B)",
+    ]  # fmt: skip
     assert signed(-0.0001) == "0.0"
+
+
+def test_squeezed_networks_are_families_of_their_own() -> None:
+    kinds = [
+        ("DQ + squeezing + RFGSM", 4, 0.1), ("vanilla + RFGSM", 4, 0.0), ("DQ", 4, 0.1),
+        ("vanilla + squeezing", 4, 0.0), ("float", None, 0.0), ("float + squeezing", None, 0.0),
+        ("DQ + squeezing", 1, 0.1), ("vanilla", 4, 0.0),
+    ]  # fmt: skip
+    series = [Series(*kind) for kind in kinds]
+    families = sorted({each.family for each in series}, key=lambda family: family.order)
+    assert [family.method for family in families] == [
+        "vanilla", "DQ", "vanilla + squeezing", "DQ + squeezing", "vanilla + RFGSM",
+        "DQ + squeezing + RFGSM",
+    ]  # fmt: skip
+    assert [each.short for each in series[2:6]] == [
+        "DQ 4-bit", "vanilla 4-bit + squeezing", "float", "float + squeezing",
+    ]  # fmt: skip
+    cells = [measurement(run=m, method=m, bits=b, beta=beta, correct=90) for m, b, beta in kinds]
+    (row,) = [row for row in summary(cells) if row.family.method == "vanilla + squeezing"]
+    assert {bits: cell.method for bits, cell in row.cells.items()} == {
+        None: "float + squeezing", 4: "vanilla + squeezing",
+    }  # fmt: skip
+
+
+def test_an_unaware_attack_is_no_white_box_of_the_headline() -> None:
+    white = two((40, 41), (30, 31))
+    unaware = [replace(m, attack="PGD (unaware)", correct=m.correct - 20) for m in white]
+    assert reading(summary([*white, *unaware])) == reading(summary(white))
+    squeezed = [replace(m, run=f"q{m.run}", method=f"{m.method} + squeezing") for m in white]
+    assert reading(summary([*white, *squeezed])) == reading(summary(white))
+
+
+def test_the_page_says_what_unaware_means(tmp_path: Path) -> None:
+    found = [measurement(), measurement(attack="PGD", eps=0.1, correct=50)]
+    said = "(unaware): the attack ignored the feature squeezing"
+    assert said not in page_of(folder_of(tmp_path / "a", found))
+    found.append(measurement(attack="PGD (unaware)", eps=0.1, correct=60))
+    assert said in page_of(folder_of(tmp_path / "b", found))
 
 
 class Checker(HTMLParser):
@@ -315,6 +357,31 @@ def test_missing_and_broken_files_leave_a_report(tmp_path: Path) -> None:
     check(page)
     assert page.count("left out in part") == 2
     assert '<section id="training">' in page
+
+
+def test_the_monitor_of_adversarial_training_has_a_column_where_there_is_one(
+    tmp_path: Path,
+) -> None:
+    folder_of(tmp_path, two((30,), (20,)))
+    record = {"epoch": 1, "loss": 1.0, "accuracy": 0.5}
+    for run in ("d0", "v0"):
+        (tmp_path / run / "log.jsonl").write_text(json.dumps(record))
+    assert "PGD (FGSM)" not in page_of(tmp_path)
+    watched = [(0.5, 0.4), (0.78125, 0.03125)]
+    lines = [
+        json.dumps({**record, "epoch": i, "monitor_fgsm": fgsm, "monitor_pgd": pgd})
+        for i, (fgsm, pgd) in enumerate(watched, 1)
+    ]
+    (tmp_path / "v0" / "log.jsonl").write_text("\n".join(lines))
+    page = page_of(tmp_path)
+    check(page)
+    table = page[page.index('<table class="training">') :]
+    table = table[: table.index("</table>")]
+    assert table.count("PGD (FGSM)") == 1
+    assert "3.1% (78.1%)" in table
+    head, _, rows = table.partition("<tbody>")
+    widths = {row.count("<th") + row.count("<td") for row in rows.split("</tr>")[:-1]}
+    assert widths == {head.count("<th ") + head.count('colspan="2"')}  # each row has every column
 
 
 def test_folders_without_results_are_the_users_mistake(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from defquant.config import TrainConfig as TrainConfig
     from defquant.data import Dataset as Dataset
     from defquant.data import load as load
-    from defquant.defenses import FeatureSqueezing as FeatureSqueezing
     from defquant.errors import DefquantWarning as DefquantWarning
     from defquant.errors import UserError as UserError
     from defquant.evaluate import accuracy as accuracy
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from defquant.lipschitz import ConvexSum as ConvexSum
     from defquant.lipschitz import OrthogonalPenalty as OrthogonalPenalty
     from defquant.lipschitz import project_simplex_ as project_simplex_
+    from defquant.models import FeatureSqueezing as FeatureSqueezing
     from defquant.models import resnet18 as resnet18
     from defquant.models import vgg16 as vgg16
     from defquant.models import wide_resnet as wide_resnet
@@ -45,11 +45,10 @@ _HOMES = {
     "checkpoint": ("load_model",),
     "config": ("DataConfig", "ModelConfig", "TrainConfig"),
     "data": ("Dataset", "load"),
-    "defenses": ("FeatureSqueezing",),
     "errors": ("DefquantWarning", "UserError"),
     "evaluate": ("accuracy", "robust_accuracy", "sweep"),
     "lipschitz": ("ConvexSum", "OrthogonalPenalty", "project_simplex_"),
-    "models": ("resnet18", "vgg16", "wide_resnet"),
+    "models": ("FeatureSqueezing", "resnet18", "vgg16", "wide_resnet"),
     "quantize": ("QuantReLU", "QuantTanh", "fake_quantize", "set_bits"),
     "report": ("build_report",),
     "results": ("Score",),

@@ -16,7 +16,9 @@ from defquant.errors import UserError
 from defquant.files import write_bytes, write_json
 from defquant.models import build
 
-__all__ = ["Checkpoint", "Facts", "load", "load_model", "restore", "save", "versions"]
+__all__ = [
+    "Checkpoint", "Facts", "find", "load", "load_model", "load_on", "restore", "save", "versions",
+]  # fmt: skip
 
 FORMAT = 1
 NAME = "checkpoint.safetensors"
@@ -50,7 +52,8 @@ class Facts:
     def method(self) -> str:
         """`float`, `vanilla` (quantised) or `DQ` (convex sums or penalty), then what is unusual.
 
-        Networks of one method differ in bits, beta and seed alone.
+        Then what is added to it: `+ squeezing`, `+ RFGSM` (adversarial training). Networks of one
+        method differ in bits, beta and seed alone.
         """
         model, train = self.model, self.train
         penalised = train.beta > 0
@@ -64,8 +67,13 @@ class Facts:
             words.append("tanh")
         elif model.high != 6:
             words.append(f"ReLU{model.high:g}")
-        name = " ".join(words)
-        return name if train.attack == "none" else f"{name} + {train.attack.upper()}"
+        parts = [" ".join(words)]
+        if model.squeeze is not None:
+            depth = "" if model.squeeze == 5 else f" {model.squeeze}-bit"
+            parts.append(f"squeezing{depth}")
+        if train.attack != "none":
+            parts.append(train.attack.upper())
+        return " + ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -111,14 +119,20 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     return folder / NAME
 
 
+def find(path: Path | str) -> Path:
+    """The checkpoint file of a run's folder, or `path` if it is one. `UserError` for none."""
+    path = Path(path) / NAME if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: give the folder of a run of `defquant train`")
+    return path
+
+
 def load(path: Path | str) -> Checkpoint:
     """Read a run's folder, or its `checkpoint.safetensors`.
 
     Raises `UserError` where the file is missing, cut, not one of ours, or of a newer version.
     """
-    path = Path(path) / NAME if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}: give the folder of a run of `defquant train`")
+    path = find(path)
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get("defquant")
@@ -153,6 +167,18 @@ def load_model(path: Path | str) -> tuple[nn.Module, Facts]:
     model = build(facts.model, num_classes=facts.num_classes, in_channels=facts.in_channels)
     restore(model, checkpoint.weights, str(path))
     return model.eval(), facts
+
+
+def load_on(run: Path, device: torch.device) -> tuple[nn.Module, Facts]:
+    """The network of a run on `device`. Raises `UserError` for an unfinished or broken run."""
+    model, facts = load_model(run)
+    if len(facts.history) < facts.train.epochs:
+        raise UserError(
+            f"{run} has done {len(facts.history)} of {facts.train.epochs} epochs: finish it with "
+            "`defquant train --resume`"
+        )
+    layout = torch.channels_last if facts.train.channels_last else torch.contiguous_format
+    return model.to(device=device, memory_format=layout), facts  # type: ignore[call-overload]
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -10,21 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
-from defquant.config import PRESETS, DataConfig, ModelConfig, TrainConfig, check_eps
+from defquant.config import check_eps
 from defquant.errors import UserError
+from defquant.flags import VERBS, parser_for
 
-__all__ = ["main", "parser_for"]
+__all__ = ["eps", "main"]
 
-VERBS = {
-    "demo": "the main job, small: train, attack and report on handwritten digits",
-    "train": "train a network: float, vanilla-quantised, defensive or adversarial",
-    "attack": "measure clean and robust accuracy of trained runs",
-    "report": "make one self-contained HTML page of a folder of runs",
-    "data": "download and check a data set",
-}
-_SWITCHES = ("augment", "nesterov", "amp", "channels_last", "convex", "resume", "json", "smoke")
+_SWITCHES = (
+    "augment", "nesterov", "amp", "channels_last", "convex", "resume", "json", "smoke", "unaware",
+    "detector", "list", "dry_run", "render_only",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print("usage: defquant VERB [flags]   (defquant VERB --help explains the flags)\n")
-        print("\n".join(f"  {verb:8} {what}" for verb, what in VERBS.items()))
+        print("\n".join(f"  {verb:9} {what}" for verb, what in VERBS.items()))
         print("\nexit status: 0 done, 1 a finding, 2 bad input, 130 interrupted")
         return 0
     if words[0] == "--version":
@@ -82,96 +79,11 @@ def _parse(verb: str, flags: list[str]) -> Namespace | None:
         return None
     if verb == "attack":
         settings.eps = [eps(text) for text in settings.eps]
-    if verb == "train" and settings.attack_eps is not None:
-        settings.attack_eps = eps(settings.attack_eps)
+    if verb == "train":
+        settings.attack_sigma = eps(settings.attack_sigma)
+        if settings.attack_eps is not None:
+            settings.attack_eps = eps(settings.attack_eps)
     return settings
-
-
-def parser_for(verb: str, preset: str | None = None) -> ArgumentParser:
-    """The parser of one verb, typed from the configuration dataclasses."""
-    parser = ArgumentParser(
-        prog=f"defquant {verb}", description=VERBS[verb], exit_on_error=False, add_help=True
-    )
-    parser.add_argument("--config", action="config", help="YAML file of any of these flags")
-    _FLAGS[verb](parser)
-    if preset is not None:
-        if preset not in PRESETS:
-            raise UserError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
-        parser.set_defaults(dict(PRESETS[preset]))
-    return parser
-
-
-def _train_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--out", type=str, default=None, help="folder of the run (required)")
-    parser.add_argument("--preset", type=str, default=None, help=", ".join(PRESETS))
-    parser.add_argument("--resume", type=bool, default=False, help="go on where a run stopped")
-    parser.add_argument("--json", type=bool, default=False, help="the last epoch as a JSON line")
-    parser.add_class_arguments(ModelConfig, skip={"convex"})
-    parser.add_argument(
-        "--convex",
-        type=bool | None,
-        default=None,
-        help="residual sums as learned convex combinations; when not given: where beta > 0",
-    )
-    parser.add_class_arguments(DataConfig)
-    parser.add_class_arguments(TrainConfig, skip={"attack_eps"})
-    parser.add_argument(
-        "--attack_eps", type=str | None, default=None,
-        help="eps of the training attack, as 8/255; when not given: |N(0, 8)| clipped to 16, /255",
-    )  # fmt: skip
-
-
-def _attack_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=str, help="folders of runs")
-    parser.add_argument(
-        "--attack", nargs="+", type=str, default=["random", "fgsm", "rfgsm", "pgd", "pgd-50x10"],
-        help="random[-SAMPLES] fgsm rfgsm bim[-STEPS] pgd[-STEPS[xRESTARTS]]; bim and pgd alone: "
-        "the paper's schedule, which is weak at small eps",
-    )  # fmt: skip
-    parser.add_argument(
-        "--eps", nargs="+", type=str | float, default=["2/255", "8/255", "16/255"],
-        help="L-infinity radii in [0, 1], as 8/255",
-    )  # fmt: skip
-    parser.add_argument(
-        "--substitute", type=str, default=None, help="run whose adversarials are transferred"
-    )
-    parser.add_argument("--images", type=int | None, default=None, help="first so many test images")
-    parser.add_argument("--examples", type=int, default=8, help="pictures kept for the report")
-    parser.add_argument("--seed", type=int, default=0, help="of the attacks' draws")
-    parser.add_argument("--batch_size", type=int, default=256, help="rows at a time")
-    parser.add_argument("--data_root", type=str | None, default=None, help="if the data moved")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:N")
-    parser.add_argument("--json", type=bool, default=False, help="JSON lines instead of a table")
-
-
-def _report_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("folder", type=str, help="folder that holds runs")
-    parser.add_argument("--out", type=str, default="report.html", help="the page")
-    parser.add_argument("--markdown", type=str | None, default=None, help="also a Markdown table")
-    parser.add_argument("--figure", type=str | None, default=None, help="also a PNG, SVG or PDF")
-    parser.add_argument("--json", type=bool, default=False, help="the measurements as JSON lines")
-
-
-def _data_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("action", type=str, help="fetch")
-    parser.add_argument("name", type=str, help="cifar10 or svhn")
-    parser.add_argument("--data_root", type=str, default="data", help="where the files go")
-
-
-def _demo_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--out", type=str, default="demo", help="folder of the runs and the page")
-    parser.add_argument("--seeds", type=int, default=3, help="networks of each kind")
-    parser.add_argument("--smoke", type=bool, default=False, help="a few seconds, to try it out")
-    parser.add_argument("--json", type=bool, default=False, help="JSON lines instead of a table")
-
-
-_FLAGS: dict[str, Callable[[ArgumentParser], None]] = {
-    "demo": _demo_flags,
-    "train": _train_flags,
-    "attack": _attack_flags,
-    "report": _report_flags,
-    "data": _data_flags,
-}
 
 
 def eps(text: str | float) -> float:
@@ -240,8 +152,9 @@ def _one_line(verb: str, message: str) -> str:
         wanted = " or ".join(names.get(k, "none" if k == "NoneType" else k) for k in kinds)
         choices = re.search(r"Expected a \(?(?:typing\.)?Literal\[(.*?)\]", message)
         wanted = f"one of {choices[1]}" if choices else wanted
-        if key[1] == "bits":
-            wanted = "a whole number from 1 to 8, or none for full precision"
+        if key[1] in ("bits", "squeeze"):
+            off = "full precision" if key[1] == "bits" else "no squeezing"
+            wanted = f"a whole number from 1 to 8, or none for {off}"
         return f"--{key[1]} takes {wanted or 'another value'}; found {found[-1]!r}"
     text = re.sub(r"\s+", " ", message).strip()
     return f"{text}: see `defquant {verb} --help`"

@@ -16,7 +16,7 @@ from defquant.results import Measurement, read_folder
 if TYPE_CHECKING:
     from defquant.checkpoint import Facts
 
-__all__ = ["attack", "data", "demo", "report", "train"]
+__all__ = ["attack", "data", "demo", "report", "reproduce", "train"]
 
 
 def train(settings: Namespace) -> int:
@@ -52,33 +52,55 @@ def train(settings: Namespace) -> int:
 def attack(settings: Namespace) -> int:
     """`defquant attack`: scores of each run, appended to its `results.jsonl`."""
     from defquant.attacks.names import parse_attack
+    from defquant.defenses import Unaware
+    from defquant.detection import CALIBRATION, detect
     from defquant.distributed import pick_device
     from defquant.measure import load_on, measure, write_examples
+    from defquant.replay import replay
     from defquant.runs import test_images
 
     if settings.batch_size < 1 or settings.examples < 0:
         raise UserError("--batch_size must be 1 or more and --examples 0 or more")
     attacks = [parse_attack(name, eps) for name in settings.attack for eps in settings.eps]
     device = pick_device(settings.device)
-    substitute = load_on(Path(settings.substitute), device) if settings.substitute else None
+    source = settings.substitute
     runs = [Path(run) for run in settings.runs]
     loaded = [load_on(run, device) for run in runs]  # all are sound before the first is attacked
-    if substitute is not None:
+    if source:
+        _, substitute = load_on(Path(source), device)
         for run, (_, facts) in zip(runs, loaded, strict=True):
-            _check_substitute(facts, substitute[1], run, settings.substitute)
+            _check_substitute(facts, substitute, run, source)
+    if settings.unaware:
+        for run, (_, facts) in zip(runs, loaded, strict=True):
+            _check_squeezed(facts, run)
+    asking = [a for a in attacks if a.walk.steps]  # Random asks no network
+    unaware = [Unaware(a) for a in asking] if settings.unaware else []
     for run, (model, facts) in zip(runs, loaded, strict=True):
-        images = test_images(facts, settings.data_root, settings.images)
+        images = test_images(facts, settings.data_root, settings.images, settings.split)
+        how = {"seed": settings.seed, "batch_size": settings.batch_size}
+        black_box = [
+            replay(a, Path(source), images, device=device, source=source, **how)
+            for a in asking
+            if source
+        ]
         measurements = measure(
-            run, model, facts, images, attacks, substitute=substitute and substitute[0],
-            source=settings.substitute or "", seed=settings.seed, batch_size=settings.batch_size,
-        )  # fmt: skip
-        _print_measurements(measurements, as_json=settings.json)
+            run, model, facts, images, attacks, black_box=[*unaware, *black_box], **how
+        )
+        width = max(12, *(len(a.name) for a in unaware)) if unaware else 12
+        _print_measurements(measurements, as_json=settings.json, width=width)
+        if settings.detector:
+            train = test_images(facts, settings.data_root, split="train")
+            clean = train.first(min(len(train), CALIBRATION))
+            records = detect(run, model, facts, images, clean, attacks, **how)
+            _print_detections(records, as_json=settings.json, width=width)
         strongest = max(attacks, key=lambda a: a.walk.steps * a.walk.restarts)
         middle = sorted(settings.eps)[len(settings.eps) // 2]
         shown = parse_attack(settings.attack[attacks.index(strongest) // len(settings.eps)], middle)
         if settings.examples:
             write_examples(run, model, facts, images, shown, settings.examples, settings.seed)
         print(run / "results.jsonl")
+        if settings.detector:
+            print(run / "detector.json")
     return 0
 
 
@@ -115,6 +137,30 @@ def demo(settings: Namespace) -> int:
     return 0
 
 
+def reproduce(settings: Namespace) -> int:
+    """`defquant reproduce`: tables and figures of the paper; what is missing is made first."""
+    from defquant.experiments import reproduction
+
+    if settings.list:
+        reproduction.print_list()
+        return 0
+    names = reproduction.names_of(settings.names)
+    scale = reproduction.scale_of(
+        settings.preset, settings.data_root, settings.svhn_root, settings.device
+    )
+    out = Path(settings.out or f"runs/{scale.name}")
+    if settings.jobs is not None and settings.jobs < 1:
+        raise UserError(f"--jobs must be 1 or more; found {settings.jobs}")
+    if settings.dry_run:
+        reproduction.print_plan(names, scale, out, settings.jobs)
+        return 0
+    failed: list[str] = []
+    if not settings.render_only:
+        failed = reproduction.make(names, scale, out, settings.jobs, settings.workers)
+    print(reproduction.show(names, scale, out, as_json=settings.json))
+    return 1 if failed else 0
+
+
 def data(settings: Namespace) -> int:
     """`defquant data fetch NAME`: download, check, unpack."""
     if settings.action != "fetch":
@@ -134,13 +180,40 @@ def _check_substitute(facts: "Facts", substitute: "Facts", run: Path, source: st
         )
 
 
-def _print_measurements(measurements: Iterable[Measurement], *, as_json: bool) -> None:
+def _check_squeezed(facts: "Facts", run: Path) -> None:
+    if facts.model.squeeze is None:
+        raise UserError(
+            f"--unaware attacks the network behind a feature squeezing; {run} has none: leave it "
+            "out, or train with --squeeze 5"
+        )
+
+
+def _print_measurements(
+    measurements: Iterable[Measurement], *, as_json: bool, width: int = 12
+) -> None:
     for m in measurements:
         if as_json:
             print(json.dumps(_record(m)), flush=True)
         else:
             eps = f"{m.eps * 255:.4g}/255" if m.eps else ""
-            print(f"{m.run:24} {m.attack:12} {eps:>8}  {m.score}", flush=True)
+            print(f"{m.run:24} {m.attack:{width}} {eps:>8}  {m.score}", flush=True)
+
+
+def _print_detections(records: Iterable[dict[str, Any]], *, as_json: bool, width: int) -> None:
+    for r in records:
+        if as_json:
+            print(json.dumps(r), flush=True)
+        else:
+            eps = f"{r['eps'] * 255:.4g}/255"
+            detected = _share(r["detected"], r["fooling"])
+            false = _share(r["false_positives"], r["clean"])
+            print(f"detector  {r['attack']:{width}} {eps:>8}  detects {detected:20}", end="  ")
+            print(f"false positives {false}", flush=True)
+
+
+def _share(part: int, whole: int) -> str:
+    """`3/40 (7.5%)`."""
+    return f"{part}/{whole} ({part / whole:.1%})" if whole else "0/0"
 
 
 def _print_summary(measurements: list[Measurement], *, as_json: bool) -> None:

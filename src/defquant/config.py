@@ -26,13 +26,11 @@ Schedule = Literal["step", "one-cycle", "constant"]
 TrainingAttack = Literal["none", "fgsm", "rfgsm", "pgd"]
 
 
-def check_bits(bits: object) -> int | None:
+def check_bits(bits: object, name: str = "bits", off: str = "full precision") -> int | None:
     """`bits` as it was given, where it is None or a whole number from 1 to 8; else `UserError`."""
     if bits is None or (isinstance(bits, int) and not isinstance(bits, bool) and 1 <= bits <= 8):
         return bits
-    raise UserError(
-        f"bits must be a whole number from 1 to 8, or none for full precision; found {bits!r}"
-    )
+    raise UserError(f"{name} must be a whole number from 1 to 8, or none for {off}; found {bits!r}")
 
 
 def check_eps(eps: float) -> float:
@@ -56,6 +54,8 @@ class ModelConfig:
         high: upper end of the activation range [0, high] (ReLU6: 6, ReLU1: 1).
         convex: residual sums as learned convex combinations (Parseval, section 4 of the paper).
         activation: `relu` (ReLU6 and its linear quantiser) or `tanh` (Rakin et al. 2018).
+        squeeze: feature squeezing in front of the network, in training and in test: colours of
+            so many bits, then a 2x2 median (the paper takes 5 bits); none for no squeezing.
     """
 
     model: str = "wrn-10-1"
@@ -63,9 +63,11 @@ class ModelConfig:
     high: float = 6.0
     convex: bool = False
     activation: Activation = "relu"
+    squeeze: int | None = None
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
+        check_bits(self.squeeze, "squeeze", "no squeezing")
         _require(self.high > 0, f"high must be positive; found {self.high:g}")
 
 
@@ -77,13 +79,20 @@ class DataConfig:
         data: `digits` (ships with scikit-learn), `cifar10`, `svhn`, `folder` or `npz`.
         data_root: where the files lie; not needed for digits.
         train_images: use only the first so many training images; all when none.
+        validation_images: the last so many training images are held out: no run trains on them,
+            and `--split validation` measures there what is to be chosen, a beta say.
     """
 
     data: str = "digits"
     data_root: str | None = None
     train_images: int | None = None
+    validation_images: int = 0
 
     def __post_init__(self) -> None:
+        _require(
+            self.validation_images >= 0,
+            f"validation_images must not be negative; found {self.validation_images}",
+        )
         _require(
             self.train_images is None or self.train_images > 0,
             f"train_images must be positive; found {self.train_images}",
@@ -109,7 +118,8 @@ class TrainConfig:
         penalty: `fused` (closed-form gradient), `loss` (through autograd) or `parseval`
             (retraction after the step).
         attack: train on adversarial examples made by `fgsm`, `rfgsm` or `pgd`.
-        attack_eps: their eps in [0, 1]; when none it is drawn as clip(|N(0, 8)|, 0, 16)/255.
+        attack_eps: their eps in [0, 1]; when none it is drawn as clip(|N(0, sigma)|, 0, 2 sigma).
+        attack_sigma: that sigma, in [0, 1]; the paper's is 8/255.
         mix: share of each batch that is attacked.
         augment: random flips and shifted crops where the data set allows them.
         test_every: epochs between tests on the test images; the last epoch is always tested.
@@ -133,6 +143,7 @@ class TrainConfig:
     penalty: PenaltyMode = "fused"
     attack: TrainingAttack = "none"
     attack_eps: float | None = None
+    attack_sigma: float = 8 / 255
     mix: float = 1.0
     augment: bool = True
     test_every: int = 0
@@ -161,6 +172,7 @@ class TrainConfig:
             self.penalty != "parseval" or self.beta <= 1,
             f"beta of a Parseval retraction must be at most 1; found {self.beta:g}",
         )
+        check_eps(self.attack_sigma)
         if self.attack_eps is not None:
             check_eps(self.attack_eps)
 

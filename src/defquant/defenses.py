@@ -1,17 +1,26 @@
-"""Feature squeezing (Xu et al. 2017): fewer colours and a median filter, to defend or to detect."""
+"""What feature squeezing faces and what it detects (Xu et al. 2017): `Unaware` and `Detector`.
+
+The squeezing itself is `defquant.models.squeezing`; its names can be imported from here, too.
+"""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from defquant.attacks import FirstOrder, untouched
-from defquant.config import check_bits
 from defquant.data import to_unit
 from defquant.errors import UserError
+from defquant.models.squeezing import (
+    FeatureSqueezing,
+    check_images,
+    median_2x2,
+    reduce_depth,
+    squeeze,
+)
 from defquant.results import Score
 
 __all__ = [
@@ -23,100 +32,6 @@ Squeezer = Callable[[Tensor], Tensor]
 """Images (n, c, h, w) in [0, 1] to images of the same shape and range."""
 
 
-def reduce_depth(x: Tensor, bits: int | None = 5) -> Tensor:
-    r"""round(n x) / n,  n = 2^bits - 1,  ties to even: colours of `bits` bits (Xu et al. 2017).
-
-    The gradient is that of the identity, at 0 and 1 too, where `fake_quantize` has none: an
-    attack could not move black and white pixels. `x` is images (n, c, h, w), float in [0, 1];
-    `bits` 1 to 8, or None for no rounding. Raises `UserError` for other bits, shapes or types.
-
-    >>> reduce_depth(torch.tensor([0.0, 0.4, 0.6, 1.0]).view(1, 1, 2, 2), bits=1).flatten()
-    tensor([0., 0., 1., 1.])
-    """
-    check_bits(bits)
-    _check_images(x)
-    if bits is None:
-        return x
-    levels, value = 2**bits - 1, x.detach()
-    return value.mul(levels).round_().div_(levels) + (x - value)  # + 0, which has the gradient
-
-
-def median_2x2(x: Tensor) -> Tensor:
-    r"""Each pixel's upper median over itself, its left, its upper and its upper left neighbour.
-
-    The third smallest of the four, per channel, the first row and column repeated at the edge:
-    exactly `scipy.ndimage.median_filter(size=2, mode="reflect")` (Xu et al. 2017). With p, q the
-    larger and the smaller of the left column and r, s of the right: max(min(p, r), q, s).
-    The gradient goes to the pixel chosen, in equal shares where several tie for it.
-    `x` is images (n, c, h, w), float; their memory format is kept. `UserError` for others.
-    """
-    _check_images(x)
-    chosen: Tensor = _Median.apply(x)  # type: ignore[no-untyped-call]
-    return chosen
-
-
-class _Median(torch.autograd.Function):
-    """Autograd through the minima and maxima would cost several times this backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        padded = nn.functional.pad(x, (1, 0, 1, 0), mode="replicate")
-        above, below = padded[:, :, :-1], padded[:, :, 1:]
-        p, q = torch.maximum(above, below), torch.minimum(above, below)
-        upper = torch.minimum(p[..., :-1], p[..., 1:])
-        chosen = torch.maximum(torch.maximum(q[..., :-1], q[..., 1:]), upper)
-        ctx.save_for_backward(padded, chosen)
-        return chosen
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> Tensor:
-        padded, chosen = ctx.saved_tensors
-        # eq into floats: a bool mask would be converted, at the cost of a further pass each
-        ties = [torch.eq(near, chosen, out=torch.empty_like(chosen)) for near in _windows(padded)]
-        share = grad[0] / (ties[0] + ties[1]).add_(ties[2]).add_(ties[3])
-        total = torch.zeros_like(padded)
-        for part, tie in zip(_windows(total), ties, strict=True):
-            part.addcmul_(tie, share)
-        total[:, :, 1] += total[:, :, 0]
-        total[:, :, :, 1] += total[:, :, :, 0]
-        return total[:, :, 1:, 1:]
-
-
-def _windows(padded: Tensor) -> list[Tensor]:
-    h, w = padded.shape[2] - 1, padded.shape[3] - 1
-    return [padded[:, :, i : i + h, j : j + w] for i in (0, 1) for j in (0, 1)]
-
-
-def squeeze(x: Tensor, bits: int | None = 5, median: bool = True) -> Tensor:
-    """`reduce_depth`, then `median_2x2`: the squeezed image of section 2.2.2 of the paper.
-
-    Rounding is monotone, so the other order gives the same images; in this one, pixels of one
-    colour share the median's gradient. Arguments and errors as in those two.
-    """
-    x = reduce_depth(x, bits)
-    return median_2x2(x) if median else x
-
-
-class FeatureSqueezing(nn.Module):
-    """`model` behind `squeeze`, in training and in test (section 5.2 of the paper).
-
-    Attacks on it go through it: straight-through for the depth, a sub-gradient for the median;
-    `Unaware` makes those that do not. `bits` is the depth of the images (`set_bits` changes the
-    activations of `model` alone). Raises `UserError` for bits outside 1 to 8.
-    """
-
-    def __init__(self, model: nn.Module, bits: int | None = 5, median: bool = True) -> None:
-        super().__init__()
-        self.model, self.bits, self.median = model, check_bits(bits), median
-        self.training = model.training
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(squeeze(x, self.bits, self.median))  # type: ignore[no-any-return]
-
-    def extra_repr(self) -> str:
-        return f"bits={self.bits}, median={self.median}"
-
-
 @dataclass(frozen=True)
 class Unaware:
     """`attack` on the network inside a `FeatureSqueezing`, by someone who ignores the squeezing.
@@ -124,6 +39,8 @@ class Unaware:
     Standing up to it shows little: print the score of `attack` itself beside it. As in `Transfer`,
     the last iterate is used.
     """
+
+    by_id: ClassVar[bool] = True
 
     attack: FirstOrder
 
@@ -244,13 +161,8 @@ def _probabilities(model: nn.Module, x: Tensor, squeezer: Squeezer = lambda x: x
 
 
 def _in_range(x: Tensor) -> Tensor:
-    _check_images(x)
+    check_images(x)
     low, high = x.aminmax()
     if not (low >= 0 and high <= 1):
         raise UserError(f"images must lie in [0, 1]; found [{low:.3g}, {high:.3g}]")
     return x
-
-
-def _check_images(x: Tensor) -> None:
-    if x.ndim != 4 or not x.is_floating_point():
-        raise UserError(f"images are float (n, c, h, w); found {x.dtype} {tuple(x.shape)}")

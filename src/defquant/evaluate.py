@@ -7,12 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from defquant.attacks.base import Attack, lint_images, lint_model, untouched
+from defquant.attacks.base import Attack, ById, lint_images, lint_model, untouched
 from defquant.attacks.engine import unbroken
 from defquant.attacks.gradient import FirstOrder
-from defquant.attacks.transfer import Transfer
 from defquant.data import Dataset, to_unit
-from defquant.defenses import Unaware
 from defquant.errors import UserError
 from defquant.results import Score
 
@@ -171,7 +169,7 @@ def _withstands(
     model: nn.Module, x: Tensor, y: Tensor, attack: Attack, ids: Tensor, seed: int
 ) -> Tensor:
     """`robust` for one batch of an attack that is no walk on the model itself."""
-    if isinstance(attack, Transfer | Unaware):
+    if isinstance(attack, ById):
         whole = torch.Generator().manual_seed(seed)  # one seed for all batches: ids tell them apart
         adversarial = attack(model, x, y, generator=whole, ids=ids)
     else:

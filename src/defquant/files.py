@@ -7,11 +7,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from defquant.errors import UserError
 
-__all__ = ["append_line", "owned_folder", "read_json", "write_bytes", "write_json", "write_whole"]
+__all__ = [
+    "append_line", "claimed", "owned_folder", "read_json", "write_bytes", "write_json",
+    "write_whole",
+]  # fmt: skip
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
@@ -64,17 +67,19 @@ def read_json(path: Path) -> Any:
 def append_line(path: Path, content: dict[str, Any]) -> None:
     """Append one JSON line with a single write, so that parallel writers never mix their lines.
 
-    A file that a crash left without its last newline is mended first.
+    A line that a crash cut short is taken off first; a whole one that lacks its newline gets it.
     """
     line = (json.dumps(content, allow_nan=False) + "\n").encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
+            last = _last_line(file)
+            if _is_cut(last):
+                file.truncate(file.seek(0, os.SEEK_END) - len(last))
+            elif last:
+                line = b"\n" + line
             size = file.seek(0, os.SEEK_END)
-            if size:
-                file.seek(size - 1)
-                line = line if file.read(1) == b"\n" else b"\n" + line
             written = os.write(file.fileno(), line)
             if written != len(line):
                 os.ftruncate(file.fileno(), size)
@@ -97,17 +102,67 @@ def owned_folder(folder: Path) -> Iterator[Path]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(
                 f"{folder} is in use by another run: wait for it or choose another folder"
             ) from None
+        except OSError as error:
+            raise UserError(_cannot_lock(folder, error)) from None
         yield folder
+
+
+@contextmanager
+def claimed(lock: Path, *, wait: bool) -> Iterator[bool]:
+    """Whether this process holds the file `lock`; where another does, False, or `wait` for it.
+
+    The claim dies with the process, however it ends. It may stay within one process: two claims
+    on one file, from two calls, exclude each other.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a")
+    except OSError as error:
+        raise UserError(_cannot_write(lock, error)) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            raise UserError(_cannot_lock(lock, error)) from None
+        yield True
 
 
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def _last_line(file: BinaryIO) -> bytes:
+    """What stands after the last newline; nothing in a whole file."""
+    end = start = file.seek(0, os.SEEK_END)
+    while start:
+        start = max(0, start - 4096)
+        file.seek(start)
+        _, newline, after = file.read(end - start).rpartition(b"\n")
+        if newline or not start:
+            return after
+    return b""
+
+
+def _is_cut(line: bytes) -> bool:
+    """Whether it begins as one of our lines and does not end as one."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return line.startswith(b"{")
+    return False
+
+
+def _cannot_lock(path: Path, error: OSError) -> str:
+    return f"cannot lock {path}: {error.strerror or error}; use a disk that knows flock"
 
 
 def _cannot_write(path: Path, error: OSError) -> str:

@@ -4,34 +4,22 @@ import base64
 import io
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from defquant.attacks import Attack, FirstOrder, Transfer
-from defquant.checkpoint import Facts, load_model, versions
+from defquant.attacks import Attack, FirstOrder
+from defquant.checkpoint import Facts, load_on, versions
 from defquant.data import Dataset
-from defquant.errors import UserError
 from defquant.evaluate import Scored, sweep, vanishing
 from defquant.files import write_json
 from defquant.results import Measurement, append
 
-__all__ = ["example_ids", "load_on", "measure", "write_examples"]
-
-
-def load_on(run: Path, device: torch.device) -> tuple[nn.Module, Facts]:
-    """The network of a run on `device`. Raises `UserError` for an unfinished or broken run."""
-    model, facts = load_model(run)
-    if len(facts.history) < facts.train.epochs:
-        raise UserError(
-            f"{run} has done {len(facts.history)} of {facts.train.epochs} epochs: finish it with "
-            "`defquant train --resume`"
-        )
-    layout = torch.channels_last if facts.train.channels_last else torch.contiguous_format
-    return model.to(device=device, memory_format=layout), facts  # type: ignore[call-overload]
+__all__ = ["example_ids", "examples", "load_on", "measure", "write_examples"]
 
 
 def measure(
@@ -41,20 +29,17 @@ def measure(
     images: Dataset,
     attacks: Sequence[FirstOrder],
     *,
-    substitute: nn.Module | None = None,
-    source: str = "",
+    black_box: Sequence[Attack] = (),
     seed: int = 0,
     batch_size: int = 256,
+    write: Callable[[Measurement], object] | None = None,
 ) -> Iterator[Measurement]:
-    """Clean accuracy and every attack on `images`; each is appended to `results.jsonl` at once.
+    """Clean accuracy, every attack on `images`, then every one of `black_box`.
 
-    With a `substitute`, named `source`, each attack is also made on it and transferred (black box).
+    Each measurement is given to `write` at once; without it, appended to the run's
+    `results.jsonl`. `black_box` holds attacks ready made, as `defquant.replay` keeps them.
     """
-    black_box: list[Attack] = []
-    if substitute is not None:
-        asking = [attack for attack in attacks if attack.walk.steps]  # Random asks no network
-        black_box = [Transfer(attack, substitute, source) for attack in asking]
-    chosen: Iterable[Attack] = [*attacks, *black_box]
+    write = partial(append, run / "results.jsonl") if write is None else write
     evidence = {
         "versions": versions(next(model.parameters()).device),
         "command": shlex.join(["defquant", *sys.argv[1:]]),
@@ -63,11 +48,11 @@ def measure(
         "batch_size": batch_size,
     }
     blind: float | None = None
-    for scored in sweep(model, images, chosen, batch_size=batch_size, seed=seed):
+    for scored in sweep(model, images, [*attacks, *black_box], batch_size=batch_size, seed=seed):
         if scored.attack is None:
             blind = vanishing(model, images, scored.survivors, batch_size=batch_size)
         measurement = _measurement(run, facts, images, scored, blind, seed, evidence)
-        append(run / "results.jsonl", measurement)
+        write(measurement)
         yield measurement
 
 
@@ -121,7 +106,20 @@ def write_examples(
     count: int = 8,
     seed: int = 0,
 ) -> Path:
-    """Clean and adversarial pictures with the model's predictions (Figure 7): `examples.json`."""
+    """What `examples` finds, as `examples.json` in the run's folder."""
+    found = examples(model, facts, images, attack, count, seed)
+    return write_json(run / "examples.json", {"run": run.name, **found})
+
+
+def examples(
+    model: nn.Module,
+    facts: Facts,
+    images: Dataset,
+    attack: FirstOrder,
+    count: int = 8,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Clean and adversarial pictures (base64 of PNG) with the model's predictions (Figure 7)."""
     ids = example_ids(images.labels, count)
     clean, labels = images.take(ids)
     device = next(model.parameters()).device
@@ -129,7 +127,7 @@ def write_examples(
     adversarial = attack(model, clean, labels, generator=torch.Generator().manual_seed(seed))
     adversarial = adversarial.mul(255).round().div(255)  # what a saved picture can hold
     answers = [_answers(model, x) for x in (clean, adversarial)]
-    examples = [
+    found = [
         {
             "id": int(ids[i]),
             "label": int(labels[i]),
@@ -141,12 +139,12 @@ def write_examples(
         for i in range(len(ids))
     ]
     about = {
-        "run": run.name, "method": facts.method, "model": facts.model.model,
+        "method": facts.method, "model": facts.model.model,
         "bits": facts.model.bits, "beta": facts.train.beta, "seed": facts.train.seed,
         "data": images.name, "attack": attack.name, "eps": attack.eps,
         "classes": list(images.classes),
     }  # fmt: skip
-    return write_json(run / "examples.json", {**about, "examples": examples})
+    return {**about, "examples": found}
 
 
 def _answers(model: nn.Module, x: Tensor) -> list[dict[str, float]]:

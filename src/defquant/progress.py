@@ -57,6 +57,8 @@ class TrainingProgress:
             return
         text = f"loss {record['loss']:.3f}  accuracy {record['accuracy']:.1%}"
         text += f"  penalty {record['penalty']:.3g}  {record['images_per_second']:,.0f} images/s"
+        if "monitor_pgd" in record:
+            text += f"  fgsm {record['monitor_fgsm']:.0%} pgd {record['monitor_pgd']:.0%}"
         if "test_accuracy" in record:
             text += f"  test {record['test_accuracy']:.1%}"
         number = f"{record['epoch']:.0f}/{epochs}"

@@ -68,14 +68,14 @@ class Measurement:
     Attributes:
         run: name of the run's folder.
         method: `float`, `vanilla` or `DQ` (convex sums or penalty); then, where they are not the
-            usual ones, `ReLU1`, `tanh`, ... ; then `+ ATTACK` where trained so.
+            usual ones, `ReLU1`, `tanh`, ... ; then `+ squeezing` and `+ ATTACK` where trained so.
         model: as in `ModelConfig`.
         bits: activation bits; none for full precision.
         beta: weight of the penalty.
         seed: of the training.
         data: data set, as shown to the reader; `fingerprint` is the hash of the test images.
         attack: family, as shown: `clean`, `Random`, `FGSM`, `R+FGSM`, `BIM`, `PGD`, `PGD-50x10`,
-            `FGSM(B)`, ... ((B) is black box).
+            `FGSM(B)`, ... ((B) is black box), `FGSM (unaware)` (of a feature squeezing).
         eps: L-infinity radius in [0, 1]; 0 for clean.
         settings: the attack's repr, whole.
         correct: examples classified rightly under every attempt.
@@ -85,6 +85,7 @@ class Measurement:
         attack_seed: of the attack's random draws.
         seconds: wall-clock time of the measurement.
         evidence: versions, machine, threads, command, epochs and training images.
+        cell: key of the experiment's cell that it belongs to, where there is one.
     """
 
     run: str
@@ -104,6 +105,7 @@ class Measurement:
     attack_seed: int = 0
     seconds: float = 0.0
     evidence: dict[str, Any] = field(default_factory=dict)
+    cell: str = ""
 
     @property
     def score(self) -> Score:
@@ -188,7 +190,7 @@ def read_folder(folder: Path) -> list[Measurement]:
     latest: dict[tuple[object, ...], Measurement] = {}
     for path in sorted(folder.rglob("results.jsonl")):
         for m in read_jsonl(path):
-            named = replace(m, run=run_name(path.parent, folder))
+            named = m if m.cell else replace(m, run=run_name(path.parent, folder))
             latest[named.key] = named
     if not latest:
         raise UserError(f"no results.jsonl below {folder}: run `defquant attack` on a run first")

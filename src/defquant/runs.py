@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,9 @@ from defquant.files import owned_folder
 from defquant.models import build
 from defquant.training import History, train
 
-__all__ = ["test_images", "train_run"]
+__all__ = ["Split", "load_images", "test_images", "train_run"]
+
+Split = Literal["train", "validation", "test"]
 
 
 def train_run(
@@ -84,16 +87,34 @@ def _train(
     return replace(facts, history=history)
 
 
-def load_images(config: DataConfig, split: str) -> Dataset:
-    """The images that `config` names; `train_images` cuts the training split alone."""
-    images = load(config.data, config.data_root, "train" if split == "train" else "test")
-    return images.first(config.train_images) if split == "train" else images
+def load_images(config: DataConfig, split: Split) -> Dataset:
+    """The images that `config` names: of the `train`, the `validation` or the `test` split.
+
+    The validation images are the last of the official training images; `train_images` cuts what
+    comes before them. Raises `UserError` where that leaves nothing.
+    """
+    if split == "test":
+        return load(config.data, config.data_root, "test")
+    images = load(config.data, config.data_root, "train")
+    trained = len(images) - config.validation_images
+    if trained < 1 or (split == "validation" and not config.validation_images):
+        raise UserError(
+            f"validation_images holds out the last training images, of {len(images)}; found "
+            f"{config.validation_images}, which leaves no {split} images"
+        )
+    if split == "validation":
+        name = f"{images.name}, validation"
+        held = {"images": images.images[trained:], "labels": images.labels[trained:]}
+        return replace(images, **held, name=name)  # type: ignore[arg-type]
+    return images.first(trained).first(config.train_images)
 
 
-def test_images(facts: Facts, data_root: str | None = None, limit: int | None = None) -> Dataset:
-    """The test images of a run, from `data_root` where they have moved; the first `limit`."""
+def test_images(
+    facts: Facts, data_root: str | None = None, limit: int | None = None, split: Split = "test"
+) -> Dataset:
+    """The test or validation images of a run, from `data_root` where they have moved."""
     root = facts.data.data_root if data_root is None else data_root
-    return load(facts.data.data, root, "test").first(limit)
+    return load_images(replace(facts.data, data_root=root), split).first(limit)
 
 
 def _earlier(out: Path, resume: bool) -> Checkpoint | None:

@@ -2,7 +2,7 @@
 
 from defquant.attacks.base import Attack, untouched
 from defquant.attacks.gradient import BIM, FGSM, PGD, RFGSM, FirstOrder, Random, RandomEps
-from defquant.attacks.transfer import Transfer
+from defquant.attacks.transfer import Replay, Transfer
 
 __all__ = [
     "BIM",
@@ -13,6 +13,7 @@ __all__ = [
     "FirstOrder",
     "Random",
     "RandomEps",
+    "Replay",
     "Transfer",
     "untouched",
 ]

@@ -1,16 +1,16 @@
 """What every attack keeps to: one signature, the model left as it was, draws per example."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from defquant.errors import DefquantWarning, UserError
 
-__all__ = ["Attack", "draw_seed", "lint_images", "lint_model", "uniform", "untouched"]
+__all__ = ["Attack", "ById", "draw_seed", "lint_images", "lint_model", "uniform", "untouched"]
 
 
 class Attack(Protocol):
@@ -24,6 +24,26 @@ class Attack(Protocol):
     ) -> Tensor: ...
 
 
+@runtime_checkable
+class ById(Protocol):
+    """An `Attack` that tells examples apart by `ids`, int64 (n,): their places in the data set.
+
+    Its answer does not depend on the batch or on who stands. `by_id` marks it.
+    """
+
+    by_id: ClassVar[bool]
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        ids: Tensor | None = None,
+    ) -> Tensor: ...
+
+
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[nn.Module]:
     """Put `model` in eval mode without parameter gradients; on the way out restore all of it.
@@ -34,7 +54,8 @@ def untouched(model: nn.Module) -> Iterator[nn.Module]:
     """
     modes = [(module, module.training) for module in model.modules()]
     params = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    buffers = _by_kind(model.buffers())
+    before = [_flat(group) for group in buffers]
     random_state = torch.get_rng_state()
     try:
         model.eval()
@@ -47,11 +68,34 @@ def untouched(model: nn.Module) -> Iterator[nn.Module]:
         for parameter, requires_grad, grad in params:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
-        with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+        for group, values in zip(buffers, before, strict=True):
+            _restore(group, values)
         torch.set_rng_state(random_state)
+
+
+def _by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The tensors of each type and device."""
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    return list(groups.values())
+
+
+@torch.no_grad()
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    """A copy of all of them in one flat tensor."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+@torch.no_grad()
+def _restore(tensors: Sequence[Tensor], values: Tensor) -> None:
+    """Undo what changed since `_flat`; compared as a whole, for a GPU is waited for each time."""
+    if torch.equal(values, _flat(tensors)):
+        return
+    sizes = [tensor.numel() for tensor in tensors]
+    for tensor, value in zip(tensors, values.split(sizes), strict=True):
+        if not torch.equal(tensor, value.view(tensor.shape)):
+            tensor.copy_(value.view(tensor.shape))
 
 
 def draw_seed(generator: torch.Generator | None) -> int:
@@ -100,7 +144,7 @@ def lint_images(x: Tensor, y: Tensor) -> None:
         raise UserError(f"images are float in [0, 1] or uint8; found {x.dtype}")
     if x.is_floating_point():
         low, high = x.aminmax()
-        if not (low >= 0 and high <= 1):
+        if not (low >= 0) & (high <= 1):  # one answer from the GPU to wait for, not two
             raise UserError(
                 f"images must lie in [0, 1]; found [{low:.3g}, {high:.3g}]: put the normalisation "
                 "into the model"

@@ -206,7 +206,7 @@ class RandomEps:
         eps = draws.mul_(self.sigma).abs_().clamp_(max=2 * self.sigma)
         if per_batch:
             return replace(self.attack, eps=float(eps)).last(model, x, y, generator=generator)
-        radius = eps.to(x.device)[:, None, None, None]
+        radius = eps.to(x.device, non_blocking=True)[:, None, None, None]
         seed = draw_seed(generator)
         return perturb(model, x, y, self.attack.walk, radius, seed=seed, keep="last")
 

@@ -1,18 +1,11 @@
 """The main job, small: how quantisation changes robustness, and what DQ does about it."""
 
-import multiprocessing
-import os
-import signal
-import sys
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from defquant.config import DataConfig, ModelConfig, TrainConfig
+from defquant.experiments.pool import cores, each
 from defquant.files import owned_folder
 
 __all__ = ["Network", "networks", "run_demo"]
@@ -60,39 +53,10 @@ def run_demo(out: Path, *, seeds: int = 3, smoke: bool = False) -> list[Path]:
     """
     todo = networks(seeds, smoke=smoke)
     with owned_folder(out):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        _run_all(out, todo, min(cores, len(todo)))
+        jobs = [(network.name, partial(_train_and_attack, out, network)) for network in todo]
+        for _ in each("demo", jobs, min(cores(), len(todo))):
+            pass
     return [out / network.name for network in todo]
-
-
-def _run_all(out: Path, todo: Sequence[Network], processes: int) -> None:
-    # spawn: a forked child inherits torch's thread pool in a state that can hang
-    context = multiprocessing.get_context("spawn")
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn())
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_quiet_child)
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
-        task = bar.add_task("train and attack networks", total=len(todo))
-        futures = {pool.submit(_train_and_attack, out, network): network for network in todo}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                bar.advance(task)
-                if not console.is_terminal:
-                    print(f"demo: {futures[future].name} done", file=sys.stderr, flush=True)
-        except BaseException:
-            for process in list(pool._processes.values()):
-                process.terminate()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-        pool.shutdown()
-
-
-def _quiet_child() -> None:
-    import torch
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its children
-    torch.set_num_threads(1)
 
 
 def _train_and_attack(out: Path, network: Network) -> None:

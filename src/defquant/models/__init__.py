@@ -8,19 +8,28 @@ from torch import nn
 from defquant.config import ModelConfig
 from defquant.errors import UserError
 from defquant.models.resnet import ResNet, resnet18
+from defquant.models.squeezing import FeatureSqueezing
 from defquant.models.vgg import VGG, vgg16
 from defquant.models.wide_resnet import WideResNet, wide_resnet
 
-__all__ = ["VGG", "ResNet", "WideResNet", "build", "resnet18", "vgg16", "wide_resnet"]
+__all__ = [
+    "VGG", "FeatureSqueezing", "ResNet", "WideResNet", "build", "resnet18", "vgg16", "wide_resnet",
+]  # fmt: skip
 
 
 def build(config: ModelConfig, *, num_classes: int, in_channels: int, seed: int = 0) -> nn.Module:
     """The network that `config.model` names: `wrn-DEPTH-WIDTH`, `vgg-16` or `resnet-18`.
 
     `vgg-16xW` and `resnet-18xW` scale the channels by W (`vgg-16x0.25`). The first weights are
-    drawn from `seed`, the global random state is left alone.
+    drawn from `seed`, the global random state is left alone. With `config.squeeze` it stands
+    behind a `FeatureSqueezing`, whose `model` it is.
     Raises `UserError` for any other name.
     """
+    network = _network(config, num_classes, in_channels, seed)
+    return network if config.squeeze is None else FeatureSqueezing(network, config.squeeze)
+
+
+def _network(config: ModelConfig, num_classes: int, in_channels: int, seed: int) -> nn.Module:
     match = re.fullmatch(r"(wrn)-(\d+)-(\d+)|(vgg-16|resnet-18)(?:x(\d*\.?\d+))?", config.model)
     if match is None:
         raise UserError(

@@ -3,7 +3,15 @@
 from torch import Tensor, nn
 
 from defquant.config import Activation
-from defquant.models.blocks import Classifier, MakeActivation, conv3x3, initialize, join
+from defquant.models.blocks import (
+    Classifier,
+    FirstConv,
+    MakeActivation,
+    conv3x3,
+    initialize,
+    join,
+    scaled,
+)
 from defquant.quantize import activation as make_activation
 
 __all__ = ["ResNet", "resnet18"]
@@ -37,11 +45,11 @@ class ResNet(nn.Module):
         self, act: MakeActivation, convex: bool, num_classes: int, in_channels: int, width: float
     ) -> None:
         super().__init__()
-        c_in = max(1, round(64 * width))
-        self.stem = nn.Sequential(conv3x3(in_channels, c_in), nn.BatchNorm2d(c_in), act())
+        c_in = scaled(64, width)
+        self.stem = nn.Sequential(FirstConv(in_channels, c_in), nn.BatchNorm2d(c_in), act())
         blocks: list[nn.Module] = []
         for group in range(4):
-            c_out = max(1, round(64 * width)) * 2**group
+            c_out = scaled(64, width) * 2**group
             for index in range(2):
                 stride = 2 if group > 0 and index == 0 else 1
                 blocks.append(_Block(c_in, c_out, stride, act, convex))
@@ -67,7 +75,7 @@ def resnet18(
     """ResNet-18: images in [0, 1], (n, in_channels, h, w) with h, w >= 8.
 
     The residual sum enters the next block's activation, so the stream is quantised after each
-    sum. Arguments as in `wide_resnet`; `width` scales all channels.
+    sum. Arguments as in `wide_resnet`; `width` scales all channels, to multiples of 8.
     """
     act: MakeActivation = lambda: make_activation(activation, bits, high)  # noqa: E731
     return ResNet(act, convex, num_classes, in_channels, width)

@@ -3,7 +3,14 @@
 from torch import Tensor, nn
 
 from defquant.config import Activation
-from defquant.models.blocks import Classifier, MakeActivation, conv3x3, initialize
+from defquant.models.blocks import (
+    Classifier,
+    FirstConv,
+    MakeActivation,
+    conv3x3,
+    initialize,
+    scaled,
+)
 from defquant.quantize import activation as make_activation
 
 __all__ = ["VGG", "vgg16"]
@@ -22,8 +29,9 @@ class VGG(nn.Module):
         c_in = in_channels
         for channels, count in _GROUPS:
             for _ in range(count):
-                c_out = max(1, round(channels * width))
-                layers += [conv3x3(c_in, c_out), nn.BatchNorm2d(c_out), act()]
+                c_out = scaled(channels, width)
+                conv = conv3x3(c_in, c_out) if layers else FirstConv(c_in, c_out)
+                layers += [conv, nn.BatchNorm2d(c_out), act()]
                 c_in = c_out
             # ceil_mode keeps a 1x1 map 1x1, so that images from 8x8 up pass all five poolings
             layers.append(nn.MaxPool2d(2, ceil_mode=True))
@@ -49,6 +57,6 @@ def vgg16(
 
     Conv -> BN -> ReLU6 -> quantiser, 13 times, with five max-poolings (of quantised values, which
     stay on the grid), then average pooling. It has no residual sum, so `convex` changes nothing.
-    Arguments as in `wide_resnet`; `width` scales all channels.
+    Arguments as in `wide_resnet`; `width` scales all channels, to multiples of 8.
     """
     return VGG(lambda: make_activation(activation, bits, high), num_classes, in_channels, width)

@@ -4,7 +4,14 @@ from torch import Tensor, nn
 
 from defquant.config import Activation
 from defquant.errors import UserError
-from defquant.models.blocks import Classifier, MakeActivation, conv3x3, initialize, join
+from defquant.models.blocks import (
+    Classifier,
+    FirstConv,
+    MakeActivation,
+    conv3x3,
+    initialize,
+    join,
+)
 from defquant.quantize import activation as make_activation
 
 __all__ = ["WideResNet", "wide_resnet"]
@@ -55,7 +62,7 @@ class WideResNet(nn.Module):
             raise UserError(f"a Wide ResNet's width must be 1 or more; found {width}")
         blocks: list[nn.Module] = []
         c_in = 16
-        self.stem = conv3x3(in_channels, c_in)
+        self.stem = FirstConv(in_channels, c_in)
         for group, c_out in enumerate((16 * width, 32 * width, 64 * width)):
             for index in range((depth - 4) // 6):
                 stride = 2 if group > 0 and index == 0 else 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from defquant.report.figures import sparkline
-from defquant.report.names import Series, attack_order, distinct, eps_text
+from defquant.report.names import Series, attack_order, distinct, eps_text, is_validation
 from defquant.report.sources import Run, flatten
 from defquant.results import Measurement
 
@@ -34,7 +34,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Training:
-    """The training of one network over its seeds: three sparklines and their last values."""
+    """The training of one network over its seeds: sparklines and their last values."""
 
     name: str
     css: str
@@ -46,6 +46,8 @@ class Training:
     last_accuracy: str
     penalty: Markup
     last_penalty: str
+    monitor: Markup
+    last_monitor: str
     time: str
 
 
@@ -71,7 +73,8 @@ def training(
     runs: Sequence[Run], measurements: Sequence[Measurement], classes: Mapping[Series, str]
 ) -> list[Training]:
     """One row per network, its seeds overlaid; a run without results stands under its name."""
-    known = {m.run: (m.data, m.model, Series(m.method, m.bits, m.beta)) for m in measurements}
+    on_test_last = sorted(measurements, key=lambda m: not is_validation(m.data))
+    known = {m.run: (m.data, m.model, Series(m.method, m.bits, m.beta)) for m in on_test_last}
     several = len({item[:2] for item in known.values()}) > 1
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in (run for run in runs if run.log):
@@ -106,6 +109,8 @@ def _training(name: str, css: str, runs: Sequence[Run], tops: Mapping[str, float
         last_accuracy=_last(runs, test, "{:.1%}"),
         penalty=line("penalty") if _top(runs, "penalty") else Markup(),
         last_penalty=_last(runs, "penalty", "{:.3g}") if _top(runs, "penalty") else "",
+        monitor=(pgd := line("monitor_pgd")),
+        last_monitor=_last_monitor(runs) if pgd else "",
         time=duration(sum(seconds) / len(seconds)) if seconds else "–",
     )
 
@@ -113,6 +118,11 @@ def _training(name: str, css: str, runs: Sequence[Run], tops: Mapping[str, float
 def _last(runs: Iterable[Run], field: str, form: str) -> str:
     ends = [curve[-1] for run in runs if (curve := run.curve(field))]
     return form.format(sum(ends) / len(ends)) if ends else "–"
+
+
+def _last_monitor(runs: Sequence[Run]) -> str:
+    pgd, fgsm = (_last(runs, f"monitor_{name}", "{:.1%}") for name in ("pgd", "fgsm"))
+    return f"{pgd} ({fgsm})"
 
 
 def _top(runs: Iterable[Run], field: str) -> float:

@@ -1,62 +1,24 @@
-"""Inline SVG by hand: accuracy over eps, accuracy over bits, sparklines. Colours are CSS classes.
+"""The measured runs drawn: accuracy over eps, accuracy over bits, sparklines.
 
-Series `i` of a page has the class `s{i}`, which sets `--c` for light and dark; marks differ by
-bits too, so that nothing hangs on colour alone.
+Series `i` of a page has the class `s{i}`; marks differ by bits.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from defquant.report import drawing
+from defquant.report.drawing import BOTTOM, LEFT, RIGHT, TOP, Point, Scale
 from defquant.report.names import Family, Series, distinct, eps_number, percent, series_of
 from defquant.report.tables import Row, band, columns
 from defquant.results import Cell
 
 __all__ = ["Point", "Scale", "bits_panel", "eps_panel", "palette", "sparkline", "swatch"]
 
-WIDTH, HEIGHT = 320, 220
-LEFT, RIGHT, TOP, BOTTOM = 36, 308, 10, 182
 DQ_HUES = (255, 165, 330, 215, 295)
 VANILLA_HUES = (50, 25, 85)
-SHAPES = {
-    None: "M-3.4 0a3.4 3.4 0 1 0 6.8 0a3.4 3.4 0 1 0 -6.8 0z",
-    1: "M0 -4.2L4 3.2H-4z",
-    2: "M0 -4.4L4 0L0 4.4L-4 0z",
-    3: "M0 4.2L4 -3.2H-4z",
-    4: "M-3.1 -3.1H3.1V3.1H-3.1z",
-    5: "M-1.3 -4H1.3V-1.3H4V1.3H1.3V4H-1.3V1.3H-4V-1.3H-1.3z",
-}
-OTHER_SHAPE = "M-3.8 -2L0 -4.2L3.8 -2V2L0 4.2L-3.8 2z"
-
-
-@dataclass(frozen=True)
-class Point:
-    """A value with its band."""
-
-    x: float
-    y: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Linear map of [low, high] onto [start, stop]; the middle where low equals high."""
-
-    low: float
-    high: float
-    start: float
-    stop: float
-
-    def __call__(self, value: float) -> float:
-        if self.high == self.low:
-            return (self.start + self.stop) / 2
-        share = (value - self.low) / (self.high - self.low)
-        return self.start + share * (self.stop - self.start)
-
-
 ACCURACY = Scale(0, 1, BOTTOM, TOP)
+PERCENT_TICKS = [(ACCURACY(step / 100), str(step)) for step in range(0, 101, 20)]
 
 
 def palette(series: Iterable[Series]) -> dict[Series, str]:
@@ -107,11 +69,13 @@ def eps_panel(cells: Sequence[Cell], attack: str, classes: Mapping[Series, str])
     lines = {series: points for series, points in lines.items() if any(p.x > 0 for p in points)}
     radii = sorted({0.0} | {point.x for points in lines.values() for point in points})
     x = Scale(0, radii[-1], LEFT, RIGHT - 6)
-    ticks = _apart([(x(eps), eps_number(eps)) for eps in radii], 21)
-    parts = [_axes(ticks, "ε · 255")]
-    parts += [_group(classes[item], _area(points, x)) for item, points in lines.items()]
-    parts += [_group(classes[item], _line(points, x, item.bits)) for item, points in lines.items()]
-    return _svg(f"Accuracy over eps under {attack}, {len(lines)} networks", parts)
+    ticks = drawing.apart([(x(eps), eps_number(eps)) for eps in radii], 21)
+    parts = [drawing.axes(ticks, "ε · 255", PERCENT_TICKS)]
+    for item, points in lines.items():
+        parts.append(drawing.group(classes[item], drawing.area(points, x, ACCURACY)))
+    for item, points in lines.items():
+        parts.append(drawing.group(classes[item], _line(points, x, item.bits)))
+    return drawing.svg(f"Accuracy over eps under {attack}, {len(lines)} networks", parts)
 
 
 def _points(cells: Iterable[Cell], attack: str) -> list[Point]:
@@ -129,14 +93,14 @@ def bits_panel(attacked: Sequence[Row], clean: Sequence[Row], families: Sequence
     ordered = [bits for bits in shown if bits is not None] + [None] * (None in shown)
     x = Scale(0, len(ordered) - 1, LEFT + 18, RIGHT - 14)
     ticks = [(x(i), "FP" if bits is None else str(bits)) for i, bits in enumerate(ordered)]
-    parts = [_axes(ticks, "activation bits")]
+    parts = [drawing.axes(ticks, "activation bits", PERCENT_TICKS)]
     for rows, kind in ((clean, "dashed"), (attacked, "")):
         for row in rows:
             points = [_point(i, row.cells[b]) for i, b in enumerate(ordered) if b in row.cells]
             shape = family_shape(row.family, families)
-            drawn = _whiskers(points, x) + _line(points, x, shape, kind)
-            parts.append(_group(family_class(row.family, families), drawn))
-    return _svg(f"Accuracy over bits, clean and under {attacked[0].images}", parts)
+            drawn = drawing.whiskers(points, x, ACCURACY) + _line(points, x, shape, kind)
+            parts.append(drawing.group(family_class(row.family, families), drawn))
+    return drawing.svg(f"Accuracy over bits, clean and under {attacked[0].images}", parts)
 
 
 def sparkline(lines: Sequence[Sequence[float]], name: str, high: float, css: str) -> Markup:
@@ -146,91 +110,23 @@ def sparkline(lines: Sequence[Sequence[float]], name: str, high: float, css: str
         shown = values[:: len(values) // 60 + 1]
         x, y = Scale(0, len(shown) - 1, 2, 108), Scale(0, high or 1, 26, 3)
         points = [Point(i, value, 0, 0) for i, value in enumerate(shown)]
-        parts.append(_polyline([(x(p.x), y(p.y)) for p in points], "thin"))
+        parts.append(drawing.polyline([(x(p.x), y(p.y)) for p in points], "thin"))
     base = Markup('<path class="grid" d="M2 26H108"/>')
     return Markup(
         '<svg class="spark {}" viewBox="0 0 110 29" role="img" aria-label="{}">{}{}</svg>'
-    ).format(css, name, base, _join(parts))
+    ).format(css, name, base, drawing.join(parts))
 
 
 def swatch(css: str, bits: int | None, kind: str = "") -> Markup:
     """The line and mark of a legend entry."""
-    line = Markup('<path class="line {}" d="M1 6H27"/>').format(kind)
-    return Markup(
-        '<svg class="swatch {}" viewBox="0 0 28 12" aria-hidden="true">{}{}</svg>'
-    ).format(css, line, _mark(14, 6, bits, ""))
+    return drawing.swatch(css, _shape(bits), kind)
 
 
-def _axes(ticks: Sequence[tuple[float, str]], label: str) -> Markup:
-    parts = []
-    for step in range(0, 101, 20):
-        y = ACCURACY(step / 100)
-        parts.append(Markup('<path class="grid" d="M{} {:.1f}H{}"/>').format(LEFT, y, RIGHT))
-        parts.append(_text(LEFT - 6, y + 3.5, str(step), "end"))
-    for at, text in ticks:
-        parts.append(Markup('<path class="tick" d="M{:.1f} {}v4"/>').format(at, BOTTOM))
-        parts.append(_text(at, BOTTOM + 16, text, "middle"))
-    parts.append(_text((LEFT + RIGHT) / 2, HEIGHT - 6, label, "middle"))
-    return _join(parts)
-
-
-def _apart(ticks: Sequence[tuple[float, str]], gap: float) -> list[tuple[float, str]]:
-    """The tick labels that fit, the last one first, since it closes the axis."""
-    kept: list[tuple[float, str]] = []
-    for tick in reversed(ticks):
-        if not kept or kept[-1][0] - tick[0] >= gap:
-            kept.append(tick)
-    return kept[::-1]
-
-
-def _area(points: Sequence[Point], x: Scale) -> Markup:
-    edge = [(x(p.x), ACCURACY(p.high)) for p in points]
-    edge += [(x(p.x), ACCURACY(p.low)) for p in reversed(points)]
-    return Markup('<path class="area" d="{}z"/>').format(_path(edge)) if edge else Markup()
+def _shape(bits: int | None) -> int:
+    """Full precision has the first mark, 1 to 5 bits the next, all others the last."""
+    return min(bits or 0, len(drawing.SHAPES) - 1)
 
 
 def _line(points: Sequence[Point], x: Scale, bits: int | None, kind: str = "") -> Markup:
-    at = [(x(p.x), ACCURACY(p.y)) for p in points]
     tips = [f"{percent(p.y)} ({percent(p.low)} to {percent(p.high)})" for p in points]
-    marks = [_mark(*place, bits, tip) for place, tip in zip(at, tips, strict=True)]
-    return _polyline(at, f"line {kind}".strip()) + _join(marks)
-
-
-def _whiskers(points: Sequence[Point], x: Scale) -> Markup:
-    line = Markup('<path class="whisker" d="M{:.1f} {:.1f}V{:.1f}"/>')
-    return _join([line.format(x(p.x), ACCURACY(p.low), ACCURACY(p.high)) for p in points])
-
-
-def _mark(x: float, y: float, bits: int | None, tip: str) -> Markup:
-    title = Markup("<title>{}</title>").format(tip) if tip else Markup()
-    return Markup(
-        '<path class="mark" transform="translate({:.1f} {:.1f})" d="{}">{}</path>'
-    ).format(x, y, SHAPES.get(bits, OTHER_SHAPE), title)
-
-
-def _polyline(at: Sequence[tuple[float, float]], css: str) -> Markup:
-    return Markup('<path class="{}" d="{}"/>').format(css, _path(at)) if at else Markup()
-
-
-def _path(at: Sequence[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in at)
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> Markup:
-    return Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(
-        x, y, anchor, text
-    )
-
-
-def _group(css: str, content: Markup) -> Markup:
-    return Markup('<g class="{}">{}</g>').format(css, content)
-
-
-def _svg(label: str, parts: Sequence[Markup]) -> Markup:
-    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-        WIDTH, HEIGHT, label, _join(parts)
-    )
-
-
-def _join(parts: Sequence[Markup]) -> Markup:
-    return Markup("").join(parts)
+    return drawing.line(points, x, ACCURACY, _shape(bits), tips, kind)

@@ -1,5 +1,6 @@
 """How networks, attacks and numbers are named and ordered, everywhere in a report."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -7,18 +8,27 @@ from typing import TypeVar
 from defquant.results import Cell
 
 __all__ = [
+    "BLACK",
+    "UNAWARE",
     "Family",
     "Series",
     "attack_order",
     "bits_text",
     "distinct",
     "eps_text",
+    "is_validation",
+    "is_white_box",
+    "markdown",
     "percent",
     "series_of",
     "signed",
+    "visible",
 ]
 
 ATTACKS = ("clean", "Random", "FGSM", "R+FGSM", "RFGSM", "BIM", "PGD", "APGD", "Square")
+
+BLACK, UNAWARE = "(B)", " (unaware)"  # made on another network; blind to a feature squeezing
+FamilyOrder = tuple[int, bool, list[str], bool, float, str]
 
 T = TypeVar("T")
 
@@ -34,12 +44,19 @@ class Family:
 
     @property
     def is_dq(self) -> bool:
-        return self.method.split()[0] == "DQ"
+        return self.method.split(" ")[0] == "DQ"
 
     @property
-    def order(self) -> tuple[bool, str, bool, float, str]:
-        trained = self.method.partition(" + ")[2]
-        return (trained != "", trained, self.is_dq, self.beta, self.method)
+    def added(self) -> list[str]:
+        """What is added to the network: `squeezing`, the attack it was trained on."""
+        return self.method.split(" + ")[1:]
+
+    @property
+    def order(self) -> FamilyOrder:
+        """As the paper's tables: plain, squeezed, adversarially trained; vanilla before DQ."""
+        added = self.added
+        unsqueezed = not any(part.startswith("squeezing") for part in added)
+        return (len(added), unsqueezed, added, self.is_dq, self.beta, self.method)
 
     def __str__(self) -> str:
         return f"{self.method} (β = {self.beta:g})" if self.is_dq or self.beta else self.method
@@ -59,7 +76,7 @@ class Series:
         return Family(("vanilla" if base == "float" else base) + space + rest, self.beta)
 
     @property
-    def order(self) -> tuple[tuple[bool, str, bool, float, str], int]:
+    def order(self) -> tuple[FamilyOrder, int]:
         return (self.family.order, self.bits or 0)
 
     @property
@@ -87,11 +104,16 @@ def bits_text(bits: int | None) -> str:
     return "full precision" if bits is None else f"{bits}-bit"
 
 
-def attack_order(attack: str) -> tuple[bool, int, str]:
-    """White box before black box, then from the weakest to the strongest family."""
-    white = attack.removesuffix("(B)")
-    stem = white.split("-")[0]
-    return (white != attack, ATTACKS.index(stem) if stem in ATTACKS else len(ATTACKS), attack)
+def is_white_box(attack: str) -> bool:
+    """Whether it knew the whole network: no black box, not unaware of a feature squeezing."""
+    return not attack.endswith((BLACK, UNAWARE))
+
+
+def attack_order(attack: str) -> tuple[int, int, str]:
+    """White box, unaware, black box; within each from the weakest to the strongest family."""
+    kind = attack.endswith(UNAWARE) + 2 * attack.endswith(BLACK)
+    stem = attack.removesuffix(UNAWARE).removesuffix(BLACK).split("-")[0]
+    return (kind, ATTACKS.index(stem) if stem in ATTACKS else len(ATTACKS), attack)
 
 
 def eps_text(eps: float) -> str:
@@ -119,3 +141,18 @@ def signed(points: float) -> str:
 def distinct(items: Iterable[T]) -> list[T]:
     """Each item once, in order of first appearance."""
     return list(dict.fromkeys(items))
+
+
+def is_validation(data: str) -> bool:
+    """Whether data of this name are held-out training images, by which something was chosen."""
+    return data.endswith(", validation")
+
+
+def visible(text: str) -> str:
+    """`text` on one line, without what would move a terminal's cursor."""
+    return "".join(c if c.isprintable() else "�" for c in text)
+
+
+def markdown(text: str) -> str:
+    """`text` as Markdown that shows it letter by letter."""
+    return re.sub(r"([\\`*_\[\]<>|&~])", r"\\\1", visible(text))

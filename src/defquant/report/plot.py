@@ -13,8 +13,9 @@ from defquant.results import Cell, Measurement, aggregate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ["plot_curves"]
+__all__ = ["check_name", "plot_curves", "save"]
 
 # Okabe and Ito's colours, told apart by every kind of colour vision
 _COLOURS = ("#D55E00", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7")
@@ -28,9 +29,7 @@ def plot_curves(measurements: Sequence[Measurement], out: Path) -> Path:
     """
     from matplotlib.figure import Figure
 
-    kind = out.suffix.removeprefix(".").lower()
-    if kind not in ("png", "svg", "pdf"):
-        raise UserError(f"a figure's name ends in .png, .svg or .pdf; found {out.name!r}")
+    check_name(out)
     cells = aggregate(chosen(measurements))
     attacks = sorted(distinct(c.attack for c in cells if c.attack != "clean"), key=attack_order)
     if not attacks:
@@ -41,9 +40,26 @@ def plot_curves(measurements: Sequence[Measurement], out: Path) -> Path:
         _panel(axis, cells, attack)
     axes[0].set_ylabel("accuracy (%)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return save(figure, out)
+
+
+def check_name(out: Path) -> str:
+    """The format that the file's name asks for. Raises `UserError` for others than the three."""
+    kind = out.suffix.removeprefix(".").lower()
+    if kind not in ("png", "svg", "pdf"):
+        raise UserError(f"a figure's name ends in .png, .svg or .pdf; found {out.name!r}")
+    return kind
+
+
+def save(figure: "Figure", out: Path) -> Path:
+    """Write `figure` to `out`, whole; the same figure makes the same bytes."""
+    from matplotlib import rc_context
+
+    kind = check_name(out)
+    stamp = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     buffer = io.BytesIO()
-    stamp = {"Date": None} if kind == "svg" else {}  # the same numbers, the same file
-    figure.savefig(buffer, format=kind, dpi=160, metadata=stamp)
+    with rc_context({"svg.hashsalt": "defquant"}):
+        figure.savefig(buffer, format=kind, dpi=160, metadata=stamp)
     return write_bytes(out, buffer.getvalue())
 
 

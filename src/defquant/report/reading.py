@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from defquant.report.names import eps_text, percent, series_of
+from defquant.report.names import eps_text, is_validation, is_white_box, percent, series_of
 from defquant.report.tables import Row, is_blind
 from defquant.results import Cell
 
@@ -16,7 +16,8 @@ def reading(rows: Sequence[Row]) -> str:
     They compare vanilla and DQ at the shared bit width nearest to 4, neutrally: a lead counts
     as settled only where the ranges over seeds and the 95% intervals are both disjoint.
     """
-    rows = _hardest(_largest(rows))
+    on_test = [row for row in rows if not is_validation(row.data)]
+    rows = _hardest(_largest(on_test or rows))
     where = _where(rows[0])
     vanilla = next((row for row in rows if row.family.method == "vanilla"), None)
     rivals = [row for row in rows if row.family.method == "DQ"]
@@ -46,7 +47,7 @@ def _largest(rows: Sequence[Row]) -> list[Row]:
 
 def _hardest(rows: Sequence[Row]) -> list[Row]:
     attacked = [row for row in rows if row.attack != "clean"]
-    white = [row for row in attacked if not row.attack.endswith("(B)")]
+    white = [row for row in attacked if is_white_box(row.attack)]
     pool = white or attacked or list(rows)
 
     def rank(name: tuple[str, float]) -> tuple[int, float]:

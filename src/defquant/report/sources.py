@@ -18,7 +18,10 @@ from defquant.files import read_json
 from defquant.report.names import Series
 from defquant.results import Measurement, run_name
 
-__all__ = ["Example", "Prediction", "Run", "Strip", "check_types", "flatten", "read_runs"]
+__all__ = [
+    "BROKEN", "Example", "Prediction", "Run", "Strip", "check_types", "flatten", "read_runs",
+    "read_strip",
+]  # fmt: skip
 
 PNG = b"\x89PNG\r\n\x1a\n"
 LARGEST_PICTURE = 100_000
@@ -68,18 +71,26 @@ class Strip:
     examples: Mapping[str, Example]
 
 
-def read_runs(folder: Path) -> tuple[list[Run], list[Strip], list[str]]:
-    """Runs, example strips and notes on what could not be read, everywhere below `folder`."""
+def read_runs(
+    folder: Path, measurements: Sequence[Measurement] = ()
+) -> tuple[list[Run], list[Strip], list[str]]:
+    """Runs, example strips and notes on what could not be read, everywhere below `folder`.
+
+    A run is called by its path from there; the network of an experiment, which lies in
+    `networks/NAME`, by its own name, as its measurements are.
+    """
+    experiment = any(m.cell for m in measurements)
     names = ("config.json", "log.jsonl", "examples.json")
     folders = sorted({path.parent for name in names for path in folder.rglob(name)})
     runs, strips, notes = [], [], []
     for place in folders:
-        name = run_name(place, folder)
+        mine = experiment and place.parent.name == "networks"
+        name = place.name if mine else run_name(place, folder)
         try:
             config = read_json(place / names[0]) if (place / names[0]).exists() else {}
             runs.append(Run(name, flatten(config), _log(place / names[1])))
             if (place / names[2]).exists():
-                strips.append(_strip(read_json(place / names[2])))
+                strips.append(read_strip(read_json(place / names[2])))
         except (UserError, *BROKEN) as error:
             notes.append(f"{name}: left out in part ({type(error).__name__}: {error})")
     return runs, strips, notes
@@ -127,7 +138,8 @@ def _log(path: Path) -> list[dict[str, float]]:
     return epochs
 
 
-def _strip(record: Any) -> Strip:
+def read_strip(record: Any) -> Strip:
+    """The examples of `record`, as `defquant.measure.examples` makes it. Raises one of `BROKEN`."""
     bits = None if record.get("bits") is None else int(record["bits"])
     beta, eps = float(record.get("beta", 0)), float(record["eps"])
     if not (math.isfinite(beta) and math.isfinite(eps)):

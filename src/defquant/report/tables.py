@@ -1,6 +1,5 @@
 """Measurements -> the rows of the paper's Table 1, as HTML shows them, as Markdown, as text."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -9,22 +8,23 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
-from defquant.report.names import Family, attack_order, distinct, eps_text, series_of, signed
+from defquant.report.names import (
+    Family,
+    attack_order,
+    distinct,
+    eps_text,
+    is_validation,
+    markdown,
+    series_of,
+    signed,
+    visible,
+)
 from defquant.results import Cell, Measurement, aggregate
 
 __all__ = [
-    "Row",
-    "band",
-    "chosen",
-    "columns",
-    "footnotes",
-    "is_blind",
-    "markdown_table",
-    "summary",
-    "table_eps",
-    "text_table",
-    "uncertainty",
-]
+    "BLIND", "Row", "band", "chosen", "columns", "footnotes", "is_blind", "markdown_table",
+    "summary", "table_eps", "text_table", "uncertainty",
+]  # fmt: skip
 
 
 BLIND = (
@@ -91,10 +91,12 @@ def summary(measurements: Iterable[Measurement]) -> list[Row]:
     """Table 1: per data set, network and family the clean row, then one row per attack.
 
     All attacks are shown at one eps (`table_eps`), or the nearest one at which they were run.
+    Validation images come last.
     """
     cells = aggregate(chosen(measurements))
     rows = []
-    for data, model in distinct((cell.data, cell.model) for cell in cells):
+    groups = distinct((cell.data, cell.model) for cell in cells)
+    for data, model in sorted(groups, key=lambda group: is_validation(group[0])):
         eps = table_eps([cell for cell in cells if cell.data == data])
         group = [cell for cell in cells if (cell.data, cell.model) == (data, model)]
         for family in sorted({series_of(cell).family for cell in group}, key=lambda f: f.order):
@@ -185,9 +187,9 @@ def markdown_table(measurements: Iterable[Measurement]) -> str:
     styles = ("{}", "**{}**", "<ins>{}</ins>")
     for row in rows:
         values = [_plain(row, bits, styles) for bits in shown]
-        cells = [*map(_markdown, _names(row, rows)), *values, *_ends(row)]
+        cells = [*map(markdown, _names(row, rows)), *values, *_ends(row)]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", *map(_markdown, notes)] if (notes := footnotes(rows)) else []
+    lines += ["", *map(markdown, notes)] if (notes := footnotes(rows)) else []
     return "\n".join(lines) + "\n"
 
 
@@ -203,7 +205,7 @@ def text_table(measurements: Iterable[Measurement]) -> Table:
         table.add_column(head, justify=justify, no_wrap=True)
     former: list[str] = []
     for row in rows:
-        *group, images = map(_visible, _names(row, rows))
+        *group, images = map(visible, _names(row, rows))
         names = [Text(name) for name in (group if group != former else [""] * len(group))]
         values = [Text(_plain(row, b, ("{}",) * 3), style=_style(row, b)) for b in shown]
         table.add_row(*names, Text(images), *values, *_ends(row))
@@ -238,11 +240,3 @@ def _style(row: Row, bits: int | None) -> str:
 
 def _ends(row: Row) -> tuple[str, str]:
     return ("–" if row.gain is None else signed(row.gain), f"{100 * row.best:.1f}")
-
-
-def _visible(text: str) -> str:
-    return "".join(c if c.isprintable() else "�" for c in text)
-
-
-def _markdown(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]<>|&~])", r"\\\1", _visible(text))

@@ -1,0 +1,244 @@
+"""Questions to the results: contrasts of cells in, readings out. No torch."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+from defquant.experiments.cells import Cell
+from defquant.experiments.claims.contrasts import Interval, Sample, decide, exact, interval, trend
+from defquant.experiments.claims.evidence import Evidence, Row
+from defquant.experiments.scales import Scale
+from defquant.experiments.section import Answer, Reading
+
+__all__ = [
+    "MARGIN", "Asked", "Chosen", "Claim", "Contrast", "Counts", "Question", "Term", "fitted",
+    "less", "versus",
+]  # fmt: skip
+
+MARGIN = 0.01  # what "no loss" and "no gap" leave open
+ONE_SEED = "one seed: training not in the interval"
+
+_RANK: dict[Answer, int] = {"does not hold": 0, "not decided": 1, "holds": 2}
+
+
+@dataclass(frozen=True)
+class Term:
+    """A weight and what it stands before: an accuracy, or what `read` makes of a cell's value."""
+
+    weight: float
+    row: Row
+    read: Callable[[Any], Sample | None] | None = None
+
+    def sample(self, evidence: Evidence) -> Sample | None:
+        if self.read is None:
+            return evidence.sample(self.row)
+        value = evidence.results.value(self.row[0])
+        return None if value is None else self.read(value)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A sum of weighted terms that the claim says is above -`margin`.
+
+    `blind` says what a masked accuracy spoils. A blind attack overstates robustness, so by rule it
+    spoils a verdict that leans on the masked network: `supporting`. For "nothing is masked" it
+    spoils any support; where the claim is that there is masking, nothing (`none`).
+    """
+
+    name: str
+    terms: tuple[Term, ...]
+    margin: float = 0.0
+    blind: Literal["supporting", "any", "none"] = "supporting"
+
+    def spoilt(self, evidence: Evidence, verdict: Answer) -> list[str]:
+        """The masked networks for whose sake `verdict` cannot stand."""
+        if self.blind == "none" or (self.blind == "any" and verdict == "does not hold"):
+            return []
+        sign = -1 if verdict == "does not hold" else 1
+        rows = [t.row for t in self.terms if self.blind == "any" or sign * t.weight > 0]
+        return list(dict.fromkeys(name for row in rows for name in evidence.masked(row)))
+
+
+def versus(name: str, plus: Sequence[Row], minus: Sequence[Row], **options: Any) -> Contrast:
+    """The mean of `plus` minus the mean of `minus`."""
+    terms = [Term(1 / len(plus), row) for row in plus]
+    terms += [Term(-1 / len(minus), row) for row in minus]
+    return Contrast(name, tuple(terms), **options)
+
+
+def fitted(name: str, rows: Sequence[Row]) -> Contrast:
+    """Last minus first of the line fitted to `rows`."""
+    pairs = zip(trend(len(rows)), rows, strict=True)
+    return Contrast(name, tuple(Term(weight, row) for weight, row in pairs if weight))
+
+
+def less(name: str, a: Contrast, b: Contrast) -> Contrast:
+    """`a` - `b`."""
+    negative = tuple(replace(term, weight=-term.weight) for term in b.terms)
+    return Contrast(name, a.terms + negative)
+
+
+class Asked(Protocol):
+    """Anything that reads `cells` and answers."""
+
+    @property
+    def cells(self) -> list[Cell]: ...
+
+    def answer(self, evidence: Evidence) -> Reading: ...
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came of one contrast."""
+
+    name: str
+    interval: Interval
+    verdict: Answer
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Whether all `contrasts` are positive.
+
+    Their intervals hold together (Bonferroni over `comparisons`, by default their number). It
+    holds if all lower ends are positive, and fails if any upper end is negative. The reading has
+    the numbers of the worst contrast. With one of them missing it cannot hold.
+
+    Attributes:
+        attack: name of the reading.
+        what: what is compared.
+        contrasts: one or more.
+        comparisons: more than there are contrasts, where they were chosen among more.
+        extra: a remark computed from the evidence.
+    """
+
+    attack: str
+    what: str
+    contrasts: tuple[Contrast, ...]
+    comparisons: int = 0
+    extra: Callable[[Evidence, "Question"], str] | None = None
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [cell for c in self.contrasts for term in c.terms for cell in term.row]
+
+    def answer(self, evidence: Evidence) -> Reading:
+        count = self.comparisons or len(self.contrasts)
+        judged = [_judge(contrast, evidence, count) for contrast in self.contrasts]
+        found = [finding for finding in judged if finding is not None]
+        if not found:
+            return _unmeasured(self.attack)
+        worst = min(found, key=lambda f: (_RANK[f.verdict], f.interval.low))
+        missing = len(judged) - len(found)
+        held = worst.verdict == "holds"
+        verdict: Answer = "not decided" if missing and held else worst.verdict
+        words = [self.what, f"worst: {worst.name}" if len(judged) > 1 else "", *worst.remarks]
+        words += [f"{missing} of {len(judged)} not measured" if missing else ""]
+        words += [self.extra(evidence, self)] if self.extra else []
+        w = worst.interval
+        return Reading(self.attack, w.effect, w.low, w.high, verdict, _joined(words))
+
+
+def _judge(contrast: Contrast, evidence: Evidence, comparisons: int) -> Finding | None:
+    pairs = [(term.weight, term.sample(evidence)) for term in contrast.terms]
+    terms = [(weight, sample) for weight, sample in pairs if sample is not None]
+    if len(terms) < len(pairs):
+        return None
+    found = interval(terms, comparisons)
+    verdict = decide(found, contrast.margin)
+    remarks = [_seeds([sample for _, sample in terms])]
+    remarks += [f"margin {100 * contrast.margin:g} point"] if contrast.margin else []
+    masked = contrast.spoilt(evidence, verdict)
+    if masked:
+        remarks.append(f"masked, which proves nothing: {', '.join(masked)}")
+        verdict = "not decided"
+    return Finding(contrast.name, found, verdict, tuple(remarks))
+
+
+def _seeds(samples: Sequence[Sample]) -> str:
+    fewest = min(sample.seeds for sample in samples)
+    if any(sample.spread is None for sample in samples):
+        return ONE_SEED
+    if fewest > 1:
+        return f"{fewest} seeds"
+    of_others = any(sample.spread and sample.spread.sd > 0 for sample in samples)
+    return "1 seed, spread as between those of Table 1" if of_others else "1 seed"
+
+
+def _joined(words: Iterable[str]) -> str:
+    return "; ".join(filter(None, words))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A question whose contrasts are chosen, by the means that were found, among `comparisons`."""
+
+    attack: str
+    what: str
+    rows: Mapping[str, Row]
+    choose: Callable[[Mapping[str, float], Mapping[str, Row]], Sequence[Contrast]]
+    comparisons: int
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [cell for row in self.rows.values() for cell in row]
+
+    def answer(self, evidence: Evidence) -> Reading:
+        samples = {name: evidence.sample(row) for name, row in self.rows.items()}
+        means = {name: sample.mean for name, sample in samples.items() if sample is not None}
+        if len(means) < len(samples):
+            return _unmeasured(self.attack)
+        contrasts = tuple(self.choose(means, self.rows))
+        return Question(self.attack, self.what, contrasts, self.comparisons).answer(evidence)
+
+
+def _unmeasured(attack: str, why: str = "not measured") -> Reading:
+    return Reading(attack, None, None, None, "not decided", why)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Whether something comes about more often than by `chance`, counted by `count`.
+
+    `count` makes (successes, trials) of the cells' values. The effect is a share minus `chance`;
+    its interval is exact, over the pictures alone.
+    """
+
+    attack: str
+    what: str
+    row: Row
+    count: Callable[[list[Any]], tuple[int, int]]
+    chance: float = 0.5
+
+    @property
+    def cells(self) -> list[Cell]:
+        return list(self.row)
+
+    def answer(self, evidence: Evidence) -> Reading:
+        values = [evidence.results.value(cell) for cell in self.row]
+        if any(value is None for value in values):
+            return _unmeasured(self.attack)
+        successes, trials = self.count(values)
+        if not trials:
+            return _unmeasured(self.attack, f"{self.what}; no such picture")
+        low, high = (end - self.chance for end in exact(successes, trials))
+        found = Interval(successes / trials - self.chance, low, high, trained=False)
+        detail = f"{self.what}: {successes} of {trials}, {self.chance:.0%} by chance; {ONE_SEED}"
+        return Reading(self.attack, found.effect, low, high, decide(found), detail)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper: where it stands, its numbers, and the questions that decide it.
+
+    `experiments` make the measurements; `note` has the paper's contradictions, if any.
+    """
+
+    slug: str
+    where: str
+    claim: str
+    paper: str
+    experiments: str
+    questions: Callable[[Scale], Iterable[Asked]]
+    note: str = ""

@@ -1,0 +1,153 @@
+"""The verb `reproduce`: names and presets in; cells, sections, verdicts and the page out."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from defquant.errors import UserError
+from defquant.experiments import store
+from defquant.experiments.catalog import EXPERIMENTS, cells_of
+from defquant.experiments.cells import Cell
+from defquant.experiments.cost import passes_by_model
+from defquant.experiments.pool import cores
+from defquant.experiments.scales import SCALES, Scale
+
+__all__ = ["make", "names_of", "print_list", "print_plan", "scale_of", "show"]
+
+
+def names_of(words: Sequence[str]) -> list[str]:
+    """Names of experiments; `all` is every one. Raises `UserError` for others and for none."""
+    every = list(EXPERIMENTS)
+    if not words:
+        raise UserError(f"reproduce needs a name: {', '.join(every)} or all; --list explains them")
+    for word in words:
+        if word != "all" and word not in EXPERIMENTS:
+            raise UserError(f"unknown table or figure {word!r}: use {', '.join(every)} or all")
+    return every if "all" in words else list(dict.fromkeys(words))
+
+
+def scale_of(preset: str, data_root: str | None, svhn_root: str | None, device: str) -> Scale:
+    """The preset with its data in place. Raises `UserError` for an unknown one."""
+    if preset not in SCALES:
+        raise UserError(f"unknown preset {preset!r}: use one of {', '.join(SCALES)}")
+    return SCALES[preset].placed(data_root, svhn_root, device)
+
+
+def print_list() -> None:
+    """Every experiment with the cost of every preset, in networks and millions of image passes."""
+    table = Table(box=None, pad_edge=False)
+    for head in ("name", "what", *SCALES):
+        table.add_column(head, justify="right" if head in SCALES else "left", no_wrap=True)
+    scales = [scale.placed(None, "svhn", "cpu") for scale in SCALES.values()]
+    costs = {name: [_cost(cells_of([name], scale)) for scale in scales] for name in EXPERIMENTS}
+    costs["all"] = [_cost(cells_of(EXPERIMENTS, scale)) for scale in scales]
+    for name, cost in costs.items():
+        title = EXPERIMENTS[name].title if name in EXPERIMENTS else "the union, no network twice"
+        table.add_row(name, title, *cost)
+    _console().print(table)
+    print("\nnetworks / millions of image passes: an image forward and backward in training or in")
+    print("an attack; --dry-run says how many hours that is on this machine\n")
+    for scale in SCALES.values():
+        print(f"{scale.name:6} {scale.about}")
+
+
+def _cost(cells: Sequence[Cell]) -> str:
+    passes = passes_by_model(cells)
+    return f"{len(passes)} / {sum(map(sum, passes.values())) / 1e6:,.2f}"
+
+
+def print_plan(names: Sequence[str], scale: Scale, out: Path, jobs: int | None) -> None:
+    """The missing cells by network and what they cost here, after a probe of ten seconds."""
+    from defquant.experiments.estimate import estimate
+
+    cells = cells_of(names, scale)
+    missing = store.read(out).missing(cells)
+    passes = passes_by_model(missing)
+    for network, (training, measuring) in passes.items():
+        count = sum(cell.network == network for cell in missing)
+        trained = (out / "networks" / network.name).is_dir()
+        state = "begun or done" if trained else f"{training:,.0f} passes to train"
+        print(f"{network.name:48} {state:>24}  {count:3} cells, {measuring:,.0f} passes")
+    print(f"{len(cells) - len(missing)} of {len(cells)} cells are there")
+    if not missing:
+        return
+    found = estimate(missing, jobs or cores())
+    for kind, rate in found.rates.items():
+        print(f"{kind}: {rate:,.0f} image passes a second in one process")
+    total = found.training + found.measuring
+    print(
+        f"{found.networks} networks, {found.cells} cells: {total:,.0f} image passes "
+        f"({found.training:,.0f} of them training), about {_duration(found.hours)} "
+        f"with {found.jobs} processes"
+    )
+
+
+def _duration(hours: float) -> str:
+    if hours < 1:
+        return f"{max(1, round(60 * hours))} minutes"
+    return f"{hours:,.1f} hours" if hours < 72 else f"{hours / 24:,.0f} days"
+
+
+def make(
+    names: Sequence[str], scale: Scale, out: Path, jobs: int | None, workers: str
+) -> list[str]:
+    """Train and measure what is missing; returns what failed, a line each."""
+    cells = cells_of(names, scale)
+    missing = store.read(out).missing(cells)
+    for data, what, flag in ((scale.data, "CIFAR-10", "data"), (scale.svhn, "SVHN", "svhn")):
+        needed = any(cell.network.data == data for cell in missing)
+        if needed and data.data != "digits" and data.data_root is None:
+            raise UserError(
+                f"preset {scale.name} needs {what}: give its place with --{flag}-root, or run "
+                f"`defquant data fetch {data.data}`"
+            )
+    print(
+        f"reproduce: {len(cells) - len(missing)} of {len(cells)} cells are there", file=sys.stderr
+    )
+    if not missing:
+        return []
+    from defquant.experiments.run import run
+
+    return run(cells, out, jobs=jobs, workers=workers)
+
+
+def show(names: Sequence[str], scale: Scale, out: Path, *, as_json: bool = False) -> Path:
+    """Sections as text on stdout and as `NAME.md`, `NAME.png` and `report.html` in `out`."""
+    from defquant import report
+    from defquant.experiments.claims import verdicts
+    from defquant.files import write_bytes
+
+    results = store.read(out)
+    command = f"defquant reproduce {{}} --preset {scale.name}"
+    every = [
+        replace(EXPERIMENTS[name].render(scale, results), command=command.format(name))
+        for name in EXPERIMENTS
+        if name in names or any(c in results for c in EXPERIMENTS[name].cells(scale))
+    ]
+    judged = verdicts(scale, results)
+    for section in every:
+        if section.name in names:
+            write_bytes(out / f"{section.name}.md", report.section_markdown(section).encode())
+            if section.panels:
+                report.section_figure(section, out / f"{section.name}.png")
+    write_bytes(out / "claims.md", report.claims_markdown(judged).encode())
+    if as_json:
+        for measurement in results.scores.values():
+            print(json.dumps(asdict(measurement)))
+    else:
+        console = _console()
+        for section in every:
+            if section.name in names:
+                report.print_section(section, console)
+        if set(names) == set(EXPERIMENTS):
+            report.print_claims(judged, console)
+    return report.build_report(out, out / "report.html", sections=every, verdicts=judged)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 160)

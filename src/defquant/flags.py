@@ -1,0 +1,155 @@
+"""The flags of every verb, typed from the configuration dataclasses. No torch."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from jsonargparse import ArgumentParser
+
+from defquant.config import PRESETS, DataConfig, ModelConfig, TrainConfig
+from defquant.errors import UserError
+
+__all__ = ["VERBS", "parser_for"]
+
+VERBS = {
+    "demo": "the main job, small: train, attack and report on handwritten digits",
+    "train": "train a network: float, vanilla-quantised, defensive or adversarial",
+    "attack": "measure clean and robust accuracy of trained runs",
+    "reproduce": "make the paper's tables and figures again, at a size of your choice",
+    "report": "make one self-contained HTML page of a folder of runs",
+    "data": "download and check a data set",
+}
+
+
+def parser_for(verb: str, preset: str | None = None) -> ArgumentParser:
+    """The parser of one verb, typed from the configuration dataclasses."""
+    parser = ArgumentParser(
+        prog=f"defquant {verb}", description=VERBS[verb], exit_on_error=False, add_help=True
+    )
+    parser.add_argument("--config", action="config", help="YAML file of any of these flags")
+    _FLAGS[verb](parser)
+    if preset is not None:
+        if preset not in PRESETS:
+            raise UserError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
+        parser.set_defaults(dict(PRESETS[preset]))
+    return parser
+
+
+def _train_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=str, default=None, help="folder of the run (required)")
+    parser.add_argument("--preset", type=str, default=None, help=", ".join(PRESETS))
+    parser.add_argument("--resume", type=bool, default=False, help="go on where a run stopped")
+    parser.add_argument("--json", type=bool, default=False, help="the last epoch as a JSON line")
+    parser.add_class_arguments(ModelConfig, skip={"convex"})
+    parser.add_argument(
+        "--convex",
+        type=bool | None,
+        default=None,
+        help="residual sums as learned convex combinations; when not given: where beta > 0",
+    )
+    parser.add_class_arguments(DataConfig)
+    parser.add_class_arguments(TrainConfig, skip={"attack_eps", "attack_sigma"})
+    parser.add_argument(
+        "--attack_eps", type=str | None, default=None,
+        help="eps of the training attack, as 8/255; when not given: |N(0, sigma)| up to 2 sigma",
+    )  # fmt: skip
+    parser.add_argument(
+        "--attack_sigma", type=str | float, default="8/255", help="that sigma, as 8/255"
+    )
+
+
+def _attack_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=str, help="folders of runs")
+    parser.add_argument(
+        "--attack", nargs="+", type=str, default=["random", "fgsm", "rfgsm", "pgd", "pgd-50x10"],
+        help="random[-SAMPLES] fgsm rfgsm bim[-STEPS] pgd[-STEPS[xRESTARTS]]; bim and pgd alone: "
+        "the paper's schedule, which is weak at small eps",
+    )  # fmt: skip
+    parser.add_argument(
+        "--eps", nargs="+", type=str | float, default=["2/255", "8/255", "16/255"],
+        help="L-infinity radii in [0, 1], as 8/255",
+    )  # fmt: skip
+    parser.add_argument(
+        "--substitute", type=str, default=None, help="run whose adversarials are transferred"
+    )
+    parser.add_argument(
+        "--unaware", type=bool, default=False,
+        help="also each attack as if it ignored the feature squeezing in front of the network",
+    )  # fmt: skip
+    parser.add_argument(
+        "--detector", type=bool, default=False,
+        help="also how many of each attack's images a detector by feature squeezing tells from "
+        "clean ones: in detector.json",
+    )  # fmt: skip
+    parser.add_argument("--images", type=int | None, default=None, help="first so many test images")
+    parser.add_argument(
+        "--split", type=Literal["test", "validation"], default="test",
+        help="validation: the held-out training images, to choose settings by",
+    )  # fmt: skip
+    parser.add_argument("--examples", type=int, default=8, help="pictures kept for the report")
+    parser.add_argument("--seed", type=int, default=0, help="of the attacks' draws")
+    parser.add_argument("--batch_size", type=int, default=256, help="rows at a time")
+    parser.add_argument("--data_root", type=str | None, default=None, help="if the data moved")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument("--json", type=bool, default=False, help="JSON lines instead of a table")
+
+
+def _reproduce_flags(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "names", nargs="*", type=str, help="fig1 fig3 fig5 fig6 fig7 table1 ... table6, or all"
+    )
+    parser.add_argument(
+        "--preset", type=str, default="small", help="how large: smoke, small, gpu or paper"
+    )
+    parser.add_argument(
+        "--out", type=str | None, default=None, help="folder of results; runs/PRESET if not given"
+    )
+    parser.add_argument(
+        "--data_root", type=str | None, default=None, help="where CIFAR-10 lies; smoke needs none"
+    )
+    parser.add_argument("--svhn_root", type=str | None, default=None, help="where SVHN lies")
+    parser.add_argument("--jobs", type=int | None, default=None, help="processes; one per core")
+    parser.add_argument(
+        "--workers", type=str, default="local",
+        help="local, or a Ray cluster that sees --out: ray://HOST:10001",
+    )  # fmt: skip
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument("--list", type=bool, default=False, help="names, and what presets cost")
+    parser.add_argument(
+        "--dry_run", type=bool, default=False,
+        help="what is missing, in cells, image passes and hours on this machine; nothing is made",
+    )  # fmt: skip
+    parser.add_argument(
+        "--render_only", type=bool, default=False, help="show what is there; make nothing"
+    )
+    parser.add_argument("--json", type=bool, default=False, help="the measurements as JSON lines")
+
+
+def _report_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("folder", type=str, help="folder that holds runs")
+    parser.add_argument("--out", type=str, default="report.html", help="the page")
+    parser.add_argument("--markdown", type=str | None, default=None, help="also a Markdown table")
+    parser.add_argument("--figure", type=str | None, default=None, help="also a PNG, SVG or PDF")
+    parser.add_argument("--json", type=bool, default=False, help="the measurements as JSON lines")
+
+
+def _data_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("action", type=str, help="fetch")
+    parser.add_argument("name", type=str, help="cifar10 or svhn")
+    parser.add_argument("--data_root", type=str, default="data", help="where the files go")
+
+
+def _demo_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=str, default="demo", help="folder of the runs and the page")
+    parser.add_argument("--seeds", type=int, default=3, help="networks of each kind")
+    parser.add_argument("--smoke", type=bool, default=False, help="a few seconds, to try it out")
+    parser.add_argument("--json", type=bool, default=False, help="JSON lines instead of a table")
+
+
+_FLAGS: dict[str, Callable[[ArgumentParser], None]] = {
+    "demo": _demo_flags,
+    "train": _train_flags,
+    "attack": _attack_flags,
+    "report": _report_flags,
+    "reproduce": _reproduce_flags,
+    "data": _data_flags,
+}

@@ -1,0 +1,85 @@
+"""An experiment of three small networks, and when two folders of it are the same."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from defquant.config import DataConfig, ModelConfig, TrainConfig
+from defquant.experiments import store
+from defquant.experiments.cells import Cell, Network, by_network
+from defquant.experiments.work import work
+
+DATA = DataConfig("digits", train_images=96, validation_images=20)
+TRAIN = TrainConfig(epochs=3, batch_size=32, lr=0.1, clip=1.0, device="cpu")
+FLOAT = Network(ModelConfig("wrn-10-1"), DATA, TRAIN)
+DQ = Network(ModelConfig("wrn-10-1", bits=2, convex=True), DATA, replace(TRAIN, beta=0.1))
+SUBSTITUTE = Network(ModelConfig("vgg-16x0.0625"), DATA, replace(TRAIN, seed=1000))
+FAMILY = [Cell(FLOAT, attack="fgsm", eps=pixels / 255, images=100) for pixels in (32, 64, 128)]
+
+
+def cells_on(network: Network) -> list[Cell]:
+    through = {"images": 40, "substitute": SUBSTITUTE}
+    return [
+        Cell(network, attack="fgsm", eps=8 / 255, **through),  # type: ignore[arg-type]
+        Cell(network, attack="fgsm", eps=24 / 255, **through),  # type: ignore[arg-type]
+        Cell(network, images=40),
+        Cell(network, attack="pgd-3", eps=24 / 255, images=20),
+        Cell(network, attack="random", eps=8 / 255, images=10, split="validation"),
+        Cell(network, "layers", "fgsm", 8 / 255, 8),
+    ]
+
+
+CELLS = [*FAMILY, *cells_on(FLOAT), *cells_on(DQ)]
+
+
+def counts(out: Path) -> dict[str, tuple[int, int, float | None]]:
+    scores = store.read(out).scores
+    return {key: (m.correct, m.total, m.vanishing) for key, m in scores.items()}
+
+
+def same(out: Path, other: Path) -> bool:
+    """Same counts and values under the same keys, same weights and momenta in all networks."""
+    assert counts(out) == counts(other)
+    assert store.read(out).values == store.read(other).values
+    for network in by_network(CELLS):
+        name = Path("networks", network.name, "checkpoint.safetensors")
+        mine, theirs = (safetensors.torch.load_file(folder / name) for folder in (out, other))
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    return True
+
+
+def each_once(out: Path) -> bool:
+    """Every line is whole, and no cell has two."""
+    for name in (store.SCORES, store.VALUES):
+        keys = [json.loads(line)["cell"] for line in (out / name).read_text().splitlines()]
+        assert len(keys) == len(set(keys))
+    return not store.read(out).missing(CELLS)
+
+
+def make_undisturbed(out: Path) -> Path:
+    """All networks one after the other in this process."""
+    torch.set_num_threads(1)
+    for network, own in by_network(CELLS).items():
+        assert work(out, network, own, wait=True) == "done"
+    return out
+
+
+def stamps(out: Path) -> set[tuple[str, int]]:
+    """Changes with each checkpoint and each result."""
+    paths = [*out.glob("*.jsonl"), *out.glob("networks/*/checkpoint.safetensors")]
+    return {(str(path), path.stat().st_mtime_ns) for path in paths if path.stat().st_size}
+
+
+def until(happened: Callable[[], object], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if happened():
+            return True
+        time.sleep(0.02)
+    return False

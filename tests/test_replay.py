@@ -1,0 +1,265 @@
+"""Replayed adversarial images: the scores of the attack itself, from a file that is no truth."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import defquant as dq
+from conftest import tiny_images
+from defquant import checkpoint, measure
+from defquant import replay as store
+from defquant.attacks import BIM, FGSM, PGD, RFGSM, Attack, FirstOrder, Replay, Transfer
+from defquant.checkpoint import Checkpoint, Facts, load_on
+from defquant.config import DataConfig, ModelConfig, TrainConfig
+from defquant.data import Dataset
+from defquant.evaluate import robust, sweep
+from defquant.models import build
+from defquant.replay import replay
+from defquant.results import Measurement, read_folder
+
+CPU = torch.device("cpu")
+DATA = tiny_images(100, seed=5)
+EPOCHS = 6
+EPS = 24 / 255
+ATTACKS: list[FirstOrder] = [FGSM(EPS), RFGSM(EPS), BIM(EPS, steps=3), PGD(EPS, steps=3)]
+
+
+def trained(folder: Path, seed: int, bits: int | None = None) -> Path:
+    config = TrainConfig(epochs=EPOCHS, batch_size=16, lr=0.05, seed=seed, device="cpu")
+    shape = ModelConfig("wrn-10-1", bits=bits)
+    model = build(shape, num_classes=4, in_channels=1, seed=seed)
+    data = tiny_images(96, seed=seed)
+    history = tuple(dq.train(model, data, config, show=False))
+    facts = Facts(
+        shape, DataConfig(), config, 4, 1, data.classes, data.name, data.fingerprint, history
+    )
+    checkpoint.save(folder, Checkpoint(facts, model.state_dict(), {}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A substitute and the run that it attacks."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("replay")
+    return trained(folder / "substitute", 1), trained(folder / "target", 2, bits=4)
+
+
+@pytest.fixture
+def substitute(runs: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A copy of the substitute without kept images."""
+    path = tmp_path / "substitute" / checkpoint.NAME
+    path.parent.mkdir()
+    path.write_bytes((runs[0] / checkpoint.NAME).read_bytes())
+    return path.parent
+
+
+def again(attack: FirstOrder, run: Path, data: Dataset = DATA, seed: int = 0) -> Replay:
+    return replay(attack, run, data, seed=seed, device=CPU)
+
+
+def kept(run: Path) -> list[Path]:
+    return sorted((run / "transfer").iterdir())
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
+    def touched(*_: object) -> None:
+        raise AssertionError("the substitute was loaded")
+
+    monkeypatch.setattr(store, "load_on", touched)
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
+@pytest.mark.parametrize("seed", [0, 3])
+def test_scores_are_those_of_the_attack_itself(
+    attack: FirstOrder, seed: int, runs: tuple[Path, Path], substitute: Path
+) -> None:
+    target, other = load_on(runs[1], CPU)[0], load_on(substitute, CPU)[0]
+    live = Transfer(attack, other, str(substitute))
+    expected = robust(target, DATA, live, seed=seed)
+    assert 0 < int(expected.sum()) < int(robust(target, DATA, FGSM(0.0)).sum())
+    for made_by in (7, 256):
+        made = replay(attack, substitute, DATA, seed=seed, device=CPU, batch_size=made_by)
+        for batch_size in (9, 256):
+            found = robust(target, DATA, made, seed=seed, batch_size=batch_size)
+            assert torch.equal(found, expected)
+        kept(substitute)[0].unlink()
+    assert (repr(made), made.name, made.eps) == (repr(live), live.name, live.eps)
+
+
+def test_a_sweep_over_eps_is_the_same(runs: tuple[Path, Path], substitute: Path) -> None:
+    target, other = load_on(runs[1], CPU)[0], load_on(substitute, CPU)[0]
+    attacks = [PGD(pixels / 255, steps=2) for pixels in (40, 10, 20)]
+    live: Sequence[Attack] = [Transfer(attack, other) for attack in attacks]
+    made = [again(attack, substitute) for attack in attacks]
+    scores = [[s.score for s in sweep(target, DATA, each)] for each in (live, made)]
+    assert scores[0] == scores[1]
+    assert len(set(map(str, scores[0]))) > 2
+    assert len(kept(substitute)) == 3
+
+
+def test_images_are_the_last_iterates_in_float(substitute: Path) -> None:
+    made = again(PGD(EPS, steps=3), substitute)
+    x, y = DATA.take(torch.arange(len(DATA)))
+    generator = torch.Generator().manual_seed(0)
+    expected = PGD(EPS, steps=3).last(load_on(substitute, CPU)[0], x, y, generator=generator)
+    torch.testing.assert_close(made.images, expected, rtol=0, atol=0)
+    assert made.images.dtype == torch.float32
+    assert made.source == str(substitute)
+
+
+def test_the_second_time_the_substitute_is_left_alone(
+    substitute: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = again(ATTACKS[0], substitute)
+    (path,) = kept(substitute)
+    stamp = path.stat().st_mtime_ns
+    forbid(monkeypatch)
+    second = again(ATTACKS[0], substitute)
+    assert torch.equal(first.images, second.images)
+    assert torch.equal(first.images, again(ATTACKS[0], substitute / checkpoint.NAME).images)
+    assert path.stat().st_mtime_ns == stamp
+    path.unlink()  # what was read stays whole
+    assert torch.equal(first.images, second.images)
+    with pytest.raises(AssertionError, match="the substitute was loaded"):
+        again(ATTACKS[0], substitute)
+
+
+def test_whatever_decides_the_images_names_the_file(
+    runs: tuple[Path, Path], substitute: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relabelled = replace(DATA, labels=DATA.labels.flip(0))
+    calls = [
+        (PGD(EPS, steps=2), DATA, 0),
+        (PGD(EPS + 1e-6, steps=2), DATA, 0),  # the repr of both is that of 24/255
+        (PGD(EPS, steps=2, alpha=1e-3), DATA, 0),
+        (PGD(EPS, steps=2, alpha=1e-3 + 1e-7), DATA, 0),
+        (PGD(EPS, steps=2, restarts=2), DATA, 0),
+        (BIM(EPS, steps=2), DATA, 0),
+        (PGD(EPS, steps=2), DATA, 1),
+        (PGD(EPS, steps=2), DATA.first(99), 0),
+        (PGD(EPS, steps=2), relabelled, 0),
+    ]
+    for attack, data, seed in calls:
+        again(attack, substitute, data, seed)
+    assert len(kept(substitute)) == len(calls)
+    monkeypatch.setattr(store, "load_on", lambda *_: load_on(runs[1], CPU))
+    (substitute / checkpoint.NAME).write_bytes((runs[1] / checkpoint.NAME).read_bytes())
+    again(*calls[0][:1], substitute)
+    assert len(kept(substitute)) == len(calls) + 1
+
+
+def broken(path: Path, how: str) -> None:
+    whole, header = path.read_bytes(), {"defquant": "{}"}
+    images = load_file(path)["images"].clone()
+    with safe_open(path, framework="pt") as file:
+        own = file.metadata()
+    if how == "cut":
+        path.write_bytes(whole[:-1])
+    elif how == "cut in the header":
+        path.write_bytes(whole[:20])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "not ours":
+        save_file({"images": images}, path)
+    elif how == "of another attack":
+        save_file({"images": images}, path, metadata=header)
+    elif how == "of other images":
+        save_file({"images": images[1:]}, path, metadata=own)
+    elif how == "of another type":
+        save_file({"images": images.half()}, path, metadata=own)
+    else:
+        save_file({"picture": images}, path, metadata=own)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "cut", "cut in the header", "empty", "not ours", "of another attack", "of other images",
+        "of another type", "of another name",
+    ],
+)  # fmt: skip
+def test_a_file_that_is_not_right_is_made_again(how: str, substitute: Path) -> None:
+    expected = again(ATTACKS[0], substitute).images.clone()
+    (path,) = kept(substitute)
+    whole = path.read_bytes()
+    broken(path, how)
+    assert path.read_bytes() != whole
+    assert torch.equal(again(ATTACKS[0], substitute).images, expected)
+    assert path.read_bytes() == whole
+
+
+def test_where_nothing_can_be_written_it_works_and_warns(substitute: Path) -> None:
+    (substitute / "transfer").write_text("in the way")
+    with pytest.warns(dq.DefquantWarning, match="cannot be written") as caught:
+        made = again(ATTACKS[0], substitute)
+    assert caught[0].filename == __file__
+    (substitute / "transfer").unlink()
+    assert torch.equal(made.images, again(ATTACKS[0], substitute).images)
+
+
+def test_other_images_are_refused(runs: tuple[Path, Path], substitute: Path) -> None:
+    target, made = load_on(runs[1], CPU)[0], again(ATTACKS[0], substitute)
+    foreign = {
+        "kept for other images": tiny_images(100, seed=6),
+        "found ids": tiny_images(101, seed=5),
+        "than these": replace(DATA, images=DATA.images[:, :, :, :7]),
+    }
+    for words, data in foreign.items():
+        everyone = torch.ones(len(data), dtype=torch.bool)
+        with pytest.raises(dq.UserError, match=words) as error:
+            robust(target, data, made, standing=everyone)
+        assert "\n" not in str(error.value)
+    x, y = DATA.take(torch.arange(4))
+    with pytest.raises(dq.UserError, match="by ids"):
+        made(target, x, y)
+    with pytest.raises(dq.UserError, match="found ids -1 to 2"):
+        made(target, x, y, ids=torch.arange(-1, 3))
+    broken_ones = replace(made, images=torch.full_like(made.images, torch.nan))
+    with pytest.raises(dq.UserError, match="other images"):
+        broken_ones(target, x, y, ids=torch.arange(4))
+    robust(target, DATA.first(50), made)  # the first of them are where they were
+
+
+def test_the_network_attacked_is_never_asked(substitute: Path) -> None:
+    class Silent(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise AssertionError("asked")
+
+    made = again(ATTACKS[0], substitute)
+    x, y = DATA.take(torch.tensor([7, 3]))
+    assert torch.equal(
+        made(Silent(), x, y, ids=torch.tensor([7, 3])), made.images[torch.tensor([7, 3])]
+    )
+
+
+def test_no_run_and_an_unfinished_one(substitute: Path, tmp_path: Path) -> None:
+    with pytest.raises(dq.UserError, match="no checkpoint at"):
+        again(ATTACKS[0], tmp_path / "none")
+    whole = checkpoint.load(substitute)
+    facts = replace(whole.facts, train=replace(whole.facts.train, epochs=99))
+    checkpoint.save(substitute, replace(whole, facts=facts))
+    with pytest.raises(dq.UserError, match="6 of 99 epochs"):
+        again(ATTACKS[0], substitute)
+    assert not (substitute / "transfer").exists()
+
+
+def test_measurements_go_where_they_are_sent(runs: tuple[Path, Path], substitute: Path) -> None:
+    model, facts = load_on(runs[1], CPU)
+    made, found = [again(FGSM(EPS), substitute)], list[Measurement]()
+    sent = measure.measure(
+        runs[1], model, facts, DATA, [FGSM(EPS)], black_box=made, write=found.append
+    )
+    assert list(sent) == found
+    assert [m.attack for m in found] == ["clean", "FGSM", "FGSM(B)"]
+    assert found[2].settings == repr(Transfer(FGSM(EPS), model, str(substitute)))
+    assert not (runs[1] / "results.jsonl").exists()
+    written = list(measure.measure(runs[1], model, facts, DATA, [], black_box=made))
+    assert read_folder(runs[1]) == written
+    (runs[1] / "results.jsonl").unlink()

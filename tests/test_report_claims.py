@@ -1,0 +1,206 @@
+"""Verdicts on the paper's claims, and the report of an experiment's folder."""
+
+import io
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from defquant.errors import UserError
+from defquant.experiments.catalog import EXPERIMENTS, cells_of
+from defquant.experiments.cells import by_network
+from defquant.experiments.scales import SCALES
+from defquant.experiments.section import Reading, Section, Verdict
+from defquant.report import build_report, claims_markdown, markdown_table, print_claims
+from defquant.report.claims import all_counts, claims, counts, reach
+from defquant.results import append, read_folder
+from synthetic_results import fake_results
+from synthetic_runs import measurement
+from test_report import HOSTILE, check
+
+FIRST = Reading("FGSM 8/255", 0.0834, 0.0612, 0.1041, "holds", "best bits minus full, 2 seeds")
+STRONG = Reading("PGD-50x10 2/255", -0.0121, -0.0333, 0.0091, "not decided", "the same")
+AGAINST = Reading("clean", -0.5123, -0.6, -0.4, "does not hold", "")
+MISSING = Reading("FGSM(B) 8/255", None, None, None, "not decided", "no black box yet")
+C1 = Verdict(
+    "C1", "abstract", "DQ is more robust.", "+1.4 points", (FIRST, STRONG), "It errs.", "run it"
+)
+C2 = Verdict("C2", "section 5", "All is well.", "", (AGAINST, MISSING), "", "")
+C3 = Verdict("C3", "section 6", "Not looked at.", "none", (), "", "")
+SHOWN = (
+    "DQ is more robust.", "abstract", "+1.4 points", "FGSM 8/255", "+8.3", "[+6.1, +10.4]",
+    "holds", "PGD-50x10 2/255", "−1.2", "[−3.3, +0.9]", "not decided", "✓", "✗", "?", "−51.2",
+    "does not hold", "It errs.", "C3", "–",
+)  # fmt: skip
+
+
+def page_of(place: Path, *verdicts: Verdict) -> str:
+    append(place / "run" / "results.jsonl", measurement(attack="PGD", eps=8 / 255))
+    page = build_report(place, place / "page.html", verdicts=verdicts).read_text(encoding="utf-8")
+    check(page)
+    return page
+
+
+def test_claims_show_every_reading_everywhere(tmp_path: Path) -> None:
+    console = Console(width=160, file=io.StringIO(), record=True)
+    print_claims((C1, C2, C3), console)
+    terminal = console.export_text()
+    page, text = page_of(tmp_path, C1, C2, C3), claims_markdown((C1, C2, C3))
+    assert "\\\\" not in text  # nothing is escaped twice
+    text = text.replace("\\", "")
+    for found in SHOWN:
+        for where in (page, text, terminal):
+            assert found in where
+    for found in ("best bits minus full, 2 seeds", "no black box yet", "run it"):
+        assert found in page
+        assert found in text
+    assert "| **C1** | DQ is more robust. (abstract) | +1.4 points | FGSM 8/255 |" in text
+    assert '<section id="claims">' in page
+    assert 'href="#claim-2"' in page
+    assert 'id="claim-2"' in page
+
+
+def test_claims_are_counted() -> None:
+    assert counts((C1, C2, C3)) == (
+        "Of 3 claims, 1 holds under the paper's own attack, 1 does not and 1 is not decided."
+    )
+    assert "4 readings: 1 in favour of a claim, 1 against one, 2 not decided." in all_counts(
+        (C1, C2, C3)
+    )
+    assert counts((C1, C1)).startswith("Of 2 claims, 2 hold under")
+
+
+def test_bars_share_a_scale_and_mark_what_lies_beyond() -> None:
+    several = replace(C1, readings=(FIRST,) * 20 + (AGAINST,))
+    assert reach((several,)) == 10
+    *within, beyond = claims((several,))[0].said
+    assert "<circle" in within[0].bar
+    assert "<circle" not in beyond.bar
+    assert 'class="dot"' in beyond.bar
+    places = [float(x) for x in re.findall(r"[MH](\d+\.?\d*)", beyond.bar)]
+    assert max(places) <= 150
+    assert min(places) >= 0
+    assert reach((C3,)) == reach(()) == 5
+
+
+def test_claims_are_escaped(tmp_path: Path) -> None:
+    bad = Reading(HOSTILE, 0.1, None, None, "holds", HOSTILE)
+    hostile = Verdict(HOSTILE, HOSTILE, HOSTILE, HOSTILE, (bad, bad), HOSTILE, HOSTILE)
+    page = page_of(tmp_path, hostile)
+    assert "<script" not in page
+    assert "<img" not in page
+    text = re.sub("`[^`]*`", "", claims_markdown((hostile,)))
+    assert not re.findall(r"(?<!\\)<", text)
+    console = Console(width=400, file=io.StringIO(), record=True)
+    print_claims((hostile,), console)
+    assert "[red]" in console.export_text()
+
+
+def test_the_title_is_the_readers_or_says_what_the_page_is(tmp_path: Path) -> None:
+    append(tmp_path / "run" / "results.jsonl", measurement())
+    out = tmp_path / "page.html"
+    assert "<h1>Accuracy under attack" in build_report(tmp_path, out).read_text()
+    assert "<h1>Mine</h1>" in build_report(tmp_path, out, "Mine", verdicts=(C1,)).read_text()
+    page = build_report(tmp_path, out, sections=(Section("x", "X", ()),)).read_text()
+    assert "<h1>Defensive Quantization, measured again</h1>" in page
+    assert "One table or figure of the paper" in page
+    assert 'id="claims"' not in page
+
+
+def test_sections_without_scores_make_a_page(tmp_path: Path) -> None:
+    """Figures 3 and 7 measure no accuracy."""
+    (tmp_path / "probes.jsonl").write_text('{"cell": "x", "values": 1}\n')
+    out = tmp_path / "page.html"
+    page = build_report(tmp_path, out, sections=(Section("x", "X", ("Seen.",)),)).read_text()
+    check(page)
+    assert "Seen." in page
+    assert 'id="all"' not in page
+    with pytest.raises(UserError, match="no results"):
+        build_report(tmp_path, out)
+    (tmp_path / "results.jsonl").write_text("broken\n")
+    with pytest.raises(UserError, match="not a measurement"):
+        build_report(tmp_path, out, verdicts=(C1,))
+
+
+def epoch_line(epoch: int) -> str:
+    line = {"epoch": epoch, "loss": 2 / epoch, "accuracy": 0.5, "seconds": 9.0}
+    return json.dumps(line) + "\n"
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that all experiments of a preset leave, the numbers made up."""
+    out = tmp_path_factory.mktemp("experiment")
+    scale = SCALES["small"]
+    cells = cells_of(EXPERIMENTS, scale)
+    results = fake_results(cells)
+    for cell in cells:
+        if cell.kind == "accuracy":
+            m = results.scores[cell.key]
+            validation = cell.split == "validation" and not m.data.endswith(", validation")
+            append(out / "results.jsonl", replace(m, data=m.data + ", validation" * validation))
+    (out / "probes.jsonl").write_text('{"cell": "x", "values": 1}\n')
+    for network in by_network(cells):
+        place = out / "networks" / network.name
+        place.mkdir(parents=True)
+        (place / "config.json").write_text(json.dumps(asdict(network)))
+        epochs = [
+            {"epoch": i, "loss": 2 / i, "accuracy": 0.5, "seconds": 9.0} for i in range(1, 31)
+        ]
+        (place / "log.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(experiment: Path) -> str:
+    page = build_report(experiment, experiment / "page.html").read_text(encoding="utf-8")
+    check(page)
+    return page
+
+
+def test_a_large_experiment_makes_a_page_that_is_small_and_folded(whole: str) -> None:
+    assert len(whole.encode()) < 1_500_000
+    assert whole.count("<details open>") == 3  # summary, over eps, over bits: the largest group
+    curves = re.split("<figure>", whole[whole.index('<section id="eps">') :])[1:]
+    lines = [figure.count("<li>") for figure in curves if 'class="set"' in figure]
+    assert len(lines) > 3
+    assert max(lines) <= 8
+    assert "methods with fewer than three bit widths are left out here" in whole
+
+
+def test_trainings_of_an_experiment_find_their_measurements(whole: str) -> None:
+    training = whole[whole.index('<section id="training">') : whole.index('<section id="numbers">')]
+    assert "DQ 4-bit (β = 0.1), wrn-10-1 on CIFAR-10 (JPEG)<" in training
+    assert "networks/" not in training
+    assert ", validation" not in training
+
+
+def test_a_run_of_the_same_name_elsewhere_is_no_network_of_the_experiment(tmp_path: Path) -> None:
+    append(tmp_path / "results.jsonl", measurement(run="a", cell="0f", method="vanilla", bits=4))
+    for place in ("networks/a", "other/a"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "log.jsonl").write_text('{"epoch": 1, "loss": 1.0}\n')
+    page = build_report(tmp_path, tmp_path / "page.html").read_text()
+    training = page[page.index('<section id="training">') : page.index('<section id="numbers">')]
+    assert '<th scope="row">vanilla 4-bit</th>' in training
+    assert '<th scope="row">other/a</th>' in training
+
+
+def test_validation_images_come_last_and_never_lead(experiment: Path, whole: str) -> None:
+    measurements = read_folder(experiment)
+    assert any(m.data.endswith(", validation") for m in measurements)
+    rows = [line for line in markdown_table(measurements).splitlines() if line.startswith("| ")][1:]
+    held_out = [", validation" in row for row in rows]
+    assert any(held_out)
+    assert held_out == sorted(held_out)
+    summary = whole[whole.index('<section id="summary">') : whole.index('<section id="eps">')]
+    groups = re.findall(r"<summary>([^<]*)</summary>", summary)
+    assert [", validation" in name for name in groups] == [False] * (len(groups) - 1) + [True]
+    lede = whole[whole.index('class="lede"') : whole.index('class="facts"')]
+    assert "validation" not in lede
+    assert ", validation</h1>" not in whole
+    alone = [m for m in measurements if m.data.endswith(", validation")]
+    assert "PGD-20" in markdown_table(alone)  # and still there where nothing else is

@@ -1,0 +1,272 @@
+"""Sections of experiments: every number in Markdown, terminal, page and figure."""
+
+import base64
+import io
+import re
+from dataclasses import replace
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from defquant.errors import UserError
+from defquant.experiments.section import Line, Number, Panel, Section, Table
+from defquant.report import build_report, print_section, section_figure, section_markdown
+from defquant.report.multiples import bar, legend, related, scale_ticks, styles
+from defquant.report.section_page import chapters
+from defquant.report.values import axis, of_table, places, uncertainty_text
+from defquant.results import append
+from synthetic_runs import measurement
+from test_report import HOSTILE, check
+
+OURS = Number(0.6334, 0.0123, 2, 1000, 0.6243, 0.6421, paper=0.948)
+ALONE = Number(0.5172, 0.0, 1, 10_000, 0.5072, 0.5274, paper=0.393)
+MASKED = Number(0.8811, 0.0, 1, 1000, 0.8712, 0.8915, vanishing=0.25)
+NOTHING = Number(None, paper=0.4321)
+GAIN = Number(-0.0912, seeds=2, points=True, paper=0.0137)
+TABLE = Table(
+    ("Network", "Images", "Full prec.", "1 bit", "2 bits", "Gain"),
+    (("vanilla", "FGSM 8/255", OURS, ALONE, MASKED, GAIN), ("", "PGD", NOTHING, None, OURS, None)),
+    "Accuracy by activation bits.",
+)
+PANEL = Panel(
+    "FGSM 8/255", "bits", "accuracy",
+    (
+        Line("vanilla", (("1", ALONE), ("2", NOTHING), ("full", OURS)), "vanilla"),
+        Line("vanilla (paper)", (("1", Number(0.1234)), ("full", Number(0.948))), "vanilla", True),
+        Line("DQ", (("1", Number(0.7773)), ("2", Number(0.7993)), ("full", OURS)), "DQ"),
+    ),
+)  # fmt: skip
+WHOLE = Section(
+    "table1", "Table 1: bits", ("What was done.", "What is seen."), (TABLE,), (PANEL,),
+    missing=3, command="defquant reproduce table1",
+)  # fmt: skip
+SHOWN = (
+    "63.3", "±1.2", "51.7", "51–53", "88.1", "†", "(94.8)", "(43.2)", "−9.1", "(+1.4)", "–",
+    "What was done.", "What is seen.", "Accuracy by activation bits.", "3 measurements",
+    "defquant reproduce table1",
+)  # fmt: skip
+EVIDENCE = ("62.4 to 64.2", "50.7 to 52.7", "−31.5", "+12.4", "−10.5", "1,000", "10,000")
+OF_THE_PANEL = ("12.3", "77.7", "79.9")
+
+
+def page_of(place: Path, *sections: Section) -> str:
+    append(place / "run" / "results.jsonl", measurement(attack="PGD", eps=8 / 255))
+    page = build_report(place, place / "page.html", sections=sections).read_text(encoding="utf-8")
+    check(page)
+    return page
+
+
+def words_of(page: str) -> str:
+    """What a reader sees, tags gone."""
+    return re.sub(
+        r"\s+", " ", unescape(re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.S))
+    )
+
+
+def printed(section: Section, width: int) -> str:
+    console = Console(width=width, file=io.StringIO(), record=True)
+    print_section(section, console)
+    return console.export_text()
+
+
+def test_every_number_is_in_markdown_and_on_the_page(tmp_path: Path) -> None:
+    text, page = section_markdown(WHOLE), words_of(page_of(tmp_path, WHOLE))
+    for found in (*SHOWN, *EVIDENCE, *OF_THE_PANEL):
+        assert found in page
+        assert found in text
+    assert (
+        "| vanilla | FGSM 8/255 | **63.3** ±1.2 (94.8) | 51.7 51–53 (39.3) | 88.1 87–89† |" in text
+    )
+    assert "|  | PGD | – (43.2) | – | 63.3 ±1.2 (94.8) | – |" in text
+    assert (
+        "| vanilla, PGD | 2 bits | 63.3 | 1.2 | 62.4 to 64.2 | 2 | 1,000 | 94.8 | −31.5 |" in text
+    )
+
+
+@pytest.mark.parametrize("width", [30, 100, 200])
+def test_the_terminal_has_the_numbers_whole_at_every_width(width: int) -> None:
+    text = printed(WHOLE, width)
+    for found in (f for f in SHOWN if " " not in f and "(" not in f):
+        assert found in text
+    assert "(paper 94.8)" in text or "(94.8)" in text
+    wide = [line for line in text.splitlines() if len(line.rstrip()) > width]
+    assert not wide or width == 30
+
+
+def test_the_terminal_puts_the_papers_beside_ours_where_there_is_room() -> None:
+    assert "63.3 ±1.2 (paper 94.8)" in printed(WHOLE, 200)
+    assert "63.3 ±1.2 (paper 94.8)" not in printed(WHOLE, 80)
+
+
+def test_a_section_of_panels_alone_prints_their_numbers() -> None:
+    text = printed(replace(WHOLE, tables=()), 120)
+    for found in OF_THE_PANEL:
+        assert found in text
+    assert "vanilla (paper)" in text
+
+
+def test_best_and_second_are_of_the_bits_and_never_masked() -> None:
+    grid = of_table(TABLE)
+    assert places(grid, 0) == [0, 0, 1, 0, 0, 0]  # of two rivals the lower is no second
+    three = replace(TABLE, rows=(("a", "b", OURS, ALONE, replace(MASKED, vanishing=0.0), GAIN),))
+    assert places(of_table(three), 0) == [0, 0, 2, 0, 1, 0]
+    assert places(of_table(replace(three, head=tuple("abcdef"))), 0) == [0] * 6
+    assert places(of_table(replace(three, percent=False)), 0) == [0] * 6
+
+
+def test_the_rest_of_a_sections_notation() -> None:
+    assert uncertainty_text(Number(0.5, seeds=3)) == "±0.0"
+    assert uncertainty_text(GAIN) == ""
+    assert uncertainty_text(replace(GAIN, low=-0.1, high=0.2)) == "−10.0 to +20.0"
+    assert uncertainty_text(Number(0.1234, 0.0456, 1), percent=False) == "±0.0456"
+    distances = Panel("a", "layer", "D", (Line("x", (("0", Number(0.1)),)),), percent=False)
+    assert "| x | 0 | 0.100 |" in section_markdown(Section("f", "F", (), panels=(distances,)))
+
+
+def test_an_axis_keeps_each_lines_order() -> None:
+    def line(*names: str) -> Line:
+        return Line("", tuple((name, OURS) for name in names))
+
+    assert axis([line("2", "8"), line("1", "2", "4", "8")]) == ["1", "2", "4", "8"]
+    assert axis([line("1", "2"), line("2", "full"), line("other")]) == ["1", "2", "full", "other"]
+
+
+def test_missing_points_leave_a_gap_and_ticks_are_round() -> None:
+    (chapter,) = chapters([WHOLE])
+    (figure,) = chapter.figures
+    svg = figure.panels[0].svg
+    assert len(re.findall(r'class="line"', svg)) == 3  # vanilla in two pieces, DQ in one
+    assert len(re.findall(r'class="line paper"', svg)) == 1
+    assert ticks(PANEL) == "0 20 40 60 80 100"
+    low = Panel("", "x", "D", (Line("a", (("1", Number(0.33)),)),), percent=False)
+    assert ticks(low) == "0 0.1 0.2 0.3 0.4"
+    below = Panel("", "x", "gain", (Line("a", (("1", Number(-0.1)), ("2", Number(0.2)))),))
+    assert [text for _, text in scale_ticks(below, [below])] == [
+        "−10",
+        "−5",
+        "0",
+        "5",
+        "10",
+        "15",
+        "20",
+    ]
+
+
+def ticks(panel: Panel) -> str:
+    return " ".join(text for _, text in scale_ticks(panel, [panel]))
+
+
+def test_bars_are_the_wider_of_interval_and_spread() -> None:
+    line = Line("a", ())
+    assert bar(line, replace(OURS, spread=0.1)) == pytest.approx((0.5334, 0.7334))
+    assert bar(line, OURS) == pytest.approx((0.6211, 0.6457))
+    assert bar(line, ALONE) == (0.5072, 0.5274)
+
+
+def test_equal_kinds_have_equal_colours_and_unlike_panels_their_own_legend() -> None:
+    other = replace(PANEL, lines=(Line("a", (("1", OURS),), "DQ"), Line("b", (("1", OURS),), "k")))
+    found = styles([PANEL, other])
+    assert found["DQ", "DQ"].colour == found["DQ", "a"].colour == "dq"
+    assert found["DQ", "DQ"].shape != found["DQ", "a"].shape
+    assert len({style.colour for style in found.values()}) == 3
+    assert [name for name, _ in legend([PANEL])] == ["vanilla", "DQ", "the paper's"]
+    strange = replace(PANEL, lines=(Line("c", (("1", OURS),)),))
+    assert related([PANEL, strange, other]) == [[strange], [PANEL, other]]
+
+
+def test_everything_in_a_section_is_escaped(tmp_path: Path) -> None:
+    bad = Section(
+        HOSTILE, HOSTILE, (HOSTILE, "# no heading", "1. no list"),
+        (Table((HOSTILE, "x"), ((HOSTILE, OURS), (HOSTILE, HOSTILE)), HOSTILE),),
+        (Panel(HOSTILE, HOSTILE, HOSTILE, (Line(HOSTILE, ((HOSTILE, ALONE),), HOSTILE),)),),
+        ((HOSTILE, pictures(HOSTILE)), (HOSTILE, {"examples": HOSTILE}), (HOSTILE, None)),
+        command=f"{HOSTILE}\n```",
+    )  # fmt: skip
+    page = page_of(tmp_path, bad, bad)
+    assert "<script" not in page
+    assert "<img src=x" not in page
+    assert page.count("no pictures") == 4
+    text = section_markdown(bad)
+    outside = re.sub(r"````.*````", "", text, flags=re.S)
+    assert "\\\\" not in text  # nothing is escaped twice
+    assert "\\# no heading" in text
+    assert "1\\. no list" in text
+    assert not re.findall(r"(?<!\\)<(?!/?(?:sub|ins|details|summary)>)", outside)
+    assert "[red]" in printed(bad, 100)
+
+
+def pictures(word: str = "cat") -> dict[str, Any]:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (9, 8, 7)).save(buffer, "PNG")
+    png = base64.b64encode(buffer.getvalue()).decode()
+    answers = {"clean": {"prediction": 0, "confidence": 0.93}, "adversarial": {"prediction": 1}}
+    example = {"id": 7, "label": 0, "clean_png": png, "adversarial_png": png, **answers}
+    return {"examples": [example], "classes": [word, "dog"], "attack": "FGSM", "eps": 8 / 255}
+
+
+def test_pictures_are_on_the_page_and_their_answers_in_markdown(tmp_path: Path) -> None:
+    both = (("FP", pictures()), ("DQ", pictures()))
+    section = replace(WHOLE, tables=(), panels=(), pictures=both, missing=0)
+    page = page_of(tmp_path, section)
+    assert page.count("<img") == 3
+    assert "FGSM at 8/255" in page
+    forged = pictures()
+    forged["examples"][0]["adversarial_png"] = 'x"><script>'
+    assert "no picture<" in page_of(tmp_path, replace(section, pictures=(("FP", forged),)))
+    text = section_markdown(section)
+    assert "| 7 | cat | ✓ cat 93% | ✗ dog | ✓ cat 93% | ✗ dog |" in text
+    assert "✗ dog" in printed(section, 100)
+
+
+def test_sections_with_nothing_make_a_page(tmp_path: Path) -> None:
+    empty = Section("x", "Empty", ())
+    hollow = Section("x", "Hollow", ("Text.",), (Table(("a",), ()),), (Panel("", "x", "y", ()),))
+    page = page_of(tmp_path, empty, hollow, replace(WHOLE, tables=(), panels=()))
+    for anchor in ("paper-x", "paper-x-1", "paper-table1", "all", "summary", "settings"):
+        assert f'id="{anchor}"' in page
+        assert f'href="#{anchor}"' in page
+    assert section_markdown(empty) == "## Empty\n"
+    assert "Hollow" in printed(hollow, 80)
+
+
+def test_names_in_a_sequence_are_said_once(tmp_path: Path) -> None:
+    rows = tuple((name, attack, OURS) for name in ("vanilla", "DQ") for attack in ("clean", "FGSM"))
+    page = page_of(tmp_path, replace(WHOLE, tables=(Table(("a", "b", "c"), rows),), panels=()))
+    assert page.count('<th scope="row" rowspan="2" class="family">') == 2
+
+
+@pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
+def test_figures_of_sections_are_the_same_each_time(tmp_path: Path, kind: str) -> None:
+    first = section_figure(WHOLE, tmp_path / f"a.{kind}").read_bytes()
+    assert first.startswith({"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[kind])
+    assert section_figure(WHOLE, tmp_path / f"b.{kind}").read_bytes() == first
+    assert b"CreationDate" not in first
+    changed = replace(PANEL, lines=PANEL.lines[:2])
+    other = replace(WHOLE, panels=(changed,))
+    assert section_figure(other, tmp_path / f"c.{kind}").read_bytes() != first
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{n}.{kind}" for n in "abc"]
+
+
+def test_a_figure_is_wide_enough_to_read(tmp_path: Path) -> None:
+    many = replace(WHOLE, panels=(PANEL,) * 7)
+    with Image.open(section_figure(many, tmp_path / "a.png")) as image:
+        assert image.width == 1024
+        assert image.height > 1000
+
+
+def test_no_figure_of_nothing_and_of_no_other_kind(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="ends in"):
+        section_figure(WHOLE, tmp_path / "a.txt")
+    hollow = replace(PANEL, lines=(Line("a", (("1", NOTHING),)),))
+    with pytest.raises(UserError, match="nothing to draw"):
+        section_figure(replace(WHOLE, panels=(hollow,)), tmp_path / "a.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_markdown_names_its_figure() -> None:
+    assert "![Table 1: bits](figures/a%20b.png)" in section_markdown(WHOLE, "figures/a b.png")
+    assert "![" not in section_markdown(replace(WHOLE, panels=()), "a.png")
