@@ -98,13 +98,12 @@ def test_killed_at_any_moment_it_ends_as_if_undisturbed(undisturbed: Path, tmp_p
     draw = random.Random(0)
     for _ in range(6):
         before = stamps(tmp_path)
-        process = start(tmp_path)
-        assert until(lambda: stamps(tmp_path) != before or process.poll() is not None, 100)  # noqa: B023
-        time.sleep(draw.uniform(0, 0.7))
-        process.kill()
-        process.communicate()
-        # the children end with it, and with them their claims
-        assert until(partial(gone, process.pid), 20)
+        with start(tmp_path) as process:
+            while process.poll() is None and stamps(tmp_path) == before:
+                time.sleep(0.02)
+            time.sleep(draw.uniform(0, 0.7))
+            process.kill()
+        assert until(partial(gone, process.pid), 20)  # its children end, and with them the claims
     finished(start(tmp_path))
     assert each_once(tmp_path)
     assert same(tmp_path, undisturbed)
@@ -240,6 +239,13 @@ def test_pool_names_results_and_gives_one_thread() -> None:
     assert dict(each("t", jobs, 2)) == {"0": 3, "1": 3, "2": 3, "3": 3, "4": 4}
     assert list(each("t", [("threads", torch.get_num_threads)], 1)) == [("threads", 1)]
     assert not active_children()
+
+
+def test_pool_alone_hears_ctrl_c() -> None:
+    asks = partial(signal.pthread_sigmask, signal.SIG_BLOCK, ())
+    ((_, blocked),) = each("t", [("mask", asks)], 1)
+    assert signal.SIGINT in blocked
+    assert signal.SIGINT not in asks()
 
 
 def test_pool_ends_all_when_a_job_raises() -> None:

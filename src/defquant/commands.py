@@ -144,10 +144,10 @@ def reproduce(settings: Namespace) -> int:
     if settings.list:
         reproduction.print_list()
         return 0
-    names = reproduction.names_of(settings.names)
     scale = reproduction.scale_of(
         settings.preset, settings.data_root, settings.svhn_root, settings.device
     )
+    names = reproduction.names_of(settings.names, scale)
     out = Path(settings.out or f"runs/{scale.name}")
     if settings.jobs is not None and settings.jobs < 1:
         raise UserError(f"--jobs must be 1 or more; found {settings.jobs}")

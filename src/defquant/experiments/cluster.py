@@ -144,7 +144,7 @@ def _connected(address: str) -> Iterator[Any]:
     try:
         ray.init(None if address == "ray" else address, logging_level=logging.WARNING)
     except Exception as error:  # Ray raises of many kinds
-        reason = shorten(str(error), 300)
+        reason = shorten(str(error) or type(error).__name__, 300)
         raise UserError(f"cannot join the Ray cluster at {address}: {reason}") from None
     try:
         yield ray

@@ -57,8 +57,8 @@ def each(
         pool.shutdown(wait=True, cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
             raise UserError(
-                f"one of {processes} processes died (out of memory?): run again, with fewer at a time "
-                "if need be; what was finished stands"
+                f"one of {processes} processes died (out of memory?): run again, with fewer at a "
+                "time if need be; what was finished stands"
             ) from None
         raise
     pool.shutdown()

@@ -90,10 +90,12 @@ class Scale:
     def placed(self, data_root: str | None, svhn_root: str | None, device: str) -> "Scale":
         """The same with its data sets at these places and its trainings on `device`.
 
-        Without `svhn_root` Table 2 is made on the images of Table 3.
+        On digits, Table 2 without `svhn_root` is made on the images of Table 3.
         """
         data = replace(self.data, data_root=data_root)
-        svhn = replace(self.svhn, data_root=svhn_root) if svhn_root else data
+        svhn = replace(self.svhn, data_root=svhn_root)
+        if data.data == "digits" and svhn_root is None:
+            svhn = data
         trainings = [replace(train, device=device) for train in (self.train, self.svhn_train)]
         return replace(self, data=data, svhn=svhn, train=trainings[0], svhn_train=trainings[1])
 
@@ -104,10 +106,10 @@ _SMOKE = Scale(
     data=DataConfig("digits", train_images=320, validation_images=100),
     train=TrainConfig(epochs=1, batch_size=32, clip=1.0),
     svhn=DataConfig("svhn", validation_images=100),
-    svhn_train=TrainConfig(epochs=2, batch_size=32, clip=1.0),
+    svhn_train=TrainConfig(epochs=30, batch_size=32, clip=1.0),
     wrn="wrn-10-1", vgg="vgg-16x0.125", resnet="resnet-18x0.125", svhn_wrn="wrn-10-1",
-    table1_betas=(0.03, 0.1, 0.3), betas=(0.03, 0.1, 0.3), beta=0.1, defense_bits=(1,),
-    seeds=(0,), eps=pixels(8, 24), hard_eps=pixels(24), strong="pgd-20x2",
+    table1_betas=(0.03, 0.1, 0.3), betas=(0.03, 0.1, 0.3), beta=0.1, defense_bits=(1, 4),
+    seeds=(0,), eps=pixels(2, 8, 24), hard_eps=pixels(2, 24), strong="pgd-20x2",
     adversarial={"attack_sigma": 8 / 255}, madry={"attack_eps": 8 / 255}, many=100, few=40,
 )  # fmt: skip
 

@@ -54,7 +54,7 @@ def work(out: Path, network: Network, cells: Sequence[Cell], *, wait: bool) -> s
 
 
 def _claim(out: Path, network: Network) -> Path:
-    return out / "claims" / f"{network.name}.lock"
+    return out / "locks" / f"{network.name}.lock"
 
 
 def _train(out: Path, network: Network) -> Path:

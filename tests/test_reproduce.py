@@ -1,0 +1,109 @@
+"""The verb `reproduce`: everything once, small; plans, mistakes and what is there already."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from defquant.cli import main
+from defquant.experiments.catalog import EXPERIMENTS, cells_of
+from defquant.experiments.cost import passes_by_model
+from defquant.experiments.reproduction import names_of
+from defquant.experiments.scales import SCALES
+from defquant.experiments.store import read
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    status = main(["reproduce", *words])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.mark.slow
+def test_all_of_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every table and figure at preset smoke; the second call makes nothing again."""
+    words = ("all", "--preset", "smoke", "--out", str(tmp_path))
+    status, out, _ = call(capsys, *words)
+    assert status == 0
+    assert out.splitlines()[-1] == str(tmp_path / "report.html")
+    cells = cells_of(EXPERIMENTS, SCALES["smoke"].placed(None, None, "cpu"))
+    assert not read(tmp_path).missing(cells)
+    networks = {path.name for path in (tmp_path / "networks").iterdir()}
+    assert networks == {network.name for network in passes_by_model(cells)}
+    page = (tmp_path / "report.html").read_text()
+    for name in EXPERIMENTS:
+        assert (tmp_path / f"{name}.md").read_text().startswith("## ")
+        assert f"defquant reproduce {name} --preset smoke" in page
+    assert len(list(tmp_path.glob("*.png"))) == 4  # Figures 1, 3, 5 and 6
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    lines = (tmp_path / "results.jsonl").read_bytes()
+    assert call(capsys, *words, "--json")[0] == 0
+    assert lines == (tmp_path / "results.jsonl").read_bytes()
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+
+
+@pytest.mark.slow
+def test_a_plan_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = call(
+        capsys, "table4", "--preset", "smoke", "--dry-run", "--out", str(tmp_path), "--jobs", "3"
+    )
+    assert status == 0
+    cells = cells_of(["table4"], SCALES["smoke"].placed(None, None, "cpu"))
+    assert f"0 of {len(cells)} cells are there" in out
+    assert "image passes a second in one process" in out
+    assert "4 networks" in out
+    assert "with 3 processes" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_list_names_everything_with_its_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = call(capsys, "--list")
+    assert status == 0
+    for name in (*EXPERIMENTS, *SCALES):
+        assert any(line.split()[:1] == [name] for line in out.splitlines()), name
+
+
+def test_all_leaves_out_svhn_where_it_has_no_place() -> None:
+    for preset, svhn_root, there in (
+        ("small", None, False),
+        ("small", "x", True),
+        ("smoke", None, True),
+    ):
+        scale = SCALES[preset].placed("data", svhn_root, "cpu")
+        assert ("table2" in names_of(["all"], scale)) == there
+        assert names_of(["table2"], scale) == ["table2"]
+
+
+def test_what_is_there_is_shown_without_making_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("table1", "--preset", "paper", "--render-only", "--out", str(tmp_path))
+    status, out, _ = call(capsys, *words)
+    assert status == 0
+    assert "144 measurements are still missing" in out
+    assert not (tmp_path / "networks").exists()
+    status, out, _ = call(capsys, *words, "--json")
+    assert [json.loads(line) for line in out.splitlines()[:-1]] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "reproduce needs a name: fig1"),
+        (("table9",), "unknown table or figure 'table9'"),
+        (("fig1", "--preset", "tiny"), "unknown preset 'tiny'"),
+        (("fig1", "--jobs", "0"), "--jobs must be 1 or more"),
+        (("fig1",), "preset small needs CIFAR-10: give its place with --data-root"),
+        (("table2", "--data-root", "nowhere"), "preset small needs SVHN: give its place"),
+        (("fig1", "--data-root", "nowhere"), "found no data at nowhere"),
+        (("fig1", "--jobs", "many"), "--jobs takes a whole number"),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = call(capsys, *words, "--out", str(tmp_path))
+    assert (status, out) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
