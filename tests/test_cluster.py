@@ -6,7 +6,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -86,10 +87,6 @@ def nodes() -> Iterator[Any]:
             cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
-def add_node(nodes: Any) -> Any:
-    return nodes.add_node(num_cpus=1, object_store_memory=100 * 2**20)
-
-
 def slow_line(out: Path, key: str) -> str:
     """Write a line under `key` if there is none, after a while; say at once who began."""
     import ray
@@ -111,42 +108,52 @@ def lines(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in text(path).splitlines()]
 
 
+@pytest.fixture
+def doomed(nodes: Any) -> Iterator[Any]:
+    """A second node, which the driver does not hang on: the driver is connected before."""
+    import ray
+
+    with ray.init(nodes.address):
+        yield nodes.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+
+
+@contextmanager
+def killed(nodes: Any, node: Any, when: Callable[[], object]) -> Iterator[None]:
+    def kill() -> None:
+        assert until(when, 100)
+        nodes.remove_node(node, allow_graceful=False)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    yield
+    thread.join()
+
+
 @pytest.mark.slow
-def test_a_node_dies_and_nothing_is_lost_or_made_twice(nodes: Any, tmp_path: Path) -> None:
-    doomed = add_node(nodes)
+def test_a_node_dies_and_nothing_is_lost_or_made_twice(
+    nodes: Any, doomed: Any, tmp_path: Path
+) -> None:
     begun = tmp_path / "begun.jsonl"
     keys = [f"job-{n}" for n in range(6)]
-
-    def kill() -> None:
-        until(lambda: any(line["node"] == doomed.node_id for line in lines(begun)), 60)
-        time.sleep(0.5)  # in the middle of its job
-        nodes.remove_node(doomed, allow_graceful=False)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
     jobs = [(key, partial(slow_line, tmp_path, key)) for key in keys]
-    results = list(each_on_cluster("t", jobs, nodes.address))
-    killer.join()
+
+    def on(node: Any) -> set[str]:
+        return {line["key"] for line in lines(begun) if line["node"] == node.node_id}
+
+    with killed(nodes, doomed, lambda: on(doomed)):
+        results = list(each_on_cluster("t", jobs, nodes.address))
     assert sorted(results) == [(key, "done") for key in keys]
     assert sorted(line["key"] for line in lines(tmp_path / "done.jsonl")) == keys
-    died = {line["key"] for line in lines(begun) if line["node"] == doomed.node_id}
-    again = [line["key"] for line in lines(begun) if line["node"] != doomed.node_id]
-    assert died & set(again)  # what the dead node was at was begun again
+    assert on(doomed) & on(nodes.head_node)  # what the dead node was at was begun again
 
 
 @pytest.mark.slow
-def test_networks_on_a_cluster_are_as_on_one_machine(nodes: Any, tmp_path: Path) -> None:
-    doomed = add_node(nodes)
+def test_networks_on_a_cluster_are_as_on_one_machine(
+    nodes: Any, doomed: Any, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-
-    def kill() -> None:
-        until(partial(stamps, out), 100)
-        nodes.remove_node(doomed, allow_graceful=False)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    assert run(CELLS, out, workers=nodes.address) == []
-    killer.join()
+    with killed(nodes, doomed, partial(stamps, out)):
+        assert run(CELLS, out, workers=nodes.address) == []
     assert each_once(out)
     assert same(out, make_undisturbed(tmp_path / "undisturbed"))
 
@@ -157,6 +164,7 @@ def refuse() -> str:
 
 @pytest.mark.slow
 def test_errors_on_a_cluster(nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(each_on_cluster("t", JOBS, nodes.address)) == [("a", "done")]
     with pytest.raises(UserError, match=r"^a rule, the value, the remedy$"):
         list(each_on_cluster("t", [("a", refuse)], nodes.address))
     with pytest.raises(ValueError, match="invalid literal"):

@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,7 +37,7 @@ def each_on_cluster(
         address: `ray://HOST:10001` from anywhere; `HOST:6379` or `auto` on a node of the cluster,
             where `auto` asks the node itself; `ray`: as `auto` on a node, elsewhere a cluster of
             this machine alone, ended with the call.
-        gpus: for each job; None for one where the cluster has any. A job without sees none.
+        gpus: for each job; None for one where the cluster has any.
 
     Raises:
         UserError: Ray is not installed, nothing answers at `address`, or a node lacks defquant.
@@ -142,7 +143,9 @@ def _connected(address: str) -> Iterator[Any]:
         return
     _reach(address)
     try:
-        ray.init(None if address == "ray" else address, logging_level=logging.WARNING)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # Ray's, of its own versions to come
+            ray.init(None if address == "ray" else address, logging_level=logging.WARNING)
     except Exception as error:  # Ray raises of many kinds
         reason = shorten(str(error) or type(error).__name__, 300)
         raise UserError(f"cannot join the Ray cluster at {address}: {reason}") from None

@@ -6,7 +6,7 @@ from defquant.experiments import paper
 from defquant.experiments.compose import Trial
 from defquant.experiments.defended_cells import Defended
 from defquant.experiments.section import Number, Table
-from defquant.experiments.words import blind, listed, tally
+from defquant.experiments.words import blind, listed, tally, untrained
 
 __all__ = ["Measured", "against_table", "found", "paper_slips"]
 
@@ -24,7 +24,8 @@ def found(measured: Measured) -> list[str]:
     parts = "; ".join(f"{box} {counted}" for box, counted in counts.items() if counted)
     over_all = f"DQ against the same technique without it, over all rows and ε: {parts}."
     numbers = ((row.name, n) for row, pairs in measured for _, n in pairs)
-    return [over_all if parts else "", _masking(measured), blind(numbers)]
+    clean = ((row.name, n) for row, pairs in measured for t, n in pairs if t.attack == "clean")
+    return [over_all if parts else "", _masking(measured), blind(numbers), untrained(clean)]
 
 
 def against_table(measured: Measured) -> Table:

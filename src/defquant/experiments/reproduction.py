@@ -83,7 +83,8 @@ def print_plan(names: Sequence[str], scale: Scale, out: Path, jobs: int | None) 
         return
     found = estimate(missing, jobs or cores())
     for kind, rate in found.rates.items():
-        print(f"{kind}: {rate:,.0f} image passes a second in one process")
+        shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        print(f"{kind}: {shown} image passes a second in one process")
     total = found.training + found.measuring
     print(
         f"{found.networks} networks, {found.cells} cells: {total:,.0f} image passes "

@@ -9,10 +9,30 @@ from defquant.experiments.section import Number
 from defquant.experiments.store import Results
 
 __all__ = [
-    "CLEARLY", "adversary_text", "against", "amount", "apart", "attack_text", "attacks_text",
-    "bits_text", "blind", "data_text", "epochs_text", "eps_text", "images_text", "listed",
-    "method_text", "model_text", "percent", "place", "setting", "signed", "tally",
+    "CLEARLY",
+    "UNTRAINED",
+    "adversary_text",
+    "against",
+    "amount",
+    "apart",
+    "attack_text",
+    "attacks_text",
+    "bits_text",
+    "blind",
+    "data_text",
+    "epochs_text",
+    "eps_text",
+    "images_text",
+    "listed",
+    "method_text",
+    "model_text",
+    "percent",
+    "place",
+    "setting",
+    "signed",
+    "tally",
     "training_text",
+    "untrained",
 ]  # fmt: skip
 
 Pair = tuple[Number, Number]
@@ -181,6 +201,9 @@ def _clearly(found: Sequence[bool]) -> str:
     return f" ({sum(found)} clearly)" if found else ""
 
 
+UNTRAINED = 0.2  # clean accuracy: twice that of a guess among ten classes
+
+
 def blind(numbers: Iterable[tuple[str, Number]]) -> str:
     """A sentence on networks whose gradients vanish; empty where none do."""
     found: dict[str, float] = {}
@@ -193,4 +216,15 @@ def blind(numbers: Iterable[tuple[str, Number]]) -> str:
     return (
         "The loss gradient is exactly zero on over 1% of the rightly classified images of "
         f"{shares}: what gradient attacks leave there is masked, not robust."
+    )
+
+
+def untrained(numbers: Iterable[tuple[str, Number]]) -> str:
+    """A sentence on networks by their clean accuracy; empty where all have learnt something."""
+    found = [name for name, n in numbers if n.mean is not None and n.mean < UNTRAINED]
+    if not found:
+        return ""
+    return (
+        f"{listed(found)}: clean accuracy below {percent(UNTRAINED)}, hardly trained. What such a "
+        "network keeps under attack is what it answers to any image; it says nothing of robustness."
     )

@@ -8,7 +8,7 @@ from defquant.experiments.cells import Cell
 from defquant.experiments.claims.contrasts import Sample, Spread, accuracy, pooled
 from defquant.experiments.scales import Scale
 from defquant.experiments.store import Results
-from defquant.experiments.words import bits_text
+from defquant.experiments.words import UNTRAINED, bits_text
 from defquant.results import Measurement
 
 __all__ = ["Evidence", "Row", "evidence_of", "stratum"]
@@ -37,10 +37,13 @@ def stratum(cell: Cell) -> Stratum:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Results, and the spread between trainings in each stratum where it is known."""
+    """Results, the spread between trainings in each stratum where it is known, and the networks
+    whose clean accuracy is hardly above a guess.
+    """
 
     results: Results
     spreads: Mapping[Stratum, Spread]
+    untrained: frozenset[str] = frozenset()
 
     def sample(self, row: Row) -> Sample | None:
         """The accuracy over the seeds that are there; None where none is."""
@@ -57,9 +60,14 @@ class Evidence:
         return alike.get(eps) or max(alike.values(), key=lambda s: s.sd, default=None)
 
     def masked(self, row: Row) -> list[str]:
-        """Networks of `row` that the attack was blind on: `vanilla at 1 bit`."""
-        blind = [m for cell, m in self._found(row) if _blind(cell, m)]
-        return [f"{m.method} at {bits_text(m.bits)}" for m in blind]
+        """Networks of `row` whose accuracy under attack is no robustness: `vanilla at 1 bit`.
+
+        The attack was blind, or the network hardly trained: it keeps what it answers to anything.
+        """
+        found = self._found(row)
+        names = [f"{m.method} at {bits_text(m.bits)}" for cell, m in found if _blind(cell, m)]
+        hardly = [m for cell, m in found if cell.attack != "clean" and m.run in self.untrained]
+        return names + [f"{m.method} at {bits_text(m.bits)}, hardly trained" for m in hardly]
 
     def _found(self, row: Row) -> list[tuple[Cell, Measurement]]:
         pairs = [(cell, self.results.score(cell)) for cell in row]
@@ -77,7 +85,9 @@ def evidence_of(scale: Scale, results: Results) -> Evidence:
         shares = [m.score.accuracy for cell in row if (m := results.score(cell)) is not None]
         found.setdefault(stratum(row[0]), []).append(shares)
     spreads = {key: pooled(groups) for key, groups in found.items()}
-    return Evidence(results, {key: s for key, s in spreads.items() if s is not None})
+    clean = (m for m in results.scores.values() if m.attack == "clean")
+    untrained = frozenset(m.run for m in clean if m.score.accuracy < UNTRAINED)
+    return Evidence(results, {key: s for key, s in spreads.items() if s is not None}, untrained)
 
 
 def _by_seed(cells: Iterable[Cell]) -> list[Row]:
