@@ -7,7 +7,7 @@ import io
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -20,8 +20,13 @@ from defquant.attacks.names import parse_attack
 from defquant.config import DataConfig, ModelConfig, TrainConfig, from_mapping
 from defquant.data import DATASETS
 from defquant.errors import UserError
+from defquant.experiments.catalog import EXPERIMENTS
+from defquant.experiments.claims import verdicts
+from defquant.experiments.scales import SCALES
+from defquant.experiments.store import read
 from defquant.flags import VERBS, parser_for
 from defquant.models import build
+from defquant.report import claims_markdown, section_markdown
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("docs", "src", "tests", "benchmarks")
@@ -308,3 +313,28 @@ def test_the_checks_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     page = tmp_path / "page.md"
     page.write_text("# One head\n[a](page.md) [b](#one-head) [c](gone.md) [d](page.md#gone)\n")
     assert broken_links(page) == ["gone.md", "page.md#gone"]
+
+
+def test_claims_are_those_of_the_results() -> None:
+    """`docs/claims.md` ends with the verdicts on `results/small`; so does that folder's own file.
+
+    `defquant reproduce all --preset small --out results/small --render-only` makes them again.
+    """
+    results = read(ROOT / "results" / "small")
+    found = claims_markdown(verdicts(SCALES["small"], results))
+    assert (ROOT / "results" / "small" / "claims.md").read_text() == found
+    head, _, table = (ROOT / "docs" / "claims.md").read_text().partition("\nOf 32 claims")
+    assert head.startswith("# ")
+    assert f"Of 32 claims{table}" == found
+
+
+@pytest.mark.parametrize("name", sorted(EXPERIMENTS.keys() - {"table2"}))
+def test_sections_are_those_of_the_results(name: str) -> None:
+    """Tables and words of `results/small` follow from its JSON lines."""
+    folder = ROOT / "results" / "small"
+    scale = SCALES["small"].placed(None, None, "cpu")
+    section = EXPERIMENTS[name].render(scale, read(folder))
+    command = f"defquant reproduce {name} --preset small"
+    written = (folder / f"{name}.md").read_text()
+    picture = f"{name}.png" if section.panels else ""
+    assert written == section_markdown(replace(section, command=command), figure=picture)

@@ -148,9 +148,11 @@ def show(names: Sequence[str], scale: Scale, out: Path, *, as_json: bool = False
     judged = verdicts(scale, results)
     for section in every:
         if section.name in names:
-            write_bytes(out / f"{section.name}.md", report.section_markdown(section).encode())
-            if section.panels:
-                report.section_figure(section, out / f"{section.name}.png")
+            picture = f"{section.name}.png" if section.panels else ""
+            if picture:
+                report.section_figure(section, out / picture)
+            text = report.section_markdown(section, figure=picture)
+            write_bytes(out / f"{section.name}.md", text.encode())
     write_bytes(out / "claims.md", report.claims_markdown(judged).encode())
     if as_json:
         for measurement in results.scores.values():

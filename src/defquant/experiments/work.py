@@ -13,7 +13,7 @@ from defquant.attacks import Attack, FirstOrder
 from defquant.attacks.names import parse_attack
 from defquant.checkpoint import Facts, versions
 from defquant.defenses import Unaware
-from defquant.detection import detection
+from defquant.detection import CALIBRATION, detection
 from defquant.diagnose import first_block_distances, layer_distances
 from defquant.distributed import pick_device
 from defquant.errors import UserError
@@ -28,7 +28,6 @@ from defquant.runs import load_images, test_images, train_run
 __all__ = ["work"]
 
 DISTANCE_IMAGES = 128  # as section 3 of the paper
-CALIBRATION = 1000  # training images on which the detector's threshold is fitted
 PICTURES = 8
 
 
