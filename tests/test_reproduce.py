@@ -28,6 +28,9 @@ def test_all_of_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert out.splitlines()[-1] == str(tmp_path / "report.html")
     cells = cells_of(EXPERIMENTS, SCALES["smoke"].placed(None, None, "cpu"))
     assert not read(tmp_path).missing(cells)
+    assert str(tmp_path.parent) not in (tmp_path / "results.jsonl").read_text().replace(
+        f"--out {tmp_path}", ""
+    )
     networks = {path.name for path in (tmp_path / "networks").iterdir()}
     assert networks == {network.name for network in passes_by_model(cells)}
     page = (tmp_path / "report.html").read_text()

@@ -108,7 +108,8 @@ def _scores(
         if cell.substitute is not None:
             with claimed(_claim(out, cell.substitute), wait=True):
                 substitute = _train(out, cell.substitute)
-                others.append(replay(attack, substitute, images, device=device))
+                name = cell.substitute.name
+                others.append(replay(attack, substitute, images, device=device, source=name))
         elif cell.unaware:
             others.append(Unaware(attack))
         else:
