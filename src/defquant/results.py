@@ -16,6 +16,7 @@ from defquant.errors import UserError
 from defquant.files import append_line
 
 __all__ = [
+    "MASKED",
     "Cell",
     "Measurement",
     "Score",
@@ -25,6 +26,9 @@ __all__ = [
     "read_jsonl",
     "run_name",
 ]
+
+
+MASKED = 0.01  # share of vanishing gradients above which a robust accuracy proves nothing
 
 
 @dataclass(frozen=True)

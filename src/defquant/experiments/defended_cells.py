@@ -5,7 +5,7 @@ from typing import Any
 
 from defquant.experiments.cells import Cell, Network
 from defquant.experiments.scales import Scale
-from defquant.experiments.standard import attacked, clean, hard
+from defquant.experiments.standard import SUBSTITUTE_SEED, attacked, clean, hard
 
 __all__ = [
     "Defended", "detector_cells", "row_cells", "table2_cells", "table3_cells", "table_cells",
@@ -68,7 +68,7 @@ def _network(
 def table_substitute(scale: Scale, table: int) -> Network:
     """A full-precision VGG of other seed on the table's images."""
     train, data = (scale.svhn_train, scale.svhn) if table == 2 else (scale.train, scale.data)
-    return scale.network(scale.vgg, seed=1000, train=train, data=data)
+    return scale.network(scale.vgg, seed=SUBSTITUTE_SEED, train=train, data=data)
 
 
 def row_cells(scale: Scale, table: int, row: Defended) -> list[Cell]:

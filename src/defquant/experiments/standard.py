@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from defquant.experiments.cells import Cell, Network
 from defquant.experiments.scales import Scale
 
-__all__ = ["attacked", "clean", "dq", "hard", "substitute", "vanilla"]
+__all__ = ["SUBSTITUTE_SEED", "attacked", "clean", "dq", "hard", "substitute", "vanilla"]
 
 ONE_STEP = ("clean", "random", "fgsm", "rfgsm")
 SUBSTITUTE_SEED = 1000  # no seed of the networks that are attacked through it

@@ -7,6 +7,7 @@ from defquant.experiments.cells import Cell
 from defquant.experiments.scales import Scale
 from defquant.experiments.section import Number
 from defquant.experiments.store import Results
+from defquant.results import MASKED
 
 __all__ = [
     "CLEARLY",
@@ -208,7 +209,7 @@ def blind(numbers: Iterable[tuple[str, Number]]) -> str:
     """A sentence on networks whose gradients vanish; empty where none do."""
     found: dict[str, float] = {}
     for name, entry in numbers:
-        if entry.vanishing > 0.01:
+        if entry.vanishing > MASKED:
             found[name] = max(found.get(name, 0.0), entry.vanishing)
     if not found:
         return ""

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from defquant.experiments.words import percent, signed
 from defquant.results import Cell
 
 __all__ = [
@@ -125,17 +126,6 @@ def eps_number(eps: float) -> str:
     """`8` for 8/255, `0.5` for 0.5/255; a stored radius may be rounded in its fourth digit."""
     scaled = 255 * eps
     return f"{round(scaled)}" if abs(scaled - round(scaled)) < 0.02 else f"{scaled:.3g}"
-
-
-def percent(fraction: float) -> str:
-    """`39.2%`."""
-    return f"{100 * fraction:.1f}%"
-
-
-def signed(points: float) -> str:
-    """A difference of accuracies in points: `+1.4`, `−9.1`."""
-    text = f"{100 * points:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 
 def distinct(items: Iterable[T]) -> list[T]:

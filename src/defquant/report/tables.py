@@ -19,7 +19,7 @@ from defquant.report.names import (
     signed,
     visible,
 )
-from defquant.results import Cell, Measurement, aggregate
+from defquant.results import MASKED, Cell, Measurement, aggregate
 
 __all__ = [
     "BLIND", "Row", "band", "chosen", "columns", "footnotes", "is_blind", "markdown_table",
@@ -168,7 +168,7 @@ def uncertainty(cell: Cell) -> str:
 
 def is_blind(cell: Cell) -> bool:
     """Whether gradients vanish on over 1 % of the images, so that the score overstates."""
-    return cell.vanishing > 0.01 and cell.attack != "clean" and not cell.attack.endswith("(B)")
+    return cell.vanishing > MASKED and cell.attack != "clean" and not cell.attack.endswith("(B)")
 
 
 def footnotes(rows: Iterable[Row]) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from defquant.experiments.section import Entry, Line, Number, Panel, Section, Table
 from defquant.report.names import signed
 from defquant.report.tables import BLIND
+from defquant.results import MASKED
 
 __all__ = [
     "EVIDENCE", "NOTHING", "Fact", "Grid", "axis", "evidence_texts", "gap_text", "grids",
@@ -17,7 +18,6 @@ __all__ = [
 
 NOTHING = "–"
 EVIDENCE = ("Mean", "±", "95% interval", "Seeds", "Images", "Paper", "Gap")
-MASKED = 0.01
 PRECISION = re.compile(r"(full|fp|float)\b.*|[1-8]([ -]?bits?)?", re.IGNORECASE)
 
 

@@ -9,11 +9,9 @@ from defquant.experiments.claims.contrasts import Sample, Spread, accuracy, pool
 from defquant.experiments.scales import Scale
 from defquant.experiments.store import Results
 from defquant.experiments.words import UNTRAINED, bits_text
-from defquant.results import Measurement
+from defquant.results import MASKED, Measurement
 
 __all__ = ["Evidence", "Row", "evidence_of", "stratum"]
-
-MASKED = 0.01  # share of vanishing gradients above which the report marks an accuracy, too
 
 Row = tuple[Cell, ...]
 """Cells that differ in their seed alone."""
