@@ -1,7 +1,7 @@
 # make demo: the main job.  make test: the tests.  Both set everything up themselves.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := src tests benchmarks
+SOURCES := src tests benchmarks examples
 
 .PHONY: setup setup-dev demo test test-slow lint format types bench docs check smoke clean
 

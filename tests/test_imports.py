@@ -7,10 +7,10 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "defquant"
 ORDER = (
-    "errors", "files", "config", "results", "quantize", "lipschitz", "data", "models", "attacks",
-    "defenses", "progress", "distributed", "evaluate", "diagnose", "monitor", "training_state",
-    "training", "checkpoint", "runs", "replay", "measure", "detection", "experiments", "report",
-    "commands", "flags", "cli", "__main__",
+    "errors", "files", "config", "results", "quantize", "weights", "lipschitz", "data", "models",
+    "attacks", "defenses", "progress", "distributed", "evaluate", "deploy", "diagnose",
+    "monitor", "training_state", "training", "checkpoint", "runs", "replay", "measure",
+    "detection", "shipping", "experiments", "report", "commands", "flags", "cli", "__main__",
 )  # fmt: skip
 TORCHLESS = ("flags", "errors", "files", "config", "results", "report", "cli", "commands")
 

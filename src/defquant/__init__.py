@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from defquant.config import TrainConfig as TrainConfig
     from defquant.data import Dataset as Dataset
     from defquant.data import load as load
+    from defquant.deploy.export import export_onnx as export_onnx
+    from defquant.deploy.parity import parity as parity
     from defquant.errors import DefquantWarning as DefquantWarning
     from defquant.errors import UserError as UserError
     from defquant.evaluate import accuracy as accuracy
@@ -45,6 +47,8 @@ _HOMES = {
     "checkpoint": ("load_model",),
     "config": ("DataConfig", "ModelConfig", "TrainConfig"),
     "data": ("Dataset", "load"),
+    "deploy.export": ("export_onnx",),
+    "deploy.parity": ("parity",),
     "errors": ("DefquantWarning", "UserError"),
     "evaluate": ("accuracy", "robust_accuracy", "sweep"),
     "lipschitz": ("ConvexSum", "OrthogonalPenalty", "project_simplex_"),

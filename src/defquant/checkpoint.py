@@ -52,7 +52,8 @@ class Facts:
     def method(self) -> str:
         """`float`, `vanilla` (quantised) or `DQ` (convex sums or penalty), then what is unusual.
 
-        Then what is added to it: `+ squeezing`, `+ RFGSM` (adversarial training). Networks of one
+        Then what is added to it: `+ squeezing`, `+ W8` (weights of 8 bits), `+ deployable`,
+        `+ RFGSM` (adversarial training). Networks of one
         method differ in bits, beta and seed alone.
         """
         model, train = self.model, self.train
@@ -71,6 +72,10 @@ class Facts:
         if model.squeeze is not None:
             depth = "" if model.squeeze == 5 else f" {model.squeeze}-bit"
             parts.append(f"squeezing{depth}")
+        if model.weight_bits is not None:
+            parts.append(f"W{model.weight_bits}")
+        if model.deployable:
+            parts.append("deployable")
         if train.attack != "none":
             parts.append(train.attack.upper())
         return " + ".join(parts)

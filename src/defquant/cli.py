@@ -20,7 +20,7 @@ __all__ = ["eps", "main"]
 
 _SWITCHES = (
     "augment", "nesterov", "amp", "channels_last", "convex", "resume", "json", "smoke", "unaware",
-    "detector", "list", "dry_run", "render_only",
+    "detector", "list", "dry_run", "render_only", "deployable", "allow_float",
 )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def _parse(verb: str, flags: list[str]) -> Namespace | None:
         if stop.code:
             raise UserError(f"bad flags: see `defquant {verb} --help`") from None
         return None
-    if verb == "attack":
+    if verb in ("attack", "export"):
         settings.eps = [eps(text) for text in settings.eps]
     if verb == "train":
         settings.attack_sigma = eps(settings.attack_sigma)

@@ -54,6 +54,11 @@ class ModelConfig:
         high: upper end of the activation range [0, high] (ReLU6: 6, ReLU1: 1).
         convex: residual sums as learned convex combinations (Parseval, section 4 of the paper).
         activation: `relu` (ReLU6 and its linear quantiser) or `tanh` (Rakin et al. 2018).
+        weight_bits: weights of 8, 4 or 2 bits, per channel and symmetric (ours; the paper's are
+            float, none). The first layer has 7, and so have all with 8 at 8 activation bits, lest
+            products of codes saturate; the last layer has 8.
+        deployable: round to 8 bits, in training too, what convolutions add to the residual stream,
+            so that every convolution can run in integers.
         squeeze: feature squeezing in front of the network, in training and in test: colours of
             so many bits, then a 2x2 median (the paper takes 5 bits); none for no squeezing.
     """
@@ -63,11 +68,17 @@ class ModelConfig:
     high: float = 6.0
     convex: bool = False
     activation: Activation = "relu"
+    weight_bits: int | None = None
+    deployable: bool = False
     squeeze: int | None = None
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
         check_bits(self.squeeze, "squeeze", "no squeezing")
+        _require(
+            self.weight_bits in (None, 2, 4, 8),
+            f"weight_bits must be 8, 4 or 2, or none for float weights; found {self.weight_bits!r}",
+        )
         _require(self.high > 0, f"high must be positive; found {self.high:g}")
 
 

@@ -14,6 +14,8 @@ VERBS = {
     "demo": "the main job, small: train, attack and report on handwritten digits",
     "train": "train a network: float, vanilla-quantised, defensive or adversarial",
     "attack": "measure clean and robust accuracy of trained runs",
+    "export": "write a trained run as an integer ONNX model, checked, attacked and priced",
+    "verify": "check that an exported file computes what its run was trained to",
     "reproduce": "make the paper's tables and figures again, at a size of your choice",
     "report": "make one self-contained HTML page of a folder of runs",
     "data": "download and check a data set",
@@ -93,6 +95,46 @@ def _attack_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--json", type=bool, default=False, help="JSON lines instead of a table")
 
 
+def _export_flags(parser: ArgumentParser) -> None:
+    _verify_flags(parser)
+    parser.add_argument(
+        "--weight_bits", type=Literal[8, 4, 2], default=8,
+        help="of the weights, where the run was trained with float ones",
+    )  # fmt: skip
+    parser.add_argument(
+        "--input", type=Literal["float", "uint8"], default="float",
+        help="what the file takes: images in [0, 1], or pixels",
+    )  # fmt: skip
+    parser.add_argument(
+        "--attack", nargs="+", type=str, default=["fgsm", "pgd-20"],
+        help="attacks whose images are made on the trained network and shown to both; as in attack",
+    )  # fmt: skip
+    parser.add_argument(
+        "--eps", nargs="+", type=str | float, default=["2/255", "8/255"], help="as 8/255"
+    )
+    parser.add_argument("--attacked", type=int, default=1000, help="first so many images for them")
+    parser.add_argument(
+        "--queries", type=int, default=500,
+        help="of the random search (Square) on the file itself; 0 for none",
+    )  # fmt: skip
+    parser.add_argument("--few", type=int, default=200, help="first so many images for it")
+    parser.add_argument("--seed", type=int, default=0, help="of the attacks' draws")
+    parser.add_argument("--repeats", type=int, default=30, help="rounds of timing; 0 for none")
+    parser.add_argument("--threads", type=int, default=2, help="of each engine while it is timed")
+
+
+def _verify_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=str, help="folder of the run")
+    parser.add_argument("model", type=str, help="the ONNX file; its card lies beside it as .json")
+    parser.add_argument("--images", type=int | None, default=None, help="first so many test images")
+    parser.add_argument(
+        "--allow_float", type=bool, default=False,
+        help="accept a file of which some convolutions run in float",
+    )  # fmt: skip
+    parser.add_argument("--data_root", type=str | None, default=None, help="if the data moved")
+    parser.add_argument("--json", type=bool, default=False, help="the card as a JSON line")
+
+
 def _reproduce_flags(parser: ArgumentParser) -> None:
     parser.add_argument(
         "names", nargs="*", type=str, help="fig1 fig3 fig5 fig6 fig7 table1 ... table6, or all"
@@ -150,6 +192,8 @@ _FLAGS: dict[str, Callable[[ArgumentParser], None]] = {
     "train": _train_flags,
     "attack": _attack_flags,
     "report": _report_flags,
+    "export": _export_flags,
+    "verify": _verify_flags,
     "reproduce": _reproduce_flags,
     "data": _data_flags,
 }

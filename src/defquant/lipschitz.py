@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from defquant.errors import UserError
+from defquant.weights import effective_weight
 
 __all__ = [
     "ConvexSum",
@@ -27,7 +28,8 @@ class OrthogonalPenalty:
 
     A `Conv2d` weight is read as c_out x (c_in/groups k k); batch norms, biases and convex
     coefficients are left out. Each group of a grouped convolution is a matrix of its own, so that a
-    depthwise one is penalised channel by channel. A weight that layers share counts once.
+    depthwise one is penalised channel by channel. A weight that layers share counts once. Of a
+    layer with `weight_bits` it is the quantised weight, straight-through.
 
     W (n x m) with n < m cannot satisfy W'W = I. As ||W'W - I||^2 = ||WW' - I||^2 + (m - n), with
     the same gradient 2 beta (WW' - I) W, the smaller Gram is used, and this reduced value, whose
@@ -182,7 +184,7 @@ def conv_spectral_norm(
     Stride, padding (any mode), dilation and groups are the layer's: this is its true Lipschitz
     constant, up to 3 for an orthonormal 3x3 kernel matrix. Computed as `spectral_norm`.
     """
-    W, size = _full(conv.weight.detach()), (1, conv.in_channels, *input_size)
+    W, size = _full(effective_weight(conv).detach()), (1, conv.in_channels, *input_size)
     return _operator_norm(lambda x: conv._conv_forward(x, W, None), size, W, iterations, tolerance)
 
 
@@ -206,7 +208,7 @@ def _operator_norm(
 
 def _matrices(layer: nn.Conv2d | nn.Linear) -> Tensor:
     """The layer's weight as (groups, rows, columns), a view where it can be."""
-    weight, groups = layer.weight, getattr(layer, "groups", 1)
+    weight, groups = effective_weight(layer), getattr(layer, "groups", 1)
     if _channels_last(weight):  # no Gram knows the order of the columns, and this one is a view
         weight = weight.permute(0, 2, 3, 1)
     return _full(weight.reshape(groups, len(weight) // groups, -1))

@@ -1,4 +1,4 @@
-"""Numbers onto a grid: linear ReLU6 activation quantisation and its straight-through gradient."""
+"""Activations onto a grid, and the straight-through gradient; weights are in `weights.py`."""
 
 import math
 from typing import Any
@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from defquant.config import Activation, check_bits
 from defquant.errors import UserError
 
-__all__ = ["QuantReLU", "QuantTanh", "Quantizer", "activation", "fake_quantize", "set_bits"]
+__all__ = [
+    "QuantBranch", "QuantReLU", "QuantTanh", "Quantizer", "Rounded", "activation", "fake_quantize",
+    "set_bits",
+]  # fmt: skip
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -108,6 +111,52 @@ class QuantTanh(Quantizer):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}"
+
+
+class Rounded(torch.autograd.Function):
+    """`rounded` forward, the gradient of the identity backward, zeroed where `inside` is 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor, inside: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inside)
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None, None]:
+        (inside,) = ctx.saved_tensors
+        return grad[0] if inside is None else grad[0] * inside.to(grad[0].dtype), None, None
+
+
+class QuantBranch(nn.Module):
+    r"""A signed 8-bit grid for the output of a convolution that enters a residual stream.
+
+    Q(x) = s · clamp(round(x / s), -128, 127),  s = peak / 127; straight-through inside the range,
+    no gradient outside it. With it every convolution ends in integers and runs in integers when
+    deployed (uint8 codes with zero point 128). `peak`, a buffer, is a moving average of the
+    batches' max|x|, taken in training mode; 0 before the first batch, when x passes unrounded.
+    """
+
+    MOMENTUM = 0.1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak: Tensor
+        self.register_buffer("peak", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        if self.training:
+            with torch.no_grad():
+                now = torch.linalg.vector_norm(x, math.inf).to(self.peak)
+                first = self.peak == 0
+                self.peak.copy_(torch.where(first, now, torch.lerp(self.peak, now, self.MOMENTUM)))
+        with torch.no_grad():
+            step = self.peak.to(x.dtype) / 127
+            codes = x.div(step).round_()
+            inside = (codes >= -128) & (codes <= 127)
+            rounded = torch.where(step > 0, codes.clamp_(-128, 127).mul_(step), x)
+            inside |= step == 0
+        return Rounded.apply(x, rounded, inside)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def activation(kind: Activation, bits: int | None, high: float) -> Quantizer:

@@ -11,6 +11,7 @@ from defquant.attacks import FGSM, PGD, RFGSM, Attack, RandomEps
 from defquant.attacks.gradient import FirstOrder
 from defquant.config import TrainConfig
 from defquant.data import Dataset, batches, num_batches
+from defquant.deploy.calibrate import snap_biases_
 from defquant.distributed import pick_device, sum_over, workers
 from defquant.evaluate import accuracy
 from defquant.lipschitz import project_simplex_
@@ -71,7 +72,8 @@ def train(
 
     Adversarial training is watched (`monitor`): each record gains `monitor_fgsm` and `monitor_pgd`,
     which the weights do not depend on, and a `DefquantWarning` says where one-step attacks stop
-    to tell the truth (`collapsed`).
+    to tell the truth (`collapsed`). At the end of training with quantised weights the biases move
+    onto the grid of the deployed network (`snap_biases_`).
 
     Args:
         model: maps images in [0, 1] to logits.
@@ -102,6 +104,8 @@ def train(
         with TrainingProgress(label, total, done, show=show and me.leads) as progress:
             for epoch in range(len(history), config.epochs):
                 record = _epoch(state, epoch, steps, progress)
+                if epoch + 1 == config.epochs:
+                    snap_biases_(model, data.shape)
                 if eps is not None and me.leads:
                     rows = max(64, config.batch_size // me.world)  # what fits in training fits here
                     record |= monitor(model, state.data, eps, batch_size=rows)

@@ -62,6 +62,11 @@ class Dataset:
     def in_channels(self) -> int:
         return self.images.shape[1]
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one image, (c, h, w)."""
+        return self.images.shape[1], self.images.shape[2], self.images.shape[3]
+
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits of SHA-256 over shape, images and labels; the same on every device."""

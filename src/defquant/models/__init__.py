@@ -39,7 +39,8 @@ def _network(config: ModelConfig, num_classes: int, in_channels: int, seed: int)
     wrn, depth, width, name, scale = match.groups()
     options = {
         "bits": config.bits, "high": config.high, "convex": config.convex,
-        "activation": config.activation, "num_classes": num_classes, "in_channels": in_channels,
+        "activation": config.activation, "weight_bits": config.weight_bits,
+        "deployable": config.deployable, "num_classes": num_classes, "in_channels": in_channels,
     }  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -3,16 +3,7 @@
 from torch import Tensor, nn
 
 from defquant.config import Activation
-from defquant.models.blocks import (
-    Classifier,
-    FirstConv,
-    MakeActivation,
-    conv3x3,
-    initialize,
-    join,
-    scaled,
-)
-from defquant.quantize import activation as make_activation
+from defquant.models.blocks import Parts, initialize, scaled
 
 __all__ = ["ResNet", "resnet18"]
 
@@ -20,42 +11,40 @@ __all__ = ["ResNet", "resnet18"]
 class _Block(nn.Module):
     """conv -> BN -> act -> conv -> BN, joined with the input, then act (post-activation)."""
 
-    def __init__(
-        self, c_in: int, c_out: int, stride: int, act: MakeActivation, convex: bool
-    ) -> None:
+    def __init__(self, parts: Parts, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
-        self.conv1, self.bn1, self.act1 = conv3x3(c_in, c_out, stride), nn.BatchNorm2d(c_out), act()
-        self.conv2, self.bn2, self.act2 = conv3x3(c_out, c_out), nn.BatchNorm2d(c_out), act()
+        self.conv1 = parts.conv(c_in, c_out, stride=stride)
+        self.bn1, self.act1 = nn.BatchNorm2d(c_out), parts.act()
+        self.conv2, self.bn2 = parts.conv(c_out, c_out), nn.BatchNorm2d(c_out)
+        self.out, self.act2 = parts.output(), parts.act()
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or c_in != c_out:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(c_in, c_out, 1, stride=stride, bias=False), nn.BatchNorm2d(c_out)
+                parts.conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out), parts.output()
             )
-        self.join = join(convex)
+        self.join = parts.join()
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
+        branch = self.out(self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x))))))
         return self.act2(self.join(self.shortcut(x), branch))  # type: ignore[no-any-return]
 
 
 class ResNet(nn.Module):
     """See `resnet18`."""
 
-    def __init__(
-        self, act: MakeActivation, convex: bool, num_classes: int, in_channels: int, width: float
-    ) -> None:
+    def __init__(self, parts: Parts, num_classes: int, in_channels: int, width: float) -> None:
         super().__init__()
         c_in = scaled(64, width)
-        self.stem = nn.Sequential(FirstConv(in_channels, c_in), nn.BatchNorm2d(c_in), act())
+        self.stem = nn.Sequential(parts.first(in_channels, c_in), nn.BatchNorm2d(c_in), parts.act())
         blocks: list[nn.Module] = []
         for group in range(4):
             c_out = scaled(64, width) * 2**group
             for index in range(2):
                 stride = 2 if group > 0 and index == 0 else 1
-                blocks.append(_Block(c_in, c_out, stride, act, convex))
+                blocks.append(_Block(parts, c_in, c_out, stride))
                 c_in = c_out
         self.blocks = nn.Sequential(*blocks)
-        self.classifier = Classifier(c_in, num_classes)
+        self.classifier = parts.classifier(c_in, num_classes)
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,6 +57,8 @@ def resnet18(
     high: float = 6.0,
     convex: bool = False,
     activation: Activation = "relu",
+    weight_bits: int | None = None,
+    deployable: bool = False,
     num_classes: int = 10,
     in_channels: int = 3,
     width: float = 1.0,
@@ -77,5 +68,5 @@ def resnet18(
     The residual sum enters the next block's activation, so the stream is quantised after each
     sum. Arguments as in `wide_resnet`; `width` scales all channels, to multiples of 8.
     """
-    act: MakeActivation = lambda: make_activation(activation, bits, high)  # noqa: E731
-    return ResNet(act, convex, num_classes, in_channels, width)
+    parts = Parts(bits, high, convex, activation, weight_bits, deployable)
+    return ResNet(parts, num_classes, in_channels, width)

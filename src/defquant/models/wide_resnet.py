@@ -4,15 +4,7 @@ from torch import Tensor, nn
 
 from defquant.config import Activation
 from defquant.errors import UserError
-from defquant.models.blocks import (
-    Classifier,
-    FirstConv,
-    MakeActivation,
-    conv3x3,
-    initialize,
-    join,
-)
-from defquant.quantize import activation as make_activation
+from defquant.models.blocks import Parts, initialize
 
 __all__ = ["WideResNet", "wide_resnet"]
 
@@ -23,22 +15,23 @@ class _Block(nn.Module):
     Where the shape changes, the shortcut is a 1x1 convolution of the first (quantised) activation.
     """
 
-    def __init__(
-        self, c_in: int, c_out: int, stride: int, act: MakeActivation, convex: bool
-    ) -> None:
+    def __init__(self, parts: Parts, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
-        self.bn1, self.act1 = nn.BatchNorm2d(c_in), act()
-        self.conv1 = conv3x3(c_in, c_out, stride)
-        self.bn2, self.act2 = nn.BatchNorm2d(c_out), act()
-        self.conv2 = conv3x3(c_out, c_out)
+        self.bn1, self.act1 = nn.BatchNorm2d(c_in), parts.act()
+        self.conv1 = parts.conv(c_in, c_out, stride=stride)
+        self.bn2, self.act2 = nn.BatchNorm2d(c_out), parts.act()
+        self.conv2, self.out = parts.conv(c_out, c_out), parts.output()
         reshapes = stride != 1 or c_in != c_out
-        self.shortcut = nn.Conv2d(c_in, c_out, 1, stride=stride, bias=False) if reshapes else None
-        self.join = join(convex)
+        self.shortcut = parts.conv(c_in, c_out, 1, stride) if reshapes else None
+        self.shortcut_out = parts.output() if reshapes else None
+        self.join = parts.join()
 
     def forward(self, x: Tensor) -> Tensor:
         active = self.act1(self.bn1(x))
-        branch = self.conv2(self.act2(self.bn2(self.conv1(active))))
-        return self.join(x if self.shortcut is None else self.shortcut(active), branch)  # type: ignore[no-any-return]
+        branch = self.out(self.conv2(self.act2(self.bn2(self.conv1(active)))))
+        if self.shortcut is not None and self.shortcut_out is not None:
+            x = self.shortcut_out(self.shortcut(active))
+        return self.join(x, branch)  # type: ignore[no-any-return]
 
 
 class WideResNet(nn.Module):
@@ -46,10 +39,9 @@ class WideResNet(nn.Module):
 
     def __init__(
         self,
+        parts: Parts,
         depth: int,
         width: int,
-        act: MakeActivation,
-        convex: bool,
         num_classes: int,
         in_channels: int,
     ) -> None:
@@ -62,19 +54,20 @@ class WideResNet(nn.Module):
             raise UserError(f"a Wide ResNet's width must be 1 or more; found {width}")
         blocks: list[nn.Module] = []
         c_in = 16
-        self.stem = FirstConv(in_channels, c_in)
+        self.stem, self.stem_out = parts.first(in_channels, c_in), parts.output()
         for group, c_out in enumerate((16 * width, 32 * width, 64 * width)):
             for index in range((depth - 4) // 6):
                 stride = 2 if group > 0 and index == 0 else 1
-                blocks.append(_Block(c_in, c_out, stride, act, convex))
+                blocks.append(_Block(parts, c_in, c_out, stride))
                 c_in = c_out
         self.blocks = nn.Sequential(*blocks)
-        self.bn, self.act = nn.BatchNorm2d(c_in), act()
-        self.classifier = Classifier(c_in, num_classes)
+        self.bn, self.act = nn.BatchNorm2d(c_in), parts.act()
+        self.classifier = parts.classifier(c_in, num_classes)
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.act(self.bn(self.blocks(self.stem(x)))))  # type: ignore[no-any-return]
+        stream = self.blocks(self.stem_out(self.stem(x)))
+        return self.classifier(self.act(self.bn(stream)))  # type: ignore[no-any-return]
 
 
 def wide_resnet(
@@ -85,6 +78,8 @@ def wide_resnet(
     high: float = 6.0,
     convex: bool = False,
     activation: Activation = "relu",
+    weight_bits: int | None = None,
+    deployable: bool = False,
     num_classes: int = 10,
     in_channels: int = 3,
 ) -> WideResNet:
@@ -100,13 +95,13 @@ def wide_resnet(
         high: activation range [0, high].
         convex: residual sums as learned convex combinations.
         activation: `relu` or `tanh`.
+        weight_bits: 8, 4 or 2, or None for float weights; see `ModelConfig`.
+        deployable: a `QuantBranch` behind the stem, each branch and each 1x1 shortcut.
         num_classes: outputs.
         in_channels: of the images.
 
     Raises:
         UserError: a depth that is not 6n + 4, or bits outside 1 to 8.
     """
-    return WideResNet(
-        depth, width, lambda: make_activation(activation, bits, high), convex, num_classes,
-        in_channels,
-    )  # fmt: skip
+    parts = Parts(bits, high, convex, activation, weight_bits, deployable)
+    return WideResNet(parts, depth, width, num_classes, in_channels)

@@ -11,7 +11,8 @@ from markupsafe import Markup
 from defquant.experiments.section import Section, Verdict
 from defquant.files import write_bytes
 from defquant.report import claims as answers
-from defquant.report import figures, multiples_svg, strips, tables
+from defquant.report import deployed_page, figures, multiples_svg, strips, tables
+from defquant.report.deployed import read_deployed
 from defquant.report.evidence import evidence, training
 from defquant.report.groups import MANY, group_of
 from defquant.report.names import distinct, eps_text, is_validation, percent, series_of, signed
@@ -35,14 +36,22 @@ def build_report(
 
     The page begins with the `verdicts` on the paper's claims and the `sections`, where there are
     any. Then it holds the summary (the paper's Table 1), accuracy over eps and over bits, example
-    pictures, training curves and the settings; it is one file without anything to load.
-    Raises `UserError` when the folder holds no results and there are no sections or verdicts.
+    pictures, training curves, the models that were exported and the settings; it is one file
+    without anything to load.
+    Raises `UserError` when the folder holds no results and no exported models, and there are no
+    sections or verdicts.
     """
     folder, out = Path(folder), Path(out)
-    alone = not (sections or verdicts)
+    shipped, broken = read_deployed(folder)
+    alone = not (sections or verdicts or shipped)
     measurements = read_folder(folder) if alone or _has_results(folder) else []
     check_types(measurements)
     context = _measured(folder, measurements) | _paper(sections, verdicts)
+    context["notes"] += broken
+    context["deployed"] = deployed_page.section(shipped) if shipped else None
+    if shipped and not measurements:
+        context["title"] = "Deployed integer models"
+        context["lede"] = "What ships beside what was trained: accuracy under attack, and cost."
     if title or sections or verdicts:
         context["title"] = title or "Defensive Quantization, measured again"
     if sections or verdicts:

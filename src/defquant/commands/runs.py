@@ -1,22 +1,21 @@
-"""What each verb does: settings in, files and rows out, exit status back."""
+"""Verbs that make and measure runs: train, attack."""
 
 import json
-import sys
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
+from defquant.commands.rows import print_measurements
 from defquant.config import DataConfig, ModelConfig, TrainConfig, from_mapping
 from defquant.errors import UserError
-from defquant.results import Measurement, read_folder
 
 if TYPE_CHECKING:
     from defquant.checkpoint import Facts
 
-__all__ = ["attack", "data", "demo", "report", "reproduce", "train"]
+__all__ = ["attack", "train"]
 
 
 def train(settings: Namespace) -> int:
@@ -87,7 +86,7 @@ def attack(settings: Namespace) -> int:
             run, model, facts, images, attacks, black_box=[*unaware, *black_box], **how
         )
         width = max(12, *(len(a.name) for a in unaware)) if unaware else 12
-        _print_measurements(measurements, as_json=settings.json, width=width)
+        print_measurements(measurements, as_json=settings.json, width=width)
         if settings.detector:
             train = test_images(facts, settings.data_root, split="train")
             clean = train.first(min(len(train), CALIBRATION))
@@ -101,73 +100,6 @@ def attack(settings: Namespace) -> int:
         print(run / "results.jsonl")
         if settings.detector:
             print(run / "detector.json")
-    return 0
-
-
-def report(settings: Namespace) -> int:
-    """`defquant report`: the page, and the summary on stdout."""
-    from defquant.report import build_report, markdown_table, plot_curves
-
-    folder = Path(settings.folder)
-    measurements = read_folder(folder)
-    page = build_report(folder, Path(settings.out))
-    if settings.markdown:
-        from defquant.files import write_bytes
-
-        write_bytes(Path(settings.markdown), markdown_table(measurements).encode())
-    if settings.figure:
-        plot_curves(measurements, Path(settings.figure))
-    _print_summary(measurements, as_json=settings.json)
-    print(page)
-    return 0
-
-
-def demo(settings: Namespace) -> int:
-    """`defquant demo`: train, attack, report on digits."""
-    from defquant.experiments.demo import run_demo
-    from defquant.report import build_report
-
-    if settings.seeds < 1:
-        raise UserError(f"--seeds must be 1 or more; found {settings.seeds}")
-    out = Path(settings.out)
-    run_demo(out, seeds=settings.seeds, smoke=settings.smoke)
-    page = build_report(out, out / "report.html")
-    _print_summary(read_folder(out), as_json=settings.json)
-    print(page)
-    return 0
-
-
-def reproduce(settings: Namespace) -> int:
-    """`defquant reproduce`: tables and figures of the paper; what is missing is made first."""
-    from defquant.experiments import reproduction
-
-    if settings.list:
-        reproduction.print_list()
-        return 0
-    scale = reproduction.scale_of(
-        settings.preset, settings.data_root, settings.svhn_root, settings.device
-    )
-    names = reproduction.names_of(settings.names, scale)
-    out = Path(settings.out or f"runs/{scale.name}")
-    if settings.jobs is not None and settings.jobs < 1:
-        raise UserError(f"--jobs must be 1 or more; found {settings.jobs}")
-    if settings.dry_run:
-        reproduction.print_plan(names, scale, out, settings.jobs)
-        return 0
-    failed: list[str] = []
-    if not settings.render_only:
-        failed = reproduction.make(names, scale, out, settings.jobs, settings.workers)
-    print(reproduction.show(names, scale, out, as_json=settings.json))
-    return 1 if failed else 0
-
-
-def data(settings: Namespace) -> int:
-    """`defquant data fetch NAME`: download, check, unpack."""
-    if settings.action != "fetch":
-        raise UserError(f"unknown action {settings.action!r}: use `defquant data fetch NAME`")
-    from defquant.data import fetch
-
-    print(fetch(settings.name, Path(settings.data_root)))
     return 0
 
 
@@ -188,17 +120,6 @@ def _check_squeezed(facts: "Facts", run: Path) -> None:
         )
 
 
-def _print_measurements(
-    measurements: Iterable[Measurement], *, as_json: bool, width: int = 12
-) -> None:
-    for m in measurements:
-        if as_json:
-            print(json.dumps(_record(m)), flush=True)
-        else:
-            eps = f"{m.eps * 255:.4g}/255" if m.eps else ""
-            print(f"{m.run:24} {m.attack:{width}} {eps:>8}  {m.score}", flush=True)
-
-
 def _print_detections(records: Iterable[dict[str, Any]], *, as_json: bool, width: int) -> None:
     for r in records:
         if as_json:
@@ -214,20 +135,3 @@ def _print_detections(records: Iterable[dict[str, Any]], *, as_json: bool, width
 def _share(part: int, whole: int) -> str:
     """`3/40 (7.5%)`."""
     return f"{part}/{whole} ({part / whole:.1%})" if whole else "0/0"
-
-
-def _print_summary(measurements: list[Measurement], *, as_json: bool) -> None:
-    if as_json:
-        _print_measurements(measurements, as_json=True)
-        return
-    from rich.console import Console
-
-    from defquant.report import text_table
-
-    # a pipe has no width: print it as wide as it needs
-    Console(width=None if sys.stdout.isatty() else 160).print(text_table(measurements))
-
-
-def _record(m: Measurement) -> dict[str, Any]:
-    low, high = m.score.interval
-    return asdict(m) | {"accuracy": m.score.accuracy, "low": low, "high": high}

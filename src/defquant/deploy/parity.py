@@ -1,0 +1,177 @@
+"""Does the file compute what was trained? Code for code, and in its answers."""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from defquant.attacks.base import untouched
+from defquant.data import Dataset, to_unit
+from defquant.deploy.program import Program
+from defquant.deploy.reference import rounded, run, steps, value
+from defquant.deploy.runtime import OnnxModel, integer_convolutions, tensors
+from defquant.results import Score
+
+__all__ = ["AGREEMENT", "FLIPPED", "Parity", "parity"]
+
+AGREEMENT = 0.995
+"""Lowest share of images to which file and network give the same answer."""
+FLIPPED = 0.01
+"""Highest share of activation codes that differ from the network's."""
+TIE = 1e-3
+"""Distance from a tie, in steps, within which two orders of rounding may disagree."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the file is from the network, and onnxruntime from the integer reference.
+
+    Attributes:
+        convolutions: in integers, and all, of the graph that onnxruntime made of the file.
+        agreement: images with the same top class in the file and in the network.
+        flipped: share of the network's activation codes that the integer reference has otherwise.
+        logit_error: largest difference of a logit, over the standard deviation of the logits.
+        mismatches: codes of onnxruntime that the reference, given the same inputs, does not round
+            to, ties aside; 0 or something is wrong.
+        unoptimised: `agreement` of onnxruntime without graph optimisations.
+        openvino: `agreement` of OpenVINO, a second engine; None where it is not installed or
+            refuses the file.
+    """
+
+    convolutions: tuple[int, int]
+    agreement: Score
+    flipped: float
+    logit_error: float
+    mismatches: int
+    unoptimised: Score
+    openvino: Score | None
+
+    @property
+    def faults(self) -> dict[str, str]:
+        """The bounds that are broken, each by its name with a line that says so."""
+        integer, convolutions = self.convolutions
+        floats = f"{convolutions - integer} of {convolutions} convolutions run in float"
+        agreement = f"top-1 agreement {self.agreement} is below {AGREEMENT:.1%}"
+        flipped = f"{self.flipped:.2%} of the activation codes differ, more than {FLIPPED:.1%}"
+        reference = f"{self.mismatches} codes are not those of the integer reference"
+        checks = {
+            "float": (integer < convolutions, floats),
+            "agreement": (self.agreement.accuracy < AGREEMENT, agreement),
+            "flipped": (self.flipped > FLIPPED, flipped),
+            "reference": (self.mismatches > 0, reference),
+        }
+        return {name: line for name, (broken, line) in checks.items() if broken}
+
+
+def parity(
+    model: nn.Module,
+    program: Program,
+    file: onnx.ModelProto,
+    images: Dataset,
+    *,
+    deep: int = 128,
+    batch_size: int = 256,
+) -> Parity:
+    """Compare the trained `model`, its `program` and the exported `file` on `images`.
+
+    Answers are compared on all images; codes, and the slower engines, on the first `deep` of them.
+    """
+    some = to_unit(images.images[:deep]).cpu()
+    trained = _logits(model, images.images, batch_size)
+    shipped = _logits(OnnxModel(file), images.images, batch_size)
+    plain = _logits(OnnxModel(file, optimise=False), images.images[:deep], batch_size)
+    second = _openvino(file, some)
+    return Parity(
+        integer_convolutions(file),
+        _agreement(shipped, trained),
+        _flipped(model, program, some),
+        float((shipped - trained).abs().max() / trained.std().clamp_min(1e-12)),
+        _mismatches(program, file, some),
+        _agreement(plain, trained[:deep]),
+        None if second is None else _agreement(second, trained[:deep]),
+    )
+
+
+def _logits(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
+    parameter = next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    with untouched(model), torch.no_grad():
+        parts = [model(to_unit(part.to(device))).cpu() for part in images.split(batch_size)]
+    return torch.cat(parts).float()
+
+
+def _agreement(one: Tensor, other: Tensor) -> Score:
+    return Score(int((one.argmax(1) == other.argmax(1)).sum()), len(one))
+
+
+def _flipped(model: nn.Module, program: Program, x: Tensor) -> float:
+    """Share of activation codes in which `program` differs from `model`."""
+    kept = _activations(model, program, x)
+    codes = run(program, x)
+    differing = seen = 0
+    for name, values in kept.items():
+        wanted = rounded(program.grids[name], values / program.grids[name].scale)
+        differing += int((codes[name] != wanted).sum())
+        seen += wanted.numel()
+    return differing / seen if seen else 0.0
+
+
+def _activations(model: nn.Module, program: Program, x: Tensor) -> dict[str, Tensor]:
+    """What each `QuantReLU` of `model` gives for `x`, by the name of its codes in `program`."""
+    kept: dict[str, Tensor] = {}
+
+    def keeper(name: str) -> Any:
+        return lambda module, inputs, output: kept.__setitem__(name, output.detach().cpu())
+
+    hooks = [
+        model.get_submodule(layer).register_forward_hook(keeper(name))
+        for layer, name in program.activations.items()
+    ]
+    try:
+        _logits(model, x, len(x))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return kept
+
+
+def _mismatches(program: Program, file: onnx.ModelProto, x: Tensor) -> int:
+    """Codes of onnxruntime away from those of the reference by more than a tie can explain.
+
+    The reference is given onnxruntime's own codes at each operation, so that one difference counts
+    once and not in all that follows.
+    """
+    names = [op.name for op in program.ops if op.name in program.grids]
+    found = tensors(file, names, OnnxModel(file).fed(x))
+    known = {"image": x, "pixels": x.mul(255).round().to(torch.uint8)}
+    wrong = 0
+    for op in program.ops[1:]:
+        if op.name not in program.grids:
+            known[op.name] = value(program, op, known)
+            continue
+        codes = torch.from_numpy(found[op.name])
+        grid, exact = program.grids[op.name], steps(program, op, known)
+        low, high = (rounded(grid, exact + shift) for shift in (-TIE, TIE))
+        wrong += int(((codes < low) | (codes > high)).sum())
+        known[op.name] = codes
+    return wrong
+
+
+def _openvino(file: onnx.ModelProto, x: Tensor) -> Tensor | None:
+    """Logits of OpenVINO's CPU engine; None where it is not installed or refuses the file."""
+    if importlib.util.find_spec("openvino") is None:
+        return None
+    import io
+
+    import openvino
+
+    core = openvino.Core()
+    try:
+        compiled = core.compile_model(core.read_model(io.BytesIO(file.SerializeToString())), "CPU")
+    except RuntimeError:
+        return None
+    return torch.from_numpy(np.array(compiled(OnnxModel(file).fed(x))[0]))

@@ -1,0 +1,138 @@
+"""Run an exported file with onnxruntime, as a module like any other, and read what it became."""
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from onnx import helper
+from torch import Tensor, nn
+
+from defquant.deploy.graph import METADATA
+from defquant.errors import UserError
+
+__all__ = ["OnnxModel", "facts_of", "integer_convolutions", "open_model", "session"]
+
+_QUIET = 3
+_INTEGER = ("QLinearConv",)
+_FLOAT = ("Conv", "FusedConv", "NhwcFusedConv", "ConvInteger")
+
+
+def open_model(path: Path) -> onnx.ModelProto:
+    """The file at `path`. Raises `UserError` where it is missing, cut, or no ONNX model."""
+    try:
+        model = onnx.load(path)
+        onnx.checker.check_model(model)
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
+    except Exception as error:  # protobuf, checker and file system each have their own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is not a whole ONNX model ({reason})") from None
+    return model
+
+
+def facts_of(model: onnx.ModelProto, path: Path) -> dict[str, Any]:
+    """What `defquant export` wrote into the file. Raises `UserError` where there is nothing."""
+    text = {p.key: p.value for p in model.metadata_props}.get(METADATA)
+    try:
+        facts = json.loads(text) if text else None
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict) or "format" not in facts:
+        raise UserError(f"{path} was not made by `defquant export`: its metadata lack `{METADATA}`")
+    return facts
+
+
+def session(
+    model: onnx.ModelProto | Path,
+    *,
+    threads: int = 0,
+    optimise: bool = True,
+    saved: Path | None = None,
+) -> ort.InferenceSession:
+    """An onnxruntime session on the CPU.
+
+    Args:
+        model: the file or the model.
+        threads: of one operation; 0 for as many as cores.
+        optimise: False turns every graph optimisation off, so that all runs in float.
+        saved: where to write the optimised graph.
+
+    Raises:
+        UserError: onnxruntime refuses the model.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = _QUIET
+    options.intra_op_num_threads = threads
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
+    if saved is not None:
+        options.optimized_model_filepath = str(saved)
+    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    try:
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"onnxruntime cannot run {_name(model)}: {reason}") from None
+
+
+def integer_convolutions(model: onnx.ModelProto | Path) -> tuple[int, int]:
+    """How many convolutions onnxruntime runs in integers, of how many: its optimised graph."""
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Path(folder) / "optimised.onnx"
+        session(model, saved=saved)
+        kinds = Counter(node.op_type for node in onnx.load(saved).graph.node)
+    integer = sum(kinds[kind] for kind in _INTEGER)
+    return integer, integer + sum(kinds[kind] for kind in _FLOAT)
+
+
+def tensors(
+    model: onnx.ModelProto, names: Sequence[str], images: NDArray[Any], *, optimise: bool = True
+) -> Mapping[str, NDArray[Any]]:
+    """The tensors `names` of the graph, which are made outputs of a copy, for `images`."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    known = {output.name for output in copy.graph.output}
+    for name in names:
+        if name not in known:
+            copy.graph.output.append(helper.make_empty_tensor_value_info(name))
+    run = session(copy, optimise=optimise)
+    feed = {run.get_inputs()[0].name: images}
+    return dict(zip(names, run.run(list(names), feed), strict=True))
+
+
+class OnnxModel(nn.Module):
+    """An ONNX file as a module: images in [0, 1] to logits, on the CPU, without gradients.
+
+    It holds no parameters, so that attacks that need no gradient, and all scores, take it as it is.
+    Raises `UserError` for another shape than the file's.
+    """
+
+    def __init__(self, model: onnx.ModelProto | Path, *, threads: int = 0, optimise: bool = True):
+        super().__init__()
+        self.session = session(model, threads=threads, optimise=optimise)
+        self.input = self.session.get_inputs()[0]
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        wanted = self.input.shape[1:]
+        if list(x.shape[1:]) != list(wanted):
+            raise UserError(f"the model takes images {wanted}; found {list(x.shape[1:])}")
+        return torch.from_numpy(self.session.run(None, {self.input.name: self.fed(x)})[0])
+
+    def fed(self, x: Tensor) -> NDArray[Any]:
+        """`x` as the file wants it: float32, or pixels as uint8."""
+        if self.input.type == "tensor(uint8)":
+            return x.detach().mul(255).round().to(torch.uint8).cpu().numpy()
+        return np.ascontiguousarray(x.detach().float().cpu().numpy())
+
+
+def _name(model: onnx.ModelProto | Path) -> str:
+    return str(model) if isinstance(model, Path) else "the model"

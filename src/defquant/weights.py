@@ -1,0 +1,86 @@
+"""Weights onto a grid: per channel, symmetric, narrow range, straight-through."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from defquant.errors import UserError
+from defquant.quantize import Rounded
+
+__all__ = ["QuantConv2d", "QuantLinear", "effective_weight", "quantize_weight", "weight_grid"]
+
+
+def weight_grid(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    r"""Integers and scales of a weight: W_c ≈ s_c · k_c, symmetric, narrow range, per channel.
+
+    s_c = max|W_c| / q,  k_c = round(W_c / s_c) in [-q, q],  q = 2^(bits-1) - 1: 127, 7, 1 for 8, 4
+    and 2 bits. A channel of zeros, or of less than
+    float32 can scale, has s_c = 1. Nothing saturates, and -k is on the grid, too.
+
+    Args:
+        weight: (c_out, ...), float.
+        bits: 2 to 8.
+
+    Returns:
+        k, float of the shape of `weight` (whole numbers), and s, (c_out,), both without gradient.
+
+    Raises:
+        UserError: other bits.
+    """
+    if not 2 <= bits <= 8:
+        raise UserError(f"weight bits must be a whole number from 2 to 8; found {bits!r}")
+    with torch.no_grad():
+        scale = weight.detach().flatten(1).abs().amax(1).float() / (2 ** (bits - 1) - 1)
+        scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0)
+        return weight.detach().div(_per_channel(scale, weight)).round_(), scale
+
+
+def quantize_weight(weight: Tensor, bits: int | None) -> Tensor:
+    """`weight` on the grid of `weight_grid`, with the gradient of the identity; None: as it is.
+
+    >>> quantize_weight(torch.tensor([[1.0, 0.4], [0.2, -0.1]]), bits=2)
+    tensor([[ 1.0000,  0.0000],
+            [ 0.2000, -0.0000]])
+    """
+    if bits is None:
+        return weight
+    integers, scale = weight_grid(weight, bits)
+    rounded = integers.mul_(_per_channel(scale, weight))
+    result: Tensor = Rounded.apply(weight, rounded, None)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _per_channel(scale: Tensor, weight: Tensor) -> Tensor:
+    return scale.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))
+
+
+class QuantConv2d(nn.Conv2d):
+    """`nn.Conv2d` whose weight is quantised to `weight_bits` bits, or not at all (None).
+
+    Parameters and state dict are those of `nn.Conv2d`: the float weight, which training moves.
+    """
+
+    def __init__(self, *args: Any, weight_bits: int | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.weight_bits = weight_bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = quantize_weight(self.weight, self.weight_bits)
+        return self._conv_forward(x, weight, self.bias)  # type: ignore[no-any-return]
+
+
+class QuantLinear(nn.Linear):
+    """`nn.Linear` in the same way."""
+
+    def __init__(self, *args: Any, weight_bits: int | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.weight_bits = weight_bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, quantize_weight(self.weight, self.weight_bits), self.bias)
+
+
+def effective_weight(layer: nn.Conv2d | nn.Linear) -> Tensor:
+    """The weight that `layer` computes with: quantised where it has `weight_bits`."""
+    return quantize_weight(layer.weight, getattr(layer, "weight_bits", None))

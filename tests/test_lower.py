@@ -1,0 +1,743 @@
+"""Lowering: each layer in integers is PyTorch's layer, up to the rounding of its bias."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import defquant as dq
+from defquant.config import ModelConfig
+from defquant.deploy.calibrate import calibrate, snap_biases_
+from defquant.deploy.graph import graph
+from defquant.deploy.lower import lower
+from defquant.deploy.program import Affine, Conv, MaxPool, Program, Quantize
+from defquant.deploy.reference import rounded, run, steps, value
+from defquant.deploy.runtime import OnnxModel
+from defquant.deploy.tracing import trace
+from defquant.models import build
+from defquant.quantize import QuantBranch, QuantTanh
+from defquant.weights import QuantConv2d, weight_grid
+
+SHAPE = (3, 16, 16)
+NETWORKS = {"wrn-10-1": 9, "vgg-16x0.125": 13, "resnet-18x0.125": 20}  # and their convolutions
+
+
+def pixels(n: int = 8, shape: tuple[int, int, int] = SHAPE, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, *shape), generator=generator).float() / 255
+
+
+def lively(model: nn.Module, x: Tensor) -> nn.Module:
+    """`model` as if trained on `x`: statistics, ranges, gains of both signs, uneven sums."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None
+                if module.affine:
+                    module.weight.uniform_(0.5, 2, generator=generator)
+                    module.weight[::3] *= -1
+                    module.bias.uniform_(-1, 2, generator=generator)
+            if isinstance(module, dq.ConvexSum):
+                first = float(torch.rand((), generator=generator))
+                module.alpha.copy_(torch.tensor([first, 1 - first]))
+        model.train()(x)
+    return model.eval()
+
+
+def network(name: str, bits: int, weight_bits: int | None = 8, **options: Any) -> nn.Module:
+    options = {"convex": True, "deployable": True, **options}
+    config = ModelConfig(name, bits=bits, weight_bits=weight_bits, **options)
+    return lively(build(config, num_classes=4, in_channels=3), pixels())
+
+
+class Net(nn.Module):
+    """Layers by name and a function of them."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Any], **layers: nn.Module) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+def conv(c_in: int = 3, c_out: int = 8, kernel: int = 3, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, kernel, **{"padding": kernel // 2, **options})
+
+
+class _Keep(fx.Interpreter):
+    """Runs the graph of a model in float64 and keeps the value of every node."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.kept: dict[str, Tensor] = {}
+        model = copy.deepcopy(model).double()
+        super().__init__(fx.GraphModule(model, trace(model)))
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        self.kept[n.name] = result
+        return result
+
+    def before(self, name: str) -> Tensor:
+        """What the quantiser `name` rounds; a node that is no quantiser is rounded itself."""
+        (node,) = (n for n in self.graph.nodes if n.name == name)
+        quantises = node.op == "call_module" and isinstance(
+            self.submod_of(node), dq.QuantReLU | QuantBranch
+        )
+        return self.kept[node.all_input_nodes[0].name if quantises else name]
+
+    def submod_of(self, node: fx.Node) -> nn.Module:
+        return self.module.get_submodule(str(node.target))
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """Of one operation given PyTorch's own codes: in codes, and in steps before rounding."""
+
+    name: str
+    flipped: float
+    largest: int
+    unit: float  # of the bias, in steps: mean over the channels
+    coarsest: float
+
+
+@torch.no_grad()
+def deviations(
+    model: nn.Module,
+    program: Program,
+    x: Tensor,
+    *,
+    streams: bool = True,
+    half: float = 0.5,
+) -> list[Deviation]:
+    """Compare each operation that ends in codes with PyTorch, which gives it its inputs.
+
+    A convolution rounds its bias to whole units, the step of its sums: it may be off by half of
+    one, and no more; all else only by float32. So a code differs only within that of a tie.
+    `streams=False` leaves out what is quantised from sums of values that PyTorch does not round.
+    `half`: of a unit, by which a bias may be off.
+    """
+    keep = _Keep(model)
+    keep.run(x.mul(255).round().double() / 255)
+    known = {"image": x, "pixels": x.mul(255).round().to(torch.uint8)}
+    found, float32 = [], 0.0
+    for op in program.ops[1:]:
+        if op.name not in program.grids:
+            if isinstance(op, Affine):  # the largest number that is rounded to float32
+                float32 = float(np.abs(op.scale).max() * 30 + np.abs(op.bias).max()) * 1e-6
+            known[op.name] = value(program, op, known)
+            continue
+        grid = program.grids[op.name]
+        if isinstance(op, Quantize) and not streams:
+            known[op.name] = rounded(grid, keep.before(op.name) / grid.scale)
+            continue
+        if isinstance(op, MaxPool):
+            known[op.name] = rounded(grid, keep.kept[op.name] / grid.scale)
+            assert torch.equal(value(program, op, known), known[op.name])
+            continue
+        exact, wanted = steps(program, op, known), keep.before(op.name).double() / grid.scale
+        codes, known[op.name] = rounded(grid, exact), rounded(grid, wanted)
+        unit, slack = torch.zeros(1), 1e-3 + float32 / grid.scale
+        if isinstance(op, Conv):
+            unit = torch.from_numpy(program.grids[op.source].scale * op.weight.scale / grid.scale)
+            slack = 1e-3
+        low, high = -grid.zero - 1, grid.top - grid.zero + 1
+        away = (exact.double().clamp(low, high) - wanted.clamp(low, high)).abs()
+        allowed = half * unit.view(-1, *[1] * (exact.dim() - 2)) + slack
+        assert (away <= allowed).all(), f"{op.name}: {(away - allowed).max():.3g} steps too far"
+        apart = (codes.int() - known[op.name].int()).abs()
+        tie = (wanted - wanted.floor() - 0.5).abs()
+        assert (tie[apart == 1] <= allowed.expand_as(tie)[apart == 1]).all(), op.name
+        found.append(
+            Deviation(
+                op.name, float((apart > 0).double().mean()), int(apart.max()), float(unit.mean()),
+                float(unit.max()),
+            )
+        )  # fmt: skip
+    return found
+
+
+def faithful(
+    model: nn.Module,
+    shape: tuple[int, int, int] = SHAPE,
+    *,
+    streams: bool = True,
+    peaks: Mapping[str, float] | None = None,
+) -> Program:
+    """`model` lowered; it must do what PyTorch does, layer by layer."""
+    program = lower(model.eval(), shape, peaks=peaks)
+    for d in deviations(model, program, pixels(shape=shape), streams=streams):
+        assert d.largest <= 1, d
+        assert d.flipped <= d.coarsest / 2 + 0.01, d
+    return program
+
+
+# ---------------------------------------------------------------------------------- our networks
+
+
+@pytest.mark.parametrize("weight_bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [1, 2, 4, 7, 8])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_each_layer_is_pytorchs(name: str, bits: int, weight_bits: int) -> None:
+    model = network(name, bits, weight_bits)
+    program = lower(model, SHAPE)
+    assert len(program.convolutions) == NETWORKS[name]
+    assert {op.weight.bits for op in program.convolutions[1:]} == {
+        7 if (bits, weight_bits) == (8, 8) else weight_bits
+    }
+    assert {program.grids[op.source].bits for op in program.convolutions[1:]} == {bits}
+    found = deviations(model, program, pixels())
+    assert len(found) >= NETWORKS[name]
+    for d in found:
+        # half a unit moves at most that share of evenly spread values over a tie
+        assert d.flipped <= d.coarsest / 2 + 0.01, d
+        assert d.largest <= max(1, d.coarsest), d
+    if not name.startswith("resnet"):
+        # without a batch norm before an 8-bit branch, units are small beside the output's step
+        assert sum(d.flipped for d in found) / len(found) < 2e-3
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_biases_on_their_grid_are_exact(name: str, bits: int) -> None:
+    """Then nothing is left but float32, beside a ResNet's coarse units, too; nor is it far."""
+    model = network(name, bits, 8)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    snap_biases_(model, SHAPE)
+    moved = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
+    assert moved and all(k.endswith("bias") for k in moved)
+    program = lower(model, SHAPE)
+    found = deviations(model, program, pixels(), half=1e-3)
+    assert all(d.largest <= 1 and d.flipped < 2e-3 for d in found)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    snap_biases_(model, SHAPE)
+    assert all(torch.allclose(v, state[k], rtol=1e-5) for k, v in model.state_dict().items())
+
+
+def test_biases_stay_where_weights_are_floats_or_nothing_can_be_exported() -> None:
+    untrained = build(ModelConfig(bits=4, weight_bits=8, deployable=True), num_classes=4,
+                      in_channels=3)  # fmt: skip
+    tanh = build(ModelConfig("vgg-16x0.125", bits=4, weight_bits=8, activation="tanh"),
+                 num_classes=4, in_channels=3)  # fmt: skip
+    for model in (network("wrn-10-1", 4, None), untrained, tanh, nn.Linear(2, 2)):
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        snap_biases_(model, SHAPE)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_integers_are_those_of_training_and_batch_norms_go_into_scales() -> None:
+    model = network("vgg-16x0.125", 4, 4)
+    program = lower(model, SHAPE)
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    flipped = 0
+    for op, layer, norm in zip(program.convolutions, layers, norms, strict=True):
+        assert isinstance(layer, QuantConv2d) and layer.weight_bits is not None
+        k, s = weight_grid(layer.weight, layer.weight_bits)
+        var = norm.running_var
+        assert var is not None
+        gain = norm.weight.detach().double() / (var.double() + norm.eps).sqrt()
+        sign = gain.sign().view(-1, 1, 1, 1)
+        integers = torch.from_numpy(op.weight.integers).double()
+        assert op.weight.integers.dtype == np.int8
+        assert torch.equal(integers, k * sign * op.weight.multiple)
+        expected = s * gain.abs() / op.weight.multiple
+        torch.testing.assert_close(torch.from_numpy(op.weight.scale), expected.float())
+        flipped += int((gain < 0).sum())
+    assert flipped > 10
+
+
+@pytest.mark.parametrize("convex", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_float_weights_are_quantised_and_ranges_calibrated_at_export(
+    name: str, convex: bool
+) -> None:
+    model = network(name, 4, None, deployable=False, convex=convex)
+    peaks = calibrate(model, pixels())
+    for weight_bits in (8, 4):
+        program = lower(model, SHAPE, peaks=peaks, weight_bits=weight_bits)
+        assert len(program.convolutions) == NETWORKS[name]
+        first, *others = program.convolutions
+        assert first.weight.bits == min(weight_bits, 7)
+        assert {op.weight.bits for op in others} == {weight_bits}
+        rounded_model = network(name, 4, None, deployable=False, convex=convex)
+        quantise_weights(rounded_model, first.weight.bits, weight_bits)
+        for d in deviations(rounded_model, program, pixels(), streams=False):
+            assert d.largest <= max(1, d.coarsest), d
+
+
+@torch.no_grad()
+def quantise_weights(model: nn.Module, first: int, others: int) -> None:
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    for index, layer in enumerate(layers):
+        if getattr(layer, "weight_bits", None) is None:
+            bits = first if index == 0 else others if isinstance(layer, nn.Conv2d) else 8
+            k, s = weight_grid(layer.weight, bits)
+            layer.weight.copy_(k * s.view(-1, *[1] * (k.dim() - 1)))
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_codes_agree_from_the_first_layer_to_the_answers(bits: int) -> None:
+    """Undisturbed from pixels to logits: one more bit moves the answers far more."""
+    model = network("wrn-10-1", bits, 8)
+    x = pixels(32, seed=5)
+    program = lower(model, SHAPE)
+    with torch.no_grad():
+        trained, coarser = model(x), dq.set_bits(model, bits + 1)(x)
+    logits = run(program, x)[program.logits]
+    assert (logits - trained).abs().mean() < 0.5 * (coarser - trained).abs().mean()
+
+
+def test_images_may_be_pixels_or_floats() -> None:
+    program = lower(network("wrn-10-1", 4), SHAPE)
+    x = pixels()
+    floats, codes = run(program, x), run(program, x.mul(255).round().to(torch.uint8))
+    assert all(torch.equal(floats[name], codes[name]) for name in floats)
+
+
+# ------------------------------------------------------------------------------- kinds of layers
+
+CONVOLUTIONS: Mapping[str, nn.Conv2d] = {
+    "with a bias": conv(8, 6),
+    "grouped": conv(8, 12, groups=4, bias=False),
+    "depthwise": conv(8, 8, groups=8),
+    "dilated": conv(8, 6, dilation=2, padding=2),
+    "strided": conv(8, 6, stride=2),
+    "of uneven sides": conv(8, 6, stride=(1, 2), padding=(2, 0)),
+    "long": nn.Conv2d(8, 6, (1, 5), dilation=(1, 2), padding=(0, 4)),
+    "of few bits": QuantConv2d(8, 6, 3, padding=1, weight_bits=2),
+}
+
+
+@pytest.mark.parametrize("last", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+@pytest.mark.parametrize("norm", [False, True], ids=["alone", "batch norm"])
+def test_every_kind_of_convolution(last: nn.Conv2d, norm: bool) -> None:
+    torch.manual_seed(0)
+    last.reset_parameters()
+    model = nn.Sequential(
+        conv(), nn.BatchNorm2d(8), dq.QuantReLU(4), last,
+        nn.BatchNorm2d(last.out_channels) if norm else nn.Identity(), dq.QuantReLU(4, 1.0),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last.out_channels, 4),
+    )  # fmt: skip
+    on_grid(lively(model, pixels()))
+    op = faithful(model).convolutions[1]
+    assert (op.layer, op.groups) == ("3", last.groups)
+    assert (op.stride, op.padding, op.dilation) == (last.stride, last.padding, last.dilation)
+    assert (op.weight.integers != 0).any()
+
+
+def on_grid(model: nn.Module) -> nn.Module:
+    """`model` with its float weights where `lower` will put them, in place."""
+    quantise_weights(model, 7, 8)
+    return model
+
+
+def test_a_network_of_ones_own() -> None:
+    """The guide's: convolutions, batch norms, quantisers, pooling, flattening, linear layers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        conv(1, 8, bias=False), nn.BatchNorm2d(8), dq.QuantReLU(4),
+        conv(8, 8, stride=2, bias=False), nn.BatchNorm2d(8), dq.QuantReLU(4),
+        nn.MaxPool2d(3, 1, padding=1), nn.Dropout(0.1), nn.Flatten(),
+        nn.Linear(8 * 4 * 4, 10), dq.QuantReLU(4), nn.Linear(10, 4, bias=False),
+    )  # fmt: skip
+    shape = (1, 8, 8)
+    x = pixels(shape=shape)
+    on_grid(lively(model, x))
+    program = faithful(model, shape)
+    assert [type(op).__name__ for op in program.ops] == [
+        "Quantize", "Conv", "Conv", "MaxPool", "Flatten", "Linear", "Quantize", "Linear",
+    ]  # fmt: skip
+    with torch.no_grad():
+        trained = model(x)
+    assert (run(program, x)[program.logits] - trained).abs().max() < 0.2 * trained.std()
+
+
+def test_functions_instead_of_layers() -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = net.act1(net.conv1(x))
+        y = torch.add(net.act2(net.conv2(x)), x)
+        y += x
+        return net.second(torch.flatten(net.act3(y), 1))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model = Net(
+        forward, conv1=conv(), conv2=conv(8, 8), act1=dq.QuantReLU(4), act2=dq.QuantReLU(4),
+        act3=dq.QuantReLU(3), second=nn.Linear(8 * 64, 4),
+    )  # fmt: skip
+    with pytest.raises(dq.UserError, match="one output is not of a linear layer"):
+        lower(Net(lambda net, x: (net.inner(x), x)[1], inner=model), (3, 8, 8))
+    program = faithful(on_grid(model), (3, 8, 8))
+    x = pixels(shape=(3, 8, 8))
+    with torch.no_grad():
+        torch.testing.assert_close(run(program, x)[program.logits], model(x), atol=0.05, rtol=0)
+
+
+def normed(gain: list[float], shift: list[float]) -> nn.Sequential:
+    """One convolution of 4 channels with these gains and shifts of its batch norm."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4)
+    model = nn.Sequential(
+        QuantConv2d(3, 4, 3, padding=1, bias=False, weight_bits=7), norm, dq.QuantReLU(4),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2),
+    )  # fmt: skip
+    with torch.no_grad():
+        model(pixels())
+        norm.weight.copy_(torch.tensor(gain))
+        norm.bias.copy_(torch.tensor(shift))
+    return model.eval()
+
+
+def test_negative_gains_negate_integers() -> None:
+    shift = [0.5, 1.0, 1.5, 2.0]
+    up, down = normed([1.0] * 4, shift), normed([-1.0] * 4, shift)
+    first, second = (faithful(m).convolutions[0].weight for m in (up, down))
+    assert np.array_equal(first.integers, -second.integers)
+    assert np.array_equal(first.scale, second.scale) and (first.scale > 0).all()
+
+
+def test_a_gain_of_zero_leaves_the_shift_alone() -> None:
+    model = normed([0.0, 0.0, 1e-14, 0.0], [2.7, -1.0, 0.4, 1e9])
+    (op,) = faithful(model).convolutions
+    assert (op.weight.integers == 0).all() and (op.weight.scale > 0).all()
+    codes = run(lower(model, SHAPE), pixels())[op.name]
+    step = 6 / 15
+    expected = [round(2.7 / step), 0, round(0.4 / step), 15]
+    assert all((codes[:, c] == code).all() for c, code in enumerate(expected))
+
+
+@pytest.mark.parametrize("gain", [1e-3, 1e-6, 1e-9, 1e-11, 0.0])
+def test_a_gain_near_zero_is_exact(gain: float) -> None:
+    """Weight decay makes such channels: their sums matter less and less, their shift does not."""
+    faithful(normed([gain, 1.0, -gain, 1.0], [2.5, 0.0, 0.3, 1.0]))
+
+
+def test_a_bias_beyond_32_bits_saturates_or_is_refused() -> None:
+    """1e9 is the highest code, come what may; 5.9 is over 2^31 units, and they decide."""
+    model = normed([1e-3, 1.0, 1.0, -1e-3], [1e9, 0.0, 0.0, -1e9])
+    program = faithful(model)
+    codes = run(program, pixels())[program.convolutions[0].name]
+    assert (codes[:, 0] == 15).all() and (codes[:, 3] == 0).all()
+    model = normed([2e-4, 1.0, 1.0, 0.0], [5.9, 0.0, 0.0, 0.0])
+    with pytest.raises(dq.UserError, match=r"layer '0': a bias of 5\.9 overflows") as error:
+        lower(model, SHAPE)
+    assert "\n" not in str(error.value)
+
+
+def test_a_batch_norm_without_gains_or_statistics() -> None:
+    torch.manual_seed(0)
+    parts = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    plain = nn.Sequential(conv(), nn.BatchNorm2d(8, affine=False), dq.QuantReLU(4), *parts)
+    faithful(on_grid(lively(plain, pixels())))
+    plain[1] = nn.BatchNorm2d(8, track_running_stats=False)
+    with pytest.raises(dq.UserError, match="layer '1': a batch norm without running statistics"):
+        lower(plain, SHAPE)
+
+
+# -------------------------------------------------------------------------- sums and shared values
+
+
+def joined(*alphas: tuple[float, float]) -> nn.Module:
+    """A stream through convex sums of these coefficients, a new branch at each."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        stream = net.out(net.stem(x))
+        for index in range(len(alphas)):
+            branch = net.branch_outs[index](net.branches[index](net.acts[index](stream)))
+            stream = net.joins[index](stream, branch)
+        return net.fc(net.act(net.bn(stream)).mean((2, 3)))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    count = len(alphas)
+    model = Net(
+        forward, stem=conv(), out=QuantBranch(), bn=nn.BatchNorm2d(8), act=dq.QuantReLU(7),
+        branches=nn.ModuleList(conv(8, 8) for _ in range(count)),
+        branch_outs=nn.ModuleList(QuantBranch() for _ in range(count)),
+        acts=nn.ModuleList(dq.QuantReLU(7) for _ in range(count)),
+        joins=nn.ModuleList(dq.ConvexSum() for _ in range(count)), fc=nn.Linear(8, 4),
+    )  # fmt: skip
+    lively(model, pixels())
+    joins = (m for m in model.modules() if isinstance(m, dq.ConvexSum))
+    with torch.no_grad():
+        for join, alpha in zip(joins, alphas, strict=True):
+            join.alpha.copy_(torch.tensor(alpha))
+    model.train()(pixels())
+    return on_grid(model.eval())
+
+
+@pytest.mark.parametrize(
+    "alphas",
+    [
+        [(0.5, 0.5)],
+        [(0.3, 0.7), (0.6, 0.4), (0.9, 0.1)],
+        [(1.0, 0.0), (0.25, 0.75)],
+        [(0.0, 1.0), (0.25, 0.75)],
+        [(0.5, 0.5), (0.0, 1.0)],
+        [(0.5, 0.5), (1.0, 0.0)],
+        [(0.5, 0.5), (5e-4, 1 - 5e-4), (0.5, 0.5)],
+        [(0.5, 0.5), (0.01, 0.99), (0.01, 0.99), (0.01, 0.99)],
+    ],
+    ids=str,
+)
+def test_convex_coefficients(alphas: list[tuple[float, float]]) -> None:
+    model = joined(*alphas)
+    program = faithful(model)
+    (affine,) = (op for op in program.ops if isinstance(op, Affine))
+    assert np.isfinite(affine.scale).all()
+    with torch.no_grad():
+        trained = model(pixels())
+    assert (run(program, pixels())[program.logits] - trained).abs().max() < 0.05 * trained.std()
+
+
+def test_a_sum_of_nothing_is_refused() -> None:
+    with pytest.raises(dq.UserError, match="sum 'joins_0': all its coefficients are 0"):
+        lower(joined((0.0, 0.0)), SHAPE)
+
+
+def test_what_several_layers_read_is_finished_once() -> None:
+    """A convolution read by a quantiser and a sum; a batch norm read twice; codes read thrice."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        first = net.conv1(x)
+        codes = net.act(first)
+        normed = net.bn(net.conv2(codes) + net.conv3(codes))
+        stream = first + net.act2(normed) + codes
+        return net.fc(net.act3(net.bn2(stream) + normed).mean((2, 3)))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model = Net(
+        forward, conv1=conv(), conv2=conv(8, 8), conv3=conv(8, 8), bn=nn.BatchNorm2d(8),
+        bn2=nn.BatchNorm2d(8), act=dq.QuantReLU(4), act2=dq.QuantReLU(4), act3=dq.QuantReLU(4),
+        fc=nn.Linear(8, 4),
+    )  # fmt: skip
+    on_grid(lively(model, pixels()))
+    peaks = calibrate(model, pixels())
+    assert sorted(peaks) == ["conv1", "conv2", "conv3"]
+    program = faithful(model, peaks=peaks, streams=False)
+    names = [op.name for op in program.ops]
+    assert len(names) == len(set(names))
+    assert sum(isinstance(op, Affine) for op in program.ops) == 2
+    assert sum(isinstance(op, Conv) for op in program.ops) == 3
+
+
+def test_a_layer_called_twice_keeps_both_calls() -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = net.act(net.stem(x))
+        return net.fc(net.act(net.conv(net.act(net.conv(x)))).mean((2, 3)))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model = Net(
+        forward, stem=conv(), conv=conv(8, 8), act=dq.QuantReLU(4), fc=nn.Linear(8, 4)
+    )  # fmt: skip
+    program = faithful(on_grid(model))
+    assert [op.layer for op in program.convolutions] == ["stem", "conv", "conv"]
+
+
+# ------------------------------------------------------------------------------------ calibration
+
+CALIBRATED = {
+    "wrn-10-1": ["stem", "blocks.0.conv2", "blocks.1.conv2", "blocks.1.shortcut", "blocks.2.conv2",
+                 "blocks.2.shortcut"],
+    "vgg-16x0.125": [],
+    "resnet-18x0.125": [f"blocks.{i}.bn2" for i in range(8)]
+    + [f"blocks.{i}.shortcut.1" for i in (2, 4, 6)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_calibration_finds_the_largest_output_and_touches_nothing(
+    name: str, training: bool
+) -> None:
+    model = network(name, 4, None, deployable=False)
+    largest: dict[str, float] = {}
+
+    def note(layer: str) -> Any:
+        return lambda _, __, y: largest.__setitem__(layer, float(y.abs().max()))
+
+    hooks = [model.get_submodule(n).register_forward_hook(note(n)) for n in CALIBRATED[name]]
+    x = pixels(11, seed=9)
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    model.train(training)
+    next(model.children()).train(not training)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    peaks = calibrate(model, x, batch_size=4)
+    assert peaks == pytest.approx({n.replace(".", "_"): v for n, v in largest.items()}, rel=1e-5)
+    assert modes == [m.training for m in model.modules()]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_deployable_network_needs_no_calibration(name: str) -> None:
+    assert calibrate(network(name, 4), pixels()) == {}
+
+
+def test_a_branch_of_zeros_has_a_range() -> None:
+    """As weight decay leaves it where a convex coefficient is 0."""
+    model = network("wrn-10-1", 4, None, deployable=False)
+    with torch.no_grad():
+        model.get_parameter("blocks.0.conv2.weight").zero_()
+    program = lower(model, SHAPE, peaks=calibrate(model, pixels()))
+    assert all(grid.scale > 0 for grid in program.grids.values())
+    assert torch.isfinite(run(program, pixels())[program.logits]).all()
+
+
+# ------------------------------------------------------------------------------------- what cannot
+
+
+class Loops(nn.Module):
+    """Decides by what it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act, self.fc = conv(), dq.QuantReLU(4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.conv(x))
+        while y.sum() > 10:
+            y = y / 2
+        return self.fc(y.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def chain(*layers: nn.Module, channels: int = 8) -> nn.Module:
+    tail = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4))
+    return nn.Sequential(*layers, *tail)
+
+
+def plain(name: str = "wrn-10-1", **options: Any) -> nn.Module:
+    return build(ModelConfig(name, **options), num_classes=4, in_channels=3)
+
+
+def too_wide() -> nn.Module:
+    return dq.set_bits(network("wrn-10-1", 4, 8), 8)
+
+
+def normed_input() -> nn.Module:
+    return chain(nn.BatchNorm2d(3), conv(), dq.QuantReLU(4))
+
+
+REFUSED: Mapping[str, tuple[Callable[[], nn.Module], str]] = {
+    "tanh": (lambda: plain("vgg-16x0.125", bits=4, activation="tanh"),
+             r"layer 'features\.2', a QuantTanh"),
+    "tanh alone": (lambda: chain(conv(), QuantTanh(4)), "layer '1', a QuantTanh"),
+    "feature squeezing": (lambda: plain(bits=4, squeeze=5), "cannot export .*[Ss]queez"),
+    "full precision": (lambda: plain("vgg-16x0.125"),
+                       r"layer 'features\.2' in integers: its activations have full precision"),
+    "an input of floats": (normed_input, "layer '1' in integers: its input is not quantised"),
+    "control flow": (Loops, "cannot export Loops: its forward cannot be followed"),
+    "layer norm": (lambda: chain(conv(), nn.LayerNorm([8, 16, 16]), dq.QuantReLU(4)),
+                   "layer '1', a LayerNorm: it has no integer form"),
+    "another activation": (lambda: chain(conv(), nn.ReLU6()), "layer '1', a ReLU6"),
+    "8 by 8 bits": (too_wide, r"layer 'blocks\.0\.conv1': products of 8-bit weights and codes "
+                    "up to 255 saturate; at 8-bit activations weights have 7 bits"),
+    "no batch seen": (lambda: plain(bits=4, deployable=True),
+                      r"layer 'stem_out': its range is 0, as before training"),
+    "no range": (lambda: plain(bits=4), r"layer 'stem' in integers: its output has no range"),
+    "padding by name": (lambda: chain(conv(padding="same"), dq.QuantReLU(4)), "layer '0': its pad"),
+    "circular padding": (lambda: chain(conv(padding_mode="circular"), dq.QuantReLU(4)), "'0'"),
+    "pooling floats": (lambda: chain(conv(), nn.BatchNorm2d(8), nn.MaxPool2d(2)),
+                       "layer '1|layer '0"),
+    "pooling to 2x2": (lambda: nn.Sequential(conv(), dq.QuantReLU(4), nn.AdaptiveAvgPool2d(2)),
+                       "layer '2': its output must be 1x1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_has_no_integer_form_is_refused_by_name(
+    make: Callable[[], nn.Module], message: str
+) -> None:
+    model = make()
+    with pytest.raises(dq.UserError, match=message) as error:
+        lower(model, SHAPE)
+    assert "\n" not in str(error.value)
+
+
+def twice(net: Any, x: Tensor) -> Tensor:
+    codes = net.act(net.conv(x))
+    return net.fc(net.act(net.join(codes, codes)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def scaled_sum(net: Any, x: Tensor) -> Tensor:
+    codes = net.act(net.conv(x))
+    return net.fc(net.act(torch.add(codes, net.act(net.more(codes)), alpha=2)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+MISUNDERSTOOD: Mapping[str, Callable[[Any, Tensor], Any]] = {
+    "a mean of all": lambda net, x: net.fc(net.act(net.conv(x)).mean()),
+    "a mean of channels": lambda net, x: net.fc(net.act(net.conv(x)).mean(1)),
+    "a mean with its dimensions": lambda net, x: net.fc(net.act(net.conv(x)).mean((2, 3), True)),
+    "flattening height and width": lambda net, x: net.flat_fc(net.flat(net.act(net.conv(x)))),
+    "a linear layer over width": lambda net, x: net.wide(net.act(net.conv(x))),
+    "two outputs": lambda net, x: (net.fc(net.act(net.conv(x)).mean((2, 3))), x),
+    "a number added": lambda net, x: net.fc(net.act(net.act(net.conv(x)) + 1.0).mean((2, 3))),
+    "a value joined with itself": twice,
+    "a sum with a factor": scaled_sum,
+    "no linear layer": lambda net, x: net.act(net.conv(x)).mean((2, 3)),
+    "an activation at the end": lambda net, x: net.act(net.fc(net.act(net.conv(x)).mean((2, 3)))),
+    "the images alone": lambda net, x: x,
+    "pooling beyond the border": lambda net, x: net.fc(net.pool(net.act(net.conv(x))).mean((2, 3))),
+}
+
+
+@pytest.mark.parametrize("forward", MISUNDERSTOOD.values(), ids=MISUNDERSTOOD)
+def test_what_is_not_understood_is_refused_in_one_line(forward: Callable[..., Any]) -> None:
+    """Or is right: a network must never be exported as another one."""
+    torch.manual_seed(0)
+    model = Net(
+        forward, conv=conv(), act=dq.QuantReLU(4), more=conv(8, 8), join=dq.ConvexSum(),
+        flat=nn.Flatten(2), flat_fc=nn.Linear(81, 4), fc=nn.Linear(8, 4), wide=nn.Linear(9, 4),
+        pool=nn.MaxPool2d(2, 2, padding=1, ceil_mode=True),
+    )  # fmt: skip
+    x = pixels(shape=(3, 9, 9))
+    try:
+        program = lower(on_grid(model), (3, 9, 9))
+        file = graph(program)
+    except dq.UserError as error:
+        assert "cannot export" in str(error) and "\n" not in str(error)
+        return
+    with torch.no_grad():
+        wanted = model(x)
+    assert isinstance(wanted, Tensor)
+    for d in deviations(model, program, x):
+        assert d.largest <= 1, d
+    reference = run(program, x)[program.logits]
+    assert reference.shape == wanted.shape
+    for logits in (reference, OnnxModel(file)(x)):
+        assert (logits - wanted).abs().max() < 0.1 * wanted.std()
+
+
+@pytest.mark.parametrize("weight_bits", [0, 1, 9, 16])
+def test_other_weight_bits_are_refused(weight_bits: int) -> None:
+    model = network("wrn-10-1", 4, None)
+    with pytest.raises(dq.UserError, match="weight bits") as error:
+        lower(model, SHAPE, weight_bits=weight_bits)
+    assert "\n" not in str(error.value)
+
+
+def test_programs_are_made_anew_and_hold_no_tensor_of_the_model() -> None:
+    model = network("wrn-10-1", 4)
+    program = lower(model, SHAPE)
+    before = [op.weight.integers.copy() for op in program.convolutions]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-3)
+    for op, integers in zip(program.convolutions, before, strict=True):
+        assert np.array_equal(op.weight.integers, integers)
+    assert isinstance(program.ops[0], Quantize) and program.shape == SHAPE
+    sources = {op.name: index for index, op in enumerate(program.ops)}
+    assert all(a < b for a, b in pairwise(sources.values()))
+    assert len(sources) == len(program.ops)
