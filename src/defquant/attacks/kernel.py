@@ -25,8 +25,9 @@ State = dict[str, Tensor]
 """The rows in play, one for each start of an example; every tensor has a row for each.
 
 The engine gives `x` (clean images), `y`, `target` (the label itself where the attack has no
-targets), `id`, `start` (number of the start), `row` and `step` (0). A kernel adds `at`, where the
-model is looked at next, and what else it must remember; `step` rises to `Kernel.steps`.
+targets), `id`, `start` (one number for each target and restart), `restart`, `row`, `step` (0). A
+kernel adds `at`, where the model is looked at next, and what else it must remember; `step` rises
+to `Kernel.steps`.
 """
 
 

@@ -13,11 +13,11 @@ __all__ = ["both", "count", "padded", "refill", "rivals_of", "round_up", "rows_o
 
 def rows_of(row: Tensor, images: Tensor, labels: Tensor, ids: Tensor, rivals: Tensor) -> State:
     """The starts numbered `row` = start * n + example, not yet begun."""
-    example, start = row % len(images), row // len(images)
+    example, start, targets = row % len(images), row // len(images), rivals.shape[1]
     return {
-        "row": row, "step": torch.zeros_like(row), "start": start, "id": ids[example],
-        "x": to_unit(images[example]), "y": labels[example],
-        "target": rivals[example, start % rivals.shape[1]],
+        "row": row, "step": torch.zeros_like(row), "start": start, "restart": start // targets,
+        "id": ids[example], "x": to_unit(images[example]), "y": labels[example],
+        "target": rivals[example, start % targets],
     }  # fmt: skip
 
 
