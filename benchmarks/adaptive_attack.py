@@ -35,7 +35,9 @@ def cost(
     model: nn.Module, data: tuple[Tensor, Tensor], eps: float, options: argparse.Namespace
 ) -> str:
     clean = correct(model, data)
-    tools = {"pgd": dq.PGD(eps, steps=options.steps), "adaptive": dq.Adaptive(eps, options.steps)}
+    tools: dict[str, dq.Attack] = {
+        "pgd": dq.PGD(eps, steps=options.steps), "adaptive": dq.Adaptive(eps, options.steps),
+    }  # fmt: skip
     times: dict[str, list[float]] = {name: [] for name in tools}
     found = {}
     for _ in range(options.repeats):

@@ -1,6 +1,7 @@
 """APGD: the exact answer of linear networks, a slow reference of its schedule, its losses."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ class Hills(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bumps = torch.sin(9 * x + torch.arange(x[0].numel()).view(x[0].shape)).sum((1, 2, 3))
-        return torch.stack([torch.full_like(bumps, 1e3), bumps], 1)
+        return torch.stack([torch.full_like(bumps, 10), bumps], 1)
 
 
 def slow_apgd(
@@ -79,7 +80,7 @@ def test_the_paths_are_those_of_the_paper() -> None:
     noise = uniform(0, ids, torch.zeros_like(ids), x.shape[1:]) * 2 - 1
     ours = losses.margin(model(made), y, y)
     slow = [slow_apgd(model, x[i], y[i], eps, steps, noise[i]) for i in range(6)]
-    torch.testing.assert_close(ours, torch.stack(slow), rtol=0, atol=1e-3)
+    torch.testing.assert_close(ours, torch.stack(slow), rtol=0, atol=1e-4)
 
 
 def test_checkpoints() -> None:
@@ -100,10 +101,9 @@ def test_on_a_linear_network_it_finds_all_there_is(loss: LossName) -> None:
     targets = APGD(eps, 20, restarts=2, loss=loss, targets=4)
     if loss == "dlr-targeted":  # every class in turn: exact
         assert dq.robust_accuracy(model, (x, y), targets).correct == stand
-    else:  # the class that is nearest at first may not be the one that is reached
-        assert stand <= dq.robust_accuracy(model, (x, y), targets).correct <= stand + 2
-    two = [part[:30] for part in scene(60, classes=2)[1:]]
-    model, x, y = scene(60, classes=2)[0], *two
+    else:  # the likeliest class need not be the nearest, but no more can fall than can
+        assert stand <= dq.robust_accuracy(model, (x, y), targets).correct < len(y)
+    model, x, y = scene(30, classes=2)
     eps, stand = middle_eps(model, x, y)
     assert dq.robust_accuracy(model, (x, y), APGD(eps, 10, loss=loss)).correct == stand
 
@@ -181,9 +181,9 @@ def test_dlr_by_hand_and_its_fallback() -> None:
     targeted = losses.dlr_targeted(logits, torch.tensor([0, 0]), torch.tensor([1, 3]))
     torch.testing.assert_close(targeted.detach(), torch.tensor([-2 / 4.5, -4 / 3]))
     few = torch.tensor([[2.0, 1.0]])
-    for loss in (losses.dlr, losses.dlr_targeted):
+    for each in (losses.dlr, losses.dlr_targeted):
         zero, one = torch.tensor([0]), torch.tensor([1])
-        assert loss(few, zero, one).item() == -1
+        assert each(few, zero, one).item() == -1
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
@@ -199,15 +199,12 @@ def test_losses_that_do_not_vanish(scale: float) -> None:
 
 
 def test_a_users_mistakes() -> None:
-    for make in (
-        lambda: APGD(0.1, 0),
-        lambda: APGD(0.1, restarts=0),
-        lambda: APGD(0.1, targets=0),
-        lambda: APGD(0.1, loss="l2"),  # type: ignore[arg-type]
-        lambda: APGD(8),
-    ):
+    mistakes: list[dict[str, Any]] = [
+        {"steps": 0}, {"restarts": 0}, {"targets": 0}, {"loss": "l2"}, {"eps": 8},
+    ]  # fmt: skip
+    for mistake in mistakes:
         with pytest.raises(dq.UserError) as error:
-            make()
+            APGD(**({"eps": 0.1} | mistake))
         assert "\n" not in str(error.value)
     assert repr(APGD(8 / 255, loss="dlr-targeted")) == (
         "APGD(eps=8/255, steps=100, loss=dlr-targeted, targets=9)"

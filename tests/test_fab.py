@@ -24,7 +24,7 @@ def by_linear_programme(x: Tensor, w: Tensor, gap: float) -> float:
     bounds = [(-float(v), 1 - float(v)) for v in x] + [(0, 1)]
     cost, equal = [0.0] * d + [1.0], [[*w.tolist(), 0.0]]
     found = linprog(cost, A_ub=a, b_ub=[0.0] * (2 * d), A_eq=equal, b_eq=[gap], bounds=bounds)
-    return float(found.fun) if found.success else float("inf")
+    return float(found.fun or 0.0) if found.success else float("inf")
 
 
 @settings(max_examples=60, deadline=None)
@@ -113,8 +113,8 @@ def test_a_network_without_gradients_or_with_nan_does_no_harm() -> None:
 
 
 def test_a_users_mistakes() -> None:
-    for make in (lambda: FAB(0.1, 0), lambda: FAB(0.1, restarts=0), lambda: FAB(0.1, targets=-1)):
+    for steps, restarts, targets in ((0, 1, 0), (5, 0, 0), (5, 1, -1)):
         with pytest.raises(dq.UserError):
-            make()
+            FAB(0.1, steps, restarts, targets)
     assert FAB(0.1).name == "FAB"
     assert repr(FAB(8 / 255, targets=9)) == "FAB(eps=8/255, steps=100, targets=9)"

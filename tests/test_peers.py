@@ -94,7 +94,7 @@ def standing(model: nn.Module, images: Tensor, y: Tensor) -> float:
 
 @pytest.mark.parametrize("loss", ["ce", "dlr"])
 def test_apgd_is_as_strong_as_arts(scene: tuple[nn.Module, Tensor, Tensor], loss: LossName) -> None:
-    """ART keeps the last iterate of each restart, we the best: ours may only be lower."""
+    """At equal steps and restarts, within the noise of 100 images."""
     model, x, y = scene
     x, y = x[:100], y[:100]
     ours = dq.robust_accuracy(model, (x, y), APGD(EPS, 20, restarts=2, loss=loss)).accuracy
@@ -105,7 +105,7 @@ def test_apgd_is_as_strong_as_arts(scene: tuple[nn.Module, Tensor, Tensor], loss
         nb_random_init=2, loss_type=kind, batch_size=100, verbose=False,
     )  # fmt: skip
     assert 0.05 < ours < 0.9
-    assert ours <= standing(model, theirs, y) + 0.02
+    assert ours <= standing(model, theirs, y) + 0.05
 
 
 def test_square_is_as_strong_as_arts(scene: tuple[nn.Module, Tensor, Tensor]) -> None:
@@ -125,11 +125,12 @@ def test_fab_finds_images_as_near_as_foolboxs(scene: tuple[nn.Module, Tensor, Te
     import foolbox
 
     model, x, y = scene
-    right = correct(model, (x, y)).nonzero().flatten()[:60]
+    right = correct(model, (x, y)).nonzero().flatten()[:25]
     x, y = x[right], y[right]
     wrapped = foolbox.models.pytorch.PyTorchModel(model, bounds=(0, 1))
-    theirs = foolbox.attacks.LinfDeepFoolAttack(steps=50)(wrapped, x, y, epsilons=None)[1]
-    ours = perturb(model, x, y, FAB(1.0, 50, targets=9).kernel, 1.0, seed=0)
+    deepfool = foolbox.attacks.LinfDeepFoolAttack(steps=20)  # type: ignore[attr-defined]
+    theirs = deepfool(wrapped, x, y, epsilons=None)[1]
+    ours = perturb(model, x, y, FAB(1.0, 20, targets=3).kernel, 1.0, seed=0)
     assert standing(model, ours, y) == 0
     mine, others = ((z - x).abs().amax((1, 2, 3)).median() for z in (ours, theirs))
     assert mine <= 1.02 * others

@@ -62,7 +62,7 @@ def test_later_attacks_see_only_what_stands() -> None:
     [dq.Standard, lambda eps: dq.Adaptive(eps, 8), lambda e: dq.Worst((PGD(e), Square(e, 9)))],
 )
 def test_the_worst_case_is_that_of_its_parts(make: type[Composition]) -> None:
-    model, x, y = scene(24)
+    model, x, y = scene(15)
     eps, stand = middle_eps(model, x, y)
     worst = make(eps)
     parts: list[Attack] = [
@@ -77,7 +77,8 @@ def test_the_worst_case_is_that_of_its_parts(make: type[Composition]) -> None:
     assert stand <= int(whole.sum()) <= int(first.sum())
     made = short(model, x, y)
     assert (made - x).abs().max() <= eps + 1e-6
-    assert (model(made).argmax(1) != y).sum() >= 24 - stand - 2
+    fell = (model(made).argmax(1) != y).sum()
+    assert abs(int(fell) - (15 - int(whole.sum()))) <= 3  # other draws, from a generator
 
 
 def test_standard_is_autoattacks() -> None:
@@ -91,7 +92,7 @@ def test_standard_is_autoattacks() -> None:
 
 
 def test_standard_is_exact_on_a_linear_network() -> None:
-    model, x, y = scene(12)
+    model, x, y = scene(6)
     eps, stand = middle_eps(model, x, y)
     assert dq.robust_accuracy(model, (x, y), dq.Standard(eps)).correct == stand
 

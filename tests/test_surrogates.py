@@ -101,7 +101,8 @@ def test_soft_round_is_the_gradient_of_its_staircase(bits: int, slope: float, hi
     def stairs(z: Tensor) -> Tensor:
         u = z * levels / high
         cell = (x.double() * levels / high).floor().clamp(0, levels - 1)  # of x, not of x ± h
-        return (cell + torch.sigmoid(slope * (u - cell - 0.5))) * high / levels
+        stair: Tensor = (cell + torch.sigmoid(slope * (u - cell - 0.5))) * high / levels
+        return stair
 
     got = gradient(SoftRound(slope), QuantReLU(bits, high), x[:, None])[1][:, 0]
     torch.testing.assert_close(got, numeric(stairs, x), rtol=1e-3, atol=1e-4)
@@ -109,7 +110,8 @@ def test_soft_round_is_the_gradient_of_its_staircase(bits: int, slope: float, hi
     def tanh_stairs(z: Tensor) -> Tensor:
         u, here = (z.tanh() + 1) * levels / 2, (x.double().tanh() + 1) * levels / 2
         cell = here.floor().clamp(0, levels - 1)
-        return 2 * (cell + torch.sigmoid(slope * (u - cell - 0.5))) / levels - 1
+        stair: Tensor = 2 * (cell + torch.sigmoid(slope * (u - cell - 0.5))) / levels - 1
+        return stair
 
     got = gradient(SoftRound(slope), QuantTanh(bits), x[:, None])[1][:, 0]
     torch.testing.assert_close(got, numeric(tanh_stairs, x), rtol=2e-3, atol=1e-3)
@@ -170,17 +172,17 @@ def test_the_slope_by_bits() -> None:
 def test_soft_round_finds_what_straight_through_misses() -> None:
     """Attacks under each surrogate keep the rules, and on 2 bits they do not agree."""
     model = network()
-    x = torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         y = model(x).argmax(1)
     found = []
     for surrogate in ALL:
-        attack = APGD(2 / 255, 8, loss="margin", surrogate=surrogate)
+        attack = APGD(2 / 255, 5, loss="margin", surrogate=surrogate)
         whole = robust(model, (x, y), attack)
         assert torch.equal(whole, robust(model, (x, y), attack, batch_size=7))
         found.append(int(whole.sum()))
     assert len(set(found)) > 1
-    assert min(found) < 60
+    assert min(found) < 24
 
 
 def test_a_users_mistakes() -> None:
