@@ -6,8 +6,11 @@ import torch
 from torch import Tensor, nn
 
 import defquant as dq
-from defquant.attacks import BIM, FGSM, PGD
+from defquant.attacks import APGD, BIM, FAB, FGSM, PGD, Square
+from defquant.attacks.engine import perturb
+from defquant.attacks.losses import LossName
 from defquant.config import TrainConfig
+from defquant.evaluate import correct
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 EPS = 16 / 255
@@ -82,3 +85,52 @@ def test_pgd_scores_alike(scene: tuple[nn.Module, Tensor, Tensor]) -> None:
     assert 0.1 < scores[0] < 0.9
     assert max(scores) - min(scores) <= 0.06
     assert ours <= min(scores)
+
+
+def standing(model: nn.Module, images: Tensor, y: Tensor) -> float:
+    with torch.no_grad():
+        return float((model(images).argmax(1) == y).float().mean())
+
+
+@pytest.mark.parametrize("loss", ["ce", "dlr"])
+def test_apgd_is_as_strong_as_arts(scene: tuple[nn.Module, Tensor, Tensor], loss: LossName) -> None:
+    """At equal steps and restarts, within the noise of 100 images."""
+    model, x, y = scene
+    x, y = x[:100], y[:100]
+    ours = dq.robust_accuracy(model, (x, y), APGD(EPS, 20, restarts=2, loss=loss)).accuracy
+    np.random.seed(0)
+    kind = {"ce": "cross_entropy", "dlr": "difference_logits_ratio"}[loss]
+    theirs = art_attack(
+        "AutoProjectedGradientDescent", model, x, y, eps_step=2 * EPS, max_iter=20,
+        nb_random_init=2, loss_type=kind, batch_size=100, verbose=False,
+    )  # fmt: skip
+    assert 0.05 < ours < 0.9
+    assert ours <= standing(model, theirs, y) + 0.05
+
+
+def test_square_is_as_strong_as_arts(scene: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = scene
+    x, y = x[:100], y[:100]
+    ours = dq.robust_accuracy(model, (x, y), Square(EPS, queries=200)).accuracy
+    np.random.seed(0)
+    theirs = art_attack(
+        "SquareAttack", model, x, y, max_iter=200, nb_restarts=1, batch_size=100, verbose=False
+    )
+    assert 0.05 < ours < 0.9
+    assert ours <= standing(model, theirs, y) + 0.02
+
+
+def test_fab_finds_images_as_near_as_foolboxs(scene: tuple[nn.Module, Tensor, Tensor]) -> None:
+    """Foolbox has FAB's forerunner in L-infinity, DeepFool: ours must come nearer."""
+    import foolbox
+
+    model, x, y = scene
+    right = correct(model, (x, y)).nonzero().flatten()[:25]
+    x, y = x[right], y[right]
+    wrapped = foolbox.models.pytorch.PyTorchModel(model, bounds=(0, 1))
+    deepfool = foolbox.attacks.LinfDeepFoolAttack(steps=20)  # type: ignore[attr-defined]
+    theirs = deepfool(wrapped, x, y, epsilons=None)[1]
+    ours = perturb(model, x, y, FAB(1.0, 20, targets=3).kernel, 1.0, seed=0)
+    assert standing(model, ours, y) == 0
+    mine, others = ((z - x).abs().amax((1, 2, 3)).median() for z in (ours, theirs))
+    assert mine <= 1.02 * others

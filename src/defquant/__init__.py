@@ -7,13 +7,19 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from defquant.attacks import APGD as APGD
     from defquant.attacks import BIM as BIM
+    from defquant.attacks import FAB as FAB
     from defquant.attacks import FGSM as FGSM
     from defquant.attacks import PGD as PGD
     from defquant.attacks import RFGSM as RFGSM
+    from defquant.attacks import Adaptive as Adaptive
     from defquant.attacks import Attack as Attack
     from defquant.attacks import Random as Random
+    from defquant.attacks import Square as Square
+    from defquant.attacks import Standard as Standard
     from defquant.attacks import Transfer as Transfer
+    from defquant.attacks import Worst as Worst
     from defquant.checkpoint import load_model as load_model
     from defquant.config import DataConfig as DataConfig
     from defquant.config import ModelConfig as ModelConfig
@@ -43,7 +49,21 @@ if TYPE_CHECKING:
     from defquant.training import train as train
 
 _HOMES = {
-    "attacks": ("BIM", "FGSM", "PGD", "RFGSM", "Attack", "Random", "Transfer"),
+    "attacks": (
+        "APGD",
+        "BIM",
+        "FAB",
+        "FGSM",
+        "PGD",
+        "RFGSM",
+        "Adaptive",
+        "Attack",
+        "Random",
+        "Square",
+        "Standard",
+        "Transfer",
+        "Worst",
+    ),
     "checkpoint": ("load_model",),
     "config": ("DataConfig", "ModelConfig", "TrainConfig"),
     "data": ("Dataset", "load"),

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from defquant.attacks.base import Attack, ById, lint_images, lint_model, untouched
 from defquant.attacks.engine import unbroken
-from defquant.attacks.gradient import FirstOrder
+from defquant.attacks.single import Single
+from defquant.attacks.worst import Composition, seed_of
 from defquant.data import Dataset, to_unit
 from defquant.errors import UserError
 from defquant.results import Score
@@ -102,9 +103,15 @@ def robust(
     if not len(ids):
         return standing
     result = standing.clone()
-    if isinstance(attack, FirstOrder):
+    if isinstance(attack, Composition):
+        for place, part in enumerate(attack.attacks):
+            result = robust(
+                model, data, part, batch_size=batch_size, seed=seed_of(seed, place),
+                standing=result,
+            )  # fmt: skip
+    elif isinstance(attack, Single):
         result[ids] = unbroken(
-            model, images[ids], labels[ids], attack.walk, attack.eps, ids=ids, seed=seed,
+            model, images[ids], labels[ids], attack.kernel, attack.eps, ids=ids, seed=seed,
             batch_size=batch_size,
         )  # fmt: skip
     else:

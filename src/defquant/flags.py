@@ -63,8 +63,9 @@ def _attack_flags(parser: ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=str, help="folders of runs")
     parser.add_argument(
         "--attack", nargs="+", type=str, default=["random", "fgsm", "rfgsm", "pgd", "pgd-50x10"],
-        help="random[-SAMPLES] fgsm rfgsm bim[-STEPS] pgd[-STEPS[xRESTARTS]]; bim and pgd alone: "
-        "the paper's schedule, which is weak at small eps",
+        help="random[-SAMPLES] fgsm rfgsm bim[-STEPS] pgd[-STEPS[xRESTARTS]] apgd[-...] "
+        "apgd-dlr[-...] apgd-t[-...] fab[-...] fab-t[-...] square[-QUERIES] standard "
+        "adaptive[-STEPS]; bim and pgd alone: the paper's schedule, which is weak at small eps",
     )  # fmt: skip
     parser.add_argument(
         "--eps", nargs="+", type=str | float, default=["2/255", "8/255", "16/255"],

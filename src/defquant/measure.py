@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from defquant.attacks import Attack, FirstOrder
+from defquant.attacks import Attack, Composition, Single
 from defquant.checkpoint import Facts, load_on, versions
 from defquant.data import Dataset
 from defquant.evaluate import Scored, sweep, vanishing
@@ -27,7 +27,7 @@ def measure(
     model: nn.Module,
     facts: Facts,
     images: Dataset,
-    attacks: Sequence[FirstOrder],
+    attacks: Sequence[Single | Composition],
     *,
     black_box: Sequence[Attack] = (),
     seed: int = 0,
@@ -102,7 +102,7 @@ def write_examples(
     model: nn.Module,
     facts: Facts,
     images: Dataset,
-    attack: FirstOrder,
+    attack: Single | Composition,
     count: int = 8,
     seed: int = 0,
 ) -> Path:
@@ -115,7 +115,7 @@ def examples(
     model: nn.Module,
     facts: Facts,
     images: Dataset,
-    attack: FirstOrder,
+    attack: Single | Composition,
     count: int = 8,
     seed: int = 0,
 ) -> dict[str, Any]:

@@ -1,20 +1,35 @@
 """First-order L-infinity attacks as one walk, and the loop that works only on the unbroken."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from defquant.attacks.base import uniform, untouched
-from defquant.data import to_unit
+from defquant.attacks.base import uniform
+from defquant.attacks.kernel import Forward, Kernel, Look, Loss, State, into_ball
+from defquant.attacks.look import better, distance, look, opened, rank, rank_of
+from defquant.attacks.losses import cross_entropy
+from defquant.attacks.rows import (
+    both,
+    count,
+    refill,
+    rivals_of,
+    round_up,
+    rows_of,
+    where,
+)
 
 __all__ = ["Walk", "perturb", "unbroken"]
+
+_look, _rank = look, rank
 
 
 @dataclass(frozen=True)
 class Walk:
     """How an attack moves: x₀ from `start`, then `steps` times x + rate·eps·sign(∇ₓL), projected.
+
+    A `Kernel` on the cross-entropy L.
 
     Attributes:
         start: `clean` at x; `uniform` in the ball; `sign` at x + reach·eps·sign(N(0, I)).
@@ -24,55 +39,79 @@ class Walk:
         reach: share of eps that the start covers.
     """
 
+    targets: ClassVar[int] = 0
+    gradient: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
+    surrogate: ClassVar[None] = None
+
     start: Literal["clean", "uniform", "sign"]
     steps: int
     rate: float = 1.0
     restarts: int = 1
     reach: float = 1.0
 
+    @property
+    def looks(self) -> int:
+        return self.steps
+
+    @property
+    def loss(self) -> Loss:
+        return cross_entropy
+
+    def begin(self, rows: State, eps: float | Tensor, seed: int) -> State:
+        return rows | {"at": _start(self, rows["x"], eps, seed, rows["id"], rows["start"])}
+
+    def advance(self, rows: State, look: Look, eps: float | Tensor, seed: int) -> State:
+        at = _advance(self, rows["at"], rows["x"], eps, look.grad)
+        return rows | {"at": at, "step": rows["step"] + 1}
+
 
 def perturb(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    walk: Walk,
+    kernel: Kernel,
     eps: float | Tensor,
     *,
     seed: int,
     ids: Tensor | None = None,
     keep: Literal["best", "last"] = "best",
 ) -> Tensor:
-    """Adversarial examples of one batch, every example walked to the end.
+    """Adversarial examples of one batch, every example attacked to the end.
 
     Args:
         model: returns logits; left as it was found.
         x: images in [0, 1], (n, c, h, w).
         y: labels, (n,).
-        walk: the attack.
+        kernel: the attack.
         eps: radius in [0, 1], or one per example, (n, 1, 1, 1).
-        seed: of the starts.
-        ids: int64 (n,), the names under which the examples draw their starts; else 0, 1, ...
-        keep: `best`: of all iterates and restarts the one with the highest loss among those
-            that fool the model, else the highest loss (a start counts only if it fools);
+        seed: of the draws.
+        ids: int64 (n,), the names under which the examples draw; else 0, 1, ...
+        keep: `best`: of all iterates and starts the one with the highest loss among those
+            that fool the model, else the highest loss (a start counts only if it fools); for a
+            kernel that is not bounded, the one that fools nearest to `x`, else `x`.
             `last`: the final iterate, a forward pass cheaper.
     """
     ids = torch.arange(len(x), device=x.device) if ids is None else ids
     best, best_rank = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
-    with untouched(model), torch.autocast(x.device.type, enabled=False):
-        for restart in range(walk.restarts):
-            at = _start(walk, x, eps, seed, ids, torch.full_like(ids, restart))
-            for step in range(walk.steps):
-                loss, fooled, grad = _look(model, at, y)
+    with opened(model, kernel, x) as forwards:
+        rivals = rivals_of(forwards, x, y, kernel.targets, len(x))
+        starts = kernel.restarts * rivals.shape[1]
+        for start in range(starts):
+            fresh = torch.arange(len(x), device=x.device) + start * len(x)
+            rows = kernel.begin(rows_of(fresh, x, y, ids, rivals), eps, seed)
+            for step in range(kernel.looks):
+                seen = _see(forwards, rows, kernel, gradient=kernel.gradient)
                 if keep == "best":
-                    rank = _rank(loss, fooled)
+                    order = rank_of(kernel, rows, seen)
                     if step == 0:
-                        rank = torch.where(fooled, rank, -torch.inf)
-                    best, best_rank = _better(best, best_rank, at, rank)
-                at = _advance(walk, at, x, eps, grad)
-            if keep == "last" and walk.restarts == 1:
-                return at
-            loss, fooled, _ = _look(model, at, y, gradient=False)
-            best, best_rank = _better(best, best_rank, at, _rank(loss, fooled))
+                        order = torch.where(seen.fooled, order, -torch.inf)
+                    best, best_rank = better(best, best_rank, rows["at"], order)
+                rows = kernel.advance(rows, seen, eps, seed)
+            if keep == "last" and starts == 1:
+                return rows["at"]
+            seen = _see(forwards, rows, kernel, gradient=False)
+            best, best_rank = better(best, best_rank, rows["at"], rank_of(kernel, rows, seen))
     return best
 
 
@@ -80,95 +119,88 @@ def unbroken(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
-    walk: Walk,
+    kernel: Kernel,
     eps: float,
     *,
     ids: Tensor,
     seed: int,
     batch_size: int,
 ) -> Tensor:
-    """Which examples no iterate of any restart fools: bool (n,).
+    """Which examples no iterate of any start fools: bool (n,).
 
     The batch is kept full: a fallen or finished example leaves it at once and the next one of
     the queue takes its place. The queue holds every example's first start, then every second
-    start, so that late restarts stack in the batch; starts of fallen examples are skipped.
+    start, so that late starts stack in the batch; starts of fallen examples are skipped.
 
     Args:
         model: returns logits; left as it was found.
         images: uint8, or float in [0, 1]; (n, c, h, w), on the model's device.
         labels: int64 (n,).
-        walk: the attack.
+        kernel: the attack.
         eps: radius in [0, 1].
-        ids: int64 (n,), the names under which the examples draw their starts.
-        seed: of the starts.
+        ids: int64 (n,), the names under which the examples draw.
+        seed: of the draws.
         batch_size: rows at a time; the answer does not depend on it (beyond rounding).
     """
     n, device = len(images), images.device
     standing = torch.ones(n, dtype=torch.bool, device=device)
-    position, total = 0, n * walk.restarts
-    row = torch.empty(0, dtype=torch.int64, device=device)  # restart * n + example
-    active: _Rows = (row, row, to_unit(images[:0]), to_unit(images[:0]))
-    ended = active
-    with untouched(model), torch.autocast(device.type, enabled=False):
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    with opened(model, kernel, images) as forwards:
+        rivals = rivals_of(forwards, images, labels, kernel.targets, batch_size)
+        position, total = 0, n * kernel.restarts * rivals.shape[1]
+        active = kernel.begin(rows_of(none, images, labels, ids, rivals), eps, seed)
+        ended = active
         while True:
-            active = _where(active, standing[active[0] % n])
-            position, fresh = _refill(position, total, batch_size - len(active[0]), standing)
+            active = where(active, standing[active["row"] % n])
+            position, fresh = refill(position, total, batch_size - count(active), standing)
             if len(fresh):
-                x = to_unit(images[fresh % n])
-                start = _start(walk, x, eps, seed, ids[fresh % n], fresh // n)
-                active = _both(active, (fresh, torch.zeros_like(fresh), x, start))
+                rows = rows_of(fresh, images, labels, ids, rivals)
+                active = both(active, kernel.begin(rows, eps, seed))
             # the last iterate needs no gradient: it waits until a batch of its kind is together
-            at_end = active[1] == walk.steps
-            ended, active = _both(ended, _where(active, at_end)), _where(active, ~at_end)
-            if len(ended[0]) >= batch_size or not len(active[0]):
-                ended = _where(ended, standing[ended[0] % n])
-                _settle(model, ended, labels, standing, gradient=False)
-                ended = _where(ended, torch.zeros_like(ended[0], dtype=torch.bool))
-            if len(active[0]):
-                rows, step, clean, at = active
-                grad = _settle(model, active, labels, standing, gradient=True)
-                active = (rows, step + 1, clean, _advance(walk, at, clean, eps, grad))
+            at_end = active["step"] == kernel.steps
+            ended, active = both(ended, where(active, at_end)), where(active, ~at_end)
+            if count(ended) >= batch_size or not count(active):
+                ended = where(ended, standing[ended["row"] % n])
+                _settle(forwards, ended, kernel, standing, eps, gradient=False)
+                ended = where(ended, torch.zeros_like(ended["row"], dtype=torch.bool))
+            if count(active):
+                seen = _settle(forwards, active, kernel, standing, eps, gradient=kernel.gradient)
+                active = kernel.advance(active, seen, eps, seed)
             elif position == total:
                 return standing
 
 
-_Rows = tuple[Tensor, Tensor, Tensor, Tensor]  # row, step, clean image, iterate
-
-
-def _where(rows: _Rows, mask: Tensor) -> _Rows:
-    return (
-        rows if bool(mask.all()) else (rows[0][mask], rows[1][mask], rows[2][mask], rows[3][mask])
-    )
-
-
-def _both(a: _Rows, b: _Rows) -> _Rows:
-    if not len(a[0]) or not len(b[0]):
-        return a if len(a[0]) else b
-    row, step, clean, at = (torch.cat(pair) for pair in zip(a, b, strict=True))
-    return row, step, clean, at
-
-
 def _settle(
-    model: nn.Module, rows: _Rows, labels: Tensor, standing: Tensor, *, gradient: bool
-) -> Tensor:
-    """Strike from `standing` the examples that these iterates fool; the loss's gradient there."""
-    example, at = rows[0] % len(standing), rows[3]
+    forwards: tuple[Forward, ...],
+    rows: State,
+    kernel: Kernel,
+    standing: Tensor,
+    eps: float,
+    *,
+    gradient: bool,
+) -> Look:
+    """Strike from `standing` the examples that these iterates fool; what was seen there."""
+    at = rows["at"]
     if not len(at):
-        return at
-    seen = _round_up(len(at))
-    _, fooled, grad = _look(model, at, labels[example], gradient=gradient, rows=seen)
-    standing[example[fooled]] = False
-    return grad
+        return Look(at.new_empty(0), at.new_empty(0, dtype=torch.bool), at)
+    seen = _see(forwards, rows, kernel, gradient=gradient, room=round_up(len(at)))
+    fell = seen.fooled if kernel.bounded else seen.fooled & (distance(rows) <= eps)
+    standing[rows["row"][fell] % len(standing)] = False
+    return seen
 
 
-def _refill(position: int, total: int, room: int, standing: Tensor) -> tuple[int, Tensor]:
-    """The next `room` unbroken rows from `position` on, fewer at the end, and where they end."""
-    found, taken = torch.empty(0, dtype=torch.int64, device=standing.device), position
-    while taken < total and (missing := room - len(found)) > 0:
-        rows = torch.arange(taken, min(taken + missing, total), device=standing.device)
-        found = torch.cat([found, rows[standing[rows % len(standing)]]])
-        taken += len(rows)
-    return taken, found
+def _see(
+    forwards: tuple[Forward, ...],
+    rows: State,
+    kernel: Kernel,
+    *,
+    gradient: bool,
+    room: int | None = None,
+) -> Look:
+    return look(
+        forwards, rows["at"], rows["y"], gradient=gradient, rows=room, loss=kernel.loss,
+        target=rows["target"],
+    )  # fmt: skip
 
 
 def _start(
@@ -182,49 +214,5 @@ def _start(
     return (x + noise * (walk.reach * eps)).clamp_(0, 1)
 
 
-def _look(
-    model: nn.Module, at: Tensor, y: Tensor, *, gradient: bool = True, rows: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-example cross-entropy, whether the model is fooled, and the gradient at the images.
-
-    With `rows` the model sees that many rows at least.
-    """
-    n, at = len(at), _padded(at.detach(), rows or 0)
-    with torch.set_grad_enabled(gradient):
-        at = at.requires_grad_(gradient)
-        logits = model(at)[:n].float()
-        loss = nn.functional.cross_entropy(logits, y, reduction="none")
-        grad = torch.autograd.grad(loss.sum(), at)[0][:n] if gradient else torch.zeros_like(at[:n])
-    # a NaN among the logits is an answer as wrong as any, and must not stop its neighbours
-    fooled = (logits.argmax(1) != y) | logits.isnan().any(1)
-    return loss.detach().nan_to_num_(torch.inf), fooled, grad.nan_to_num_(0.0)
-
-
-def _padded(x: Tensor, rows: int) -> Tensor:
-    """`x` with rows of zeros added, up to `rows` of them."""
-    missing = rows - len(x)
-    return x if missing <= 0 else torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
-
-
-def _round_up(n: int) -> int:
-    """`n` up to the next of 1, 2, 4, 8, 16, 32, 48, 64, ...
-
-    A batch that shrinks row by row would have convolution kernels made for every size it has.
-    """
-    return 1 << (n - 1).bit_length() if n < 16 else -(-n // 16) * 16
-
-
 def _advance(walk: Walk, at: Tensor, x: Tensor, eps: float | Tensor, grad: Tensor) -> Tensor:
-    moved = at + grad.sign_().mul_(walk.rate * eps)
-    return torch.minimum(torch.maximum(moved, x - eps), x + eps).clamp_(0, 1)
-
-
-def _rank(loss: Tensor, fooled: Tensor) -> Tensor:
-    """Orders iterates: all that fool above all that do not, by loss within each."""
-    share = loss / (1 + loss)  # in [0, 1]; inf / inf is caught below
-    return torch.where(fooled, 1 + share.nan_to_num(1.0), share.nan_to_num(1.0))
-
-
-def _better(best: Tensor, best_rank: Tensor, at: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
-    gains = rank > best_rank
-    return torch.where(gains[:, None, None, None], at, best), torch.where(gains, rank, best_rank)
+    return into_ball(at + grad.sign_().mul_(walk.rate * eps), x, eps)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from defquant.attacks.base import draw_seed, lint_images
 from defquant.attacks.engine import Walk, perturb
-from defquant.config import check_eps
+from defquant.attacks.kernel import Kernel
+from defquant.attacks.single import Single, pixels, positive
 from defquant.data import to_unit
 from defquant.errors import UserError
 
@@ -25,32 +26,16 @@ def paper_steps(eps: float) -> int:
 
 
 @dataclass(frozen=True, repr=False)
-class FirstOrder:
-    """An L-infinity attack that is one `Walk`. `eps` lies in [0, 1]; 0 returns the images.
-
-    Calling it returns the best iterate of every example (see `perturb`), in the ball of radius
-    `eps` around `x` and in [0, 1]. Raises `UserError` for images outside [0, 1].
-    """
-
-    eps: float
-
-    def __post_init__(self) -> None:
-        check_eps(self.eps)
+class FirstOrder(Single):
+    """An attack that is one `Walk`."""
 
     @property
     def walk(self) -> Walk:
         raise TypeError(f"{type(self).__name__} is abstract: use FGSM, PGD, ...")
 
     @property
-    def name(self) -> str:
-        """Name of the family as the tables show it."""
-        return type(self).__name__
-
-    def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
-    ) -> Tensor:
-        lint_images(x, y)
-        return perturb(model, to_unit(x), y, self.walk, self.eps, seed=draw_seed(generator))
+    def kernel(self) -> Kernel:
+        return self.walk
 
     def last(
         self,
@@ -72,9 +57,9 @@ class FirstOrder:
 
     def __repr__(self) -> str:
         walk = self.walk
-        parts = [f"eps={_pixels(self.eps)}"]
+        parts = [f"eps={pixels(self.eps)}"]
         if walk.steps > 1:
-            parts += [f"steps={walk.steps}", f"alpha={_pixels(walk.rate * self.eps)}"]
+            parts += [f"steps={walk.steps}", f"alpha={pixels(walk.rate * self.eps)}"]
         if walk.restarts > 1:
             parts.append(f"{'restarts' if walk.steps else 'samples'}={walk.restarts}")
         return f"{type(self).__name__}({', '.join(parts)})"
@@ -88,7 +73,7 @@ class Random(FirstOrder):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive("samples", self.samples)
+        positive("samples", self.samples)
 
     @property
     def walk(self) -> Walk:
@@ -139,7 +124,7 @@ class BIM(FirstOrder):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps is not None:
-            _positive("steps", self.steps)
+            positive("steps", self.steps)
         if self.alpha is not None and not 0 < self.alpha <= 1:
             raise UserError(f"alpha is a step size in (0, 1], as 1/255; found {self.alpha:g}")
 
@@ -172,7 +157,7 @@ class PGD(BIM):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive("restarts", self.restarts)
+        positive("restarts", self.restarts)
 
     @property
     def walk(self) -> Walk:
@@ -209,13 +194,3 @@ class RandomEps:
         radius = eps.to(x.device, non_blocking=True)[:, None, None, None]
         seed = draw_seed(generator)
         return perturb(model, x, y, self.attack.walk, radius, seed=seed, keep="last")
-
-
-def _pixels(value: float) -> str:
-    pixels = value * 255
-    return f"{round(pixels, 3):g}/255"
-
-
-def _positive(name: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"{name} must be 1 or more; found {value}")

@@ -50,6 +50,7 @@ def train(settings: Namespace) -> int:
 
 def attack(settings: Namespace) -> int:
     """`defquant attack`: scores of each run, appended to its `results.jsonl`."""
+    from defquant.attacks import FirstOrder
     from defquant.attacks.names import parse_attack
     from defquant.defenses import Unaware
     from defquant.detection import CALIBRATION, detect
@@ -72,7 +73,8 @@ def attack(settings: Namespace) -> int:
     if settings.unaware:
         for run, (_, facts) in zip(runs, loaded, strict=True):
             _check_squeezed(facts, run)
-    asking = [a for a in attacks if a.walk.steps]  # Random asks no network
+    first_order = [a for a in attacks if isinstance(a, FirstOrder)]
+    asking = [a for a in first_order if a.walk.steps]  # Random asks no network
     unaware = [Unaware(a) for a in asking] if settings.unaware else []
     for run, (model, facts) in zip(runs, loaded, strict=True):
         images = test_images(facts, settings.data_root, settings.images, settings.split)
@@ -90,11 +92,14 @@ def attack(settings: Namespace) -> int:
         if settings.detector:
             train = test_images(facts, settings.data_root, split="train")
             clean = train.first(min(len(train), CALIBRATION))
-            records = detect(run, model, facts, images, clean, attacks, **how)
+            records = detect(run, model, facts, images, clean, first_order, **how)
             _print_detections(records, as_json=settings.json, width=width)
-        strongest = max(attacks, key=lambda a: a.walk.steps * a.walk.restarts)
+        steps = [
+            a.walk.steps * a.walk.restarts if isinstance(a, FirstOrder) else 0 for a in attacks
+        ]
+        strongest = steps.index(max(steps))
         middle = sorted(settings.eps)[len(settings.eps) // 2]
-        shown = parse_attack(settings.attack[attacks.index(strongest) // len(settings.eps)], middle)
+        shown = parse_attack(settings.attack[strongest // len(settings.eps)], middle)
         if settings.examples:
             write_examples(run, model, facts, images, shown, settings.examples, settings.seed)
         print(run / "results.jsonl")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from defquant.attacks import Attack, FirstOrder
-from defquant.attacks.names import parse_attack
+from defquant.attacks import Attack, Composition, Single
+from defquant.attacks.names import parse_attack, parse_first_order
 from defquant.checkpoint import Facts, versions
 from defquant.defenses import Unaware
 from defquant.detection import CALIBRATION, detection
@@ -99,7 +99,7 @@ def _scores(
     device = next(model.parameters()).device
     images = test_images(facts, None, cells[0].images, cells[0].split)
     asked = {_label(cell): cell for cell in cells}
-    attacks: list[FirstOrder] = []
+    attacks: list[Single | Composition] = []
     others: list[Attack] = []
     for cell in cells:
         if cell.attack == "clean":
@@ -108,10 +108,10 @@ def _scores(
         if cell.substitute is not None:
             with claimed(_claim(out, cell.substitute), wait=True):
                 substitute = _train(out, cell.substitute)
-                name = cell.substitute.name
-                others.append(replay(attack, substitute, images, device=device, source=name))
+                name, first = cell.substitute.name, parse_first_order(cell.attack, cell.eps)
+                others.append(replay(first, substitute, images, device=device, source=name))
         elif cell.unaware:
-            others.append(Unaware(attack))
+            others.append(Unaware(parse_first_order(cell.attack, cell.eps)))
         else:
             attacks.append(attack)
 
@@ -150,7 +150,7 @@ def _attacked(model: nn.Module, facts: Facts, cell: Cell) -> tuple[torch.Tensor,
     images = test_images(facts, None, None, cell.split)
     device = next(model.parameters()).device
     x, y = images.to(device).take(torch.arange(min(cell.images or DISTANCE_IMAGES, len(images))))
-    attack = parse_attack(cell.attack, cell.eps)
+    attack = parse_first_order(cell.attack, cell.eps)
     return x, attack.last(model, x, y, generator=torch.Generator().manual_seed(0))
 
 
@@ -159,7 +159,7 @@ def _detector(model: nn.Module, facts: Facts, cell: Cell) -> dict[str, Any]:
     images = test_images(facts, None, cell.images, cell.split)
     train = load_images(facts.data, "train")
     calibration = train.first(min(len(train), CALIBRATION))
-    found = detection(model, images, calibration, parse_attack(cell.attack, cell.eps))
+    found = detection(model, images, calibration, parse_first_order(cell.attack, cell.eps))
     scores = {"detected": found.detected, "false_positives": found.false_positives}
     return {name: score and [score.correct, score.total] for name, score in scores.items()}
 

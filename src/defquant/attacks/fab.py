@@ -1,0 +1,142 @@
+"""FAB: the nearest image that fools, along the linearised boundary (Croce & Hein 2020a)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from defquant.attacks.base import uniform
+from defquant.attacks.kernel import Kernel, Look, Loss, State, Surrogate, column
+from defquant.attacks.losses import difference, margin
+from defquant.attacks.single import Single, pixels, positive
+from defquant.errors import UserError
+
+__all__ = ["FAB", "Boundary", "to_plane"]
+
+ALPHA_MAX, ETA, BETA = 0.1, 1.05, 0.9  # bias to the clean image, overshoot, way kept after a hit
+
+
+def to_plane(x: Tensor, w: Tensor, gap: Tensor) -> Tensor:
+    """The smallest step δ, in L-infinity, with w·δ = gap and x + δ in [0, 1]^d.
+
+    δ = sign(gap w) · min(t, room), room the way to the bound, and t the least with
+    Σ |w| min(t, room) >= |gap|, found exactly by sorting the rooms. Where the plane misses the
+    box, δ goes as far towards it as the box allows. `x`, `w`: (n, d); `gap`: (n,). Returns (n, d).
+    """
+    heading = (w * gap.sign()[:, None]).sign()
+    room = torch.where(heading > 0, 1 - x, x)
+    slope = w.abs()
+    rooms, order = room.sort(dim=1)
+    slopes = slope.gather(1, order)
+    filled = (slopes * rooms).cumsum(1) - slopes * rooms  # what the pixels with less room give
+    free = slopes.flip(1).cumsum(1).flip(1)  # slope of those that still have room
+    wanted = gap.abs()[:, None]
+    reached = filled + free * rooms >= wanted
+    first = reached.float().argmax(1, keepdim=True)
+    t = (wanted - filled.gather(1, first)) / free.gather(1, first).clamp_min(1e-30)
+    t = torch.where(reached.any(1, keepdim=True), t.clamp_min(0), rooms[:, -1:])
+    return heading * torch.minimum(t, room)
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """The kernel of `FAB`.
+
+    With f = z_t - z_y linearised at x_k, δ_k and δ_0 lead from x_k and from the clean image x to
+    the plane f = 0; x_{k+1} = (1 - α)(x_k + η δ_k) + α (x + η δ_0), clipped to [0, 1], with
+    α = min(|δ_k| / (|δ_k| + |δ_0|), 0.1) and η = 1.05. After an iterate that fools, the next
+    starts from x + 0.9 (x_k - x).
+    """
+
+    gradient: ClassVar[bool] = True
+    bounded: ClassVar[bool] = False
+
+    steps: int
+    restarts: int
+    targets: int
+    surrogate: Surrogate | None
+
+    @property
+    def looks(self) -> int:
+        return 2 * self.steps
+
+    @property
+    def loss(self) -> Loss:
+        return difference if self.targets else margin
+
+    def begin(self, rows: State, eps: float | Tensor, seed: int) -> State:
+        x, again = rows["x"], rows["restart"] > 0
+        noise = uniform(seed, rows["id"], rows["start"], x.shape[1:]).mul_(2).sub_(1)
+        noise /= column(noise.abs().amax((1, 2, 3)).clamp_min(1e-12))
+        at = torch.where(column(again), (x + noise * (eps / 2)).clamp_(0, 1), x)
+        return rows | {"at": at, "stepped": torch.zeros_like(again)}
+
+    def advance(self, rows: State, look: Look, eps: float | Tensor, seed: int) -> State:
+        at, x = rows["at"], rows["x"]
+        retreat = rows["stepped"] & look.fooled
+        ended = rows["step"] >= self.steps
+        moved = torch.where(column(retreat), x + BETA * (at - x), _crossed(at, x, look))
+        return rows | {
+            "at": torch.where(column(ended), at, moved),
+            "stepped": ~retreat,
+            "step": rows["step"] + (~retreat & ~ended),
+        }
+
+
+def _crossed(at: Tensor, x: Tensor, look: Look) -> Tensor:
+    """The next iterate from both projections."""
+    flat, clean, w = at.flatten(1), x.flatten(1), look.grad.flatten(1)
+    gap = torch.where(look.loss.isfinite(), -look.loss, 0.0)
+    near = to_plane(flat, w, gap)
+    far = to_plane(clean, w, gap - (w * (clean - flat)).sum(1))
+    lengths = [step.abs().amax(1, keepdim=True).clamp_min(1e-8) for step in (near, far)]
+    alpha = (lengths[0] / (lengths[0] + lengths[1])).clamp_max(ALPHA_MAX)
+    moved = (flat + ETA * near) * (1 - alpha) + (clean + ETA * far) * alpha
+    return moved.clamp_(0, 1).view_as(at)
+
+
+@dataclass(frozen=True, repr=False)
+class FAB(Single):
+    """Fast adaptive boundary attack (Croce & Hein 2020a), L-infinity; see `Boundary`.
+
+    It looks for the nearest image that fools, wherever that lies; an example falls once one lies
+    within `eps`. Called, it returns the nearest found where that is within `eps`, else the clean
+    image.
+
+    Attributes:
+        steps: projections on the boundary, each one gradient (a retreat after an iterate that
+            fools costs one more).
+        restarts: starts (of each target), the first at the clean image, others within eps / 2.
+        targets: as AutoAttack has it, go for each of so many likeliest classes in turn; 0: for
+            the class of the highest logit at the time, one gradient where the paper takes one for
+            every class.
+        surrogate: the backward pass (`defquant.attacks.surrogates`); none for the model's own.
+    """
+
+    steps: int = 100
+    restarts: int = 1
+    targets: int = 0
+    surrogate: Surrogate | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("steps", self.steps)
+        positive("restarts", self.restarts)
+        if self.targets < 0:
+            raise UserError(f"targets must be 0 (untargeted) or more; found {self.targets}")
+
+    @property
+    def kernel(self) -> Kernel:
+        return Boundary(self.steps, self.restarts, self.targets, self.surrogate)
+
+    @property
+    def name(self) -> str:
+        return "FAB-T" if self.targets else "FAB"
+
+    def __repr__(self) -> str:
+        parts = [f"eps={pixels(self.eps)}", f"steps={self.steps}"]
+        parts += [f"restarts={self.restarts}"] * (self.restarts > 1)
+        parts += [f"targets={self.targets}"] * (self.targets > 0)
+        parts += [f"surrogate={self.surrogate!r}"] * (self.surrogate is not None)
+        return f"FAB({', '.join(parts)})"

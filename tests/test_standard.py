@@ -1,0 +1,153 @@
+"""The worst case over attacks: per example, later ones only on what stands, named and parsed."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import defquant as dq
+from defquant.attacks import APGD, FAB, PGD, Attack, Composition, Random, Square
+from defquant.attacks.names import parse_attack, parse_first_order
+from defquant.evaluate import robust, sweep
+from linear_scenes import middle_eps, scene
+
+
+class Breaks:
+    """Fools every example whose id is in `ids`, by drawing it black; notes who is given."""
+
+    by_id = True
+    eps = 1.0
+
+    def __init__(self, ids: range) -> None:
+        self.ids, self.seen = ids, list[int]()
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        ids: Tensor | None = None,
+    ) -> Tensor:
+        assert ids is not None
+        self.seen += ids.tolist()
+        hit = torch.tensor([i in self.ids for i in ids.tolist()])
+        return torch.where(hit[:, None, None, None], torch.zeros_like(x), x)
+
+
+class Bright(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        light = x.mean((1, 2, 3))
+        return torch.stack([light, 0.1 - light], 1)
+
+
+def test_later_attacks_see_only_what_stands() -> None:
+    x, y = torch.full((10, 1, 2, 2), 0.5), torch.zeros(10, dtype=torch.int64)
+    first, second, third = Breaks(range(4)), Breaks(range(2, 7)), Breaks(range(0))
+    worst = dq.Worst((first, second, third))
+    assert robust(Bright().eval(), (x, y), worst, batch_size=3).nonzero().flatten().tolist() == [
+        7, 8, 9,
+    ]  # fmt: skip
+    assert first.seen == list(range(10))
+    assert second.seen == [4, 5, 6, 7, 8, 9]
+    assert third.seen == [7, 8, 9]
+    first.seen, second.seen = [], []
+    made = worst(Bright(), x, y)
+    assert (made.amax((1, 2, 3)) == 0).tolist() == [True] * 7 + [False] * 3
+    assert second.seen == [4, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [dq.Standard, lambda eps: dq.Adaptive(eps, 8), lambda e: dq.Worst((PGD(e), Square(e, 9)))],
+)
+def test_the_worst_case_is_that_of_its_parts(make: type[Composition]) -> None:
+    model, x, y = scene(15)
+    eps, stand = middle_eps(model, x, y)
+    worst = make(eps)
+    parts: list[Attack] = [
+        FAB(eps, 10, targets=4) if isinstance(part, FAB) else
+        Square(eps, 50) if isinstance(part, Square) else part for part in worst.attacks
+    ]  # fmt: skip
+    short = dq.Worst(tuple(parts))
+    whole = robust(model, (x, y), short)
+    assert torch.equal(whole, robust(model, (x, y), short, batch_size=5))
+    first = robust(model, (x, y), parts[0])
+    assert not (whole & ~first).any()
+    assert stand <= int(whole.sum()) <= int(first.sum())
+    made = short(model, x, y)
+    assert (made - x).abs().max() <= eps + 1e-6
+    fell = (model(made).argmax(1) != y).sum()
+    assert abs(int(fell) - (15 - int(whole.sum()))) <= 3  # other draws, from a generator
+
+
+def test_standard_is_autoattacks() -> None:
+    eps = 8 / 255
+    assert dq.Standard(eps).attacks == (
+        APGD(eps, 100), APGD(eps, 100, loss="dlr-targeted", targets=9),
+        FAB(eps, 100, targets=9), Square(eps, 5000),
+    )  # fmt: skip
+    assert repr(dq.Standard(eps)) == "Standard(eps=8/255)"
+    assert dq.Standard(eps).name == "Standard"
+
+
+def test_standard_is_exact_on_a_linear_network() -> None:
+    model, x, y = scene(6)
+    eps, stand = middle_eps(model, x, y)
+    assert dq.robust_accuracy(model, (x, y), dq.Standard(eps)).correct == stand
+
+
+def test_adaptive_costs_at_most_three_times_pgd() -> None:
+    """Counted in rows of gradients, on a network of which nothing falls."""
+
+    class Iron(nn.Module):
+        rows = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.is_grad_enabled():
+                Iron.rows += len(x)
+            light = x.mean((1, 2, 3))
+            return torch.stack([light + 9, -light], 1)
+
+    x, y = torch.rand(32, 1, 4, 4), torch.zeros(32, dtype=torch.int64)
+    counts = []
+    for attack in (PGD(0.1, steps=40), dq.Adaptive(0.1, 40)):
+        Iron.rows = 0
+        assert dq.robust_accuracy(Iron().eval(), (x, y), attack).correct == 32
+        counts.append(Iron.rows)
+    assert counts[0] == 32 * 40
+    assert 2 * counts[0] < counts[1] <= 2.8 * counts[0]
+
+
+def test_eps_rises_within_a_family() -> None:
+    model, x, y = scene(20)
+    scored = list(sweep(model, (x, y), [dq.Adaptive(e, 4) for e in (0.02, 0.005, 0.3)]))
+    counts = [one.score.correct for one in scored]
+    assert counts == sorted(counts, reverse=True)
+    assert [s.attack.eps for s in scored if isinstance(s.attack, Composition)] == [0.005, 0.02, 0.3]
+
+
+def test_names_are_read() -> None:
+    for text, expected in {
+        "apgd": APGD(0.1), "apgd-20": APGD(0.1, 20), "APGD-20x3": APGD(0.1, 20, 3),
+        "apgd-dlr": APGD(0.1, loss="dlr"), "apgd-t": APGD(0.1, loss="dlr-targeted"),
+        "apgd-t-30": APGD(0.1, 30, loss="dlr-targeted"), "fab": FAB(0.1),
+        "fab-t": FAB(0.1, targets=9), "square": Square(0.1), "square-99": Square(0.1, 99),
+        "standard": dq.Standard(0.1), "adaptive": dq.Adaptive(0.1),
+        "adaptive-20": dq.Adaptive(0.1, 20), "random-5": Random(0.1, 5),
+    }.items():  # fmt: skip
+        assert parse_attack(text, 0.1) == expected, text
+    for text in ("apgd-x", "apgd-dlr-", "square-1x2", "standard-3", "adaptive-2x2", "apgd-ce"):
+        with pytest.raises(dq.UserError, match="unknown attack"):
+            parse_attack(text, 0.1)
+    with pytest.raises(dq.UserError, match="last iterate"):
+        parse_first_order("standard", 0.1)
+
+
+def test_a_users_mistakes() -> None:
+    for parts in ((), (PGD(0.1), Square(0.2))):
+        with pytest.raises(dq.UserError, match="one eps"):
+            dq.Worst(parts)
+    for make in (lambda: dq.Standard(8), lambda: dq.Adaptive(0.1, 0)):
+        with pytest.raises(dq.UserError):
+            make()

@@ -1,0 +1,195 @@
+"""Backward surrogates: the answers stay exact, the gradients are as written, all is put back."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import defquant as dq
+from defquant.attacks import APGD
+from defquant.attacks.kernel import Surrogate
+from defquant.attacks.look import look
+from defquant.attacks.surrogates import (
+    EOT,
+    ClipFree,
+    FloatTwin,
+    Precisions,
+    SoftRound,
+    StraightThrough,
+    staircase_slope,
+)
+from defquant.evaluate import robust
+from defquant.quantize import Quantizer, QuantReLU, QuantTanh
+
+ALL: list[Surrogate] = [
+    StraightThrough(), ClipFree(), SoftRound(), SoftRound(4), FloatTwin(), EOT(2),
+    Precisions((2, None)),
+]  # fmt: skip
+
+
+def network(bits: int | None = 2) -> nn.Module:
+    torch.manual_seed(0)
+    model = dq.wide_resnet(10, 1, bits=bits, in_channels=1, num_classes=4)
+    for _ in range(20):
+        model(torch.rand(32, 1, 8, 8))
+    return model.eval()
+
+
+def gradient(surrogate: Surrogate, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.clone().requires_grad_()
+    with surrogate(model) as forwards:
+        answers = [forward(x) for forward in forwards]
+        grads = [torch.autograd.grad(answer.sum(), x)[0] for answer in answers]
+    return torch.stack([a.detach() for a in answers]).mean(0), torch.stack(grads).mean(0)
+
+
+@pytest.mark.parametrize("surrogate", ALL)
+@pytest.mark.parametrize("bits", [1, 2, None])
+def test_the_answers_stay_exact(surrogate: Surrogate, bits: int | None) -> None:
+    model, x = network(bits), torch.rand(16, 1, 8, 8)
+    with torch.no_grad():
+        own = model(x)
+    assert torch.equal(gradient(surrogate, model, x)[0], own)
+
+
+@pytest.mark.parametrize("surrogate", ALL)
+def test_the_model_is_put_back(surrogate: Surrogate) -> None:
+    model, x = network(), torch.rand(4, 1, 8, 8)
+    before = gradient(StraightThrough(), model, x)[1]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    keys = [set(module.__dict__) for module in model.modules()]
+
+    def boom() -> None:
+        with surrogate(model) as forwards:
+            forwards[0](x)
+            raise RuntimeError("boom")
+
+    gradient(surrogate, model, x)
+    with pytest.raises(RuntimeError, match="boom"):
+        boom()
+    assert [set(module.__dict__) for module in model.modules()] == keys
+    assert {m.bits for m in model.modules() if isinstance(m, Quantizer)} == {2}
+    assert torch.equal(gradient(StraightThrough(), model, x)[1], before)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_forward_of_the_users_own_comes_back() -> None:
+    quantizer = QuantReLU(2)
+    mine: Any = quantizer.forward
+    quantizer.__dict__["forward"] = mine
+    with SoftRound()(quantizer), ClipFree()(quantizer):
+        pass
+    assert quantizer.__dict__["forward"] is mine
+
+
+def numeric(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    x, h = x.double(), 1e-6
+    return ((function(x + h) - function(x - h)) / (2 * h)).float()
+
+
+@settings(max_examples=40, deadline=None)
+@given(bits=st.integers(1, 8), slope=st.floats(0.5, 30), high=st.sampled_from([1.0, 6.0]))
+def test_soft_round_is_the_gradient_of_its_staircase(bits: int, slope: float, high: float) -> None:
+    levels = 2**bits - 1
+    x = torch.linspace(-0.4 * high, 1.4 * high, 301)
+
+    def stairs(z: Tensor) -> Tensor:
+        u = z * levels / high
+        cell = (x.double() * levels / high).floor().clamp(0, levels - 1)  # of x, not of x ± h
+        stair: Tensor = (cell + torch.sigmoid(slope * (u - cell - 0.5))) * high / levels
+        return stair
+
+    got = gradient(SoftRound(slope), QuantReLU(bits, high), x[:, None])[1][:, 0]
+    torch.testing.assert_close(got, numeric(stairs, x), rtol=1e-3, atol=1e-4)
+
+    def tanh_stairs(z: Tensor) -> Tensor:
+        u, here = (z.tanh() + 1) * levels / 2, (x.double().tanh() + 1) * levels / 2
+        cell = here.floor().clamp(0, levels - 1)
+        stair: Tensor = 2 * (cell + torch.sigmoid(slope * (u - cell - 0.5))) / levels - 1
+        return stair
+
+    got = gradient(SoftRound(slope), QuantTanh(bits), x[:, None])[1][:, 0]
+    torch.testing.assert_close(got, numeric(tanh_stairs, x), rtol=2e-3, atol=1e-3)
+
+
+def test_soft_round_is_rounding_under_logistic_noise() -> None:
+    """E[Q(u + noise)] moves as the staircase says, where the noise is small beside a cell."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand(400_000, generator=generator)
+    noise = (p / (1 - p)).log() / 12
+    quantizer, h = QuantReLU(2, high=3.0), 0.05  # cells of width 1
+    for u in (0.3, 0.5, 1.6, 2.45):
+        mean = [quantizer(u + way + noise).mean() for way in (-h, h)]
+        slope = float(mean[1] - mean[0]) / (2 * h)
+        got = gradient(SoftRound(12), quantizer, torch.tensor([[u]]))[1].item()
+        assert abs(got - slope) < 0.1, u
+
+
+def test_clip_free_is_the_identity_and_straight_through_is_not() -> None:
+    x = torch.tensor([[-1.0], [2.0], [7.0]])
+    for quantizer in (QuantReLU(2), QuantTanh(2), QuantReLU(None)):
+        assert gradient(ClipFree(), quantizer, x)[1].flatten().tolist() == [1, 1, 1]
+    assert gradient(StraightThrough(), QuantReLU(2), x)[1].flatten().tolist() == [0, 1, 0]
+
+
+def test_the_float_twin_is_the_network_at_full_precision() -> None:
+    model, x = network(), torch.rand(8, 1, 8, 8)
+    got = gradient(FloatTwin(), model, x)[1]
+    expected = gradient(StraightThrough(), dq.set_bits(model, None), x)[1]
+    assert torch.equal(got, expected)
+    dq.set_bits(model, 2)
+    both = gradient(Precisions((2, None)), model, x)[1]
+    own = gradient(StraightThrough(), model, x)[1]
+    torch.testing.assert_close(both, (own + expected) / 2)
+
+
+def test_eot_averages_a_random_network() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            noise = torch.randn(len(x), 2)
+            return noise * x.mean((1, 2, 3))[:, None]
+
+    x, y = torch.rand(64, 1, 4, 4), torch.zeros(64, dtype=torch.int64)
+    spread = []
+    for passes in (1, 100):
+        with EOT(passes)(Noisy()) as forwards:
+            spread.append(float(look(forwards, x, y).grad.std()))
+    assert spread[1] < 0.3 * spread[0]
+
+
+def test_the_slope_by_bits() -> None:
+    assert [round(staircase_slope(bits), 1) for bits in (1, 2, 3, 4)] == [19.1, 11.0, 7.2, 4.9]
+    soft, named = SoftRound(), SoftRound(staircase_slope(2))
+    model, x = network(), torch.rand(4, 1, 8, 8)
+    assert torch.equal(gradient(soft, model, x)[1], gradient(named, model, x)[1])
+
+
+def test_soft_round_finds_what_straight_through_misses() -> None:
+    """Attacks under each surrogate keep the rules, and on 2 bits they do not agree."""
+    model = network()
+    x = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    found = []
+    for surrogate in ALL:
+        attack = APGD(2 / 255, 5, loss="margin", surrogate=surrogate)
+        whole = robust(model, (x, y), attack)
+        assert torch.equal(whole, robust(model, (x, y), attack, batch_size=7))
+        found.append(int(whole.sum()))
+    assert len(set(found)) > 1
+    assert min(found) < 24
+
+
+def test_a_users_mistakes() -> None:
+    for make in (
+        lambda: SoftRound(0), lambda: SoftRound(math.nan), lambda: EOT(0), lambda: Precisions(()),
+        lambda: Precisions((9,)),
+    ):  # fmt: skip
+        with pytest.raises(dq.UserError) as error:
+            make()
+        assert "\n" not in str(error.value)
