@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 
 import pytest
@@ -35,7 +36,8 @@ def dense(layer: nn.Module, size: tuple[int, ...]) -> Tensor:
     """The matrix of the map x -> layer(x) - layer(0), column by column."""
     basis = torch.eye(math.prod(size)).view(-1, *size)
     with torch.no_grad():
-        return (layer(basis) - layer(torch.zeros(1, *size))).flatten(1).T
+        columns: Tensor = layer(basis) - layer(torch.zeros(1, *size))
+    return columns.flatten(1).T
 
 
 def norm_of(layer: nn.Module, size: tuple[int, ...]) -> float:
@@ -52,7 +54,7 @@ def normed(norm: nn.Module, seed: int = 0) -> nn.Module:
     return norm
 
 
-CONVS = {
+CONVS: dict[str, Callable[[], nn.Conv2d]] = {
     "plain": lambda: nn.Conv2d(2, 5, 3, padding=1),
     "strided": lambda: nn.Conv2d(2, 5, 3, stride=2, padding=1, bias=False),
     "grouped": lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1),
@@ -93,7 +95,8 @@ def test_upper_bounds_hold_where_the_steps_do_not_exhaust_the_space() -> None:
 def test_the_composed_norm_is_that_of_convolution_and_batch_norm_as_one_map() -> None:
     torch.manual_seed(2)
     conv, bn = nn.Conv2d(2, 5, 3, padding=1), normed(nn.BatchNorm2d(5))
-    model = nn.Sequential(conv, bn, QuantReLU(2), nn.Flatten(), nn.Linear(5 * 64, 10))
+    fc = nn.Linear(5 * 64, 10)
+    model = nn.Sequential(conv, bn, QuantReLU(2), nn.Flatten(), fc)
     found = audited(model, labelled(channels=2))
     first, last = found.layers
     together = norm_of(nn.Sequential(conv, bn), (2, 8, 8))
@@ -104,7 +107,7 @@ def test_the_composed_norm_is_that_of_convolution_and_batch_norm_as_one_map() ->
     assert norm.gain == pytest.approx(float(torch.linalg.matrix_norm(dense(bn, (5, 8, 8)), 2)))
     assert together < 0.95 * first.norm * norm.gain  # the product would overstate it
     assert last.batch_norm is None
-    assert last.gain == last.norm == pytest.approx(spectral_norm(model[4].weight), rel=1e-4)
+    assert last.gain == last.norm == pytest.approx(spectral_norm(fc.weight), rel=1e-4)
     assert together * last.norm <= found.bound <= together * last.norm * 1.02
 
 
@@ -194,6 +197,9 @@ def test_average_pooling_is_bounded_by_its_matrix(pool: nn.Module) -> None:
 
 
 class Normalised(nn.Module):
+    mean: Tensor
+    std: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor([0.5, 0.4]).view(1, 2, 1, 1))
@@ -208,7 +214,7 @@ def test_a_normalisation_inside_the_network_counts() -> None:
     assert bound(Normalised(), 2, 8, 8).bound == pytest.approx(5 * math.sqrt(5) / 8)
 
 
-NETWORKS = {
+NETWORKS: dict[str, Callable[[bool], nn.Module]] = {
     "wrn": lambda convex: dq.wide_resnet(10, 1, bits=4, convex=convex, in_channels=1),
     "vgg": lambda convex: dq.vgg16(bits=2, convex=convex, in_channels=1, width=0.125),
     "resnet": lambda convex: dq.resnet18(bits=1, convex=convex, in_channels=1, width=0.125),
@@ -223,7 +229,7 @@ NETWORKS = {
 
 def network(kind: str, convex: bool) -> nn.Module:
     torch.manual_seed(0)
-    model: nn.Module = NETWORKS[kind](convex)
+    model = NETWORKS[kind](convex)
     for i in range(4):  # batch norm's statistics
         model(uniform(16, 1, 8, 8, seed=i))
     return model.eval()
@@ -268,9 +274,10 @@ def test_no_difference_exceeds_the_bound(seed: int, size: float) -> None:
 
 def test_the_jacobian_of_a_linear_network_is_its_matrix() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 7))
+    fc = nn.Linear(64, 7)
+    model = nn.Sequential(nn.Flatten(), fc)
     x, _ = labelled(3)
-    expected = float(torch.linalg.matrix_norm(model[1].weight.detach().double(), 2))
+    expected = float(torch.linalg.matrix_norm(fc.weight.detach().double(), 2))
     assert jacobian_norms(model, x).tolist() == pytest.approx([expected] * 3)
 
 

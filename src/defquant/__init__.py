@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from defquant.attacks import BIM as BIM
+    from defquant.attacks import DIVA as DIVA
     from defquant.attacks import FGSM as FGSM
     from defquant.attacks import PGD as PGD
     from defquant.attacks import RFGSM as RFGSM
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from defquant.config import TrainConfig as TrainConfig
     from defquant.data import Dataset as Dataset
     from defquant.data import load as load
+    from defquant.diagnose import audit as audit
+    from defquant.diagnose import transfer_matrix as transfer_matrix
     from defquant.errors import DefquantWarning as DefquantWarning
     from defquant.errors import UserError as UserError
     from defquant.evaluate import accuracy as accuracy
@@ -41,10 +44,11 @@ if TYPE_CHECKING:
     from defquant.training import train as train
 
 _HOMES = {
-    "attacks": ("BIM", "FGSM", "PGD", "RFGSM", "Attack", "Random", "Transfer"),
+    "attacks": ("BIM", "DIVA", "FGSM", "PGD", "RFGSM", "Attack", "Random", "Transfer"),
     "checkpoint": ("load_model",),
     "config": ("DataConfig", "ModelConfig", "TrainConfig"),
     "data": ("Dataset", "load"),
+    "diagnose": ("audit", "transfer_matrix"),
     "errors": ("DefquantWarning", "UserError"),
     "evaluate": ("accuracy", "robust_accuracy", "sweep"),
     "lipschitz": ("ConvexSum", "OrthogonalPenalty", "project_simplex_"),
