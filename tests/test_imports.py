@@ -9,8 +9,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "defquant"
 ORDER = (
     "errors", "files", "config", "results", "quantize", "lipschitz", "data", "models", "attacks",
     "defenses", "progress", "distributed", "evaluate", "diagnose", "monitor", "training_state",
-    "training", "checkpoint", "runs", "replay", "measure", "detection", "experiments", "report",
-    "commands", "flags", "cli", "__main__",
+    "training", "checkpoint", "runs", "replay", "measure", "transfers", "detection", "experiments",
+    "report", "commands", "flags", "cli", "__main__",
 )  # fmt: skip
 TORCHLESS = ("flags", "errors", "files", "config", "results", "report", "cli", "commands")
 
