@@ -111,6 +111,20 @@ def test_the_composed_norm_is_that_of_convolution_and_batch_norm_as_one_map() ->
     assert together * last.norm <= found.bound <= together * last.norm * 1.02
 
 
+def test_layers_one_after_the_other_multiply() -> None:
+    torch.manual_seed(4)
+    first = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), normed(nn.BatchNorm2d(3)))
+    second = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), normed(nn.BatchNorm2d(4), 5))
+    third = nn.Conv2d(4, 2, 3, padding=1)
+    parts = ((first, 1), (second, 3), (third, 4))
+    product = math.prod(norm_of(part, (channels, 8, 8)) for part, channels in parts)
+    found = bound(nn.Sequential(first, nn.ReLU(), second, nn.MaxPool2d(1), third), 1, 8, 8).bound
+    assert product <= found <= 1.03 * product
+    apart = bound(nn.Sequential(first, nn.ReLU(), normed(nn.BatchNorm2d(3), 7)), 1, 8, 8)
+    expected = norm_of(first, (1, 8, 8)) * apart.batch_norms[1].gain
+    assert expected <= apart.bound <= 1.02 * expected
+
+
 def test_a_linear_layer_and_its_batch_norm() -> None:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), normed(nn.BatchNorm1d(10)))

@@ -107,6 +107,14 @@ def test_c_weighs_the_quantised_network() -> None:
     assert found == pytest.approx([0.6, 0.4])
 
 
+def test_an_iterate_that_parts_them_comes_before_one_of_higher_loss() -> None:
+    """At c = 4 the loss is highest at 0.42, where both are fooled; from 0.45 to 0.5 only one is."""
+    edge, twin = linear(torch.tensor([4.0]), 2), linear(torch.tensor([4.0]), 1.8)
+    x, y = pixels(0.52), torch.ones(1, dtype=torch.long)
+    assert 0.45 < float(DIVA(0.1, twin, c=4, steps=40)(edge, x, y)) < 0.5
+    assert evasive(edge, (x, y), DIVA(0.1, twin, c=4, steps=40)) == Score(1, 1)
+
+
 def test_divas_answer_does_not_depend_on_the_batch() -> None:
     model, twin = small(1), at_bits(small(), None)
     x = uniform(9, 1, 8, 8)
