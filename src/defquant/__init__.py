@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from defquant.attacks import APGD as APGD
     from defquant.attacks import BIM as BIM
+    from defquant.attacks import DIVA as DIVA
     from defquant.attacks import FAB as FAB
     from defquant.attacks import FGSM as FGSM
     from defquant.attacks import PGD as PGD
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from defquant.data import load as load
     from defquant.deploy.export import export_onnx as export_onnx
     from defquant.deploy.parity import parity as parity
+    from defquant.diagnose import audit as audit
+    from defquant.diagnose import transfer_matrix as transfer_matrix
     from defquant.errors import DefquantWarning as DefquantWarning
     from defquant.errors import UserError as UserError
     from defquant.evaluate import accuracy as accuracy
@@ -52,6 +55,7 @@ _HOMES = {
     "attacks": (
         "APGD",
         "BIM",
+        "DIVA",
         "FAB",
         "FGSM",
         "PGD",
@@ -69,6 +73,7 @@ _HOMES = {
     "data": ("Dataset", "load"),
     "deploy.export": ("export_onnx",),
     "deploy.parity": ("parity",),
+    "diagnose": ("audit", "transfer_matrix"),
     "errors": ("DefquantWarning", "UserError"),
     "evaluate": ("accuracy", "robust_accuracy", "sweep"),
     "lipschitz": ("ConvexSum", "OrthogonalPenalty", "project_simplex_"),

@@ -79,6 +79,8 @@ def _parse(verb: str, flags: list[str]) -> Namespace | None:
         return None
     if verb in ("attack", "export"):
         settings.eps = [eps(text) for text in settings.eps]
+    if verb == "transfer":
+        settings.eps = eps(settings.eps)
     if verb == "train":
         settings.attack_sigma = eps(settings.attack_sigma)
         if settings.attack_eps is not None:

@@ -14,6 +14,7 @@ VERBS = {
     "demo": "the main job, small: train, attack and report on handwritten digits",
     "train": "train a network: float, vanilla-quantised, defensive or adversarial",
     "attack": "measure clean and robust accuracy of trained runs",
+    "transfer": "what fools one run or bit width, shown to all others: a matrix",
     "export": "write a trained run as an integer ONNX model, checked, attacked and priced",
     "verify": "check that an exported file computes what its run was trained to",
     "reproduce": "make the paper's tables and figures again, at a size of your choice",
@@ -136,6 +137,23 @@ def _verify_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--json", type=bool, default=False, help="the card as a JSON line")
 
 
+def _transfer_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=str, help="folders of runs of one data set")
+    parser.add_argument(
+        "--bits", nargs="+", type=int | None, default=[],
+        help="each run at each of these, as 1 2 4 none, weights as trained; else at its own",
+    )  # fmt: skip
+    parser.add_argument("--attack", type=str, default="pgd-20", help="as of `defquant attack`")
+    parser.add_argument("--eps", type=str | float, default="8/255", help="radius, as 8/255")
+    parser.add_argument("--images", type=int | None, default=None, help="first so many test images")
+    parser.add_argument("--out", type=str, default="transfer", help="folder of the file and figure")
+    parser.add_argument("--seed", type=int, default=0, help="of the attack's draws")
+    parser.add_argument("--batch_size", type=int, default=256, help="rows at a time")
+    parser.add_argument("--data_root", type=str | None, default=None, help="if the data moved")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument("--json", type=bool, default=False, help="a JSON line for each cell")
+
+
 def _reproduce_flags(parser: ArgumentParser) -> None:
     parser.add_argument(
         "names", nargs="*", type=str, help="fig1 fig3 fig5 fig6 fig7 table1 ... table6, or all"
@@ -192,6 +210,7 @@ _FLAGS: dict[str, Callable[[ArgumentParser], None]] = {
     "demo": _demo_flags,
     "train": _train_flags,
     "attack": _attack_flags,
+    "transfer": _transfer_flags,
     "report": _report_flags,
     "export": _export_flags,
     "verify": _verify_flags,

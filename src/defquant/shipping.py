@@ -11,7 +11,7 @@ import onnx
 import torch
 from torch import nn
 
-from defquant.attacks import FirstOrder, Square
+from defquant.attacks import Single, Square
 from defquant.checkpoint import Facts, versions
 from defquant.data import Dataset, to_unit
 from defquant.deploy.cost import latencies, rows, static_cost
@@ -131,7 +131,7 @@ def attacked(
     model: nn.Module,
     file: onnx.ModelProto,
     images: Dataset,
-    attacks: Sequence[FirstOrder],
+    attacks: Sequence[Single],
     queries: int,
     few: int,
     *,

@@ -2,6 +2,7 @@
 
 from defquant.attacks.apgd import APGD
 from defquant.attacks.base import Attack, untouched
+from defquant.attacks.diva import DIVA
 from defquant.attacks.fab import FAB
 from defquant.attacks.gradient import BIM, FGSM, PGD, RFGSM, FirstOrder, Random, RandomEps
 from defquant.attacks.single import Single
@@ -12,6 +13,7 @@ from defquant.attacks.worst import Adaptive, Composition, Standard, Worst
 __all__ = [
     "APGD",
     "BIM",
+    "DIVA",
     "FAB",
     "FGSM",
     "PGD",

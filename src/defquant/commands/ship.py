@@ -22,11 +22,15 @@ def export(settings: Namespace) -> int:
     """`defquant export`: a run as an integer ONNX file, with its card beside it."""
     _check(settings)
     from defquant import shipping
+    from defquant.attacks import Single
     from defquant.attacks.names import parse_attack
     from defquant.files import write_json
     from defquant.runs import load_images, test_images
 
-    attacks = [parse_attack(name, eps) for name in settings.attack for eps in settings.eps]
+    named = [parse_attack(name, eps) for name in settings.attack for eps in settings.eps]
+    attacks = [attack for attack in named if isinstance(attack, Single)]
+    if len(attacks) < len(named):
+        raise UserError("--attack takes attacks that make one image each: not standard or adaptive")
     run, path = Path(settings.run), Path(settings.model)
     model, facts = _loaded(run, settings.data_root)
     images = test_images(facts, settings.data_root, settings.images)

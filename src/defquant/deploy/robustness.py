@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from defquant.attacks.base import lint_images, untouched
 from defquant.attacks.engine import perturb
-from defquant.attacks.gradient import FirstOrder
 from defquant.attacks.pixels import to_pixels
+from defquant.attacks.single import Single
 from defquant.data import Dataset, to_unit
 from defquant.evaluate import correct
 from defquant.results import Score
@@ -20,7 +20,7 @@ def replayed(
     trained: nn.Module,
     deployed: nn.Module,
     images: Dataset,
-    attack: FirstOrder,
+    attack: Single,
     *,
     seed: int = 0,
     batch_size: int = 256,
@@ -43,7 +43,7 @@ def replayed(
 
 
 def _made(
-    model: nn.Module, images: Dataset, attack: FirstOrder, *, seed: int, batch_size: int
+    model: nn.Module, images: Dataset, attack: Single, *, seed: int, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(images, labels, adversarial images of 8 bits), a batch at a time."""
     device = next(model.parameters()).device
@@ -53,7 +53,7 @@ def _made(
         x, y = to_unit(pixels.to(device)), y.to(device)
         lint_images(x, y)
         made = perturb(
-            model, x, y, attack.walk, attack.eps, seed=seed, ids=ids.to(device), keep="best"
+            model, x, y, attack.kernel, attack.eps, seed=seed, ids=ids.to(device), keep="best"
         )
         yield x, y, to_pixels(made, x, attack.eps)
 

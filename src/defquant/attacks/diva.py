@@ -1,0 +1,114 @@
+"""DIVA: images that fool a quantised network and not its float twin (Hao et al. 2022)."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from defquant.attacks.base import draw_seed, lint_images, uniform, untouched
+from defquant.config import check_eps
+from defquant.data import to_unit
+from defquant.errors import UserError
+
+__all__ = ["DIVA"]
+
+
+@dataclass(frozen=True, repr=False)
+class DIVA:
+    """Signed steps up L(x') = p_twin(y | x') - c p_model(y | x'), in the L-infinity ball.
+
+    "A Tale of Two Models: Constructing Evasive Attacks on Edge Models" (Hao et al., MLSys 2022),
+    with p the softmax of the logits. Called with the quantised network, it returns of every
+    example the iterate with the highest L among those that fool it and not the twin, else the
+    highest L of all: an image for whoever looks at the twin alone. `defquant.diagnose.evasive`
+    counts them. A uniform start, as in our PGD; draws are keyed by the example's id.
+
+    Attributes:
+        eps: radius in [0, 1].
+        twin: the network not to be fooled; left as it was found.
+        c: weight of the quantised network's probability; 1 in most of their experiments.
+        steps: iterations.
+        alpha: step size; when none, 2.5 eps / steps.
+
+    Raises:
+        UserError: values out of range, images outside [0, 1], or networks of other classes.
+    """
+
+    by_id: ClassVar[bool] = True
+    name: ClassVar[str] = "DIVA"
+
+    eps: float
+    twin: nn.Module = field(repr=False)
+    c: float = 1.0
+    steps: int = 20
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
+        if self.steps < 1:
+            raise UserError(f"steps must be 1 or more; found {self.steps}")
+        if not self.c > 0:
+            raise UserError(f"c weighs the quantised network and must be positive; found {self.c}")
+        if self.alpha is not None and not 0 < self.alpha <= 1:
+            raise UserError(f"alpha is a step size in (0, 1], as 1/255; found {self.alpha:g}")
+
+    def __repr__(self) -> str:
+        alpha = 2.5 * self.eps / self.steps if self.alpha is None else self.alpha
+        radius, pace = (f"{round(value * 255, 3):g}/255" for value in (self.eps, alpha))
+        return f"DIVA(eps={radius}, c={self.c:g}, steps={self.steps}, alpha={pace})"
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        ids: Tensor | None = None,
+    ) -> Tensor:
+        """Images (n, c, h, w) in the ball around `x` and in [0, 1]; `model` is the quantised one.
+
+        `ids`, int64 (n,), name the examples' draws; else 0, 1, ...
+        """
+        lint_images(x, y)
+        x, seed = to_unit(x), draw_seed(generator)
+        ids = torch.arange(len(x), device=x.device) if ids is None else ids
+        low, high = (x - self.eps).clamp(0, 1), (x + self.eps).clamp(0, 1)
+        noise = uniform(seed, ids, torch.zeros_like(ids), x.shape[1:]).to(x) * 2 - 1
+        at, best, best_rank = (
+            (x + self.eps * noise).clamp(0, 1),
+            x,
+            x.new_full((len(x),), -torch.inf),
+        )
+        alpha = 2.5 * self.eps / self.steps if self.alpha is None else self.alpha
+        with (
+            untouched(model), untouched(self.twin),
+            torch.autocast(x.device.type, enabled=False),
+        ):  # fmt: skip
+            for step in range(self.steps + 1):
+                rank, grad = self._look(model, at, y, gradient=step < self.steps)
+                gains = rank > best_rank
+                best = torch.where(gains[:, None, None, None], at, best)
+                best_rank = torch.where(gains, rank, best_rank)
+                at = torch.minimum(torch.maximum(at + alpha * grad.sign(), low), high)
+        return best
+
+    def _look(
+        self, model: nn.Module, at: Tensor, y: Tensor, *, gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        """L, raised above all others where `at` fools the model alone, and L's gradient."""
+        with torch.set_grad_enabled(gradient):
+            at = at.detach().requires_grad_(gradient)
+            edge, float_ = model(at).float(), self.twin(at).float()
+            if edge.shape != float_.shape:
+                raise UserError(
+                    f"DIVA needs networks of the same classes; found logits {tuple(edge.shape)} "
+                    f"and {tuple(float_.shape)}"
+                )
+            p_edge, p_float = (z.softmax(1).gather(1, y[:, None])[:, 0] for z in (edge, float_))
+            loss = p_float - self.c * p_edge
+            grad = torch.autograd.grad(loss.sum(), at)[0] if gradient else torch.zeros_like(at)
+        evasive = (edge.argmax(1) != y) & (float_.argmax(1) == y)
+        loss = loss.detach().nan_to_num(-torch.inf)
+        return torch.where(evasive, loss + 2 * (1 + self.c), loss), grad.nan_to_num(0.0)

@@ -1,0 +1,35 @@
+"""Verbs between precisions: transfer."""
+
+import json
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from defquant.config import check_bits
+from defquant.errors import UserError
+
+__all__ = ["transfer"]
+
+
+def transfer(settings: Namespace) -> int:
+    """`defquant transfer`: the matrix on stdout, `transfer.json` and `transfer.png` in --out."""
+    if settings.batch_size < 1:
+        raise UserError(f"--batch_size must be 1 or more; found {settings.batch_size}")
+    bits = [check_bits(width) for width in settings.bits]
+    from defquant.attacks.names import parse_first_order
+    from defquant.distributed import pick_device
+    from defquant.files import write_json
+    from defquant.report.matrix import plot_matrix, text_matrix
+    from defquant.transfers import transfer_runs
+
+    out = Path(settings.out)
+    record = transfer_runs(
+        [Path(run) for run in settings.runs], parse_first_order(settings.attack, settings.eps),
+        bits=bits, images=settings.images, data_root=settings.data_root, seed=settings.seed,
+        device=pick_device(settings.device), batch_size=settings.batch_size,
+    )  # fmt: skip
+    lines = map(json.dumps, record["cells"]) if settings.json else text_matrix(record)
+    print("\n".join(lines))
+    print(plot_matrix(record, out / "transfer.png"))
+    print(write_json(out / "transfer.json", record))
+    return 0

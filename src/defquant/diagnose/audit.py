@@ -1,0 +1,165 @@
+"""The Lipschitz audit: how far each layer, and the whole network, can carry a small change."""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from defquant.attacks import untouched
+from defquant.diagnose.bound import BatchNormCall, LayerCall, reach
+from defquant.diagnose.inputs import unit_images
+from defquant.diagnose.norms import kernel_matrix
+from defquant.evaluate import Images
+from defquant.models import FeatureSqueezing
+from defquant.quantize import Quantizer
+
+__all__ = ["Audit", "LayerAudit", "Radius", "audit", "jacobian_norms", "surrogate"]
+
+
+@dataclass(frozen=True)
+class LayerAudit:
+    """One call of a convolution or linear layer.
+
+    Attributes:
+        layer: its name.
+        size: of its input, (c, h, w) or (c,).
+        matrix_norm: largest singular value of the weight read as c_out x (c_in k k).
+        matrix_least: the smallest.
+        residual: ||Gram - I||_F on the smaller Gram (Eq. 8, reduced); 0 for an orthonormal kernel.
+        norm: of the true map on inputs of that size: up to 3 for an orthonormal 3x3 kernel.
+        batch_norm: the batch norm that takes the layer's output as it is, if any.
+        gain: norm of the layer and that batch norm as one map; `norm` without one.
+        upper: what the network's bound counts for it: `gain` is approached from below.
+    """
+
+    layer: str
+    size: tuple[int, ...]
+    matrix_norm: float
+    matrix_least: float
+    residual: float
+    norm: float
+    batch_norm: str | None
+    gain: float
+    upper: float
+
+
+@dataclass(frozen=True)
+class Radius:
+    """What the bound proves of one image for the straight-through surrogate, never for the net.
+
+    No change below `l2` in the L2 norm, or below `linf` in every pixel, alters the surrogate's
+    answer. `margin` is z_y - max z_j; where it is not positive both radii are 0.
+    """
+
+    margin: float
+    l2: float
+    linf: float
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What `audit` found.
+
+    Attributes:
+        layers: every call of a layer, in the order of the forward pass.
+        batch_norms: every batch norm's own gain, max |gamma / sqrt(var + eps)|.
+        bound: Lipschitz constant of the straight-through surrogate, from above.
+        lower: the same from below: the largest of `jacobians`.
+        jacobians: ||J(x)||_2 of the surrogate's logits at each image.
+        surrogate_radii: certified for the surrogate, image by image.
+    """
+
+    layers: tuple[LayerAudit, ...]
+    batch_norms: tuple[BatchNormCall, ...]
+    bound: float
+    lower: float
+    jacobians: tuple[float, ...]
+    surrogate_radii: tuple[Radius, ...]
+
+
+def audit(model: nn.Module, data: Images, *, batch_size: int = 64) -> Audit:
+    """Audit every layer of `model`, and bound the whole from both sides (L2 to L2).
+
+    All of it is about the straight-through surrogate: the same weights with every quantiser
+    replaced by its clamp. A quantised network has no Lipschitz constant, as its quantisers have
+    none (|Q(a) - Q(b)| <= |a - b| + step), and nothing here certifies it. The bound is the one of
+    `defquant.diagnose.bound.reach`; its norms hold with probability 1 - 1e-9 each. The radius
+    is margin / (sqrt(2) bound) (Tsuzuku et al. 2018), and over sqrt(c h w) of it per pixel.
+
+    Args:
+        model: of layers that torch.fx can trace; it is left as it was found.
+        data: images and labels; every layer is audited at their size.
+        batch_size: images at a time for the Jacobians, one backward pass a class.
+
+    Raises:
+        UserError: bad images, a graph that cannot be traced, or a layer with no known constant.
+    """
+    x, y = unit_images(model, data)
+    twin = surrogate(model)
+    found = reach(twin, x[:1])
+    parts = [jacobian_norms(twin, some) for some in x.split(batch_size)]
+    jacobians = torch.cat(parts).tolist()
+    margins = torch.cat([_margins(twin, *some) for some in _batches(x, y, batch_size)])
+    radii = [_radius(margin, found.bound, x[0].numel()) for margin in margins.tolist()]
+    return Audit(
+        tuple(_layer(call) for call in found.layers), found.batch_norms, found.bound,
+        max(jacobians), tuple(jacobians), tuple(radii),
+    )  # fmt: skip
+
+
+def surrogate(model: nn.Module) -> nn.Module:
+    """A copy of `model` in eval mode whose quantisers only clamp: the straight-through surrogate.
+
+    The colours of a `FeatureSqueezing` are not reduced, its median stays.
+    """
+    twin = copy.deepcopy(model).eval()
+    for module in twin.modules():
+        if isinstance(module, Quantizer | FeatureSqueezing):
+            module.bits = None
+    return twin
+
+
+def jacobian_norms(model: nn.Module, x: Tensor) -> Tensor:
+    """||J(x)||_2 of the logits at each image, (n,): exact, by one backward pass a class.
+
+    Where `model` is differentiable it bounds its Lipschitz constant from below. The Jacobian has
+    few rows, so that no power iteration is needed.
+    """
+    with untouched(model), torch.enable_grad():
+        x = x.detach().requires_grad_()
+        logits = model(x)
+        rows = [
+            torch.autograd.grad(column.sum(), x, retain_graph=True)[0].flatten(1)
+            for column in logits.unbind(1)
+        ]
+    norms: Tensor = torch.linalg.matrix_norm(torch.stack(rows, 1).double(), 2)
+    return norms
+
+
+def _batches(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+def _margins(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """z_y - max_{j != y} z_j of each image, (n,)."""
+    with untouched(model), torch.no_grad():
+        logits = model(x).double()
+    right = logits.gather(1, y[:, None])
+    others = logits.scatter(1, y[:, None], -torch.inf)
+    margins: Tensor = right[:, 0] - others.max(1).values
+    return margins
+
+
+def _radius(margin: float, bound: float, pixels: int) -> Radius:
+    l2 = max(margin, 0.0) / (math.sqrt(2) * bound) if bound else math.inf
+    return Radius(margin, l2, l2 / math.sqrt(pixels))
+
+
+def _layer(call: LayerCall) -> LayerAudit:
+    matrix, effective = kernel_matrix(call.layer), call.composed or call.norm
+    return LayerAudit(
+        call.name, call.size, matrix.largest, matrix.smallest, matrix.residual, call.norm.value,
+        call.batch_norm, effective.value, effective.upper,
+    )  # fmt: skip

@@ -1,0 +1,200 @@
+"""Between precisions: what fools one bit width and not another, and how their gradients differ."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from defquant.attacks import Attack, FirstOrder, untouched
+from defquant.attacks.base import ById
+from defquant.attacks.diva import DIVA
+from defquant.config import check_bits
+from defquant.diagnose.inputs import unit_images
+from defquant.errors import UserError
+from defquant.evaluate import Images
+from defquant.quantize import set_bits
+from defquant.results import Score
+
+__all__ = [
+    "Cosine", "TransferMatrix", "at_bits", "evasive", "gradient_cosine", "gradient_cosines",
+    "transfer_matrix",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TransferMatrix:
+    """`cells[s][t]`: of the images that networks s and t have right, how many made on s fool t.
+
+    None where no image is right for both. `Score.correct` counts the fooled; its interval is
+    Wilson's.
+    """
+
+    names: tuple[str, ...]
+    attack: str
+    cells: tuple[tuple[Score | None, ...], ...]
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Mean cosine of two networks' input gradients, with its normal 95 % interval.
+
+    `left_out` images have a gradient that is zero or not finite in one of the two, and no cosine;
+    where none is left the numbers are None. The interval needs two images: else it is the mean.
+    """
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    left_out: int
+    examples: int
+
+
+def at_bits(model: nn.Module, bits: int | None) -> nn.Module:
+    """A copy of `model` whose activations have `bits` (None: full precision), weights as they are.
+
+    Raises `UserError` for bits outside 1 to 8 or a model without quantisers.
+    """
+    check_bits(bits)
+    return set_bits(copy.deepcopy(model), bits)
+
+
+def transfer_matrix(
+    models: Mapping[str, nn.Module],
+    data: Images,
+    attack: Attack,
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> TransferMatrix:
+    """Attack every network, and show every network the images that fooled, or failed to fool, it.
+
+    Of a `FirstOrder` attack the last iterate is used, as `Transfer` does, on the diagonal too: the
+    best one would stop at its own network's boundary and could not be compared. Every network is
+    left as it was found; draws are keyed by the image's place in `data`.
+
+    Args:
+        models: by name, all of the same classes; `at_bits` makes those of other bits.
+        data: images and labels.
+        attack: one of `defquant.attacks` (PGD with 20 steps, say), or a function of that signature.
+        batch_size: images at a time; the answer does not depend on it.
+        seed: of the attack's draws.
+
+    Raises:
+        UserError: no networks, networks of different classes or images, bad images.
+    """
+    if not models:
+        raise UserError("a transfer matrix needs one network or more; found none")
+    x, y = _same_images(models, data)
+    clean = torch.stack([_right(model, x, y, batch_size) for model in models.values()])
+    rows = []
+    for i, source in enumerate(models.values()):
+        moved = _attacked(source, x, y, attack, batch_size, seed)
+        fooled = torch.stack([~_right(model, moved, y, batch_size) for model in models.values()])
+        rows.append(tuple(_share(f, clean[i] & c) for f, c in zip(fooled, clean, strict=True)))
+    return TransferMatrix(tuple(models), repr(attack), tuple(rows))
+
+
+def evasive(
+    model: nn.Module, data: Images, attack: DIVA, *, batch_size: int = 256, seed: int = 0
+) -> Score | None:
+    """Of the images that `model` and the attack's twin have right: how many fool `model` alone.
+
+    The top-1 evasive success of Hao et al. 2022; `Score.correct` counts successes. None where no
+    image is right for both. Errors as in `transfer_matrix`.
+    """
+    x, y = _same_images({"the network": model, "its twin": attack.twin}, data)
+    both = _right(model, x, y, batch_size) & _right(attack.twin, x, y, batch_size)
+    moved = _attacked(model, x, y, attack, batch_size, seed)
+    fooled = ~_right(model, moved, y, batch_size) & _right(attack.twin, moved, y, batch_size)
+    return _share(fooled, both)
+
+
+def gradient_cosine(
+    first: nn.Module, second: nn.Module, data: Images, *, batch_size: int = 256
+) -> Cosine:
+    """cos of the two networks' gradients of the cross-entropy at each image, averaged.
+
+    1 for equal networks. Quantised gradients are the straight-through ones. Both are left as
+    they were found. Raises `UserError` as `transfer_matrix` does.
+    """
+    x, y = _same_images({"the first": first, "the second": second}, data)
+    a, b = (_gradients(model, x, y, batch_size) for model in (first, second))
+    cosines = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+    kept = cosines[cosines.isfinite()]
+    left_out = len(cosines) - len(kept)
+    if not len(kept):
+        return Cosine(None, None, None, left_out, len(cosines))
+    mean = kept.mean().item()
+    error = 1.96 * kept.std().item() / len(kept) ** 0.5 if len(kept) > 1 else 0.0
+    return Cosine(mean, max(-1.0, mean - error), min(1.0, mean + error), left_out, len(cosines))
+
+
+def gradient_cosines(
+    model: nn.Module, data: Images, bits: Sequence[int], *, batch_size: int = 256
+) -> dict[int, Cosine]:
+    """`gradient_cosine` of `model` at each of `bits` against itself at full precision."""
+    whole = at_bits(model, None)
+    return {b: gradient_cosine(at_bits(model, b), whole, data, batch_size=batch_size) for b in bits}
+
+
+def _same_images(models: Mapping[str, nn.Module], data: Images) -> tuple[Tensor, Tensor]:
+    """The images, where all networks take them and answer with the same number of classes."""
+    x, y = unit_images(next(iter(models.values())), data)
+    classes = {}
+    for name, model in models.items():
+        with untouched(model), torch.no_grad():
+            try:
+                classes[name] = model(x[:1]).shape[-1]
+            except RuntimeError as error:
+                line = str(error).split("\n")[0]
+                raise UserError(
+                    f"networks must take the same images; {name} does not: {line}"
+                ) from None
+    first, *others = classes
+    for name in others:
+        if classes[name] != classes[first]:
+            raise UserError(
+                f"networks must know the same classes; {first} knows {classes[first]}, {name} "
+                f"{classes[name]}: compare networks of one data set"
+            )
+    return x, y
+
+
+def _attacked(
+    model: nn.Module, x: Tensor, y: Tensor, attack: Attack, batch_size: int, seed: int
+) -> Tensor:
+    make: Callable[..., Tensor] = attack.last if isinstance(attack, FirstOrder) else attack
+    named = isinstance(attack, FirstOrder | ById)
+    parts = []
+    for ids in torch.arange(len(x), device=x.device).split(batch_size):
+        generator = torch.Generator().manual_seed(seed if named else seed + int(ids[0]))
+        names = {"ids": ids} if named else {}
+        with untouched(model):
+            parts.append(make(model, x[ids], y[ids], generator=generator, **names).detach())
+    return torch.cat(parts)
+
+
+def _right(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
+    """Which images are classified rightly, bool (n,); an answer with a NaN is not."""
+    with untouched(model), torch.no_grad():
+        logits = torch.cat([model(some) for some in x.split(batch_size)])
+    right: Tensor = (logits.argmax(1) == y) & ~logits.isnan().any(1)
+    return right
+
+
+def _gradients(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
+    """Of each image's cross-entropy, (n, c h w), in float64."""
+    parts = []
+    with untouched(model), torch.enable_grad():
+        for at, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+            at = at.detach().requires_grad_()
+            loss = nn.functional.cross_entropy(model(at), labels, reduction="sum")
+            parts.append(torch.autograd.grad(loss, at)[0].flatten(1).double())
+    return torch.cat(parts)
+
+
+def _share(hits: Tensor, among: Tensor) -> Score | None:
+    total = int(among.sum())
+    return Score(int((hits & among).sum()), total) if total else None
