@@ -271,12 +271,12 @@ def test_latency_takes_turns_and_finds_the_median() -> None:
 
     lengths = {"slow": 0.03, "fast": 0.005, "none": 0.0}
     calls = {name: partial(call, name, seconds) for name, seconds in lengths.items()}
-    found = latency(calls, repeats=5)
+    found = latency(calls, repeats=12)
     rounds = [made[i : i + 3] for i in range(0, len(made), 3)]
-    assert len(rounds) == WARM_UP + 5
+    assert len(rounds) == WARM_UP + 12
     assert all(sorted(turn) == sorted(calls) for turn in rounds)
     assert {turn[0] for turn in rounds[WARM_UP:]} == set(calls)
-    assert rounds[WARM_UP : WARM_UP + 2] == [["slow", "fast", "none"], ["fast", "none", "slow"]]
+    assert len({tuple(turn) for turn in rounds}) > 3  # no call has always the same neighbour
     assert found["slow"]["low_ms"] >= 30 > found["fast"]["low_ms"] >= 5 > REST * 1e3 / 5
     assert found["none"]["median_ms"] < 2  # the rest is not counted
     for mine in found.values():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -146,15 +147,16 @@ def latency(
 ) -> dict[str, dict[str, float]]:
     """Median and quartiles of the milliseconds of each call: `median_ms`, `low_ms`, `high_ms`.
 
-    Each of the `repeats` rounds, after some that warm up, makes every call once and begins one name
-    later than the last, so that what else the machine does falls on all alike. A rest before each
-    call lets the threads of the one before fall asleep, which spin on cores that the next needs.
+    Each of the `repeats` rounds, after some that warm up, makes every call once, in an order drawn
+    anew: what else the machine does falls on all alike, and so do the caches that a call leaves
+    behind (a fixed neighbour cost 20 %). A rest before each call lets the threads of the one before
+    fall asleep, which spin on cores that the next needs.
     """
     if repeats < 1:
         raise UserError(f"repeats must be 1 or more; found {repeats}")
-    names, times = list(calls), {name: list[float]() for name in calls}
-    for turn in range(-WARM_UP, repeats):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    draw, times = random.Random(1), {name: list[float]() for name in calls}
+    for _ in range(WARM_UP + repeats):
+        for name in draw.sample(list(calls), len(calls)):
             time.sleep(REST)
             start = time.perf_counter()
             calls[name]()
