@@ -12,8 +12,8 @@ done
 train --out runs/deploy/vanilla4
 train --out runs/deploy/dq4 --beta 0.3
 for run in vanilla4_w8 dq4_w8 vanilla4_w4 dq4_w4 vanilla4 dq4; do
-  defquant export runs/deploy/$run results/deploy/$run.onnx --data-root "$DATA" --attack fgsm pgd-20 pgd-50x10 \
-    --eps 2/255 8/255 --attacked 1000 --queries 500 --few 200 --repeats 50 --threads 1
+  defquant export runs/deploy/$run results/deploy/$run.onnx --data-root "$DATA" --attack fgsm pgd-20 \
+    --eps 2/255 8/255 --attacked 1000 --queries 200 --few 200 --repeats 50 --threads 1
 done
 rm results/deploy/*.onnx
 defquant report results/deploy --out results/deploy/report.html
