@@ -17,11 +17,22 @@ from defquant.report.names import Family, Series, attack_order, bits_text
 from defquant.report.sources import BROKEN
 from defquant.results import Score
 
-__all__ = ["INTEGER", "KIND", "Cost", "Deployed", "Latency", "Pair", "Parity", "read_deployed"]
+__all__ = [
+    "INTEGER",
+    "KIND",
+    "SINGLE",
+    "Cost",
+    "Deployed",
+    "Latency",
+    "Pair",
+    "Parity",
+    "read_deployed",
+]
 
 KIND = "defquant deployed model"
 INTEGER = "onnxruntime integer"  # the engine that runs what ships; the others stand beside it
-ENGINES = {"torch": "PyTorch float32", "onnxruntime": "onnxruntime float32", "integer": INTEGER}
+SINGLE = "onnxruntime float32"
+ENGINES = {"torch": "PyTorch float32", "onnxruntime": SINGLE, "integer": INTEGER}
 BITS_PART = re.compile(r"W\d|deployable")  # of a method; said by the table's head
 
 
