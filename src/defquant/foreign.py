@@ -21,11 +21,11 @@ from defquant.data import Dataset
 from defquant.errors import DefquantWarning, UserError
 from defquant.evaluate import device_of
 from defquant.measure import Subject
-from defquant.results import Score
+from defquant.quantize import Quantizer
+from defquant.results import FOREIGN, Score
 
-__all__ = ["METHOD", "Foreign", "blamed", "load_foreign", "probe", "warn_of_chance"]
+__all__ = ["Foreign", "blamed", "load_foreign", "probe", "warn_of_chance"]
 
-METHOD = "your model"
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 
@@ -57,12 +57,14 @@ def load_foreign(spec: str, weights: str | None, device: torch.device) -> Foreig
         raise UserError(
             f"{function} of {path} must return a torch.nn.Module; found {type(model).__name__}"
         )
-    method, evidence = METHOD, {"file": path.name, "file_sha256": _sha256(path)}
+    method, evidence = FOREIGN, {"file": path.name, "file_sha256": _sha256(path)}
     if weights is not None:
         _load_weights(model, Path(weights), path)
-        method = f"{METHOD} ({Path(weights).name})"
+        method = f"{FOREIGN} ({Path(weights).name})"
         evidence |= {"weights": Path(weights).name, "weights_sha256": _sha256(Path(weights))}
-    subject = Subject(method, f"{path.name}:{function}", evidence=evidence)
+    widths = {part.bits for part in model.modules() if isinstance(part, Quantizer)}
+    bits = widths.pop() if len(widths) == 1 else None
+    subject = Subject(method, f"{path.name}:{function}", bits, evidence=evidence)
     return Foreign(model.to(device).eval(), subject, path)
 
 

@@ -24,11 +24,9 @@ from defquant.evaluate import answers, device_of
 from defquant.files import owned_folder, write_bytes
 from defquant.manifest import KIND, MANIFEST, Saved, fingerprint_of
 from defquant.measure import Subject, measure
-from defquant.results import Measurement, Score, append
+from defquant.results import EIGHT_BIT, Measurement, Score, append
 
-__all__ = ["EIGHT_BIT", "Saver", "measure_and_save", "saver"]
-
-EIGHT_BIT = " (8-bit)"
+__all__ = ["Saver", "measure_and_save", "saver"]
 
 
 def measure_and_save(

@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 from defquant.commands.rows import print_measurements
 from defquant.config import DataConfig, ModelConfig, TrainConfig, from_mapping
 from defquant.errors import UserError
+from defquant.results import EIGHT_BIT
 
 if TYPE_CHECKING:
     from defquant.attacks import Composition, Single
@@ -96,7 +97,7 @@ def attack(settings: Namespace) -> int:
         measurements = measure_and_save(
             saved, run, model, facts, images, attacks, black_box=[*unaware, *black_box], **how
         )
-        names = [a.name for a in unaware] + [a.name + " (8-bit)" for a in attacks if saved]
+        names = [a.name for a in unaware] + [a.name + EIGHT_BIT for a in attacks if saved]
         width = max(12, *map(len, names), 0)
         print_measurements(measurements, as_json=settings.json, width=width)
         if settings.detector:
