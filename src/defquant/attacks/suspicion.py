@@ -36,6 +36,10 @@ def suspect(model: nn.Module, images: Tensor, labels: Tensor, right: Tensor) -> 
     x, y, before = to_unit(images[some]), labels[some], int(right[some].sum())
     enough = max(len(y) / 2, 3 * before)
     with untouched(model), torch.no_grad():
+        logits = model(x[:64])
+        if (logits == logits[:1]).all() and (x[:64] != x[:1]).any():
+            _warn("the model gives different images exactly the same output: look for dead layers")
+            return
         renamed = _renamed(_answers(model, x), y, enough)
         if renamed:
             _say(before, len(y), *renamed, "correct the labels, or the order of the classes")
@@ -98,4 +102,8 @@ def _say(before: int, total: int, after: int, repair: str, remedy: str) -> None:
         f"the model is right on {before} of {total} images as they are, and on {after} {repair}: "
         f"{remedy}"
     )
-    warnings.warn(message, DefquantWarning, stacklevel=4)
+    _warn(message)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, DefquantWarning, stacklevel=5)
