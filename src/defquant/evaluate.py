@@ -70,7 +70,7 @@ def robust_accuracy(
     Raises:
         UserError: images outside [0, 1], labels or logits of the wrong shape.
     """
-    standing = _checked(model, data, batch_size)
+    standing = _checked(model, data, batch_size, dead=True)
     return _score(robust(model, data, attack, batch_size=batch_size, seed=seed, standing=standing))
 
 
@@ -167,7 +167,7 @@ def sweep(
     curves never rise, and no work is done on it again.
     """
     start = time.perf_counter()
-    clean = _checked(model, data, batch_size)
+    clean = _checked(model, data, batch_size, dead=False)
     yield Scored(None, _score(clean), time.perf_counter() - start, clean)
     families: dict[str, list[Attack]] = {}
     for attack in attacks:
@@ -182,11 +182,11 @@ def sweep(
             yield Scored(attack, _score(standing), time.perf_counter() - start, standing)
 
 
-def _checked(model: nn.Module, data: Images, batch_size: int) -> Tensor:
+def _checked(model: nn.Module, data: Images, batch_size: int, *, dead: bool) -> Tensor:
     """`correct`; warns where a usual mistake explains that it is so little."""
     right = correct(model, data, batch_size=batch_size)
     images, labels = _on_device(model, data)
-    suspect(model, images, labels, right)
+    suspect(model, images, labels, right, dead=dead)
     return right
 
 
