@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from defquant.attacks.base import Attack, ById, lint_images, lint_model, untouched
 from defquant.attacks.engine import unbroken
 from defquant.attacks.single import Single
+from defquant.attacks.suspicion import suspect
 from defquant.attacks.worst import Composition, seed_of
 from defquant.data import Dataset, to_unit
 from defquant.errors import UserError
@@ -19,7 +21,9 @@ __all__ = [
     "Images",
     "Scored",
     "accuracy",
+    "answers",
     "correct",
+    "device_of",
     "robust",
     "robust_accuracy",
     "sweep",
@@ -66,7 +70,8 @@ def robust_accuracy(
     Raises:
         UserError: images outside [0, 1], labels or logits of the wrong shape.
     """
-    return _score(robust(model, data, attack, batch_size=batch_size, seed=seed))
+    standing = _checked(model, data, batch_size, dead=True)
+    return _score(robust(model, data, attack, batch_size=batch_size, seed=seed, standing=standing))
 
 
 def correct(model: nn.Module, data: Images, *, batch_size: int = 256) -> Tensor:
@@ -74,12 +79,15 @@ def correct(model: nn.Module, data: Images, *, batch_size: int = 256) -> Tensor:
     images, labels = _on_device(model, data)
     lint_images(images, labels)
     lint_model(model, to_unit(images[:8]), labels)
+    return answers(model, (images, labels), batch_size=batch_size) == labels
+
+
+def answers(model: nn.Module, data: Images, *, batch_size: int = 256) -> Tensor:
+    """The class that the model takes each image for, int64 (n,); -1 where its output has a NaN."""
+    images, _ = _on_device(model, data)
     with untouched(model), torch.no_grad():
-        parts = [
-            _right(model, to_unit(x), y)
-            for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
-        ]
-    return torch.cat(parts)
+        found = [model(to_unit(x)) for x in images.split(batch_size)]
+    return torch.cat([z.argmax(1).masked_fill(z.isnan().any(1), -1) for z in found])
 
 
 def robust(
@@ -129,7 +137,7 @@ def vanishing(
     """Share of the `standing` examples whose loss gradient is exactly zero at every pixel.
 
     Gradient attacks are blind there, and robustness against them means nothing (Athalye et al.
-    2018). None where no example stands.
+    2018). None where no example stands, or the model gives no gradient at all.
     """
     images, labels = _on_device(model, data)
     ids = standing.nonzero().squeeze(1)
@@ -138,6 +146,8 @@ def vanishing(
         for some in ids.split(batch_size):
             x = to_unit(images[some]).requires_grad_()
             loss = nn.functional.cross_entropy(model(x), labels[some], reduction="sum")
+            if not loss.requires_grad:
+                return None
             grad = torch.autograd.grad(loss, x)[0].nan_to_num_(0.0)
             flat += int((grad.abs().amax((1, 2, 3)) == 0).sum())
     return flat / len(ids) if len(ids) else None
@@ -157,7 +167,7 @@ def sweep(
     curves never rise, and no work is done on it again.
     """
     start = time.perf_counter()
-    clean = correct(model, data, batch_size=batch_size)
+    clean = _checked(model, data, batch_size, dead=False)
     yield Scored(None, _score(clean), time.perf_counter() - start, clean)
     families: dict[str, list[Attack]] = {}
     for attack in attacks:
@@ -170,6 +180,14 @@ def sweep(
                 model, data, attack, batch_size=batch_size, seed=seed, standing=standing
             )
             yield Scored(attack, _score(standing), time.perf_counter() - start, standing)
+
+
+def _checked(model: nn.Module, data: Images, batch_size: int, *, dead: bool) -> Tensor:
+    """`correct`; warns where a usual mistake explains that it is so little."""
+    right = correct(model, data, batch_size=batch_size)
+    images, labels = _on_device(model, data)
+    suspect(model, images, labels, right, dead=dead)
+    return right
 
 
 def _withstands(
@@ -212,10 +230,15 @@ def _name(attack: Attack) -> str:
     return str(getattr(attack, "name", getattr(attack, "__name__", repr(attack))))
 
 
+def device_of(model: nn.Module, default: torch.device) -> torch.device:
+    """Where the first parameter or buffer lies; `default` for a model that has neither."""
+    tensor = next(chain(model.parameters(), model.buffers()), None)
+    return default if tensor is None else tensor.device
+
+
 def _on_device(model: nn.Module, data: Images) -> tuple[Tensor, Tensor]:
     images, labels = (data.images, data.labels) if isinstance(data, Dataset) else data
-    parameter = next(model.parameters(), None)
-    device = images.device if parameter is None else parameter.device
+    device = device_of(model, images.device)
     return images.to(device), labels.to(device)
 
 

@@ -7,13 +7,15 @@ from jsonargparse import ArgumentParser
 
 from defquant.config import PRESETS, DataConfig, ModelConfig, TrainConfig
 from defquant.errors import UserError
+from defquant.flags_anyone import anyone_flags, rescore_flags
 
 __all__ = ["VERBS", "parser_for"]
 
 VERBS = {
     "demo": "the main job, small: train, attack and report on handwritten digits",
     "train": "train a network: float, vanilla-quantised, defensive or adversarial",
-    "attack": "measure clean and robust accuracy of trained runs",
+    "attack": "measure clean and robust accuracy of trained runs, or of a model of your own",
+    "rescore": "score any model on adversarial images that attack has saved",
     "transfer": "what fools one run or bit width, shown to all others: a matrix",
     "export": "write a trained run as an integer ONNX model, checked, attacked and priced",
     "verify": "check that an exported file computes what its run was trained to",
@@ -61,7 +63,8 @@ def _train_flags(parser: ArgumentParser) -> None:
 
 
 def _attack_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=str, help="folders of runs")
+    parser.add_argument("runs", nargs="*", type=str, help="folders of runs, if no --model_file")
+    anyone_flags(parser)
     parser.add_argument(
         "--attack", nargs="+", type=str, default=["random", "fgsm", "rfgsm", "pgd", "pgd-50x10"],
         help="random[-SAMPLES] fgsm rfgsm bim[-STEPS] pgd[-STEPS[xRESTARTS]] apgd[-...] "
@@ -210,6 +213,7 @@ _FLAGS: dict[str, Callable[[ArgumentParser], None]] = {
     "demo": _demo_flags,
     "train": _train_flags,
     "attack": _attack_flags,
+    "rescore": rescore_flags,
     "transfer": _transfer_flags,
     "report": _report_flags,
     "export": _export_flags,

@@ -1,10 +1,10 @@
 """Attack a trained run and write what was measured into its folder."""
 
 import base64
-import io
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,55 @@ from torch import Tensor, nn
 from defquant.attacks import Attack, Composition, Single
 from defquant.checkpoint import Facts, load_on, versions
 from defquant.data import Dataset
-from defquant.evaluate import Scored, sweep, vanishing
+from defquant.data.pictures import encode
+from defquant.evaluate import Scored, device_of, sweep, vanishing
 from defquant.files import write_json
 from defquant.results import Measurement, append
 
-__all__ = ["example_ids", "examples", "load_on", "measure", "write_examples"]
+__all__ = [
+    "Subject", "evidence_of", "example_ids", "examples", "load_on", "measure", "subject_of",
+    "write_examples",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a measurement says of the network that was measured, as `Measurement` has it.
+
+    `evidence` is what stands in the measurement's beside versions and command.
+    """
+
+    method: str
+    model: str
+    bits: int | None = None
+    beta: float = 0.0
+    seed: int = 0
+    evidence: Mapping[str, Any] | None = None
+
+
+def subject_of(facts: Facts | Subject) -> Subject:
+    """A run, as its measurements name it."""
+    if isinstance(facts, Subject):
+        return facts
+    trained = {"epochs": facts.train.epochs, "train_images": facts.data.train_images}
+    model, train = facts.model, facts.train
+    return Subject(facts.method, model.model, model.bits, train.beta, train.seed, trained)
+
+
+def evidence_of(subject: Subject, device: torch.device, batch_size: int) -> dict[str, Any]:
+    """Versions, machine and command, and what is known of how the network was made."""
+    return {
+        "versions": versions(device),
+        "command": shlex.join(["defquant", *sys.argv[1:]]),
+        **(subject.evidence or {}),
+        "batch_size": batch_size,
+    }
 
 
 def measure(
     run: Path,
     model: nn.Module,
-    facts: Facts,
+    facts: Facts | Subject,
     images: Dataset,
     attacks: Sequence[Single | Composition],
     *,
@@ -40,25 +78,20 @@ def measure(
     `results.jsonl`. `black_box` holds attacks ready made, as `defquant.replay` keeps them.
     """
     write = partial(append, run / "results.jsonl") if write is None else write
-    evidence = {
-        "versions": versions(next(model.parameters()).device),
-        "command": shlex.join(["defquant", *sys.argv[1:]]),
-        "epochs": facts.train.epochs,
-        "train_images": facts.data.train_images,
-        "batch_size": batch_size,
-    }
+    subject = subject_of(facts)
+    evidence = evidence_of(subject, device_of(model, images.images.device), batch_size)
     blind: float | None = None
     for scored in sweep(model, images, [*attacks, *black_box], batch_size=batch_size, seed=seed):
         if scored.attack is None:
             blind = vanishing(model, images, scored.survivors, batch_size=batch_size)
-        measurement = _measurement(run, facts, images, scored, blind, seed, evidence)
+        measurement = _measurement(run, subject, images, scored, blind, seed, evidence)
         write(measurement)
         yield measurement
 
 
 def _measurement(
     run: Path,
-    facts: Facts,
+    subject: Subject,
     images: Dataset,
     scored: Scored,
     blind: float | None,
@@ -68,11 +101,11 @@ def _measurement(
     attack = scored.attack
     return Measurement(
         run=run.name,
-        method=facts.method,
-        model=facts.model.model,
-        bits=facts.model.bits,
-        beta=facts.train.beta,
-        seed=facts.train.seed,
+        method=subject.method,
+        model=subject.model,
+        bits=subject.bits,
+        beta=subject.beta,
+        seed=subject.seed,
         data=images.name,
         fingerprint=images.fingerprint,
         attack="clean" if attack is None else str(getattr(attack, "name", attack)),
@@ -100,7 +133,7 @@ def example_ids(labels: Tensor, count: int) -> Tensor:
 def write_examples(
     run: Path,
     model: nn.Module,
-    facts: Facts,
+    facts: Facts | Subject,
     images: Dataset,
     attack: Single | Composition,
     count: int = 8,
@@ -113,7 +146,7 @@ def write_examples(
 
 def examples(
     model: nn.Module,
-    facts: Facts,
+    facts: Facts | Subject,
     images: Dataset,
     attack: Single | Composition,
     count: int = 8,
@@ -122,7 +155,7 @@ def examples(
     """Clean and adversarial pictures (base64 of PNG) with the model's predictions (Figure 7)."""
     ids = example_ids(images.labels, count)
     clean, labels = images.take(ids)
-    device = next(model.parameters()).device
+    device = device_of(model, clean.device)
     clean, labels = clean.to(device), labels.to(device)
     adversarial = attack(model, clean, labels, generator=torch.Generator().manual_seed(seed))
     adversarial = adversarial.mul(255).round().div(255)  # what a saved picture can hold
@@ -138,9 +171,10 @@ def examples(
         }
         for i in range(len(ids))
     ]
+    subject = subject_of(facts)
     about = {
-        "method": facts.method, "model": facts.model.model,
-        "bits": facts.model.bits, "beta": facts.train.beta, "seed": facts.train.seed,
+        "method": subject.method, "model": subject.model,
+        "bits": subject.bits, "beta": subject.beta, "seed": subject.seed,
         "data": images.name, "attack": attack.name, "eps": attack.eps,
         "classes": list(images.classes),
     }  # fmt: skip
@@ -155,10 +189,5 @@ def _answers(model: nn.Module, x: Tensor) -> list[dict[str, float]]:
 
 
 def _png(image: Tensor) -> str:
-    from PIL import Image
-
     pixels = image.mul(255).round().to(torch.uint8).cpu()
-    array = pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    return base64.b64encode(encode(pixels.numpy())).decode()

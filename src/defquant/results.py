@@ -16,6 +16,8 @@ from defquant.errors import UserError
 from defquant.files import append_line
 
 __all__ = [
+    "EIGHT_BIT",
+    "FOREIGN",
     "MASKED",
     "Cell",
     "Measurement",
@@ -28,6 +30,8 @@ __all__ = [
 ]
 
 
+EIGHT_BIT = " (8-bit)"  # ends the name of an attack whose images were rounded as files hold them
+FOREIGN = "your model"  # begins the method of a network that `defquant train` did not make
 MASKED = 0.01  # share of vanishing gradients above which a robust accuracy proves nothing
 
 
@@ -72,14 +76,16 @@ class Measurement:
     Attributes:
         run: name of the run's folder.
         method: `float`, `vanilla` or `DQ` (convex sums or penalty); then, where they are not the
-            usual ones, `ReLU1`, `tanh`, ... ; then `+ squeezing` and `+ ATTACK` where trained so.
+            usual ones, `ReLU1`, `tanh`, ... ; then `+ squeezing` and `+ ATTACK` where trained so;
+            or `your model (WEIGHTS)`.
         model: as in `ModelConfig`.
         bits: activation bits; none for full precision.
         beta: weight of the penalty.
         seed: of the training.
         data: data set, as shown to the reader; `fingerprint` is the hash of the test images.
         attack: family, as shown: `clean`, `Random`, `FGSM`, `R+FGSM`, `BIM`, `PGD`, `PGD-50x10`,
-            `FGSM(B)`, ... ((B) is black box), `FGSM (unaware)` (of a feature squeezing).
+            `FGSM(B)`, ... ((B) is black box), `FGSM (unaware)` (of a feature squeezing),
+            `FGSM (8-bit)` (on images as files hold them).
         eps: L-infinity radius in [0, 1]; 0 for clean.
         settings: the attack's repr, whole.
         correct: examples classified rightly under every attempt.

@@ -1,7 +1,7 @@
 """What every attack keeps to: one signature, the model left as it was, draws per example."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -140,6 +140,11 @@ def lint_images(x: Tensor, y: Tensor) -> None:
         )
     if len(x) == 0:
         raise UserError("there are no images to attack")
+    if x.shape[1] == x.shape[2] > 4 and x.shape[3] in (1, 3):
+        raise UserError(
+            f"an attack takes images (n, c, h, w); found {tuple(x.shape)}, which looks like "
+            "(n, h, w, c): use x.permute(0, 3, 1, 2)"
+        )
     if not x.is_floating_point() and x.dtype != torch.uint8:
         raise UserError(f"images are float in [0, 1] or uint8; found {x.dtype}")
     if x.is_floating_point():
@@ -155,13 +160,18 @@ def lint_model(model: nn.Module, x: Tensor, y: Tensor) -> None:
     """Warn of models whose attack would mislead; raise `UserError` for outputs that cannot be.
 
     `x`: a few images. Warns when the model is in training mode, gives probabilities instead of
-    logits, or lets an example's output depend on its batch.
+    logits, lets an example's output depend on its batch, or answers NaN.
     """
     if any(module.training for module in model.modules()):
         _warn("the model is in training mode: it is attacked in eval mode, and put back after")
     with untouched(model), torch.no_grad():
         logits = model(x)
         alone = model(x[:1])
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise UserError(
+            f"the model must return logits, one float tensor; it returned {_kind(logits)}: wrap it "
+            "in a module that returns them alone"
+        )
     if logits.ndim != 2 or len(logits) != len(x):
         raise UserError(
             f"the model must return logits (n, classes) for n images; for {len(x)} it returned "
@@ -172,11 +182,26 @@ def lint_model(model: nn.Module, x: Tensor, y: Tensor) -> None:
         raise UserError(
             f"labels must lie in 0..{classes - 1}, the model's classes; found {y.max()}"
         )
+    if not logits.isfinite().all():
+        _warn("the model's outputs are not all finite: a NaN counts as a wrong answer")
+        return
     if logits.min() >= 0 and torch.allclose(logits.sum(1), torch.ones(()).to(logits), atol=1e-4):
         _warn("the model seems to return probabilities: without its softmax attacks are stronger")
     scale = logits.abs().max().clamp_min(1)
     if len(x) > 1 and (logits[0] - alone[0]).abs().max() > 1e-2 * scale:
         _warn("an example's output depends on the batch it comes in: its score does, too")
+
+
+def _kind(answer: object) -> str:
+    """`a tuple of 2 (Tensor, Tensor)`, `a dict with keys 'logits'`, `a torch.int64 tensor`."""
+    if isinstance(answer, Tensor):
+        return f"a {answer.dtype} tensor"
+    if isinstance(answer, Mapping):
+        return f"a {type(answer).__name__} with keys {', '.join(map(repr, answer))}"
+    if isinstance(answer, Sequence):
+        parts = ", ".join(type(part).__name__ for part in answer)
+        return f"a {type(answer).__name__} of {len(answer)} ({parts})"
+    return f"a {type(answer).__name__}"
 
 
 def _warn(message: str) -> None:

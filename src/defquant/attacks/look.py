@@ -10,6 +10,7 @@ from defquant.attacks.base import untouched
 from defquant.attacks.kernel import Forward, Kernel, Look, Loss, State
 from defquant.attacks.losses import cross_entropy
 from defquant.attacks.rows import padded
+from defquant.errors import UserError
 
 __all__ = ["better", "distance", "look", "opened", "rank", "rank_of"]
 
@@ -48,6 +49,11 @@ def look(
             answer = forward(at)[:n].float()
             value = loss(answer, y, y if target is None else target)
             if gradient:
+                if not value.requires_grad:
+                    raise UserError(
+                        "this attack follows the gradient, and the model's outputs have none "
+                        "(no_grad, detach or numpy inside it?): let it through, or use square"
+                    )
                 grads.append(torch.autograd.grad(value.sum(), at)[0][:n])
             logits.append(answer.detach())
             losses.append(value.detach())

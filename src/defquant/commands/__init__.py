@@ -2,9 +2,11 @@
 
 from defquant.commands.pages import data, demo, report, reproduce
 from defquant.commands.precision import transfer
+from defquant.commands.rescoring import rescore
 from defquant.commands.runs import attack, train
 from defquant.commands.ship import export, verify
 
 __all__ = [
-    "attack", "data", "demo", "export", "report", "reproduce", "train", "transfer", "verify",
+    "attack", "data", "demo", "export", "report", "reproduce", "rescore", "train", "transfer",
+    "verify",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Verbs that make and measure runs: train, attack."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +11,13 @@ from jsonargparse import Namespace
 from defquant.commands.rows import print_measurements
 from defquant.config import DataConfig, ModelConfig, TrainConfig, from_mapping
 from defquant.errors import UserError
+from defquant.results import EIGHT_BIT
 
 if TYPE_CHECKING:
+    from defquant.attacks import Composition, Single
     from defquant.checkpoint import Facts
 
-__all__ = ["attack", "train"]
+__all__ = ["attack", "shown_attack", "train"]
 
 
 def train(settings: Namespace) -> int:
@@ -50,14 +52,21 @@ def train(settings: Namespace) -> int:
 
 def attack(settings: Namespace) -> int:
     """`defquant attack`: scores of each run, appended to its `results.jsonl`."""
+    if settings.model_file is not None:
+        from defquant.commands.foreign import attack_foreign
+
+        return attack_foreign(settings)
+    _check_own(settings)
     from defquant.attacks import FirstOrder
     from defquant.attacks.names import parse_attack
     from defquant.defenses import Unaware
     from defquant.detection import CALIBRATION, detect
     from defquant.distributed import pick_device
-    from defquant.measure import load_on, measure, write_examples
+    from defquant.manifest import MANIFEST
+    from defquant.measure import load_on, write_examples
     from defquant.replay import replay
     from defquant.runs import test_images
+    from defquant.saved import measure_and_save
 
     if settings.batch_size < 1 or settings.examples < 0:
         raise UserError("--batch_size must be 1 or more and --examples 0 or more")
@@ -84,28 +93,52 @@ def attack(settings: Namespace) -> int:
             for a in asking
             if source
         ]
-        measurements = measure(
-            run, model, facts, images, attacks, black_box=[*unaware, *black_box], **how
+        saved = Path(settings.save_images) if settings.save_images else None
+        measurements = measure_and_save(
+            saved, run, model, facts, images, attacks, black_box=[*unaware, *black_box], **how
         )
-        width = max(12, *(len(a.name) for a in unaware)) if unaware else 12
+        names = [a.name for a in unaware] + [a.name + EIGHT_BIT for a in attacks if saved]
+        width = max(12, *map(len, names), 0)
         print_measurements(measurements, as_json=settings.json, width=width)
         if settings.detector:
             train = test_images(facts, settings.data_root, split="train")
             clean = train.first(min(len(train), CALIBRATION))
             records = detect(run, model, facts, images, clean, first_order, **how)
             _print_detections(records, as_json=settings.json, width=width)
-        steps = [
-            a.walk.steps * a.walk.restarts if isinstance(a, FirstOrder) else 0 for a in attacks
-        ]
-        strongest = steps.index(max(steps))
-        middle = sorted(settings.eps)[len(settings.eps) // 2]
-        shown = parse_attack(settings.attack[strongest // len(settings.eps)], middle)
         if settings.examples:
+            shown = shown_attack(settings.attack, settings.eps)
             write_examples(run, model, facts, images, shown, settings.examples, settings.seed)
         print(run / "results.jsonl")
         if settings.detector:
             print(run / "detector.json")
+        if saved:
+            print(saved / MANIFEST)
     return 0
+
+
+def shown_attack(names: Sequence[str], eps: Sequence[float]) -> "Single | Composition":
+    """The attack of the report's example pictures: the one of most steps, at the middle eps."""
+    from defquant.attacks import FirstOrder
+    from defquant.attacks.names import parse_attack
+
+    middle = sorted(eps)[len(eps) // 2]
+    attacks = [parse_attack(name, middle) for name in names]
+    return max(
+        attacks, key=lambda a: a.walk.steps * a.walk.restarts if isinstance(a, FirstOrder) else 0
+    )
+
+
+def _check_own(settings: Namespace) -> None:
+    if not settings.runs:
+        raise UserError("attack needs folders of runs, or --model_file my.py:make_model")
+    for name in ("weights", "data", "out"):
+        if getattr(settings, name) is not None:
+            raise UserError(f"--{name} belongs to --model_file; a run knows its own: leave it out")
+    if settings.save_images and len(settings.runs) > 1:
+        raise UserError(
+            f"--save_images keeps the images of one run; found {len(settings.runs)}: attack them "
+            "one at a time"
+        )
 
 
 def _check_substitute(facts: "Facts", substitute: "Facts", run: Path, source: str) -> None:

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from defquant.data.dataset import Dataset, from_arrays
 from defquant.errors import UserError
 
-__all__ = ["decode", "read_folder"]
+__all__ = ["decode", "encode", "read_folder"]
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 
@@ -44,6 +44,16 @@ def decode(sources: Sequence[Path | bytes], where: str, *, gray: bool = False) -
             gray &= pixels.ndim == 2
             images[i] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     return np.ascontiguousarray(images[:, :1]) if gray else images
+
+
+def encode(pixels: NDArray[np.uint8]) -> bytes:
+    """A PNG file of one image (c, h, w), of 1 or 3 channels. Raises `UserError` for others."""
+    if len(pixels) not in (1, 3):
+        raise UserError(f"a PNG file holds 1 or 3 channels; found an image of {len(pixels)}")
+    buffer = io.BytesIO()
+    array = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+    Image.fromarray(np.ascontiguousarray(array)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def read_folder(root: Path, split: str) -> Dataset:

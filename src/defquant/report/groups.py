@@ -14,6 +14,7 @@ from defquant.report.names import (
     attack_order,
     distinct,
     series_of,
+    whole_text,
 )
 from defquant.report.tables import Row
 from defquant.results import Cell
@@ -53,6 +54,12 @@ class Group:
     bits: list[Panel]
     bits_left_out: int
     details: list[tuple[Cell, str]]
+
+    @property
+    def whole(self) -> Markup:
+        """Head of the column without bits."""
+        own = [family for family, rows in self.families if any(None in row.cells for row in rows)]
+        return Markup(whole_text(own).replace(" ", "<br>", 1))
 
     @property
     def black_box(self) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from defquant.experiments.words import percent, signed
-from defquant.results import Cell
+from defquant.results import EIGHT_BIT, FOREIGN, Cell
 
 __all__ = [
     "BLACK",
@@ -24,6 +24,7 @@ __all__ = [
     "series_of",
     "signed",
     "visible",
+    "whole_text",
 ]
 
 ATTACKS = ("clean", "Random", "FGSM", "R+FGSM", "RFGSM", "BIM", "PGD", "APGD", "Square")
@@ -46,6 +47,11 @@ class Family:
     @property
     def is_dq(self) -> bool:
         return self.method.split(" ")[0] == "DQ"
+
+    @property
+    def is_foreign(self) -> bool:
+        """A model of the user's own, whose bits nobody named."""
+        return self.method.startswith(FOREIGN)
 
     @property
     def added(self) -> list[str]:
@@ -83,6 +89,8 @@ class Series:
     @property
     def short(self) -> str:
         """Without β: `DQ 4-bit`."""
+        if self.bits is None and self.family.is_foreign:
+            return self.method
         base, space, rest = self.method.partition(" ")
         precision = "" if base == "float" else f" {bits_text(self.bits)}"
         return f"{base}{precision}{space}{rest}"
@@ -100,6 +108,14 @@ def series_of(cell: Cell) -> Series:
     return Series(cell.method, cell.bits, cell.beta)
 
 
+def whole_text(families: Iterable[Family]) -> str:
+    """The name of their column without bits: of a user's own model it is not known."""
+    kinds = {family.is_foreign for family in families}
+    if True not in kinds:
+        return "Full precision"
+    return "Full precision, or as given" if False in kinds else "As given"
+
+
 def bits_text(bits: int | None) -> str:
     """`4-bit`, or `full precision` where there are none."""
     return "full precision" if bits is None else f"{bits}-bit"
@@ -113,7 +129,7 @@ def is_white_box(attack: str) -> bool:
 def attack_order(attack: str) -> tuple[int, int, str]:
     """White box, unaware, black box; within each from the weakest to the strongest family."""
     kind = attack.endswith(UNAWARE) + 2 * attack.endswith(BLACK)
-    stem = attack.removesuffix(UNAWARE).removesuffix(BLACK).split("-")[0]
+    stem = attack.removesuffix(EIGHT_BIT).removesuffix(UNAWARE).removesuffix(BLACK).split("-")[0]
     return (kind, ATTACKS.index(stem) if stem in ATTACKS else len(ATTACKS), attack)
 
 

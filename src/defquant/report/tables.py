@@ -18,6 +18,7 @@ from defquant.report.names import (
     series_of,
     signed,
     visible,
+    whole_text,
 )
 from defquant.results import MASKED, Cell, Measurement, aggregate
 
@@ -218,7 +219,9 @@ def text_table(measurements: Iterable[Measurement]) -> Table:
 def _heads(rows: Sequence[Row], shown: Sequence[int | None]) -> list[str]:
     several = len({(row.data, row.model) for row in rows}) > 1
     heads = [*(("Data", "Network") if several else ()), "Method", "Images"]
-    heads += ["Full prec." if bits is None else f"{bits} bit" for bits in shown]
+    whole = whole_text(row.family for row in rows if None in row.cells)
+    whole = whole.replace("precision", "prec.")
+    heads += [whole if bits is None else f"{bits} bit" for bits in shown]
     return [*heads, "Gain", "Best"]
 
 

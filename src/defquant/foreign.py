@@ -1,0 +1,210 @@
+"""A model from the user's own Python file. **This runs that file**, as `python my.py` would."""
+
+import hashlib
+import importlib.util
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from defquant.attacks.base import lint_model, untouched
+from defquant.data import Dataset
+from defquant.errors import DefquantWarning, UserError
+from defquant.evaluate import device_of
+from defquant.measure import Subject
+from defquant.quantize import Quantizer
+from defquant.results import FOREIGN, Score
+
+__all__ = ["Foreign", "blamed", "load_foreign", "probe", "warn_of_chance"]
+
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """The model, and what its measurements say of it. `path`: the user's file."""
+
+    model: nn.Module
+    subject: Subject
+    path: Path
+
+
+def load_foreign(spec: str, weights: str | None, device: torch.device) -> Foreign:
+    """Run the file of `spec`, `my.py:make_model`, call that function, load the weights.
+
+    Raises `UserError`, with the user's own error and its line, where any of it fails.
+    """
+    file, colon, function = spec.rpartition(":")
+    path = Path(file)
+    if not colon or not function.isidentifier() or path.suffix != ".py":
+        raise UserError(f"--model_file is a Python file and a function, my.py:make; found {spec!r}")
+    if not path.is_file():
+        raise UserError(f"no file {path}: give --model_file as my.py:make_model")
+    print(f"defquant: runs your code from {path}", file=sys.stderr)
+    with blamed(path), redirect_stdout(sys.stderr):  # stdout is for results
+        make = _function(_run(path), function, path)
+        model = make()
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"{function} of {path} must return a torch.nn.Module; found {type(model).__name__}"
+        )
+    method, evidence = FOREIGN, {"file": path.name, "file_sha256": _sha256(path)}
+    if weights is not None:
+        _load_weights(model, Path(weights), path)
+        method = f"{FOREIGN} ({Path(weights).name})"
+        evidence |= {"weights": Path(weights).name, "weights_sha256": _sha256(Path(weights))}
+    widths = {part.bits for part in model.modules() if isinstance(part, Quantizer)}
+    bits = widths.pop() if len(widths) == 1 else None
+    subject = Subject(method, f"{path.name}:{function}", bits, evidence=evidence)
+    return Foreign(model.to(device).eval(), subject, path)
+
+
+def probe(foreign: Foreign, data: Dataset) -> None:
+    """Show the model two images. Raises `UserError` unless it gives a logit for each class."""
+    images, labels = data.take(torch.arange(min(2, len(data))))
+    images = images.to(device_of(foreign.model, images.device))
+    shape = " x ".join(map(str, data.shape))
+    with blamed(foreign.path, f" on images of {shape}", always=True):
+        with untouched(foreign.model), torch.no_grad():
+            logits = foreign.model(images)
+        if isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] != data.num_classes:
+            raise UserError(
+                f"the model gives {logits.shape[1]} logits, and {data.name} has {data.num_classes} "
+                "classes: use the data that it was trained for"
+            )
+        lint_model(foreign.model, images, labels)
+
+
+def warn_of_chance(clean: Score, classes: int) -> None:
+    """Warn where the model is right no more often than one that guesses."""
+    if clean.interval[0] <= 1 / classes:
+        _warn(
+            "the model guesses: look at its weights, the normalisation, the order of colours and "
+            "classes, before any of these numbers is used"
+        )
+
+
+@contextmanager
+def blamed(path: Path, where: str = "", *, always: bool = False) -> Iterator[None]:
+    """What the user's code raises, as a `UserError` with the error's kind and line in `path`.
+
+    An error that went through no line of `path` passes, if not `always`.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        line = _line(error, path)
+        if line is None and not always:
+            raise
+        at = "" if line is None else f", line {line}"
+        said = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}{at}: {type(error).__name__}{where}: {said}") from None
+
+
+def _line(error: BaseException, path: Path) -> int | None:
+    """Where in `path` it was raised or passed through last."""
+    if isinstance(error, SyntaxError) and error.filename == str(path.resolve()):
+        return error.lineno
+    steps = traceback.extract_tb(error.__traceback__)
+    mine = [step.lineno for step in steps if step.filename == str(path.resolve())]
+    return mine[-1] if mine else None
+
+
+def _run(path: Path) -> ModuleType:
+    """The file as a module; files beside it can be imported, as under `python my.py`."""
+    spec = importlib.util.spec_from_file_location(f"_defquant_{path.stem}", path.resolve())
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses and pickles look a class's module up
+    sys.path.insert(0, str(path.resolve().parent))
+    spec.loader.exec_module(module)
+    return module
+
+
+def _function(module: ModuleType, name: str, path: Path) -> Any:
+    found = getattr(module, name, None)
+    if callable(found):
+        return found
+    own = [
+        key
+        for key, value in vars(module).items()
+        if callable(value) and getattr(value, "__module__", "") == module.__name__
+    ]
+    raise UserError(f"{path} has no function {name!r}; it has: {', '.join(own) or 'none'}")
+
+
+def _load_weights(model: nn.Module, weights: Path, path: Path) -> None:
+    tensors = _unwrapped(_read_weights(weights), model)
+    own = model.state_dict()
+    there = {own[name].data_ptr() for name in own.keys() & tensors.keys()}
+    # save_model keeps tensors that share their memory once
+    missing = [n for n in own if n not in tensors and own[n].data_ptr() not in there]
+    unexpected = [name for name in tensors if name not in own]
+    shapes = [n for n in own if n in tensors and own[n].shape != tensors[n].shape]
+    if missing or unexpected or shapes:
+        parts = [_few("missing", missing), _few("unexpected", unexpected)]
+        if shapes:
+            n = shapes[0]
+            sizes = f"{tuple(tensors[n].shape)} for {tuple(own[n].shape)}"
+            parts.append(f"{len(shapes)} of another shape ({n}: {sizes})")
+        raise UserError(
+            f"{weights} does not fit the {type(model).__name__} of {path}: "
+            f"{'; '.join(part for part in parts if part)}"
+        )
+    model.load_state_dict(tensors, strict=False)
+
+
+def _few(what: str, names: list[str]) -> str:
+    more = ", ..." if len(names) > 2 else ""
+    return f"{len(names)} {what} ({', '.join(names[:2])}{more})" if names else ""
+
+
+def _unwrapped(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Without the prefix that DataParallel or torch.compile gave to every name."""
+    own = model.state_dict()
+    for prefix in _WRAPPERS:
+        if (
+            tensors
+            and all(n.startswith(prefix) for n in tensors)
+            and not tensors.keys() & own.keys()
+        ):
+            return {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return dict(tensors)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"no weights at {path}: give a .safetensors file")
+    with path.open("rb") as file:
+        start = file.read(2)
+    if path.suffix in (".pt", ".pth", ".ckpt", ".bin", ".pkl") or start in (b"PK", b"\x80\x02"):
+        raise UserError(
+            f"{path} is a pickle, which can run code, and is not read: convert it where you trust "
+            f"it, safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), "
+            f"{path.stem + '.safetensors'!r})"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error})") from None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, DefquantWarning, stacklevel=3)

@@ -1,0 +1,299 @@
+"""`--model-file`: a model of the user's own, and every way in which it can be wrong."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import defquant as dq
+from defquant.cli import main
+from defquant.foreign import load_foreign
+from defquant.results import FOREIGN, read_folder
+
+CODE = """
+import torch
+from helper import WIDTH
+from torch import nn
+from torch.nn import functional as F
+
+print("hello from my code")
+
+
+class Net(nn.Module):
+    def __init__(self, channels=1, classes=10):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, WIDTH, 3, padding=1)
+        self.fc = nn.Linear(WIDTH * 64, classes)
+
+    def forward(self, x):
+        return self.fc(F.relu(self.conv(x)).flatten(1))
+
+
+def make_model():
+    return Net()
+
+
+def raises():
+    return [1, 2][3]
+
+
+def leaves():
+    raise SystemExit("bye")
+
+
+def no_module():
+    return 3
+
+
+def rgb():
+    return Net(channels=3)
+
+
+def many():
+    return Net(classes=100)
+
+
+class Late(Net):
+    def forward(self, x):
+        if len(x) > 8:
+            raise KeyError("boom")
+        return super().forward(x)
+
+
+class Pair(Net):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Shut(Net):
+    def forward(self, x):
+        with torch.no_grad():
+            return super().forward(x)
+
+
+def tied():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 10))
+    net[2].weight = net[1].weight
+    return net
+
+
+def quantised():
+    import defquant as dq
+
+    return dq.wide_resnet(10, 1, bits=3, in_channels=1)
+
+
+not_callable = 3
+"""
+
+
+def line(text: str) -> int:
+    """The number of the line of `my.py` that holds `text`."""
+    return 1 + next(i for i, row in enumerate(CODE.splitlines()) if text in row)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `my.py`, what it imports, and weights of a trained `Net`."""
+    folder = tmp_path_factory.mktemp("mine")
+    (folder / "my.py").write_text(CODE)
+    (folder / "helper.py").write_text("WIDTH = 8\n")
+    net = load_foreign(f"{folder}/my.py:make_model", None, torch.device("cpu")).model
+    data = dq.load("digits").first(512)
+    dq.train(net, data, dq.TrainConfig(epochs=6, batch_size=32, lr=0.02, device="cpu"))
+    save_file(net.state_dict(), folder / "w.safetensors")
+    return folder
+
+
+def words(place: Path, function: str, out: Path, *more: str) -> list[str]:
+    return [
+        "attack", "--model-file", f"{place}/my.py:{function}", "--data", "digits",
+        "--attack", "fgsm", "pgd-3", "--eps", "8/255", "--images", "60", "--out", str(out), *more,
+    ]  # fmt: skip
+
+
+def refused(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+    capsys.readouterr()
+    assert main(command) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("defquant: ")]
+    assert "Traceback" not in captured.err
+    assert sum("runs your code" not in line and "warning" not in line for line in lines) == 1
+    return lines[-1]
+
+
+def test_scores_are_those_of_python(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, weights = tmp_path / "out", str(place / "w.safetensors")
+    capsys.readouterr()
+    command = words(place, "make_model", out, "--weights", weights, "--json")
+    assert main([*command, "--save-images", str(tmp_path / "images")]) == 0
+    captured = capsys.readouterr()
+    assert f"runs your code from {place}/my.py" in captured.err
+    assert "hello from my code" in captured.err
+    *rows, results, manifest = captured.out.splitlines()
+    assert (results, manifest) == (
+        str(out / "results.jsonl"), str(tmp_path / "images" / "manifest.jsonl"),
+    )  # fmt: skip
+    records = {r["attack"]: r for r in map(json.loads, rows)}
+    found = load_foreign(f"{place}/my.py:make_model", weights, torch.device("cpu"))
+    data = dq.load("digits", split="test").first(60)
+    for name, attack in (("FGSM", dq.FGSM(8 / 255)), ("PGD-3", dq.PGD(8 / 255, steps=3))):
+        assert records[name]["correct"] == dq.robust_accuracy(found.model, data, attack).correct
+    assert records["clean"]["correct"] > 45
+    assert {m.method for m in read_folder(out)} == {f"{FOREIGN} (w.safetensors)"}
+    assert records["clean"]["model"] == "my.py:make_model"
+    assert len(records["clean"]["evidence"]["weights_sha256"]) == 64
+    assert (out / "examples.json").is_file()
+    own = ["--model-file", f"{place}/my.py:make_model", "--weights", weights]
+    assert main(["rescore", str(tmp_path / "images"), *own, "--json"]) == 0
+    scores = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert all(r["correct"] == r["saved_correct"] for r in scores)
+
+
+def test_the_report_names_it(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = words(place, "make_model", out, "--weights", str(place / "w.safetensors"))
+    assert main(command) == 0
+    page, table = tmp_path / "page.html", tmp_path / "t.md"
+    assert main(["report", str(out), "--out", str(page), "--markdown", str(table)]) == 0
+    assert "| your model (w.safetensors) | clean |" in table.read_text()
+    assert "As given" in table.read_text()
+    text = page.read_text()
+    assert "your model (w.safetensors)" in text
+    assert "your full precision model" not in text
+    assert "As<br>given" in text
+
+
+def test_a_quantised_one_says_its_bits(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = load_foreign(f"{place}/my.py:quantised", None, torch.device("cpu"))
+    assert (found.subject.bits, found.subject.method) == (3, FOREIGN)
+
+
+@pytest.mark.filterwarnings("ignore::defquant.DefquantWarning")  # untrained: it guesses
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("absent", "has no function 'absent'; it has: Net, make_model, raises"),
+        ("not_callable", "has no function 'not_callable'"),
+        ("raises", f"my.py, line {line('[1, 2][3]')}: IndexError: list index out of range"),
+        ("leaves", f"my.py, line {line('SystemExit')}: SystemExit: bye"),
+        ("no_module", "must return a torch.nn.Module; found int"),
+        (
+            "rgb",
+            f"my.py, line {line('self.fc(F.relu')}: RuntimeError on images of 1 x 8 x 8",
+        ),
+        ("many", "gives 100 logits, and digits has 10 classes"),
+        ("Late", f"my.py, line {line('KeyError')}: KeyError: 'boom'"),
+        ("Pair", "it returned a tuple of 2 (Tensor, Tensor): wrap it"),
+        ("Shut", "follows the gradient, and the model's outputs have none"),
+    ],
+)
+def test_what_the_code_does_wrong(
+    function: str, message: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(capsys, *words(place, function, tmp_path / "out"))
+
+
+def test_files_that_do_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cpu = torch.device("cpu")
+    for text, message in (
+        ("x = 1\ndef f(:\n", r"my\.py, line 2: SyntaxError"),
+        ("import nosuchmodule\n", r"my\.py, line 1: ModuleNotFoundError: No module named"),
+        ("x = 1\n\nraise ValueError('a\\nb')\n", r"my\.py, line 3: ValueError: a b"),
+    ):
+        (tmp_path / "my.py").write_text(text)
+        with pytest.raises(dq.UserError, match=message):
+            load_foreign(f"{tmp_path}/my.py:f", None, cpu)
+    for spec in ("my.py", "my.txt:f", "my.py:f()", ":"):
+        with pytest.raises(dq.UserError, match="a Python file and a function"):
+            load_foreign(spec, None, cpu)
+    with pytest.raises(dq.UserError, match="no file"):
+        load_foreign(f"{tmp_path}/other.py:f", None, cpu)
+
+
+def test_weights_that_do_not_fit(place: Path, tmp_path: Path) -> None:
+    cpu, spec = torch.device("cpu"), f"{place}/my.py:make_model"
+    state = load_foreign(spec, None, cpu).model.state_dict()
+    path = tmp_path / "x.safetensors"
+
+    def message(change: dict[str, torch.Tensor], without: tuple[str, ...] = ()) -> str:
+        save_file({k: v for k, v in (state | change).items() if k not in without}, path)
+        with pytest.raises(dq.UserError) as error:
+            load_foreign(spec, str(path), cpu)
+        return str(error.value)
+
+    assert "1 missing (fc.bias)" in message({}, ("fc.bias",))
+    assert "1 unexpected (head)" in message({"head": torch.zeros(1)})
+    wrong = message({"fc.bias": torch.zeros(3)})
+    assert "1 of another shape (fc.bias: (3,) for (10,))" in wrong
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(dq.UserError, match="not a whole safetensors file"):
+        load_foreign(spec, str(path), cpu)
+    for name in ("w.pt", "renamed.safetensors"):
+        torch.save(state, tmp_path / name)
+        with pytest.raises(dq.UserError, match="is a pickle, which can run code"):
+            load_foreign(spec, str(tmp_path / name), cpu)
+    with pytest.raises(dq.UserError, match="no weights at"):
+        load_foreign(spec, str(tmp_path / "none.safetensors"), cpu)
+
+
+def test_wrapped_and_tied_weights(place: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_model
+
+    cpu, spec = torch.device("cpu"), f"{place}/my.py:make_model"
+    path = tmp_path / "x.safetensors"
+    model = load_foreign(spec, None, cpu).model
+    save_file(nn.DataParallel(model).state_dict(), path)
+    again = load_foreign(spec, str(path), cpu).model
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    tied = load_foreign(f"{place}/my.py:tied", None, cpu).model
+    save_model(tied, str(path))
+    again = load_foreign(f"{place}/my.py:tied", str(path), cpu).model
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in tied.state_dict().items())
+
+
+def test_flags_that_do_not_go_together(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = words(place, "make_model", out)
+    for more, message in (
+        (["--substitute", "x"], "--substitute is for runs"),
+        (["--unaware"], "--unaware is for runs"),
+        (["--detector"], "--detector is for runs"),
+        (["--split", "validation"], "--split is for runs"),
+        (["--batch-size", "0"], "--batch_size must be 1"),
+        (["--data", "mnist"], "unknown data set 'mnist'"),
+    ):
+        assert message in refused(capsys, *command, *more)
+    model = ["--model-file", f"{place}/my.py:make_model"]
+    assert "needs --data" in refused(capsys, "attack", *model, "--out", str(out))
+    assert "needs --out" in refused(capsys, "attack", *model, "--data", "digits")
+    assert "not both; found 'x'" in refused(capsys, "attack", "x", *command[1:])
+    assert "attack needs folders of runs" in refused(capsys, "attack", "--eps", "0.1")
+    assert "--data belongs to --model_file" in refused(capsys, "attack", "x", "--data", "digits")
+    out.mkdir()
+    (out / "checkpoint.safetensors").touch()
+    assert "holds a run of" in refused(capsys, *command)
+
+
+@pytest.mark.filterwarnings("always::defquant.DefquantWarning")
+def test_a_model_that_guesses_is_said_so(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = np.zeros((100, 8, 8), np.uint8)
+    images[:, 2:4] = np.arange(100)[:, None, None]
+    np.savez(tmp_path / "d.npz", images=images, labels=np.arange(100) % 10)
+    command = words(place, "make_model", tmp_path / "out")
+    command[command.index("digits")] = "npz"
+    command[command.index("60")] = "20"
+    assert main([*command, "--data-root", str(tmp_path / "d.npz"), "--examples", "0"]) == 0
+    assert "warning: the model guesses: look at its weights" in capsys.readouterr().err
