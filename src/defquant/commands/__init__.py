@@ -1,10 +1,12 @@
 """What each verb does: settings in, files and rows out, exit status back."""
 
+from defquant.commands.diagnose import diagnose
 from defquant.commands.pages import data, demo, report, reproduce
 from defquant.commands.precision import transfer
 from defquant.commands.runs import attack, train
 from defquant.commands.ship import export, verify
 
 __all__ = [
-    "attack", "data", "demo", "export", "report", "reproduce", "train", "transfer", "verify",
+    "attack", "data", "demo", "diagnose", "export", "report", "reproduce", "train", "transfer",
+    "verify",
 ]  # fmt: skip
