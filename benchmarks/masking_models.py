@@ -1,6 +1,5 @@
 """The zoo of `masking_zoo.py`: networks on digits whose gradients are masked, or are not."""
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +13,21 @@ from torch import Tensor, nn
 import defquant as dq
 from defquant.attacks import PGD, RFGSM, Attack
 from defquant.config import TrainConfig
-from defquant.quantize import QuantReLU, QuantTanh, fake_quantize
+from defquant.quantize import QuantReLU, QuantTanh
+from masking_fronts import (
+    Dead,
+    Fronted,
+    Saturated,
+    Scaled,
+    coarse,
+    jpeg,
+    noise,
+    replaced,
+    ripple,
+    scrambled,
+    straight,
+    thermometer,
+)  # fmt: skip
 
 CACHE = Path("build") / "masking-zoo"
 EPS = 16 / 255
@@ -71,121 +84,16 @@ def wrn(seed: int, bits: int | None = None, **options: Any) -> nn.Module:
     return dq.wide_resnet(10, 1, bits=bits, **{"in_channels": 1, **options})
 
 
-# ---------------------------------------------------------------- what masks
-
-
-class Scaled(nn.Module):
-    """Logits times a constant: the cross-entropy underflows."""
-
-    def __init__(self, model: nn.Module, factor: float) -> None:
-        super().__init__()
-        self.model, self.factor = model, factor
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.model(x)
-        return logits * self.factor
-
-
-class Fronted(nn.Module):
-    """A fixed function of the image in front of a network."""
-
-    def __init__(self, front: Callable[[Tensor], Tensor], model: nn.Module) -> None:
-        super().__init__()
-        self.front, self.model = front, model
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.model(self.front(x))
-        return logits
-
-
-class Dead(nn.Module):
-    """Rounding without a straight-through gradient."""
-
-    def __init__(self, quantizer: QuantReLU) -> None:
-        super().__init__()
-        self.levels, self.high = 2 ** int(quantizer.bits or 1) - 1, quantizer.high
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x.clamp(0, self.high) * (self.levels / self.high)).round() * (
-            self.high / self.levels
-        )
+# ---------------------------------------------------------------- masked
 
 
 def deadened(seed: int) -> nn.Module:
     return replaced(plain(2)(seed), QuantReLU, Dead)
 
 
-def noise(x: Tensor) -> Tensor:
-    return x + 0.2 * torch.randn_like(x)
-
-
-def coarse(x: Tensor) -> Tensor:
-    return (x * 3).round() / 3
-
-
-def thermometer(x: Tensor) -> Tensor:
-    """Ten channels x > 0.05, 0.15, ... (Buckman et al. 2018), without a gradient."""
-    steps = torch.arange(0.05, 1, 0.1).view(1, -1, 1, 1)
-    return (x > steps).to(x.dtype)
-
-
-def _dct() -> Tensor:
-    n = torch.arange(8)
-    basis = torch.cos(math.pi * (2 * n[None] + 1) * n[:, None] / 16) / 2
-    basis[0] /= math.sqrt(2)
-    return basis
-
-
-def jpeg(x: Tensor) -> Tensor:
-    """The 8 x 8 image's cosine coefficients rounded to multiples of 0.25: a JPEG's loss."""
-    basis = _dct()
-    kept: Tensor = basis.T @ ((basis @ x @ basis.T) / 0.25).round() * 0.25 @ basis
-    return kept
-
-
-def ripple(x: Tensor) -> Tensor:
-    """A fine wave on every pixel: its slope, not the image's, is what a gradient sees."""
-    return x + 0.02 * torch.sin(1500 * x)
-
-
-class _Scrambled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> Tensor:
-        return grad[0].flip(-1).roll(3, -2)
-
-
-def scrambled(x: Tensor) -> Tensor:
-    out: Tensor = _Scrambled.apply(x)  # type: ignore[no-untyped-call]
-    return out
-
-
 def tanh(seed: int) -> nn.Module:
     attack = PGD(EPS, steps=5).last
     return trained("tanh-pgd", seed, wrn(seed, 2, activation="tanh"), attack=attack)
-
-
-class Saturated(nn.Module):
-    """A tanh quantiser far out on its flat ends, where its slope is all but zero."""
-
-    def __init__(self, quantizer: nn.Module, gain: float) -> None:
-        super().__init__()
-        self.quantizer, self.gain = quantizer, gain
-
-    def forward(self, x: Tensor) -> Tensor:
-        rounded: Tensor = self.quantizer(self.gain * x)
-        return rounded
-
-
-def replaced(model: nn.Module, kind: type[nn.Module], put: Callable[[Any], nn.Module]) -> nn.Module:
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, kind):
-                setattr(module, name, put(child))
-    return model
 
 
 def saturated(seed: int) -> nn.Module:
@@ -241,7 +149,7 @@ def distilled(temperature: float) -> Callable[[int], nn.Module]:
     return make
 
 
-# ----------------------------------------------------------- what does not
+# ---------------------------------------------------------------- honest
 
 
 def plain(bits: int | None, name: str = "", **changes: Any) -> Callable[[int], nn.Module]:
@@ -270,11 +178,6 @@ def perceptron(seed: int) -> nn.Module:
 
 def squeezed(seed: int) -> nn.Module:
     return trained("squeezed", seed, dq.FeatureSqueezing(wrn(seed)))
-
-
-def straight(x: Tensor) -> Tensor:
-    """Rounding to 8 levels whose gradient passes straight through."""
-    return fake_quantize(x, 3, 1.0)
 
 
 ZOO = (

@@ -19,7 +19,7 @@ import defquant as dq
 from defquant.diagnose import Effort, Verdict
 from masking_models import ZOO, Kind, digits, plain
 
-EFFORT = Effort(steps=20, restarts=1, queries=150)
+EFFORT = Effort()
 TRUTH = {True: "masked", False: "honest", None: "overstated"}
 
 
