@@ -42,8 +42,9 @@ class Dead(nn.Module):
         self.levels, self.high = 2 ** int(quantizer.bits or 1) - 1, quantizer.high
 
     def forward(self, x: Tensor) -> Tensor:
-        codes: Tensor = (x.clamp(0, self.high) * (self.levels / self.high)).round()
-        return codes * (self.high / self.levels)
+        codes = (x.clamp(0, self.high) * (self.levels / self.high)).round()
+        grid: Tensor = codes * (self.high / self.levels)
+        return grid
 
 
 def noise(x: Tensor) -> Tensor:
