@@ -10,8 +10,8 @@ ORDER = (
     "errors", "files", "config", "results", "quantize", "weights", "lipschitz", "data", "models",
     "attacks", "defenses", "progress", "distributed", "evaluate", "deploy", "diagnose",
     "monitor", "training_state", "training", "checkpoint", "runs", "replay", "measure",
-    "manifest", "saved", "rescored", "foreign", "transfers", "detection", "shipping",
-    "experiments", "report", "commands", "flags_anyone", "flags", "cli", "__main__",
+    "manifest", "saved", "rescored", "foreign", "transfers", "diagnoses", "detection",
+    "shipping", "experiments", "report", "commands", "flags_anyone", "flags", "cli", "__main__",
 )  # fmt: skip
 TORCHLESS = ("flags", "errors", "files", "config", "results", "report", "cli", "commands")
 

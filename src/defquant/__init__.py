@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from defquant.deploy.export import export_onnx as export_onnx
     from defquant.deploy.parity import parity as parity
     from defquant.diagnose import audit as audit
+    from defquant.diagnose import masking_verdict as masking_verdict
     from defquant.diagnose import transfer_matrix as transfer_matrix
     from defquant.errors import DefquantWarning as DefquantWarning
     from defquant.errors import UserError as UserError
@@ -73,7 +74,7 @@ _HOMES = {
     "data": ("Dataset", "load"),
     "deploy.export": ("export_onnx",),
     "deploy.parity": ("parity",),
-    "diagnose": ("audit", "transfer_matrix"),
+    "diagnose": ("audit", "masking_verdict", "transfer_matrix"),
     "errors": ("DefquantWarning", "UserError"),
     "evaluate": ("accuracy", "robust_accuracy", "sweep"),
     "lipschitz": ("ConvexSum", "OrthogonalPenalty", "project_simplex_"),

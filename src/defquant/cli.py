@@ -21,6 +21,7 @@ __all__ = ["eps", "main"]
 _SWITCHES = (
     "augment", "nesterov", "amp", "channels_last", "convex", "resume", "json", "smoke", "unaware",
     "detector", "list", "dry_run", "render_only", "deployable", "allow_float",
+    "no_audit",
 )  # fmt: skip
 
 
@@ -79,7 +80,7 @@ def _parse(verb: str, flags: list[str]) -> Namespace | None:
         return None
     if verb in ("attack", "export"):
         settings.eps = [eps(text) for text in settings.eps]
-    if verb == "transfer":
+    if verb in ("transfer", "diagnose"):
         settings.eps = eps(settings.eps)
     if verb == "train":
         settings.attack_sigma = eps(settings.attack_sigma)

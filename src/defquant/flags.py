@@ -17,6 +17,7 @@ VERBS = {
     "attack": "measure clean and robust accuracy of trained runs, or of a model of your own",
     "rescore": "score any model on adversarial images that attack has saved",
     "transfer": "what fools one run or bit width, shown to all others: a matrix",
+    "diagnose": "say whether a run's robustness is real, and where its noise grows",
     "export": "write a trained run as an integer ONNX model, checked, attacked and priced",
     "verify": "check that an exported file computes what its run was trained to",
     "reproduce": "make the paper's tables and figures again, at a size of your choice",
@@ -157,6 +158,29 @@ def _transfer_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--json", type=bool, default=False, help="a JSON line for each cell")
 
 
+def _diagnose_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=str, help="folder of the run")
+    parser.add_argument(
+        "--against", nargs="+", type=str, default=[],
+        help="runs to set its error amplification beside: its float and its vanilla twin",
+    )  # fmt: skip
+    parser.add_argument(
+        "--substitute", type=str, default=None, help="run through which the black box goes"
+    )
+    parser.add_argument("--eps", type=str | float, default="8/255", help="radius, as 8/255")
+    parser.add_argument("--images", type=int | None, default=200, help="first so many test images")
+    parser.add_argument("--steps", type=int, default=40, help="of the usual attack, PGD")
+    parser.add_argument("--restarts", type=int, default=2, help="of the usual attack")
+    parser.add_argument("--queries", type=int, default=500, help="of the random search")
+    parser.add_argument("--audited", type=int, default=8, help="images of the Lipschitz audit")
+    parser.add_argument("--no_audit", type=bool, default=False, help="leave the audit out")
+    parser.add_argument("--seed", type=int, default=0, help="of the attacks' draws")
+    parser.add_argument("--batch_size", type=int, default=256, help="rows at a time")
+    parser.add_argument("--data_root", type=str | None, default=None, help="if the data moved")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument("--json", type=bool, default=False, help="the diagnosis as a JSON line")
+
+
 def _reproduce_flags(parser: ArgumentParser) -> None:
     parser.add_argument(
         "names", nargs="*", type=str, help="fig1 fig3 fig5 fig6 fig7 table1 ... table6, or all"
@@ -215,6 +239,7 @@ _FLAGS: dict[str, Callable[[ArgumentParser], None]] = {
     "attack": _attack_flags,
     "rescore": rescore_flags,
     "transfer": _transfer_flags,
+    "diagnose": _diagnose_flags,
     "report": _report_flags,
     "export": _export_flags,
     "verify": _verify_flags,

@@ -16,7 +16,7 @@ from defquant.diagnose import TransferMatrix, at_bits, transfer_matrix
 from defquant.errors import UserError
 from defquant.runs import test_images
 
-__all__ = ["transfer_runs"]
+__all__ = ["check_alike", "names_of", "transfer_runs"]
 
 
 def transfer_runs(
@@ -39,10 +39,10 @@ def transfer_runs(
     """
     device = torch.device("cpu") if device is None else device
     loaded = [load_on(run, device) for run in runs]
-    _check_alike([facts for _, facts in loaded], runs)
+    check_alike([facts for _, facts in loaded], runs)
     networks: dict[str, nn.Module] = {}
     listed: list[dict[str, Any]] = []
-    for name, (model, facts) in zip(_names(runs), loaded, strict=True):
+    for name, (model, facts) in zip(names_of(runs), loaded, strict=True):
         for width in dict.fromkeys(bits) if bits else (facts.model.bits,):
             shown = f"{name} {'float' if width is None else f'{width}-bit'}"
             networks[shown] = at_bits(model, width)
@@ -77,7 +77,7 @@ def _cells(matrix: TransferMatrix) -> list[dict[str, Any]]:
     return cells
 
 
-def _names(runs: Sequence[Path]) -> list[str]:
+def names_of(runs: Sequence[Path]) -> list[str]:
     """The runs' folder names; where two folders share one, their paths below a common folder."""
     places = [run.resolve() for run in runs]
     if len(set(places)) < len(places):
@@ -89,7 +89,8 @@ def _names(runs: Sequence[Path]) -> list[str]:
     return [str(place.relative_to(common)) for place in places]
 
 
-def _check_alike(facts: Sequence[Facts], runs: Sequence[Path]) -> None:
+def check_alike(facts: Sequence[Facts], runs: Sequence[Path]) -> None:
+    """Raise `UserError` unless all runs take the same images and know the same classes."""
     for mine, run in zip(facts, runs, strict=True):
         shape, first = ((f.in_channels, f.num_classes) for f in (mine, facts[0]))
         if shape != first:

@@ -10,6 +10,7 @@ from defquant.diagnose.amplification import (
 )
 from defquant.diagnose.audit import Audit, LayerAudit, Radius, audit, jacobian_norms, surrogate
 from defquant.diagnose.crossing import Crossing, crossing, smallest_broken
+from defquant.diagnose.masking import Sign, Verdict, judged, masking_verdict
 from defquant.diagnose.precision import (
     Cosine,
     TransferMatrix,
@@ -19,6 +20,7 @@ from defquant.diagnose.precision import (
     gradient_cosines,
     transfer_matrix,
 )
+from defquant.diagnose.signs import Effort
 
 __all__ = [
     "Audit",
@@ -26,10 +28,13 @@ __all__ = [
     "Cosine",
     "Crossing",
     "Distance",
+    "Effort",
     "LayerAudit",
     "LayerDistance",
     "Radius",
+    "Sign",
     "TransferMatrix",
+    "Verdict",
     "at_bits",
     "audit",
     "crossing",
@@ -38,7 +43,9 @@ __all__ = [
     "gradient_cosine",
     "gradient_cosines",
     "jacobian_norms",
+    "judged",
     "layer_distances",
+    "masking_verdict",
     "normalized_distance",
     "smallest_broken",
     "surrogate",

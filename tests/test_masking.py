@@ -1,0 +1,383 @@
+"""The masking verdict: of networks whose masks are known, its rule, and the verb diagnose."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import defquant as dq
+from conftest import tiny_images
+from defquant.cli import main
+from defquant.diagnose import Effort, Verdict, judged, masking_verdict
+from defquant.diagnose.masking import COLLAPSE, EXAMPLES, ORDER, ROUNDED, SHARE
+from defquant.diagnose.words import DO, MEANS
+from defquant.errors import UserError
+from defquant.results import Score
+
+QUICK = Effort(steps=10, restarts=1, queries=60, draws=4)
+EPS = 76 / 255  # moves the margin of `Corners` by 152/255: more than any image has
+
+
+class Corners(nn.Module):
+    """The mean of each quadrant, times `scale`: linear, and right on every one of `tiny_images`."""
+
+    def __init__(self, scale: float = 10.0) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(x.mean(1, keepdim=True), 4).flatten(1) * self.scale
+
+
+class Fronted(nn.Module):
+    def __init__(self, front: Callable[[Tensor], Tensor], model: nn.Module) -> None:
+        super().__init__()
+        self.front, self.model = front, model
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(self.front(x))
+        return logits
+
+
+class Window(nn.Module):
+    """Wrong only where the image's mean has risen by `low` to `high`, from a grey of 100/255.
+
+    Its gradient points to the window; or, where it is `blind`, ever upwards.
+    """
+
+    def __init__(self, low: float, high: float, *, blind: bool) -> None:
+        super().__init__()
+        self.low, self.high, self.blind = low, high, blind
+
+    def forward(self, x: Tensor) -> Tensor:
+        rise = x.mean((1, 2, 3)) - 100 / 255
+        right = (rise - (self.low + self.high) / 2).abs() - (self.high - self.low) / 2
+        right = right.detach() + rise.detach() - rise if self.blind else right
+        return torch.stack([right, -right], 1) * 100
+
+
+def flat_images(count: int = 96) -> tuple[Tensor, Tensor]:
+    return torch.full((count, 1, 8, 8), 100 / 255), torch.zeros(count, dtype=torch.long)
+
+
+class _Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> Tensor:
+        return -grad[0]
+
+
+def reverse(x: Tensor) -> Tensor:
+    out: Tensor = _Reversed.apply(x)  # type: ignore[no-untyped-call]
+    return out
+
+
+def levels(x: Tensor) -> Tensor:
+    return (x * 255).round() / 255  # no gradient
+
+
+def on_pixels_only(x: Tensor) -> Tensor:
+    """A gradient for images of whole pixels alone, as clean ones are and random starts are not."""
+    whole = ((x * 255).round() - x * 255).abs().amax((1, 2, 3), keepdim=True) < 1e-3
+    return torch.where(whole, x, x.detach())
+
+
+def detached(x: Tensor) -> Tensor:
+    return torch.tensor(x.detach().numpy())
+
+
+def noisy(x: Tensor) -> Tensor:
+    return x + 0.01 * torch.randn_like(x)
+
+
+def saturated() -> nn.Module:
+    """Activations far outside [0, 6]: the clip lets no gradient through."""
+    return nn.Sequential(Shift(), dq.QuantReLU(2))
+
+
+class Shift(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 100 * (nn.functional.avg_pool2d(x, 4).flatten(1) - 0.35)
+
+
+def examined(
+    model: nn.Module, data: Any = None, eps: float = EPS, **options: Any
+) -> dict[str, str]:
+    found = masking_verdict(
+        model.eval(), tiny_images(96) if data is None else data, eps,
+        effort=options.pop("effort", QUICK), **options,
+    )  # fmt: skip
+    verdicts: dict[str, str] = {sign.name: sign.verdict for sign in found.signs}
+    return verdicts | {"overall": found.overall}
+
+
+# ------------------------------------------------------------- known answers
+
+
+def test_a_linear_network_passes_every_sign_and_its_score_is_exact() -> None:
+    data, eps = tiny_images(96), 60 / 255
+    x, _ = data.take(torch.arange(96))
+    logits = Corners(1.0)(x).sort(1).values
+    expected = int((logits[:, -1] - logits[:, -2] > 2 * eps).sum())
+    assert 0 < expected < 96
+    found = masking_verdict(Corners().eval(), data, eps, effort=QUICK, substitute=Corners().eval())
+    assert found.usual == found.strongest == Score(expected, 96)
+    assert {sign.verdict for sign in found.signs} == {"PASS"}
+    assert (found.overall, found.quantized) == ("PASS", False)
+    assert [s.name for s in found.signs] == [name for name in ORDER if name != "surrogate"]
+    assert all(sign.finding.total == 96 for sign in found.signs)
+
+
+MASKED: dict[str, tuple[nn.Module, tuple[str, ...]]] = {
+    "rounded": (Fronted(levels, Corners()), ("zero gradient", "huge eps")),
+    "detached": (Fronted(detached, Corners()), ("zero gradient", "huge eps", "random search")),
+    "scaled": (Corners(1e5), ("zero gradient", "huge eps", "loss")),
+    "random": (Fronted(noisy, Corners()), ("randomness",)),
+    "reversed": (Fronted(reverse, Corners()), ("noise", "huge eps")),
+    "on pixels only": (Fronted(on_pixels_only, Corners()), ("one step",)),
+    "saturated": (saturated(), ("surrogate", "zero gradient")),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_masked_network_raises_its_own_signs(name: str) -> None:
+    model, signs = MASKED[name]
+    found = examined(model)
+    assert {found[sign] for sign in signs} == {"FAIL"}, found
+    assert found["overall"] == "FAIL"
+    assert found["jumps"] == ("WARN" if name == "reversed" else found["jumps"])
+
+
+def test_huge_eps_starts_at_the_image() -> None:
+    """A random start in so large a ball would fool the network without any gradient."""
+    still = Fronted(levels, Corners()).eval()
+    found = masking_verdict(still, tiny_images(96), 1 / 255, effort=QUICK)
+    huge = next(sign for sign in found.signs if sign.name == "huge eps")
+    assert huge.finding == Score(96, 96)
+
+
+def test_a_black_box_breaks_what_the_white_box_leaves() -> None:
+    model = Fronted(levels, Corners()).eval()
+    few = replace(QUICK, queries=1)
+    assert examined(model, substitute=Corners().eval(), effort=few)["black box"] == "FAIL"
+    assert "black box" not in examined(model, effort=few)
+    away = Fronted(reverse, Corners()).eval()
+    assert examined(model, substitute=away, effort=few)["black box"] == "PASS"
+
+
+def test_too_few_steps_step_over_the_window() -> None:
+    eps, two = 0.1, replace(QUICK, steps=2)
+    model = Window(0.5 * eps, 0.75 * eps, blind=False)
+    assert examined(model, flat_images(), eps, effort=two)["more steps"] == "FAIL"
+    assert (
+        examined(model, flat_images(), eps, effort=replace(two, steps=40))["more steps"] == "PASS"
+    )
+
+
+def test_a_walk_that_crosses_the_window_and_ends_beyond_it() -> None:
+    eps = 0.1
+    crossed = Window(0.3 * eps, 0.6 * eps, blind=True)
+    found = masking_verdict(crossed.eval(), flat_images(), eps, effort=replace(QUICK, steps=40))
+    assert found.usual.correct == 0  # the best iterate is kept: the score is right
+    shown = {sign.name: sign for sign in found.signs}
+    assert shown["mid-path"].finding.correct == 96
+    assert shown["mid-path"].verdict == "FAIL"
+    at_the_end = Window(0.3 * eps, 1.2 * eps, blind=True)
+    assert examined(at_the_end, flat_images(), eps)["mid-path"] == "PASS"
+
+
+def test_nan_gradients_are_no_gradients() -> None:
+    def root(x: Tensor) -> Tensor:
+        return x + 0 * (x - x.detach()).sqrt()  # infinity times 0
+
+    assert examined(Fronted(root, Corners()))["zero gradient"] == "FAIL"
+
+
+def test_a_network_that_is_always_wrong_is_not_decided() -> None:
+    x, y = tiny_images(80).take(torch.arange(80))
+    found = masking_verdict(Corners().eval(), (x, (y + 1) % 4), EPS, effort=QUICK)
+    assert (found.signs, found.overall) == ((), "not decided")
+
+
+def test_few_images_can_fail_but_not_pass() -> None:
+    assert set(examined(Corners(), tiny_images(40)).values()) == {"not decided"}
+    few = examined(Corners(1e5), tiny_images(40))
+    assert (few["zero gradient"], few["randomness"]) == ("FAIL", "not decided")
+
+
+def test_the_network_is_left_alone_and_the_batch_does_not_matter() -> None:
+    torch.manual_seed(0)
+    model = dq.wide_resnet(10, 1, bits=2, in_channels=1, num_classes=4).train()
+    model(torch.rand(8, 1, 8, 8))
+    model.eval()
+    before = [t.clone() for t in model.state_dict().values()]
+    found: list[Verdict] = []
+    for size in (96, 7):
+        state = torch.get_rng_state()
+        effort = replace(QUICK, steps=3, queries=5, batch_size=size)
+        found.append(masking_verdict(model, tiny_images(96), EPS, effort=effort))
+        assert torch.equal(state, torch.get_rng_state())
+    assert found[0].usual == found[1].usual
+    assert all(map(torch.equal, before, model.state_dict().values()))
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+# ------------------------------------------------------------------- the rule
+
+
+def test_the_interval_decides() -> None:
+    def least(name: str, total: int, **options: bool) -> int:
+        return next(
+            k for k in range(total + 1) if judged(name, Score(k, total), **options) == "FAIL"
+        )
+
+    first = least("one step", 100)
+    assert Score(first, 100).interval[0] > SHARE >= Score(first - 1, 100).interval[0]
+    assert judged("one step", Score(6, 100)) == "WARN"
+    assert judged("one step", Score(5, 100)) == "PASS"
+    assert least("one step", 1000) / 1000 < first / 100
+    assert least("noise", 100, quantized=True) / 100 > ROUNDED["noise"]
+    assert least("zero gradient", 100, quantized=True) > least("zero gradient", 100)
+
+
+def test_the_least_number_of_images_is_the_least_that_can_pass() -> None:
+    assert Score(0, EXAMPLES).interval[1] <= SHARE < Score(0, EXAMPLES - 1).interval[1]
+    assert judged("loss", Score(0, EXAMPLES)) == "PASS"
+    assert judged("loss", Score(0, EXAMPLES - 1)) == "not decided"
+
+
+@pytest.mark.parametrize("name", ["loss", "more steps", "surrogate"])
+def test_a_quantised_network_warns_until_it_collapses(name: str) -> None:
+    half = Score(50, 100)
+    assert judged(name, half, quantized=False) == "FAIL"
+    assert judged(name, half, quantized=True) == "WARN"
+    assert judged(name, half, quantized=True, collapsed=True) == "FAIL"
+    assert judged("random search", half, quantized=True) == "FAIL"
+    for quantized in (False, True):  # a symptom of rounding, honest or not
+        assert judged("jumps", Score(100, 100), quantized=quantized) == "WARN"
+
+
+def test_a_collapse_takes_much_and_more_than_half() -> None:
+    from defquant.diagnose.masking import _collapsed
+    from defquant.diagnose.signs import Evidence
+
+    def collapsed(usual: int, strongest: int) -> bool:
+        one, all_of_them = (torch.arange(100) < count for count in (usual, strongest))
+        return _collapsed(Evidence(100, 100, one, all_of_them, {}, True))
+
+    assert collapsed(80, 30)
+    assert not collapsed(80, 41)  # more than half is left
+    assert not collapsed(16, 3)  # of little to begin with
+    assert Score(13, 100).interval[0] < COLLAPSE < Score(50, 100).interval[0]
+
+
+def test_every_sign_is_explained() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "flags.md").read_text()
+    assert set(ORDER) == set(MEANS) == set(DO)
+    for name in ORDER:
+        assert f"- **{name}**" in text, name
+        assert MEANS[name] in text, name
+
+
+def test_bad_eps_is_refused() -> None:
+    for eps, message in ((0.0, "eps above 0"), (8.0, "write 8/255")):
+        with pytest.raises(UserError, match=message):
+            masking_verdict(Corners(), tiny_images(8), eps)
+
+
+# ------------------------------------------------------------------- the verb
+
+TRAIN = ["train", "--data", "digits", "--train-images", "320", "--epochs", "3", "--batch-size=32"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    for name, flags in (("float", []), ("two", ["--bits", "2"]), ("other", ["--seed", "1"])):
+        assert main([*TRAIN, *flags, "--out", str(folder / name)]) == 0
+    return folder
+
+
+FAST = ["--images", "100", "--steps", "5", "--restarts", "1", "--queries", "20", "--audited", "2"]
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, list[str], list[str]]:
+    capsys.readouterr()
+    status = main(["diagnose", *words])
+    captured = capsys.readouterr()
+    return status, captured.out.splitlines(), captured.err.splitlines()
+
+
+def test_the_verb_prints_three_parts_and_writes_them(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(runs / "two"), "--against", str(runs / "float"), "--eps", "4/255", *FAST]
+    status, out, _ = call(capsys, *words, "--substitute", str(runs / "other"))
+    assert out[-1] == str(runs / "two" / "diagnosis.json")
+    record = json.loads((runs / "two" / "diagnosis.json").read_text())
+    assert status == int(record["verdict"] == "FAIL")
+    assert [n["name"] for n in record["amplification"]] == ["two", "float"]
+    assert len(record["audit"]["layers"]) == len(record["amplification"][0]["layers"]) > 5
+    assert 0 < record["audit"]["lower"] <= record["audit"]["bound"]
+    assert [s["name"] for s in record["masking"]["signs"]] == list(ORDER)
+    assert (record["bits"], record["images"], record["eps"]) == (2, 100, 4 / 255)
+    text = "\n".join(out)
+    for head in ("Error amplification", "Lipschitz audit", "Masked gradients?"):
+        assert head in text
+    for sign in record["masking"]["signs"]:
+        assert f"{sign['verdict']:11} {sign['name']:13} {sign['rate']:.1%}" in text
+        assert sign["low"] <= sign["rate"] <= sign["high"]
+
+    model, _ = dq.load_model(runs / "two")
+    other, _ = dq.load_model(runs / "other")
+    effort = Effort(steps=5, restarts=1, queries=20)
+    data = dq.load("digits", None, "test").first(100)
+    found = masking_verdict(model, data, 4 / 255, substitute=other, effort=effort)
+    assert [s["count"] for s in record["masking"]["signs"]] == [
+        s.finding.correct for s in found.signs
+    ]
+
+
+def test_a_fail_exits_with_1_and_the_audit_can_be_left_out(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [str(runs / "float"), *FAST, "--no-audit", "--json"]
+    status, out, _ = call(capsys, *words)
+    record = json.loads(out[0])
+    assert (status, record["audit"], len(out)) == (0, None, 2)
+    assert record == json.loads((runs / "float" / "diagnosis.json").read_text())
+
+    from defquant import diagnoses
+
+    model, facts = dq.load_model(runs / "float")
+    masked = Fronted(levels, model).eval()
+    monkeypatch.setattr(diagnoses, "load_on", lambda run, device: (masked, facts))
+    status, out, _ = call(capsys, *words)
+    assert (status, json.loads(out[0])["verdict"]) == (1, "FAIL")
+
+
+def test_mistakes_take_one_line(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*words: str) -> str:
+        status, out, err = call(capsys, *words)
+        assert (status, out, len(err)) == (2, [], 1)
+        return err[0]
+
+    run = str(runs / "other")
+    assert "no checkpoint" in refused(str(runs / "nothing"))
+    assert "no checkpoint" in refused(run, "--against", str(runs / "nothing"))
+    assert "no checkpoint" in refused(run, "--substitute", str(runs / "nothing"))
+    assert "write 8/255" in refused(run, "--eps", "8")
+    assert "eps above 0" in refused(run, "--eps", "0")
+    assert "--steps must be 1 or more" in refused(run, "--steps", "0")
+    assert "0 images (none) or more" in refused(run, "--audited", "-1")
+    assert "named once" in refused(run, "--against", run)
+    assert "ask for fewer" in refused(run, "--images", "100000")
+    assert not (runs / "other" / "diagnosis.json").exists()
