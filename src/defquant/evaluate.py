@@ -24,6 +24,7 @@ __all__ = [
     "answers",
     "correct",
     "device_of",
+    "right",
     "robust",
     "robust_accuracy",
     "sweep",
@@ -203,10 +204,10 @@ def _withstands(
             adversarial = attack(model, x, y, generator=generator).detach()
     _check_ball(adversarial, x, attack)
     with untouched(model), torch.no_grad():
-        return _right(model, adversarial, y)
+        return right(model, adversarial, y)
 
 
-def _right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Which answers are right; one with a NaN among its logits is not, whatever argmax says."""
     logits: Tensor = model(x)
     return (logits.argmax(1) == y) & ~logits.isnan().any(1)

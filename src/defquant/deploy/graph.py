@@ -1,7 +1,7 @@
 """A `Program` as an ONNX graph: QuantizeLinear, DequantizeLinear and float operations between.
 
 Runtimes fuse DequantizeLinear -> Conv -> QuantizeLinear into one integer convolution. What keeps
-onnxruntime from leaving some in float, measured with 1.31: codes of fewer than 8 bits are clipped
+onnxruntime from leaving some in float, measured with 1.32: codes of fewer than 8 bits are clipped
 after QuantizeLinear, as uint8, never before it; every convolution ends in a QuantizeLinear; weights
 of 4 and 2 bits are unpacked by a table into int8, which the runtime folds when it loads the file.
 """

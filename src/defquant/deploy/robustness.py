@@ -10,7 +10,7 @@ from defquant.attacks.engine import perturb
 from defquant.attacks.pixels import to_pixels
 from defquant.attacks.single import Single
 from defquant.data import Dataset, to_unit
-from defquant.evaluate import correct
+from defquant.evaluate import correct, right
 from defquant.results import Score
 
 __all__ = ["replayed"]
@@ -37,7 +37,8 @@ def replayed(
     ):
         rows = slice(start * batch_size, start * batch_size + len(x))
         for network, stands in zip((trained, deployed), standing, strict=True):
-            stands[rows] &= _right(network, adversarial, y).to(stands.device)
+            with untouched(network), torch.no_grad():
+                stands[rows] &= right(network, adversarial, y).to(stands.device)
     first, second = (Score(int(stands.sum()), len(stands)) for stands in standing)
     return first, second
 
@@ -56,9 +57,3 @@ def _made(
             model, x, y, attack.kernel, attack.eps, seed=seed, ids=ids.to(device), keep="best"
         )
         yield x, y, to_pixels(made, x, attack.eps)
-
-
-def _right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    with untouched(model), torch.no_grad():
-        logits: Tensor = model(x)
-    return (logits.argmax(1) == y.to(logits.device)) & ~logits.isnan().any(1)
