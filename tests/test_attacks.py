@@ -25,6 +25,8 @@ from defquant.attacks.base import uniform
 from defquant.attacks.engine import Walk, perturb, unbroken
 from defquant.attacks.gradient import paper_steps
 from defquant.attacks.names import parse_attack
+from defquant.diagnose import Effort
+from defquant.evaluate import vanishing
 
 MAKE: list[Callable[[float], FirstOrder]] = [
     lambda eps: Random(eps, samples=3),
@@ -297,6 +299,22 @@ def test_nan_in_one_example_leaves_its_neighbours_alone() -> None:
     other = unbroken(sound, x, y, PGD(0.02).walk, 0.02, **kwargs)  # type: ignore[arg-type]
     assert not mine[0]
     assert torch.equal(mine[1:], other[1:])
+
+
+def test_a_gradient_that_is_one_number_expanded_is_followed() -> None:
+    """The backward pass of a sum hands out a view of stride 0, which nothing may write into."""
+
+    class Bright(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            total = x.sum((1, 2, 3))
+            return torch.stack([6 - total, total - 6], 1)
+
+    x = torch.full((4, 1, 4, 4), 0.4)  # the sum is 6.4, so that 0.4 / 16 per pixel is enough
+    y = torch.ones(4, dtype=torch.long)
+    assert (PGD(0.04)(Bright().eval(), x, y).sum((1, 2, 3)) < 6).all()
+    assert vanishing(Bright(), (x, y), torch.ones(4, dtype=torch.bool)) == 0
+    verdict = dq.masking_verdict(Bright().eval(), (x, y), 0.04, effort=Effort(2, 1, 2, 2))
+    assert verdict.usual.correct == 0
 
 
 def test_paper_schedule() -> None:

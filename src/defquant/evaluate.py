@@ -149,7 +149,7 @@ def vanishing(
             loss = nn.functional.cross_entropy(model(x), labels[some], reduction="sum")
             if not loss.requires_grad:
                 return None
-            grad = torch.autograd.grad(loss, x)[0].nan_to_num_(0.0)
+            grad = torch.autograd.grad(loss, x)[0].nan_to_num(0.0)
             flat += int((grad.abs().amax((1, 2, 3)) == 0).sum())
     return flat / len(ids) if len(ids) else None
 

@@ -61,7 +61,7 @@ def look(
     mean = _mean(logits)
     # a NaN among the logits is an answer as wrong as any, and must not stop its neighbours
     fooled = (mean.argmax(1) != y) | mean.isnan().any(1)
-    return Look(_mean(losses).nan_to_num_(torch.inf), fooled, grad.nan_to_num_(0.0))
+    return Look(_mean(losses).nan_to_num(torch.inf), fooled, grad.nan_to_num(0.0))
 
 
 def _mean(parts: Sequence[Tensor]) -> Tensor:

@@ -218,7 +218,7 @@ def _gradients(scene: _Scene) -> dict[str, Tensor]:
             grad = torch.autograd.grad(loss, x, retain_graph=True)[0].flatten(1)
             dead.append(~grad.isfinite().all(1) | (grad == 0).all(1))
             before = margin(logits, y, y)
-            slope = torch.autograd.grad(before.sum(), x)[0].nan_to_num_(0.0)
+            slope = torch.autograd.grad(before.sum(), x)[0].nan_to_num(0.0)
             jumps.append(_jumps(scene, x.detach(), y, before.detach(), slope, draws))
     return {"zero gradient": torch.cat(dead), "jumps": torch.cat(jumps)}
 
