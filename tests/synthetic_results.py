@@ -14,8 +14,14 @@ from defquant.results import Measurement
 
 NAMES = {"digits": "digits", "cifar10": "CIFAR-10 (JPEG)", "svhn": "SVHN"}
 TEST_IMAGES = {"digits": 450, "cifar10": 10_000, "svhn": 26_032}
-STRENGTH = {"clean": 0.0, "random": 0.05, "fgsm": 0.7, "rfgsm": 0.5, "pgd": 1.0}
-SHOWN = {"clean": "clean", "random": "Random", "fgsm": "FGSM", "rfgsm": "R+FGSM", "pgd": "PGD"}
+STRENGTH = {
+    "clean": 0.0, "random": 0.05, "fgsm": 0.7, "rfgsm": 0.5, "pgd": 1.0, "apgd": 1.0,
+    "adaptive": 1.1, "standard": 1.1,
+}  # fmt: skip
+SHOWN = {
+    "clean": "clean", "random": "Random", "fgsm": "FGSM", "rfgsm": "R+FGSM", "pgd": "PGD",
+    "apgd": "APGD", "adaptive": "Adaptive", "standard": "Standard",
+}  # fmt: skip
 CLASSES = tuple("0123456789")
 
 

@@ -317,11 +317,11 @@ def test_spreads_come_from_table_1_in_strata() -> None:
     evidence = evidence_of(SMALL, made(rule, table1_cells(SMALL) + fig5_cells(SMALL)))
     strong, elsewhere = replace(A, attack="pgd-20"), replace(A, eps=0.5)
     one_bit = fgsm(0.0, 1)
-    black = replace(A, substitute=C.network)
-    found = [evidence.spread(cell) for cell in (A, one_bit, elsewhere, strong, black)]
+    worst, black = replace(A, attack="adaptive"), replace(A, substitute=C.network)
+    found = [evidence.spread(cell) for cell in (A, one_bit, elsewhere, strong, worst, black)]
     sds = [round(spread.sd * 2**0.5, 4) for spread in found if spread is not None]
-    assert sds == [0.02, 0.08, 0.02, 0.0, 0.02]  # elsewhere: the largest of its kind
-    assert [spread and spread.df for spread in found] == [20, 4, 20, 20, 10]
+    assert sds == [0.02, 0.08, 0.02, 0.0, 0.0, 0.02]  # elsewhere: the largest of its kind
+    assert [spread and spread.df for spread in found] == [20, 4, 20, 20, 20, 10]
     single = replace(SMALL, seeds=(0,))
     assert not evidence_of(single, made(rule, table1_cells(single))).spreads
 
@@ -377,7 +377,8 @@ def supporting(cell: Cell) -> float:
         return 0.5 if cell.substitute else {"fgsm": 0.9}.get(cell.attack, 0.05)
     if cell.attack == "random":
         return 0.95
-    better = {"fgsm": 0.0, "rfgsm": 0.1, "pgd": -0.1, SMALL.strong: -0.12}[cell.attack]
+    hard = dict.fromkeys(SMALL.strong, -0.12)
+    better = ({"fgsm": 0.0, "rfgsm": 0.1, "pgd": -0.1} | hard)[cell.attack]
     if cell.substitute:
         better = 0.3 if train.attack == "rfgsm" else 0.15 if cell.attack == "fgsm" else 0.17
     return _robust(cell.network) + better
@@ -583,7 +584,7 @@ def _in_tables() -> Iterable[Callable[[Cell], float | None]]:
         names = {network: name for name, network in networks.items()}
 
         def masking(cell: Cell, table: int = table, names: Any = names) -> Any:
-            if cell.network not in names or cell.attack in ("pgd", PAPER.strong):
+            if cell.network not in names or cell.attack in ("pgd", *PAPER.strong):
                 return None
             box = "black" if cell.substitute else "white"
             column = "clean" if cell.attack == "clean" else box

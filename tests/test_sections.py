@@ -21,6 +21,7 @@ from defquant.experiments.scales import SCALES, Scale
 from defquant.experiments.section import Number, Section
 from defquant.experiments.standard import attacked, clean, substitute, vanilla
 from defquant.experiments.store import Results
+from defquant.experiments.surrogates import surrogates_networks
 from defquant.experiments.words import against, listed, model_text, tally
 from synthetic_results import fake_measurement, fake_results
 
@@ -114,8 +115,12 @@ def test_strong_attacks_have_a_place_in_the_tables(scale: Scale) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["fig1", "table1", "fig5", "table2", "table3", "table4", "table5", "table6", "fig6"]
-)
+    "name",
+    [
+        "fig1", "table1", "fig5", "table2", "table3", "table4", "table5", "table6", "fig6",
+        "surrogates",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("scale", [SMALL, PAPER], ids=["small", "paper"])
 def test_every_measurement_is_shown(name: str, scale: Scale) -> None:
     """Each cell has an accuracy of its own; all of them stand in the tables."""
@@ -153,7 +158,7 @@ PLACES: list[tuple[str, Cell, tuple[str, ...]]] = [
     ("table1", attack(wrn4, "fgsm", 2), ("vanilla", "FGSM 2/255", "4 bits")),
     (
         "table1",
-        attack(SMALL.network(bits=3, beta=SMALL.table1_betas[1]), SMALL.strong, 2),
+        attack(SMALL.network(bits=3, beta=SMALL.table1_betas[1]), SMALL.strong[0], 2),
         (f"DQ (β = {SMALL.table1_betas[1]:g})", "PGD-50x10 2/255", "3 bits"),
     ),
     ("fig5", attack(wrn4, "fgsm", 4, substitute(SMALL)), ("vanilla", "FGSM(B) 4/255", "4 bits")),
@@ -500,6 +505,24 @@ def test_fig7_counts_and_compares() -> None:
     assert "All three fail on 2; DQ is the least sure on 2 of them" in said(
         render("fig7", SMALL, Results({}, turned))
     )
+
+
+def test_what_is_overstated_is_the_usual_attack_minus_the_worst_case() -> None:
+    rows = surrogates_networks(SMALL)
+    two = rows["WRN-10-1, vanilla"][2]
+    left = {"pgd-50x10": 0.3, "adaptive": 0.1}
+
+    def rule(cell: Cell) -> float:
+        return left.get(cell.attack, 0.5) if cell.network == two else 0.25
+
+    section = render("surrogates", SMALL, scored(SMALL, "surrogates", rule, 1000))
+    assert "WRN-10-1, vanilla: PGD-50x10 leaves, against Adaptive," in said(section)
+    assert "+20.0 points at 2 bits, 0.0 points at 3 bits" in said(section)
+    gaps = {row[0]: row[1:] for row in section.tables[1].rows}
+    at_2_bits = gaps["WRN-10-1, vanilla"][2]
+    assert isinstance(at_2_bits, Number) and at_2_bits.mean == pytest.approx(0.2)
+    assert gaps["VGG-16 at 0.25 of its width, vanilla"][6:] == (None,) * 3  # 6 to 8 bits
+    assert [panel.title for panel in section.panels] == list(rows)
 
 
 def test_rows_are_named_as_in_the_paper() -> None:

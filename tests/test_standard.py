@@ -7,6 +7,7 @@ from torch import Tensor, nn
 import defquant as dq
 from defquant.attacks import APGD, FAB, PGD, Attack, Composition, Random, Square
 from defquant.attacks.names import parse_attack, parse_first_order
+from defquant.attacks.surrogates import ClipFree, FloatTwin, SoftRound
 from defquant.evaluate import robust, sweep
 from linear_scenes import middle_eps, scene
 
@@ -127,17 +128,27 @@ def test_eps_rises_within_a_family() -> None:
     assert [s.attack.eps for s in scored if isinstance(s.attack, Composition)] == [0.005, 0.02, 0.3]
 
 
+WRONG = (
+    "apgd-x", "apgd-dlr-", "square-1x2", "standard-3", "adaptive-2x2", "apgd-ce", "pgd@soft",
+    "apgd@", "apgd@hard", "apgd-9@soft",
+)  # fmt: skip
+
+
 def test_names_are_read() -> None:
     for text, expected in {
         "apgd": APGD(0.1), "apgd-20": APGD(0.1, 20), "APGD-20x3": APGD(0.1, 20, 3),
-        "apgd-dlr": APGD(0.1, loss="dlr"), "apgd-t": APGD(0.1, loss="dlr-targeted"),
+        "apgd-dlr": APGD(0.1, loss="dlr"),
+        "apgd-margin@soft-50": APGD(0.1, 50, loss="margin", surrogate=SoftRound()),
+        "apgd@twin-9x2": APGD(0.1, 9, 2, surrogate=FloatTwin()),
+        "apgd-dlr@clipfree": APGD(0.1, loss="dlr", surrogate=ClipFree()),
+        "apgd-t": APGD(0.1, loss="dlr-targeted"),
         "apgd-t-30": APGD(0.1, 30, loss="dlr-targeted"), "fab": FAB(0.1),
         "fab-t": FAB(0.1, targets=9), "square": Square(0.1), "square-99": Square(0.1, 99),
         "standard": dq.Standard(0.1), "adaptive": dq.Adaptive(0.1),
         "adaptive-20": dq.Adaptive(0.1, 20), "random-5": Random(0.1, 5),
     }.items():  # fmt: skip
         assert parse_attack(text, 0.1) == expected, text
-    for text in ("apgd-x", "apgd-dlr-", "square-1x2", "standard-3", "adaptive-2x2", "apgd-ce"):
+    for text in WRONG:
         with pytest.raises(dq.UserError, match="unknown attack"):
             parse_attack(text, 0.1)
     with pytest.raises(dq.UserError, match="last iterate"):

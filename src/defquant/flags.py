@@ -69,7 +69,8 @@ def _attack_flags(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--attack", nargs="+", type=str, default=["random", "fgsm", "rfgsm", "pgd", "pgd-50x10"],
         help="random[-SAMPLES] fgsm rfgsm bim[-STEPS] pgd[-STEPS[xRESTARTS]] apgd[-...] "
-        "apgd-dlr[-...] apgd-t[-...] fab[-...] fab-t[-...] square[-QUERIES] standard "
+        "apgd-dlr[-...] apgd-margin[-...] apgd-t[-...], through a surrogate as apgd@soft[-...] "
+        "apgd@twin apgd@clipfree, fab[-...] fab-t[-...] square[-QUERIES] standard "
         "adaptive[-STEPS]; bim and pgd alone: the paper's schedule, which is weak at small eps",
     )  # fmt: skip
     parser.add_argument(
@@ -183,7 +184,10 @@ def _diagnose_flags(parser: ArgumentParser) -> None:
 
 def _reproduce_flags(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "names", nargs="*", type=str, help="fig1 fig3 fig5 fig6 fig7 table1 ... table6, or all"
+        "names",
+        nargs="*",
+        type=str,
+        help="fig1 fig3 fig5 fig6 fig7 table1 ... table6 surrogates, or all",
     )
     parser.add_argument(
         "--preset", type=str, default="small", help="how large: smoke, small, gpu or paper"

@@ -3,12 +3,15 @@
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from defquant.attacks.apgd import APGD
 from defquant.attacks.fab import FAB
 from defquant.attacks.gradient import BIM, FGSM, PGD, RFGSM, FirstOrder, Random
+from defquant.attacks.kernel import Surrogate
 from defquant.attacks.single import Single
 from defquant.attacks.square import Square
+from defquant.attacks.surrogates import ClipFree, FloatTwin, SoftRound
 from defquant.attacks.worst import Adaptive, Composition, Standard
 from defquant.errors import UserError
 
@@ -19,9 +22,15 @@ _MAKE: dict[str, tuple[Callable[..., Single | Composition], tuple[str, ...]]] = 
     "random": (Random, ("samples",)), "fgsm": (FGSM, ()), "rfgsm": (RFGSM, ()),
     "bim": (BIM, _STEPS), "pgd": (PGD, _BOTH),
     "apgd": (APGD, _BOTH), "apgd-dlr": (partial(APGD, loss="dlr"), _BOTH),
+    "apgd-margin": (partial(APGD, loss="margin"), _BOTH),
     "apgd-t": (partial(APGD, loss="dlr-targeted"), _BOTH),
     "fab": (FAB, _BOTH), "fab-t": (partial(FAB, targets=9), _BOTH),
     "square": (Square, ("queries",)), "standard": (Standard, ()), "adaptive": (Adaptive, _STEPS),
+}  # fmt: skip
+
+
+_SURROGATES: dict[str, Surrogate] = {
+    "soft": SoftRound(), "twin": FloatTwin(), "clipfree": ClipFree(),
 }  # fmt: skip
 
 
@@ -29,19 +38,27 @@ def parse_attack(text: str, eps: float) -> Single | Composition:
     """The attack that `text` names, at `eps`.
 
     `random[-SAMPLES]`, `fgsm`, `rfgsm`, `bim[-STEPS]`, `pgd[-STEPS[xRESTARTS]]`,
-    `apgd[-STEPS[xRESTARTS]]` (cross-entropy), `apgd-dlr[...]`, `apgd-t[...]` (targeted DLR),
-    `fab[...]`, `fab-t[...]` (targeted), `square[-QUERIES]`, `standard` or `adaptive[-STEPS]`.
+    `apgd[-STEPS[xRESTARTS]]` (cross-entropy), `apgd-dlr[...]`, `apgd-margin[...]`, `apgd-t[...]`
+    (targeted DLR), each of them through a surrogate as in `apgd-margin@soft-50` (also `@twin` and
+    `@clipfree`), `fab[...]`, `fab-t[...]` (targeted), `square[-QUERIES]`, `standard` or
+    `adaptive[-STEPS]`.
     Without STEPS, BIM and PGD take the paper's schedule. Raises `UserError` for anything else.
     """
-    match = re.fullmatch(r"([a-z]+(?:-(?:dlr|t))?)(?:-(\d+)(?:x(\d+))?)?", text.lower())
-    if match and match[1] in _MAKE:
+    match = re.fullmatch(
+        r"([a-z]+(?:-(?:dlr|margin|t))?)(?:@([a-z]+))?(?:-(\d+)(?:x(\d+))?)?", text.lower()
+    )
+    if match and match[1] in _MAKE and (not match[2] or match[1].startswith("apgd")):
         make, names = _MAKE[match[1]]
-        numbers = [int(number) for number in match.groups()[1:] if number]
-        if len(numbers) <= len(names):
-            return make(eps, **dict(zip(names, numbers, strict=False)))
+        numbers = [int(number) for number in match.groups()[2:] if number]
+        options: dict[str, Any] = dict(zip(names, numbers, strict=False))
+        if match[2] in _SURROGATES:
+            options["surrogate"] = _SURROGATES[match[2]]
+        if len(numbers) <= len(names) and match[2] in (None, *_SURROGATES):
+            return make(eps, **options)
     raise UserError(
-        f"unknown attack {text!r}: use random, fgsm, rfgsm, bim, pgd, apgd, apgd-dlr, apgd-t, fab, "
-        "square, standard or adaptive, with steps and restarts as in pgd-20 or apgd-50x10"
+        f"unknown attack {text!r}: use random, fgsm, rfgsm, bim, pgd, apgd, apgd-dlr, apgd-margin, "
+        "apgd-t, fab, fab-t, square, standard or adaptive, with steps, restarts and surrogate as "
+        "in pgd-20, apgd-50x10 or apgd@soft"
     )
 
 

@@ -57,7 +57,7 @@ class ClipFree:
             yield (model,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SoftRound:
     """Rounding has the gradient of a smooth staircase, steep where the rounded value turns.
 
@@ -81,6 +81,9 @@ class SoftRound:
             raise UserError(
                 f"slope, the staircase's steepness, must be positive; found {self.slope:g}"
             )
+
+    def __repr__(self) -> str:
+        return "SoftRound()" if self.slope is None else f"SoftRound(slope={self.slope:g})"
 
     @contextmanager
     def __call__(self, model: nn.Module) -> Iterator[tuple[Forward, ...]]:

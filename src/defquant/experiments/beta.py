@@ -14,6 +14,7 @@ from defquant.experiments.words import (
     attacks_text,
     blind,
     eps_text,
+    listed,
     model_text,
     percent,
     setting,
@@ -106,15 +107,15 @@ def _numbers(results: Results, trial: Trial) -> list[Number]:
 
 
 def _panels(scale: Scale, columns: Sequence[tuple[Trial, Sequence[Number]]]) -> list[Panel]:
-    """Clean and FGSM as in the paper, then the strong attack; a colour for each radius."""
+    """Clean and FGSM as in the paper, then the strong attacks; a colour for each radius."""
     places = list(map(_axis, fig6_networks(scale)))
     lines: dict[bool, list[Line]] = {False: [], True: []}
     for trial, numbers in columns:
         points = tuple(zip(places, numbers, strict=True))
-        kind = eps_text(trial.eps) if trial.eps else trial.name
+        kind = eps_text(trial.eps) if trial.attack == "fgsm" else trial.name
         line = Line(trial.name, points, kind)
-        lines[trial.attack == scale.strong] += [line, *paper_line(line)]
-    titles = {False: "clean and FGSM", True: attack_text(scale.strong)}
+        lines[trial.attack in scale.strong] += [line, *paper_line(line)]
+    titles = {False: "clean and FGSM", True: listed(map(attack_text, scale.strong))}
     return [Panel(titles[key], "β", "accuracy", tuple(own)) for key, own in lines.items()]
 
 

@@ -3,7 +3,16 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from defquant.experiments import amplification, beta, bits, defended, masking, pictures, ranges
+from defquant.experiments import (
+    amplification,
+    beta,
+    bits,
+    defended,
+    masking,
+    pictures,
+    ranges,
+    surrogates,
+)
 from defquant.experiments.cells import Cell
 from defquant.experiments.scales import Scale
 from defquant.experiments.section import Section
@@ -33,6 +42,11 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "table6": Experiment("FGSM training", masking.table6_cells, masking.table6),
     "fig6": Experiment("accuracy against beta", beta.fig6_cells, beta.fig6),
     "fig7": Experiment("pictures with predictions", pictures.fig7_cells, pictures.fig7),
+    "surrogates": Experiment(
+        "beyond the paper: what the straight-through gradient overstates",
+        surrogates.surrogates_cells,
+        surrogates.surrogates,
+    ),
 }
 
 

@@ -12,7 +12,7 @@ from defquant.experiments.standard import attacked, clean
 from defquant.experiments.store import Results
 from defquant.experiments.words import CLEARLY, attack_text, eps_text
 
-__all__ = ["Trial", "paper_line", "section", "trials"]
+__all__ = ["Trial", "paper_line", "section", "strong_trials", "trials"]
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,15 @@ class Trial:
 
 
 def trials(scale: Scale) -> list[Trial]:
-    """Clean, FGSM at the paper's radius and then the others, the strong attack."""
+    """Clean, FGSM at the paper's radius and then the others, the strong attacks."""
     radii = sorted(scale.eps, key=lambda eps: eps != scale.paper_eps)
     attacks = [Trial(scale, "fgsm", eps) for eps in radii]
-    return [Trial(scale), *attacks, *(Trial(scale, scale.strong, eps) for eps in scale.hard_eps)]
+    return [Trial(scale), *attacks, *strong_trials(scale)]
+
+
+def strong_trials(scale: Scale) -> list[Trial]:
+    """Each strong attack at each of its radii."""
+    return [Trial(scale, attack, eps) for attack in scale.strong for eps in scale.hard_eps]
 
 
 def paper_line(line: Line) -> list[Line]:

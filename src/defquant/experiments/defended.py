@@ -1,7 +1,7 @@
 """Defensive quantisation with other defences: Table 2 (SVHN) and Table 3 (CIFAR-10)."""
 
 from defquant.experiments import paper
-from defquant.experiments.compose import Trial, section
+from defquant.experiments.compose import Trial, section, strong_trials
 from defquant.experiments.defended_cells import (
     BLACK_BOX,
     WHITE_BOX,
@@ -66,13 +66,13 @@ def _section(scale: Scale, results: Results, table: int) -> Section:
 
 
 def _trials(scale: Scale, table: int) -> list[Trial]:
-    """The columns of the paper's table at every radius, and the strong attack."""
+    """The columns of the paper's table at every radius, and the strong attacks."""
     through = table_substitute(scale, table)
     found = []
     for eps in scale.eps:
         found += [Trial(scale, attack, eps) for attack in WHITE_BOX]
         found += [Trial(scale, attack, eps, through) for attack in BLACK_BOX]
-        found += [Trial(scale, scale.strong, eps)] * (eps in scale.hard_eps)
+        found += [trial for trial in strong_trials(scale) if trial.eps == eps]
     return [Trial(scale), *found]
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from defquant.experiments import paper
 from defquant.experiments.cells import Network
-from defquant.experiments.compose import Trial
+from defquant.experiments.compose import Trial, strong_trials
 from defquant.experiments.scales import Scale
 from defquant.experiments.section import Entry, Number, Table, difference, number
 from defquant.experiments.store import Results
@@ -48,21 +48,22 @@ def masked_rows(
     *,
     others: Sequence[str] = (),
 ) -> list[MaskedRow]:
-    """Every network at every radius; the strong attack where the scale asks for it."""
+    """Every network at every radius; the strong attacks where the scale asks for them."""
 
     def row(name: str, network: Network, eps: float) -> MaskedRow:
         def found(trial: Trial, column: str) -> Number:
             return number(results, [trial.cell(network)], paper.masking(table, name, column, eps))
 
         more = [number(results, [Trial(scale, a, eps).cell(network)]) for a in others]
-        hard = number(results, [Trial(scale, scale.strong, eps).cell(network)])
+        hard = {(t.attack, t.eps): t.cell(network) for t in strong_trials(scale)}
+        asked = [hard.get((attack, eps)) for attack in scale.strong]
         return MaskedRow(
             name,
             eps,
             found(Trial(scale), "clean"),
             found(Trial(scale, attack, eps), "white"),
             found(Trial(scale, attack, eps, through), "black"),
-            (*more, hard if eps in scale.hard_eps else None),
+            (*more, *(number(results, [cell]) if cell else None for cell in asked)),
         )
 
     return [row(name, network, eps) for name, network in networks.items() for eps in scale.eps]
@@ -72,7 +73,7 @@ def masked_table(
     scale: Scale, rows: Iterable[MaskedRow], attack: str, *, others: Sequence[str] = ()
 ) -> Table:
     name = attack_text(attack)
-    more = [attack_text(other) for other in (*others, scale.strong)]
+    more = [attack_text(other) for other in (*others, *scale.strong)]
     heads = ("Network", "ε", "Clean", f"White box {name}", f"Black box {name}", "White − black")
     caption = "Accuracy; more under the white box than under the black box is a sign of masking."
     return Table((*heads, *more), tuple(row.entries for row in rows), caption)

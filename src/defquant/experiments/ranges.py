@@ -40,7 +40,7 @@ def table4_cells(scale: Scale) -> list[Cell]:
 
 def table4(scale: Scale, results: Results) -> Section:
     """ReLU1 beside ReLU6, vanilla and DQ; clean as in the paper, then under FGSM."""
-    every = [t for t in trials(scale) if t.attack != scale.strong]
+    every = [t for t in trials(scale) if t.attack not in scale.strong]
     rows = [
         (dq, trial, _ranges(scale, results, dq, trial)) for trial in every for dq in (False, True)
     ]

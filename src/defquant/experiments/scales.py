@@ -30,11 +30,14 @@ class Scale:
         defense_bits: activation bits of the DQ rows of Tables 2 and 3; the paper's are 1.
         seeds: of the trainings of Table 1; all else has the first.
         eps: radii of the tables and curves; 8/255, the paper's, among them.
-        hard_eps: radii of the strong attack.
-        strong: the attack reported beside the paper's.
+        hard_eps: radii of the strong attacks.
+        strong: the attacks reported beside the paper's: its own many times over, and the worst case
+            over losses and backward passes.
         adversarial: what adversarial training changes in `train`.
         madry: what the PGD training of Table 5 changes in `train`, with its fixed `attack_eps`.
         many, few: test images of one-step and of long attacks; all when None.
+        surrogate_steps: of APGD through each backward pass.
+        standard_images: test images on which AutoAttack's worst case is measured.
     """
 
     name: str
@@ -58,8 +61,10 @@ class Scale:
     madry: Mapping[str, float | int | str]
     many: int | None = None
     few: int | None = 1000
-    strong: str = "pgd-50x10"
+    strong: tuple[str, ...] = ("pgd-50x10", "adaptive")
     bits: tuple[int | None, ...] = (None, 1, 2, 3, 4, 5)
+    surrogate_steps: int = 50
+    standard_images: int | None = 250
 
     @property
     def paper_eps(self) -> float:
@@ -109,7 +114,8 @@ _SMOKE = Scale(
     svhn_train=TrainConfig(epochs=30, batch_size=32, clip=1.0),
     wrn="wrn-10-1", vgg="vgg-16x0.125", resnet="resnet-18x0.125", svhn_wrn="wrn-10-1",
     table1_betas=(0.03, 0.1, 0.3), betas=(0.03, 0.1, 0.3), beta=0.1, defense_bits=(1, 4),
-    seeds=(0,), eps=pixels(2, 8, 24), hard_eps=pixels(2, 24), strong="pgd-20x2",
+    seeds=(0,), eps=pixels(2, 8, 24), hard_eps=pixels(2, 24), strong=("pgd-20x2", "adaptive-10"),
+    surrogate_steps=10, standard_images=4,
     adversarial={"attack_sigma": 8 / 255}, madry={"attack_eps": 8 / 255}, many=100, few=40,
 )  # fmt: skip
 

@@ -50,5 +50,6 @@ def attacked(
 
 
 def hard(scale: Scale, network: Network) -> list[Cell]:
-    """The strong attack beside the paper's."""
-    return attacked(scale, network, scale.strong, eps=scale.hard_eps)
+    """The strong attacks beside the paper's."""
+    eps = scale.hard_eps
+    return [cell for name in scale.strong for cell in attacked(scale, network, name, eps=eps)]

@@ -70,8 +70,9 @@ def eps_text(eps: float) -> str:
 
 
 def attack_text(attack: str) -> str:
-    """As the report has it: `FGSM`, `R+FGSM`, `PGD-50x10`."""
-    return _ATTACKS.get(attack, attack.replace("pgd", "PGD"))
+    """As the report has it: `FGSM`, `R+FGSM`, `PGD-50x10`, `Adaptive`."""
+    shown = _ATTACKS.get(attack, attack.replace("pgd", "PGD"))
+    return shown[:1].upper() + shown[1:]
 
 
 def place(bits: int | None) -> str:
@@ -140,7 +141,7 @@ def attacks_text(scale: Scale, *names: str, long: Sequence[str] = (), strong: bo
     eps = _radii(scale.eps)
     parts = [f"{listed(g)} at {eps} on {images_text(count)}" for g, count in groups if g]
     if strong:
-        hard = f"{attack_text(scale.strong)} at {_radii(scale.hard_eps)}"
+        hard = f"{listed(map(attack_text, scale.strong))} at {_radii(scale.hard_eps)}"
         parts.append(f"{hard} on {images_text(scale.few)}")
     return "; ".join(parts) + "."
 

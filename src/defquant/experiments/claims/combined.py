@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from defquant.experiments.cells import Network
 from defquant.experiments.claims.questions import MARGIN, Asked, Claim, Contrast, Question, versus
 from defquant.experiments.claims.rows import white_box
-from defquant.experiments.compose import Trial
+from defquant.experiments.compose import Trial, strong_trials
 from defquant.experiments.defended_cells import Defended, table_rows, table_substitute
 from defquant.experiments.ranges import table4_networks
 from defquant.experiments.scales import Scale
@@ -76,7 +76,7 @@ def _pgd_strongest(scale: Scale) -> Iterator[Asked]:
     """PGD against each other attack at its eps, means over all networks of a table."""
     radii = dict.fromkeys((scale.paper_eps, scale.hard_eps[0]))
     trials = [Trial(scale, "pgd", eps) for eps in radii]
-    trials += [Trial(scale, scale.strong, eps) for eps in scale.hard_eps]
+    trials += strong_trials(scale)
     for table, suffix in TABLES.items():
         networks = [row.network for row in table_rows(scale, table)]
         for pgd in trials:

@@ -18,6 +18,8 @@ Row = tuple[Cell, ...]
 
 Stratum = tuple[str, float, bool]
 
+KINDS = {"fgsm": "one step", "rfgsm": "one step", "adaptive": "worst case"}
+
 
 def stratum(cell: Cell) -> Stratum:
     """What the spread between trainings depends on: kind of attack, eps, and 1 bit or not.
@@ -29,7 +31,8 @@ def stratum(cell: Cell) -> Stratum:
     one_bit = cell.network.model.bits == 1
     if cell.attack in ("clean", "random"):
         return "clean", 0.0, one_bit
-    kind = "one step" if cell.attack in ("fgsm", "rfgsm") else "many steps"
+    name = cell.attack.partition("-")[0]
+    kind = KINDS.get(name, "many steps")
     return ("black box" if cell.substitute else kind), cell.eps, one_bit
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from defquant.experiments.claims.questions import MARGIN, Asked, Claim, Question, versus
 from defquant.experiments.claims.rows import black_box
-from defquant.experiments.compose import Trial
+from defquant.experiments.compose import Trial, strong_trials
 from defquant.experiments.masking import MADRY, table5_networks, table5_substitute, table6_networks
 from defquant.experiments.scales import Scale
 
@@ -24,15 +24,11 @@ def _direct(trial: Trial) -> Trial:
     return replace(trial, through=None)
 
 
-def _strong(scale: Scale) -> list[Trial]:
-    return [Trial(scale, scale.strong, eps) for eps in scale.hard_eps]
-
-
 def _tanh_masks(scale: Scale) -> Iterator[Asked]:
     networks = table5_networks(scale)
     tanh, full = networks["Tanh Quantized"], networks["Full-Precision"]
     boxes = [(_direct(black), black) for black in _madry(scale)]
-    boxes += [(hard, replace(boxes[0][1], eps=hard.eps)) for hard in _strong(scale)]
+    boxes += [(hard, replace(boxes[0][1], eps=hard.eps)) for hard in strong_trials(scale)]
     for white, black in boxes:
         ours = [(white.cell(tanh),)]
         above = versus("tanh", ours, [(black.cell(tanh),)], blind="none")
@@ -55,7 +51,7 @@ def _tanh_worse(scale: Scale) -> Iterator[Asked]:
 def _relu6_no_gain(scale: Scale) -> Iterator[Asked]:
     networks = table5_networks(scale)
     through = _madry(scale)
-    for trial in [*map(_direct, through), *through, *_strong(scale)]:
+    for trial in [*map(_direct, through), *through, *strong_trials(scale)]:
         full, relu6 = ((trial.cell(networks[n]),) for n in ("Full-Precision", "ReLU6 Quantized"))
         contrast = versus("ReLU6", [full], [relu6], margin=MARGIN)
         yield Question(trial.name, "full precision minus ReLU6 at 2 bits", (contrast,))
@@ -76,7 +72,7 @@ def _rfgsm_fixes(scale: Scale) -> Iterator[Asked]:
         white = _direct(black)
         pair = versus("box", [(black.cell(rfgsm),)], [(white.cell(rfgsm),)], blind="any")
         yield Question(white.name, "after R+FGSM training, black minus white box", (pair,))
-    for trial in [*black_box(scale), *_strong(scale)]:
+    for trial in [*black_box(scale), *strong_trials(scale)]:
         pair = versus("training", [(trial.cell(rfgsm),)], [(trial.cell(fgsm),)])
         yield Question(trial.name, "R+FGSM training minus FGSM training", (pair,))
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from defquant.experiments.bits_cells import fig1_networks, table1_networks
 from defquant.experiments.claims.evidence import Evidence, Row
 from defquant.experiments.claims.questions import Asked, Contrast, Question
-from defquant.experiments.compose import Trial
+from defquant.experiments.compose import Trial, strong_trials
 from defquant.experiments.scales import Scale
 from defquant.experiments.standard import substitute
 
@@ -39,10 +39,9 @@ def widths(rows: Rows) -> list[int]:
 
 
 def white_box(scale: Scale) -> list[Trial]:
-    """FGSM at the paper's eps, and where small networks are right at times; the strong attack."""
+    """FGSM at the paper's eps, and where small networks are right at times; the strong."""
     trials = [Trial(scale, "fgsm", eps) for eps in (scale.paper_eps, scale.hard_eps[0])]
-    trials += [Trial(scale, scale.strong, eps) for eps in scale.hard_eps]
-    return list({trial.name: trial for trial in trials}.values())
+    return list({trial.name: trial for trial in [*trials, *strong_trials(scale)]}.values())
 
 
 def black_box(scale: Scale) -> list[Trial]:

@@ -1,0 +1,181 @@
+"""What the straight-through gradient overstates, by bits 1 to 8; beyond the paper."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from defquant.experiments.bits_cells import fig1_networks
+from defquant.experiments.cells import Cell, Network
+from defquant.experiments.compose import Trial, section
+from defquant.experiments.scales import Scale
+from defquant.experiments.section import (
+    Entry,
+    Line,
+    Number,
+    Panel,
+    Section,
+    Table,
+    difference,
+    number,
+)
+from defquant.experiments.standard import clean, dq, vanilla
+from defquant.experiments.store import Results
+from defquant.experiments.words import (
+    attack_text,
+    bits_text,
+    eps_text,
+    images_text,
+    listed,
+    method_text,
+    model_text,
+    place,
+    setting,
+    signed,
+)
+
+__all__ = ["surrogates", "surrogates_cells", "surrogates_networks", "surrogates_trials"]
+
+BITS = (None, 1, 2, 3, 4, 5, 6, 7, 8)
+CHECKED = (None, 1, 2, 4)  # where the dear worst case of AutoAttack is measured, too
+NAMES = {
+    "apgd-margin": "straight-through, margin",
+    "apgd-margin@soft": "soft round, margin",
+    "apgd-margin@twin": "float twin, margin",
+    "apgd-margin@clipfree": "clip-free, margin",
+}
+
+
+def surrogates_networks(scale: Scale) -> dict[str, dict[int | None, Network]]:
+    """By name and bits: the Wide ResNet vanilla and with DQ, the vanilla VGG of Figure 1."""
+    vgg = dict(zip(scale.bits, fig1_networks(scale)["VGG-16"], strict=True))
+    return {
+        f"{model_text(scale.wrn)}, vanilla": {bits: vanilla(scale, bits) for bits in BITS},
+        f"{model_text(scale.wrn)}, {method_text(scale.beta)}": {b: dq(scale, b) for b in BITS},
+        f"{model_text(scale.vgg)}, vanilla": vgg,
+    }
+
+
+def surrogates_trials(scale: Scale) -> dict[str, Trial]:
+    """By row: the strong attacks, APGD through each backward pass, AutoAttack on fewer images."""
+    eps, steps = scale.hard_eps[0], scale.surrogate_steps
+    usual, worst = scale.strong
+    through = {text: Trial(scale, f"{name}-{steps}", eps) for name, text in NAMES.items()}
+    checked = replace(scale, few=scale.standard_images)
+    return {
+        f"straight-through, {attack_text(usual)}": Trial(scale, usual, eps),
+        **through,
+        attack_text(worst): Trial(scale, worst, eps),
+        f"{attack_text(worst)}, {images_text(checked.few)}": Trial(checked, worst, eps),
+        f"Standard, {images_text(checked.few)}": Trial(checked, "standard", eps),
+    }
+
+
+def surrogates_cells(scale: Scale) -> list[Cell]:
+    """Every network under every attack; those on fewer images only at some bits."""
+    cells = []
+    for networks in surrogates_networks(scale).values():
+        for bits, network in networks.items():
+            asked = _asked(scale, bits).values()
+            cells += [clean(scale, network), *(trial.cell(network) for trial in asked)]
+    return cells
+
+
+def _asked(scale: Scale, bits: int | None) -> dict[str, Trial]:
+    every = surrogates_trials(scale)
+    return {k: t for k, t in every.items() if t.scale == scale or bits in CHECKED}
+
+
+def surrogates(scale: Scale, results: Results) -> Section:
+    """Accuracy by backward pass, and how much more the usual attack leaves than the worst case."""
+    measured = {
+        name: {bits: _measured(scale, results, bits, n) for bits, n in networks.items()}
+        for name, networks in surrogates_networks(scale).items()
+    }
+    eps = eps_text(scale.hard_eps[0])
+    caption = f"Accuracy at {eps} by activation bits and by the attack's loss and backward pass."
+    over = (
+        f"Overstated: {attack_text(scale.strong[0])} through the straight-through gradient minus "
+        f"{attack_text(scale.strong[1])}, at {eps}."
+    )
+    return section(
+        "surrogates",
+        "Beyond the paper: what the straight-through gradient overstates",
+        [*_about(scale, results), *(_words(scale, n, m) for n, m in measured.items())],
+        surrogates_cells(scale),
+        results,
+        images=(scale.data, "cifar10"),
+        tables=[_table(scale, measured, caption), _overstated(scale, measured, over)],
+        panels=[_panel(scale, name, found) for name, found in measured.items()],
+    )
+
+
+Measured = dict[int | None, dict[str, Number]]
+"""By bits and row."""
+
+
+def _measured(
+    scale: Scale, results: Results, bits: int | None, network: Network
+) -> dict[str, Number]:
+    trials = {"clean": Trial(scale)} | _asked(scale, bits)
+    return {name: number(results, [trial.cell(network)]) for name, trial in trials.items()}
+
+
+def _table(scale: Scale, measured: dict[str, Measured], caption: str) -> Table:
+    rows: list[tuple[Entry, ...]] = []
+    for name, found in measured.items():
+        for row in ("clean", *surrogates_trials(scale)):
+            numbers = (found.get(bits, {}).get(row) for bits in BITS)
+            rows.append((name, row, *numbers))
+    return Table(("Network", "Attack", *_heads()), tuple(rows), caption)
+
+
+def _overstated(scale: Scale, measured: dict[str, Measured], caption: str) -> Table:
+    rows = [(name, *_gaps(scale, found)) for name, found in measured.items()]
+    return Table(("Network", *_heads()), tuple(rows), caption)
+
+
+def _gaps(scale: Scale, found: Measured) -> list[Number | None]:
+    """By `BITS`, the usual attack minus the worst case; None where it is not asked for."""
+    usual, worst = _ends(scale)
+    here = (found.get(bits) for bits in BITS)
+    return [difference(own[usual], own[worst]) if own else None for own in here]
+
+
+def _ends(scale: Scale) -> tuple[str, str]:
+    """The rows of the usual attack and of the worst case."""
+    return f"straight-through, {attack_text(scale.strong[0])}", attack_text(scale.strong[1])
+
+
+def _heads() -> Sequence[str]:
+    return ["Full prec." if bits is None else bits_text(bits) for bits in BITS]
+
+
+def _panel(scale: Scale, name: str, found: Measured) -> Panel:
+    order = sorted(found, key=lambda bits: 99 if bits is None else bits)
+    rows = [*(n for n, t in surrogates_trials(scale).items() if t.scale == scale)]
+    lines = [Line(row, tuple((place(b), found[b][row]) for b in order), row) for row in rows]
+    return Panel(name, "activation bits", "accuracy", tuple(lines))
+
+
+def _about(scale: Scale, results: Results) -> list[str]:
+    usual, worst = map(attack_text, scale.strong)
+    names = listed(surrogates_networks(scale))
+    start = setting(
+        names, "none", scale.train, scale.data, surrogates_cells(scale), results
+    ).replace(" (the paper: none)", "")
+    return [
+        f"{start}{usual} goes through the straight-through gradient, {worst} takes the worst case "
+        "for each image over losses and backward passes at up to 2.8 times the gradients of one "
+        f"PGD of its steps; the rows between are one APGD of {scale.surrogate_steps} steps each. "
+        "Standard is AutoAttack's worst case, without surrogates but with a search that needs no "
+        "gradient.",
+    ]
+
+
+def _words(scale: Scale, name: str, found: Measured) -> str:
+    parts = [
+        f"{signed(gap.mean)} points at {bits_text(bits)}"
+        for bits, gap in zip(BITS, _gaps(scale, found), strict=True)
+        if gap is not None and gap.mean is not None
+    ]
+    usual, worst = map(attack_text, scale.strong)
+    return f"{name}: {usual} leaves, against {worst}, {listed(parts)}." if parts else ""
