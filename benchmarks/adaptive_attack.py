@@ -1,14 +1,17 @@
 """What `Adaptive` costs beside plain PGD at equal steps, and what it finds; the slope's sweep.
 
-Networks of 2, 3 and 4 bits on scikit-learn's digits. The time is the median over the repeats,
-the two side by side in each; `every` is the worst case over all surrogates and losses at full
-steps, without a limit of cost. `--slopes` prints robust accuracy by the slope of the staircase.
+Networks of 2, 3 and 4 bits on scikit-learn's digits, or trained `--runs` at `--eps`. The time is
+the median over the repeats, the two side by side in each; `every` is the worst case over all
+surrogates and losses at full steps, without a limit of cost. `--slopes` prints robust accuracy by
+the slope of the staircase.
 """
 
 import argparse
 import statistics
 import time
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +20,15 @@ import defquant as dq
 from defquant.attacks.surrogates import ClipFree, FloatTwin, SoftRound, staircase_slope
 from defquant.config import TrainConfig
 from defquant.evaluate import correct, robust
+from defquant.measure import load_on
+from defquant.runs import test_images
 
 SCENES = {2: (4 / 255, 8 / 255), 3: (10 / 255, 16 / 255), 4: (14 / 255, 22 / 255)}
 SURROGATES = (None, SoftRound(), FloatTwin(), ClipFree())
-SLOPES = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20)
+SLOPES = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
+
+Scene = tuple[str, int, nn.Module, tuple[Tensor, Tensor], tuple[float, ...]]
+"""Name, bits, network, images with labels, radii."""
 
 
 def network(bits: int) -> nn.Module:
@@ -29,6 +37,19 @@ def network(bits: int) -> nn.Module:
     config = TrainConfig(epochs=4, batch_size=64, device="cpu", channels_last=False)
     dq.train(model, dq.load("digits", None, "train"), config)
     return model.eval()
+
+
+def scenes(options: argparse.Namespace) -> Iterator[Scene]:
+    """Those on digits, each trained here; the runs where some are given."""
+    wanted = torch.arange(options.images)
+    for path in options.runs:
+        model, facts = load_on(Path(path), torch.device("cpu"))
+        images = test_images(facts, options.data_root).take(wanted)
+        yield Path(path).name, facts.model.bits or 8, model, images, (options.eps / 255,)
+    if not options.runs:
+        data = dq.load("digits", None, "test").take(wanted)
+        for bits, radii in SCENES.items():
+            yield f"{bits} bits", bits, network(bits), data, radii
 
 
 def cost(
@@ -80,22 +101,23 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=150)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--slopes", action="store_true")
+    parser.add_argument("--runs", nargs="*", default=[], help="folders of trained networks")
+    parser.add_argument("--data-root", help="their images, where these have moved")
+    parser.add_argument("--eps", type=float, default=2.0, help="for the runs, of 255")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    data = dq.load("digits", None, "test").take(torch.arange(options.images))
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.images} images, "
         f"{options.steps} steps, n = {options.repeats}"
     )
-    for bits, radii in SCENES.items():
-        model = network(bits)
+    for name, bits, model, data, radii in scenes(options):
         for eps in radii:
             if options.slopes:
                 line = f"(default {staircase_slope(bits):.1f})  "
                 line += slopes(model, data, eps, options.steps)
             else:
                 line = cost(model, data, eps, options)
-            print(f"{bits} bits, eps {eps * 255:.0f}/255  {line}", flush=True)
+            print(f"{name}, eps {eps * 255:.0f}/255  {line}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from defquant.attacks.diva import DIVA
 from defquant.config import check_bits
 from defquant.diagnose.inputs import unit_images
 from defquant.errors import UserError
-from defquant.evaluate import Images
+from defquant.evaluate import Images, answers
 from defquant.quantize import set_bits
 from defquant.results import Score
 
@@ -177,11 +177,7 @@ def _attacked(
 
 
 def _right(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
-    """Which images are classified rightly, bool (n,); an answer with a NaN is not."""
-    with untouched(model), torch.no_grad():
-        logits = torch.cat([model(some) for some in x.split(batch_size)])
-    right: Tensor = (logits.argmax(1) == y) & ~logits.isnan().any(1)
-    return right
+    return answers(model, (x, y), batch_size=batch_size) == y
 
 
 def _gradients(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tensor:

@@ -10,7 +10,7 @@ from defquant.attacks import APGD, BIM, FGSM, PGD, RFGSM, Adaptive, Attack, Squa
 from defquant.attacks.base import untouched
 from defquant.attacks.engine import perturb
 from defquant.attacks.losses import margin
-from defquant.evaluate import robust
+from defquant.evaluate import answers, robust
 from defquant.quantize import Quantizer
 
 __all__ = ["HUGE", "Effort", "Evidence", "evidence", "is_quantized"]
@@ -100,9 +100,8 @@ class _Scene:
 
     def wrong(self, x: Tensor) -> Tensor:
         """Which of the images `x`, in the place of the scene's, are classified wrongly."""
-        with untouched(self.model), torch.no_grad():
-            logits = torch.cat([self.model(part) for part in x.split(self.effort.batch_size)])
-        return (logits.argmax(1) != self.y) | logits.isnan().any(1)
+        found = answers(self.model, (x, self.y), batch_size=self.effort.batch_size)
+        return found != self.y
 
 
 def is_quantized(model: nn.Module) -> bool:
