@@ -11,7 +11,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,7 @@ import defquant as dq
 from defquant.attacks.surrogates import ClipFree, FloatTwin, SoftRound, staircase_slope
 from defquant.config import TrainConfig
 from defquant.evaluate import correct, robust
-from defquant.measure import load_on
-from defquant.runs import test_images
+from trained_runs import add_flags, trained
 
 SCENES = {2: (4 / 255, 8 / 255), 3: (10 / 255, 16 / 255), 4: (14 / 255, 22 / 255)}
 SURROGATES = (None, SoftRound(), FloatTwin(), ClipFree())
@@ -41,13 +39,10 @@ def network(bits: int) -> nn.Module:
 
 def scenes(options: argparse.Namespace) -> Iterator[Scene]:
     """Those on digits, each trained here; the runs where some are given."""
-    wanted = torch.arange(options.images)
-    for path in options.runs:
-        model, facts = load_on(Path(path), torch.device("cpu"))
-        images = test_images(facts, options.data_root).take(wanted)
-        yield Path(path).name, facts.model.bits or 8, model, images, (options.eps / 255,)
+    for name, bits, model, images in trained(options):
+        yield name, bits or 8, model, images, (options.eps / 255,)
     if not options.runs:
-        data = dq.load("digits", None, "test").take(wanted)
+        data = dq.load("digits", None, "test").take(torch.arange(options.images))
         for bits, radii in SCENES.items():
             yield f"{bits} bits", bits, network(bits), data, radii
 
@@ -101,9 +96,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=150)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--slopes", action="store_true")
-    parser.add_argument("--runs", nargs="*", default=[], help="folders of trained networks")
-    parser.add_argument("--data-root", help="their images, where these have moved")
-    parser.add_argument("--eps", type=float, default=2.0, help="for the runs, of 255")
+    add_flags(parser)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     print(

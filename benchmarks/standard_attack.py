@@ -3,6 +3,7 @@
 Robust accuracy and time on the same images and networks at equal steps, restarts, targets and
 queries. ART's ensemble is another one (untargeted DLR, DeepFool instead of FAB), so it stands
 beside a `Worst` of the same kinds; the port, where torchattacks is installed, beside `Standard`.
+On networks trained here on scikit-learn's digits, or on trained `--runs` at `--eps`.
 A ratio is the other's time over ours in the same repeat, the median over the repeats.
 """
 
@@ -12,7 +13,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,9 +25,13 @@ import defquant as dq
 from defquant.attacks import Composition
 from defquant.config import TrainConfig
 from defquant.evaluate import correct, robust
+from trained_runs import add_flags, trained
 
 Tool = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 BATCH = 256
+
+Scene = tuple[str, nn.Module, tuple[Tensor, Tensor], float]
+"""Name, network, images with labels, eps."""
 
 
 def ours(attack: Composition, model: nn.Module, x: Tensor, y: Tensor, clean: Tensor) -> Tensor:
@@ -135,24 +140,32 @@ def network(bits: int, robustly: bool) -> nn.Module:
     return model.eval()
 
 
+def scenes(options: argparse.Namespace) -> Iterator[Scene]:
+    for name, _, model, data in trained(options):
+        yield name, model, data, options.eps / 255
+    if not options.runs:
+        data = dq.load("digits", None, "test").take(torch.arange(options.images))
+        for bits, robustly, eps in ((4, False, 20), (2, False, 6), (4, True, 30)):
+            how = "adversarially trained" if robustly else "plain"
+            yield f"{bits} bits, {how}", network(bits, robustly), data, eps / 255
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--images", type=int, default=40)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--queries", type=int, default=300)
+    add_flags(parser)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    data = dq.load("digits", None, "test").take(torch.arange(options.images))
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.images} images, "
         f"{options.steps} steps, {options.queries} queries, n = {options.repeats}"
     )
-    for bits, robustly, eps in ((4, False, 20 / 255), (2, False, 6 / 255), (4, True, 30 / 255)):
-        model = network(bits, robustly)
+    for name, model, data, eps in scenes(options):
         budget = (eps, options.steps, options.queries)
-        how = "adversarially trained" if robustly else "plain"
-        title = f"{bits} bits, {how}, eps {eps * 255:.0f}/255"
+        title = f"{name}, eps {eps * 255:.0f}/255"
         art: dict[str, Tool] = {
             "defquant, ART's ensemble": partial(ours, like_art(*budget)),
             "ART AutoAttack": partial(with_art, *budget),

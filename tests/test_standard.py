@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import defquant as dq
 from defquant.attacks import APGD, FAB, PGD, Attack, Composition, Random, Square
 from defquant.attacks.names import parse_attack, parse_first_order
-from defquant.attacks.surrogates import ClipFree, FloatTwin, SoftRound
+from defquant.attacks.surrogates import EOT, ClipFree, FloatTwin, Precisions, SoftRound
 from defquant.evaluate import robust, sweep
 from linear_scenes import middle_eps, scene
 
@@ -141,6 +141,7 @@ def test_names_are_read() -> None:
         "apgd-margin@soft-50": APGD(0.1, 50, loss="margin", surrogate=SoftRound()),
         "apgd@twin-9x2": APGD(0.1, 9, 2, surrogate=FloatTwin()),
         "apgd-dlr@clipfree": APGD(0.1, loss="dlr", surrogate=ClipFree()),
+        "apgd@eot": APGD(0.1, surrogate=EOT()), "apgd@bits-5": APGD(0.1, 5, surrogate=Precisions()),
         "apgd-t": APGD(0.1, loss="dlr-targeted"),
         "apgd-t-30": APGD(0.1, 30, loss="dlr-targeted"), "fab": FAB(0.1),
         "fab-t": FAB(0.1, targets=9), "square": Square(0.1), "square-99": Square(0.1, 99),

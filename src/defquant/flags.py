@@ -70,8 +70,8 @@ def _attack_flags(parser: ArgumentParser) -> None:
         "--attack", nargs="+", type=str, default=["random", "fgsm", "rfgsm", "pgd", "pgd-50x10"],
         help="random[-SAMPLES] fgsm rfgsm bim[-STEPS] pgd[-STEPS[xRESTARTS]] apgd[-...] "
         "apgd-dlr[-...] apgd-margin[-...] apgd-t[-...], through a surrogate as apgd@soft[-...] "
-        "apgd@twin apgd@clipfree, fab[-...] fab-t[-...] square[-QUERIES] standard "
-        "adaptive[-STEPS]; bim and pgd alone: the paper's schedule, which is weak at small eps",
+        "apgd@twin apgd@clipfree apgd@eot apgd@bits, fab[-...] fab-t[-...] square[-QUERIES] "
+        "standard adaptive[-STEPS]; bim and pgd alone: the paper's schedule, weak at small eps",
     )  # fmt: skip
     parser.add_argument(
         "--eps", nargs="+", type=str | float, default=["2/255", "8/255", "16/255"],

@@ -11,7 +11,7 @@ from defquant.attacks.gradient import BIM, FGSM, PGD, RFGSM, FirstOrder, Random
 from defquant.attacks.kernel import Surrogate
 from defquant.attacks.single import Single
 from defquant.attacks.square import Square
-from defquant.attacks.surrogates import ClipFree, FloatTwin, SoftRound
+from defquant.attacks.surrogates import EOT, ClipFree, FloatTwin, Precisions, SoftRound
 from defquant.attacks.worst import Adaptive, Composition, Standard
 from defquant.errors import UserError
 
@@ -30,7 +30,8 @@ _MAKE: dict[str, tuple[Callable[..., Single | Composition], tuple[str, ...]]] = 
 
 
 _SURROGATES: dict[str, Surrogate] = {
-    "soft": SoftRound(), "twin": FloatTwin(), "clipfree": ClipFree(),
+    "soft": SoftRound(), "twin": FloatTwin(), "clipfree": ClipFree(), "eot": EOT(),
+    "bits": Precisions(),
 }  # fmt: skip
 
 
@@ -39,10 +40,10 @@ def parse_attack(text: str, eps: float) -> Single | Composition:
 
     `random[-SAMPLES]`, `fgsm`, `rfgsm`, `bim[-STEPS]`, `pgd[-STEPS[xRESTARTS]]`,
     `apgd[-STEPS[xRESTARTS]]` (cross-entropy), `apgd-dlr[...]`, `apgd-margin[...]`, `apgd-t[...]`
-    (targeted DLR), each of them through a surrogate as in `apgd-margin@soft-50` (also `@twin` and
-    `@clipfree`), `fab[...]`, `fab-t[...]` (targeted), `square[-QUERIES]`, `standard` or
-    `adaptive[-STEPS]`.
-    Without STEPS, BIM and PGD take the paper's schedule. Raises `UserError` for anything else.
+    (targeted DLR), each of them through a surrogate as in `apgd-margin@soft-50` (also `@twin`,
+    `@clipfree`, `@eot`, `@bits`), `fab[...]`, `fab-t[...]` (targeted), `square[-QUERIES]`,
+    `standard` or `adaptive[-STEPS]`. Without STEPS, BIM and PGD take the paper's schedule. Raises
+    `UserError` for anything else.
     """
     match = re.fullmatch(
         r"([a-z]+(?:-(?:dlr|margin|t))?)(?:@([a-z]+))?(?:-(\d+)(?:x(\d+))?)?", text.lower()
