@@ -159,9 +159,7 @@ def _panel(scale: Scale, name: str, found: Measured) -> Panel:
 def _about(scale: Scale, results: Results) -> list[str]:
     usual, worst = map(attack_text, scale.strong)
     names = listed(surrogates_networks(scale))
-    start = setting(
-        names, "none", scale.train, scale.data, surrogates_cells(scale), results
-    ).replace(" (the paper: none)", "")
+    start = setting(names, "", scale.train, scale.data, surrogates_cells(scale), results)
     return [
         f"{start}{usual} goes through the straight-through gradient, {worst} takes the worst case "
         "for each image over losses and backward passes at up to 2.8 times the gradients of one "

@@ -130,10 +130,11 @@ def setting(
     *,
     seeds: int = 1,
 ) -> str:
-    """The first sentence of most sections: networks, their training and images."""
+    """The first sentence of most sections: networks, those of the `paper`, training and images."""
+    theirs = f" (the paper: {paper})" if paper else ""
     means = f"; means of {seeds} trainings" * (seeds > 1)
     training = training_text(train, data, data_text(data, cells, results))
-    return f"{networks} (the paper: {paper}), trained for {training}{means}. "
+    return f"{networks}{theirs}, trained for {training}{means}. "
 
 
 def attacks_text(scale: Scale, *names: str, long: Sequence[str] = (), strong: bool = True) -> str:
