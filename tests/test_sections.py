@@ -509,19 +509,19 @@ def test_fig7_counts_and_compares() -> None:
 
 def test_what_is_overstated_is_the_usual_attack_minus_the_worst_case() -> None:
     rows = surrogates_networks(SMALL)
-    two = rows["WRN-10-1, vanilla"][2]
+    two = rows["vanilla WRN-10-1"][2]
     left = {"pgd-50x10": 0.3, "adaptive": 0.1}
 
     def rule(cell: Cell) -> float:
         return left.get(cell.attack, 0.5) if cell.network == two else 0.25
 
     section = render("surrogates", SMALL, scored(SMALL, "surrogates", rule, 1000))
-    assert "WRN-10-1, vanilla: PGD-50x10 leaves, against Adaptive," in said(section)
+    assert "Vanilla WRN-10-1: PGD-50x10 leaves, against Adaptive," in said(section)
     assert "+20.0 points at 2 bits, 0.0 points at 3 bits" in said(section)
     gaps = {row[0]: row[1:] for row in section.tables[1].rows}
-    at_2_bits = gaps["WRN-10-1, vanilla"][2]
+    at_2_bits = gaps["vanilla WRN-10-1"][2]
     assert isinstance(at_2_bits, Number) and at_2_bits.mean == pytest.approx(0.2)
-    assert gaps["VGG-16 at 0.25 of its width, vanilla"][6:] == (None,) * 3  # 6 to 8 bits
+    assert gaps["vanilla VGG-16 at 0.25 of its width"][6:] == (None,) * 3  # 6 to 8 bits
     assert [panel.title for panel in section.panels] == list(rows)
 
 

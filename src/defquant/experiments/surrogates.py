@@ -48,9 +48,9 @@ def surrogates_networks(scale: Scale) -> dict[str, dict[int | None, Network]]:
     """By name and bits: the Wide ResNet vanilla and with DQ, the vanilla VGG of Figure 1."""
     vgg = dict(zip(scale.bits, fig1_networks(scale)["VGG-16"], strict=True))
     return {
-        f"{model_text(scale.wrn)}, vanilla": {bits: vanilla(scale, bits) for bits in BITS},
-        f"{model_text(scale.wrn)}, {method_text(scale.beta)}": {b: dq(scale, b) for b in BITS},
-        f"{model_text(scale.vgg)}, vanilla": vgg,
+        f"vanilla {model_text(scale.wrn)}": {bits: vanilla(scale, bits) for bits in BITS},
+        f"{model_text(scale.wrn)} with {method_text(scale.beta)}": {b: dq(scale, b) for b in BITS},
+        f"vanilla {model_text(scale.vgg)}": vgg,
     }
 
 
@@ -176,4 +176,5 @@ def _words(scale: Scale, name: str, found: Measured) -> str:
         if gap is not None and gap.mean is not None
     ]
     usual, worst = map(attack_text, scale.strong)
-    return f"{name}: {usual} leaves, against {worst}, {listed(parts)}." if parts else ""
+    words = f"{name[:1].upper()}{name[1:]}: {usual} leaves, against {worst}, {listed(parts)}."
+    return words if parts else ""
