@@ -64,6 +64,7 @@ class Emitter:
     Attributes:
         peaks: max|output| of convolutions whose output gets a grid of its own.
         weight_bits: of layers without `weight_bits` of their own.
+        ops, grids: the operations so far, and the grids of their codes by name.
         missing: for each layer whose bias was rounded, what the rounded one has more.
         flat: tensors (n, c), among those of (n, c, h, w).
         activations: of each activation function, the name of its codes.
@@ -89,6 +90,7 @@ class Emitter:
         return Program(tuple(reversed(ops)), grids, shape, seen)
 
     def emit(self, op: Op, *, flat: bool = False) -> Stream:
+        """`op` written once; `flat` says that its output is (n, c)."""
         if all(op.name != known.name for known in self.ops):
             self.ops.append(op)
         if flat:
@@ -109,6 +111,7 @@ class Emitter:
         return Codes(name)
 
     def finished(self, value: Value) -> Codes | Stream:
+        """As a tensor: sums of products rounded to their own range, affine maps written out."""
         if isinstance(value, Sums):
             if value.node.name not in self.peaks:
                 raise UserError(
