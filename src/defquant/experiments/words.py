@@ -103,7 +103,8 @@ def images_text(images: int | None) -> str:
 
 def data_text(data: DataConfig, cells: Iterable[Cell] = (), results: Results | None = None) -> str:
     """The images by the name under which they were measured, else by that of the data set."""
-    found = {m.data for c in cells if results and (m := results.score(c)) is not None}
+    test = (cell for cell in cells if cell.split == "test")
+    found = {m.data for c in test if results and (m := results.score(c)) is not None}
     return listed(sorted(found)) if found else _DATA.get(data.data, data.data)
 
 
