@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from defquant.experiments import paper
-from defquant.experiments.bits_cells import fig5_cells, table1_cells, table1_networks
+from defquant.experiments.bits_cells import fig1_cells, fig5_cells, table1_cells, table1_networks
 from defquant.experiments.catalog import EXPERIMENTS, cells_of
 from defquant.experiments.cells import Cell, Network
 from defquant.experiments.claims import CLAIMS, cells, verdicts
@@ -464,7 +464,7 @@ def judged(rule: Rule, *, contrary: bool = False, **options: Any) -> dict[str, V
 
 @cache
 def _all_cells() -> tuple[Cell, ...]:
-    return tuple(cells(SMALL) + table1_cells(SMALL) + fig5_cells(SMALL))
+    return tuple(cells(SMALL) + fig1_cells(SMALL) + table1_cells(SMALL) + fig5_cells(SMALL))
 
 
 def wrong(verdict: Verdict, expected: str) -> list[Reading]:
@@ -523,6 +523,21 @@ def test_equal_networks_decide_nothing_but_equality() -> None:
     for slug, verdict in judged(lambda cell: 0.97).items():
         if slug not in probes:
             assert not wrong(verdict, "holds" if slug in equal else "not decided"), slug
+
+
+@pytest.mark.parametrize("contrary", [False, True])
+def test_distances_of_a_network_that_learnt_nothing_decide_nothing(contrary: bool) -> None:
+    def rule(cell: Cell) -> float:
+        hardly = cell.network.model.model == SMALL.vgg and cell.network.model.bits == 1
+        return 0.15 if hardly and cell.attack == "clean" else supporting(cell)
+
+    found = judged(rule, contrary=contrary)
+    alone = ("fewer-bits-amplify",)  # where noise fades at other bits too, they decide
+    for slug in alone if contrary else (*alone, "noise-amplified"):
+        assert not wrong(found[slug], "not decided"), slug
+        assert all("1 bit, hardly trained" in r.detail for r in found[slug].readings), slug
+    sound = judged(supporting, contrary=contrary)["fewer-bits-amplify"]
+    assert not wrong(sound, "does not hold" if contrary else "holds")
 
 
 def test_masked_dq_proves_nothing() -> None:

@@ -105,7 +105,7 @@ def train(
             for epoch in range(len(history), config.epochs):
                 record = _epoch(state, epoch, steps, progress)
                 if epoch + 1 == config.epochs:
-                    snap_biases_(model, data.shape)
+                    snap_biases_(model)
                 if eps is not None and me.leads:
                     rows = max(64, config.batch_size // me.world)  # what fits in training fits here
                     record |= monitor(model, state.data, eps, batch_size=rows)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from defquant.attacks.base import untouched
-from defquant.deploy.lower import Lowering
+from defquant.deploy.lower import follow
+from defquant.deploy.tracing import trace
 from defquant.errors import UserError
 
 __all__ = ["calibrate", "snap_biases_"]
@@ -18,11 +19,10 @@ def calibrate(model: nn.Module, images: Tensor, *, batch_size: int = 256) -> dic
     Empty for a deployable network, which has learnt its ranges.
     """
     wanted = _Wanted()
-    lowering = Lowering(model, wanted, 8)
-    lowering.program((int(images.shape[1]), int(images.shape[2]), int(images.shape[3])))
+    follow(model, wanted, 8)
     if not wanted:
         return {}
-    watch = _Watch(fx.GraphModule(model, lowering.graph), wanted)
+    watch = _Watch(fx.GraphModule(model, trace(model)), wanted)
     with untouched(model), torch.no_grad():
         for part in images.split(batch_size):
             watch.run(part)
@@ -30,7 +30,7 @@ def calibrate(model: nn.Module, images: Tensor, *, batch_size: int = 256) -> dic
 
 
 @torch.no_grad()
-def snap_biases_(model: nn.Module, shape: tuple[int, int, int]) -> None:
+def snap_biases_(model: nn.Module) -> None:
     """Move biases to whole numbers of the units in which the deployed network keeps them, in place.
 
     A unit is (scale of the codes) · (scale of the weight): a few thousandths of a step, so the move
@@ -41,12 +41,11 @@ def snap_biases_(model: nn.Module, shape: tuple[int, int, int]) -> None:
     if not convolutions or any(getattr(c, "weight_bits", None) is None for c in convolutions):
         return
     try:
-        lowering = Lowering(model, _Wanted(), 8)
-        lowering.program(shape)
+        rounded = follow(model, _Wanted(), 8).missing
     except UserError:
         return
-    layers = [layer for layer, _ in lowering.missing]
-    for layer, missing in lowering.missing:
+    layers = [layer for layer, _ in rounded]
+    for layer, missing in rounded:
         if layers.count(layer) == 1 and layer.bias is not None:  # a shared one has several units
             layer.bias.add_(missing.to(layer.bias))
 

@@ -36,7 +36,9 @@ def _rounded(cell: Cell, sign: int) -> Contrast:
 def _amplified(scale: Scale) -> Iterator[Asked]:
     cells = zip(scale.bits, fig3b_cells(scale), strict=True)
     read = partial(_sample, WITHIN, _layers)
-    contrasts = [Contrast(bits_text(b), (Term(1.0, (cell,), read),)) for b, cell in cells]
+    contrasts = [
+        Contrast(bits_text(b), (Term(1.0, (cell,), read),), blind="either") for b, cell in cells
+    ]
     what = f"line fitted to D over the layers, last minus first, at each bit width; {TOLD}"
     yield Question("FGSM 8/255", what, tuple(contrasts))
 
@@ -47,14 +49,14 @@ def _amplified_more(scale: Scale) -> Iterator[Asked]:
     weights = zip(trend(len(few)), few, strict=True)
     terms = [Term(weight, (cells[bits],), _at_the_end) for weight, bits in weights if weight]
     what = f"line fitted to D at the last layer over bits, its value at 1 minus at 5; {TOLD}"
-    yield Question("FGSM 8/255", what, (Contrast("trend", tuple(terms)),))
+    yield Question("FGSM 8/255", what, (Contrast("trend", tuple(terms), blind="either"),))
 
 
 def _amplified_less(scale: Scale) -> Iterator[Asked]:
     vanilla, dq = fig3_defended_cells(scale)
     terms = (Term(1.0, (vanilla,), _at_the_end), Term(-1.0, (dq,), _at_the_end))
     what = f"D at the last layer of the Wide ResNet at 4 bits, vanilla minus DQ; {TOLD}"
-    yield Question("FGSM 8/255", what, (Contrast("4 bits", terms),))
+    yield Question("FGSM 8/255", what, (Contrast("4 bits", terms, blind="either"),))
 
 
 def _sample(

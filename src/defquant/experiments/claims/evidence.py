@@ -19,6 +19,7 @@ Row = tuple[Cell, ...]
 Stratum = tuple[str, float, bool]
 
 KINDS = {"fgsm": "one step", "rfgsm": "one step", "adaptive": "worst case"}
+HARDLY = ", hardly trained"
 
 
 def stratum(cell: Cell) -> Stratum:
@@ -68,7 +69,10 @@ class Evidence:
         found = self._found(row)
         names = [f"{m.method} at {bits_text(m.bits)}" for cell, m in found if _blind(cell, m)]
         hardly = [m for cell, m in found if cell.attack != "clean" and m.run in self.untrained]
-        return names + [f"{m.method} at {bits_text(m.bits)}, hardly trained" for m in hardly]
+        names += [f"{m.method} at {bits_text(m.bits)}" + HARDLY for m in hardly]
+        probed = [cell.network for cell in row if cell.kind != "accuracy"]
+        small = [network for network in probed if network.name in self.untrained]
+        return names + [bits_text(network.model.bits) + HARDLY for network in small]
 
     def _found(self, row: Row) -> list[tuple[Cell, Measurement]]:
         pairs = [(cell, self.results.score(cell)) for cell in row]

@@ -42,20 +42,22 @@ class Contrast:
 
     `blind` says what a masked accuracy spoils. A blind attack overstates robustness, so by rule it
     spoils a verdict that leans on the masked network: `supporting`. For "nothing is masked" it
-    spoils any support; where the claim is that there is masking, nothing (`none`).
+    spoils any support; where the claim is that there is masking, nothing (`none`). A hardly trained
+    network's distances say nothing either way: they spoil any verdict (`either`).
     """
 
     name: str
     terms: tuple[Term, ...]
     margin: float = 0.0
-    blind: Literal["supporting", "any", "none"] = "supporting"
+    blind: Literal["supporting", "any", "none", "either"] = "supporting"
 
     def spoilt(self, evidence: Evidence, verdict: Answer) -> list[str]:
         """The masked networks for whose sake `verdict` cannot stand."""
         if self.blind == "none" or (self.blind == "any" and verdict == "does not hold"):
             return []
         sign = -1 if verdict == "does not hold" else 1
-        rows = [t.row for t in self.terms if self.blind == "any" or sign * t.weight > 0]
+        every = self.blind in ("any", "either")
+        rows = [t.row for t in self.terms if every or sign * t.weight > 0]
         return list(dict.fromkeys(name for row in rows for name in evidence.masked(row)))
 
 
