@@ -67,11 +67,13 @@ def _attack_flags(parser: ArgumentParser) -> None:
     parser.add_argument("runs", nargs="*", type=str, help="folders of runs, if no --model_file")
     anyone_flags(parser)
     parser.add_argument(
-        "--attack", nargs="+", type=str, default=["random", "fgsm", "rfgsm", "pgd", "pgd-50x10"],
+        "--attack", nargs="+", type=str,
+        default=["random", "fgsm", "rfgsm", "pgd", "pgd-50x10", "adaptive"],
         help="random[-SAMPLES] fgsm rfgsm bim[-STEPS] pgd[-STEPS[xRESTARTS]] apgd[-...] "
         "apgd-dlr[-...] apgd-margin[-...] apgd-t[-...], through a surrogate as apgd@soft[-...] "
-        "apgd@twin apgd@clipfree apgd@eot apgd@bits, fab[-...] fab-t[-...] square[-QUERIES] "
-        "standard adaptive[-STEPS]; bim and pgd alone: the paper's schedule, weak at small eps",
+        "apgd@twin apgd@clipfree apgd@eot apgd@bits, then queries as apgd-50+200, fab[-...] "
+        "fab-t[-...] square[-QUERIES] standard adaptive[-STEPS]; bim and pgd alone: the paper's "
+        "schedule, weak at small eps",
     )  # fmt: skip
     parser.add_argument(
         "--eps", nargs="+", type=str | float, default=["2/255", "8/255", "16/255"],

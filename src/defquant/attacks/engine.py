@@ -40,7 +40,6 @@ class Walk:
     """
 
     targets: ClassVar[int] = 0
-    gradient: ClassVar[bool] = True
     bounded: ClassVar[bool] = True
     surrogate: ClassVar[None] = None
 
@@ -52,6 +51,10 @@ class Walk:
 
     @property
     def looks(self) -> int:
+        return self.steps
+
+    @property
+    def climbs(self) -> int:
         return self.steps
 
     @property
@@ -97,11 +100,12 @@ def perturb(
     with opened(model, kernel, x) as forwards:
         rivals = rivals_of(forwards, x, y, kernel.targets, len(x))
         starts = kernel.restarts * rivals.shape[1]
+        climbs = kernel.looks - (kernel.steps - kernel.climbs)
         for start in range(starts):
             fresh = torch.arange(len(x), device=x.device) + start * len(x)
             rows = kernel.begin(rows_of(fresh, x, y, ids, rivals), eps, seed)
             for step in range(kernel.looks):
-                seen = _see(forwards, rows, kernel, gradient=kernel.gradient)
+                seen = _see(forwards, rows, kernel, gradient=step < climbs)
                 if keep == "best":
                     order = rank_of(kernel, rows, seen)
                     if step == 0:
@@ -148,45 +152,49 @@ def unbroken(
     with opened(model, kernel, images) as forwards:
         rivals = rivals_of(forwards, images, labels, kernel.targets, batch_size)
         position, total = 0, n * kernel.restarts * rivals.shape[1]
+        most = 2 * batch_size if kernel.climbs else batch_size
         active = kernel.begin(rows_of(none, images, labels, ids, rivals), eps, seed)
-        ended = active
+        waiting = active
         while True:
             active = where(active, standing[active["row"] % n])
-            position, fresh = refill(position, total, batch_size - count(active), standing)
+            room = min(batch_size, most - count(waiting)) - count(active)
+            position, fresh = refill(position, total, room, standing)
             if len(fresh):
                 rows = rows_of(fresh, images, labels, ids, rivals)
                 active = both(active, kernel.begin(rows, eps, seed))
-            # the last iterate needs no gradient: it waits until a batch of its kind is together
-            at_end = active["step"] == kernel.steps
-            ended, active = both(ended, where(active, at_end)), where(active, ~at_end)
-            if count(ended) >= batch_size or not count(active):
-                ended = where(ended, standing[ended["row"] % n])
-                _settle(forwards, ended, kernel, standing, eps, gradient=False)
-                ended = where(ended, torch.zeros_like(ended["row"], dtype=torch.bool))
+            # rows that need no gradient wait until a batch of their kind is together
+            climbs = active["step"] < kernel.climbs
+            waiting, active = both(waiting, where(active, ~climbs)), where(active, climbs)
+            if count(waiting) >= batch_size or not count(active):
+                waiting = where(waiting, standing[waiting["row"] % n])
+                waiting = _moved(forwards, waiting, kernel, standing, eps, seed, gradient=False)
             if count(active):
-                seen = _settle(forwards, active, kernel, standing, eps, gradient=kernel.gradient)
-                active = kernel.advance(active, seen, eps, seed)
-            elif position == total:
+                active = _moved(forwards, active, kernel, standing, eps, seed, gradient=True)
+            elif position == total and not count(waiting):
                 return standing
 
 
-def _settle(
+def _moved(
     forwards: tuple[Forward, ...],
     rows: State,
     kernel: Kernel,
     standing: Tensor,
     eps: float,
+    seed: int,
     *,
     gradient: bool,
-) -> Look:
-    """Strike from `standing` the examples that these iterates fool; what was seen there."""
-    at = rows["at"]
-    if not len(at):
-        return Look(at.new_empty(0), at.new_empty(0, dtype=torch.bool), at)
-    seen = _see(forwards, rows, kernel, gradient=gradient, room=round_up(len(at)))
+) -> State:
+    """The rows after a look, less those that had ended; strikes from `standing` what it fools."""
+    if not count(rows):
+        return rows
+    seen = _see(forwards, rows, kernel, gradient=gradient, room=round_up(count(rows)))
     fell = seen.fooled if kernel.bounded else seen.fooled & (distance(rows) <= eps)
     standing[rows["row"][fell] % len(standing)] = False
-    return seen
+    if gradient:
+        return kernel.advance(rows, seen, eps, seed)
+    going = rows["step"] < kernel.steps
+    rows, seen = where(rows, going), Look(*(part[going] for part in seen))
+    return kernel.advance(rows, seen, eps, seed) if count(rows) else rows
 
 
 def _see(

@@ -49,7 +49,6 @@ class Boundary:
     starts from x + 0.9 (x_k - x).
     """
 
-    gradient: ClassVar[bool] = True
     bounded: ClassVar[bool] = False
 
     steps: int
@@ -60,6 +59,10 @@ class Boundary:
     @property
     def looks(self) -> int:
         return 2 * self.steps
+
+    @property
+    def climbs(self) -> int:
+        return self.steps
 
     @property
     def loss(self) -> Loss:

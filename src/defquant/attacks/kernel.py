@@ -63,7 +63,8 @@ class Kernel(Protocol):
         looks: how many calls of `advance` that takes at most.
         restarts: independent starts (of each target).
         targets: attack so many classes in turn, those of the highest clean logits; 0 for none.
-        gradient: whether `advance` needs the gradient; else logits are enough.
+        climbs: a row needs the gradient while its `step` is below; from there on, and at the end,
+            logits are enough.
         bounded: whether every iterate lies in the ball; else only those that do may count.
         loss: what the attack raises.
         surrogate: how the model is opened; None for the model as it is.
@@ -78,7 +79,7 @@ class Kernel(Protocol):
     @property
     def targets(self) -> int: ...
     @property
-    def gradient(self) -> bool: ...
+    def climbs(self) -> int: ...
     @property
     def bounded(self) -> bool: ...
     @property
@@ -91,7 +92,10 @@ class Kernel(Protocol):
         ...
 
     def advance(self, rows: State, look: Look, eps: float | Tensor, seed: int) -> State:
-        """The rows after a look at `at`: a new `at`, and `step` risen. May overwrite the look."""
+        """The rows after a look at `at`: a new `at`, and `step` risen. May overwrite the look.
+
+        All rows of a call need the gradient, or none does.
+        """
         ...
 
 

@@ -41,25 +41,29 @@ def parse_attack(text: str, eps: float) -> Single | Composition:
     `random[-SAMPLES]`, `fgsm`, `rfgsm`, `bim[-STEPS]`, `pgd[-STEPS[xRESTARTS]]`,
     `apgd[-STEPS[xRESTARTS]]` (cross-entropy), `apgd-dlr[...]`, `apgd-margin[...]`, `apgd-t[...]`
     (targeted DLR), each of them through a surrogate as in `apgd-margin@soft-50` (also `@twin`,
-    `@clipfree`, `@eot`, `@bits`), `fab[...]`, `fab-t[...]` (targeted), `square[-QUERIES]`,
-    `standard` or `adaptive[-STEPS]`. Without STEPS, BIM and PGD take the paper's schedule. Raises
-    `UserError` for anything else.
+    `@clipfree`, `@eot`, `@bits`), or with queries from its best point as in `apgd-50+200`;
+    `fab[...]`, `fab-t[...]` (targeted), `square[-QUERIES]`, `standard` or `adaptive[-STEPS]`.
+    Without STEPS, BIM and PGD take the paper's schedule. Raises `UserError` for anything else.
     """
     match = re.fullmatch(
-        r"([a-z]+(?:-(?:dlr|margin|t))?)(?:@([a-z]+))?(?:-(\d+)(?:x(\d+))?)?", text.lower()
+        r"([a-z]+(?:-(?:dlr|margin|t))?)(?:@([a-z]+))?(?:-(\d+)(?:x(\d+))?)?(?:\+(\d+))?",
+        text.lower(),
     )
-    if match and match[1] in _MAKE and (not match[2] or match[1].startswith("apgd")):
+    own = match and (match[2] or match[5])  # what only APGD takes
+    if match and match[1] in _MAKE and (not own or match[1].startswith("apgd")):
         make, names = _MAKE[match[1]]
-        numbers = [int(number) for number in match.groups()[2:] if number]
+        numbers = [int(number) for number in match.groups()[2:4] if number]
         options: dict[str, Any] = dict(zip(names, numbers, strict=False))
         if match[2] in _SURROGATES:
             options["surrogate"] = _SURROGATES[match[2]]
+        if match[5]:
+            options["queries"] = int(match[5])
         if len(numbers) <= len(names) and match[2] in (None, *_SURROGATES):
             return make(eps, **options)
     raise UserError(
         f"unknown attack {text!r}: use random, fgsm, rfgsm, bim, pgd, apgd, apgd-dlr, apgd-margin, "
-        "apgd-t, fab, fab-t, square, standard or adaptive, with steps, restarts and surrogate as "
-        "in pgd-20, apgd-50x10 or apgd@soft"
+        "apgd-t, fab, fab-t, square, standard or adaptive, with steps, restarts, surrogate and "
+        "queries as in pgd-20, apgd-50x10 or apgd@soft-50+200"
     )
 
 

@@ -23,12 +23,13 @@ class Squares:
 
     restarts: ClassVar[int] = 1
     targets: ClassVar[int] = 0
-    gradient: ClassVar[bool] = False
+    climbs: ClassVar[int] = 0
     bounded: ClassVar[bool] = True
     surrogate: ClassVar[None] = None
 
     steps: int
     p: float
+    after: int = 0  # steps of another kernel before the first
 
     @property
     def looks(self) -> int:
@@ -58,7 +59,7 @@ class Squares:
     def _side(self, rows: State) -> Tensor:
         """Side of each row's square, (n,): round(sqrt(p h w)), p halved as the queries pass."""
         height, width = rows["x"].shape[2:]
-        passed = rows["step"] * 10_000 // self.steps
+        passed = (rows["step"] - self.after) * 10_000 // self.steps
         halved = (passed[:, None] > passed.new_tensor(HALVINGS)).sum(1)
         side = (self.p * 0.5**halved * height * width).sqrt().round()
         return side.clamp_(1, min(height, width)).long()

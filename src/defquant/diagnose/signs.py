@@ -163,9 +163,9 @@ def _beyond(
 
 
 def _surrogates(eps: float, steps: int) -> Sequence[Attack]:
-    """The parts of `Adaptive` that go through another backward pass, at full steps."""
+    """The parts of `Adaptive` that go through another backward pass, at full steps, unsearched."""
     parts = (part for part in Adaptive(eps, steps).attacks if isinstance(part, APGD))
-    return [replace(part, steps=steps) for part in parts if part.surrogate is not None]
+    return [replace(part, steps=steps, queries=0) for part in parts if part.surrogate is not None]
 
 
 def _paths(scene: _Scene) -> dict[str, Tensor]:

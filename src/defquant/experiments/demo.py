@@ -13,7 +13,7 @@ __all__ = ["Network", "networks", "run_demo"]
 BETA = 0.05  # short trainings need a larger beta than the paper's 2e-3 over 200 epochs
 # unclipped, a 1-bit network's batch norms grow past the range at once and its gradients vanish
 TRAINING = TrainConfig(epochs=15, batch_size=64, lr=0.1, clip=1.0, device="cpu")
-ATTACKS = ("random", "fgsm", "pgd-20")
+ATTACKS = ("random", "fgsm", "pgd-20", "adaptive-20")
 EPS = (8 / 255, 16 / 255, 24 / 255, 32 / 255, 48 / 255)
 
 

@@ -37,10 +37,10 @@ __all__ = ["surrogates", "surrogates_cells", "surrogates_networks", "surrogates_
 BITS = (None, 1, 2, 3, 4, 5, 6, 7, 8)
 CHECKED = (None, 1, 2, 4)  # where the dear worst case of AutoAttack is measured, too
 NAMES = {
-    "apgd-margin": "straight-through, margin",
-    "apgd-margin@soft": "soft round, margin",
-    "apgd-margin@twin": "float twin, margin",
-    "apgd-margin@clipfree": "clip-free, margin",
+    "": "straight-through, margin",
+    "@soft": "soft round, margin",
+    "@twin": "float twin, margin",
+    "@clipfree": "clip-free, margin",
 }
 
 
@@ -58,7 +58,9 @@ def surrogates_trials(scale: Scale) -> dict[str, Trial]:
     """By row: the strong attacks, APGD through each backward pass, AutoAttack on fewer images."""
     eps, steps = scale.hard_eps[0], scale.surrogate_steps
     usual, worst = scale.strong
-    through = {text: Trial(scale, f"{name}-{steps}", eps) for name, text in NAMES.items()}
+    names = {f"apgd-margin{name}-{steps}": text for name, text in NAMES.items()}
+    names[f"apgd-margin@soft-{steps}+{4 * steps}"] = f"soft round, then {4 * steps} queries"
+    through = {text: Trial(scale, name, eps) for name, text in names.items()}
     checked = replace(scale, few=scale.standard_images)
     return {
         f"straight-through, {attack_text(usual)}": Trial(scale, usual, eps),
@@ -162,8 +164,9 @@ def _about(scale: Scale, results: Results) -> list[str]:
     start = setting(names, "", scale.train, scale.data, surrogates_cells(scale), results)
     return [
         f"{start}{usual} goes through the straight-through gradient, {worst} takes the worst case "
-        "for each image over losses and backward passes at up to 2.8 times the gradients of one "
-        f"PGD of its steps; the rows between are one APGD of {scale.surrogate_steps} steps each. "
+        "for each image over losses, backward passes and a search by queries, in less than 3 times "
+        f"the time of one PGD of its steps; the rows between are one APGD of "
+        f"{scale.surrogate_steps} steps each. "
         "Standard is AutoAttack's worst case, without surrogates but with a search that needs no "
         "gradient.",
     ]
