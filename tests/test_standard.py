@@ -99,25 +99,31 @@ def test_standard_is_exact_on_a_linear_network() -> None:
 
 
 def test_adaptive_costs_at_most_three_times_pgd() -> None:
-    """Counted in rows of gradients, on a network of which nothing falls."""
+    """Counted in rows of gradients and of logits, on a network of which nothing falls."""
 
     class Iron(nn.Module):
-        rows = 0
+        rows = logits = 0
 
         def forward(self, x: Tensor) -> Tensor:
             if torch.is_grad_enabled():
                 Iron.rows += len(x)
+            else:
+                Iron.logits += len(x)
             light = x.mean((1, 2, 3))
             return torch.stack([light + 9, -light], 1)
 
     x, y = torch.rand(32, 1, 4, 4), torch.zeros(32, dtype=torch.int64)
     counts = []
     for attack in (PGD(0.1, steps=40), dq.Adaptive(0.1, 40)):
-        Iron.rows = 0
+        Iron.rows = Iron.logits = 0
         assert dq.robust_accuracy(Iron().eval(), (x, y), attack).correct == 32
-        counts.append(Iron.rows)
-    assert counts[0] == 32 * 40
-    assert 2 * counts[0] < counts[1] <= 2.8 * counts[0]
+        counts.append((Iron.rows, Iron.logits))
+    (plain, few), (gradients, logits) = counts
+    assert plain == 32 * 40
+    assert few < 32 * 5
+    assert gradients == 1.875 * plain
+    # the search, the float twin's own answers, the last look of each part, and the input checks
+    assert 4 * plain < logits < 4.6 * plain
 
 
 def test_eps_rises_within_a_family() -> None:
@@ -130,7 +136,7 @@ def test_eps_rises_within_a_family() -> None:
 
 WRONG = (
     "apgd-x", "apgd-dlr-", "square-1x2", "standard-3", "adaptive-2x2", "apgd-ce", "pgd@soft",
-    "apgd@", "apgd@hard", "apgd-9@soft",
+    "apgd@", "apgd@hard", "apgd-9@soft", "pgd-20+5", "apgd+", "apgd@soft-5+x", "square+9",
 )  # fmt: skip
 
 
@@ -140,6 +146,8 @@ def test_names_are_read() -> None:
         "apgd-dlr": APGD(0.1, loss="dlr"),
         "apgd-margin@soft-50": APGD(0.1, 50, loss="margin", surrogate=SoftRound()),
         "apgd@twin-9x2": APGD(0.1, 9, 2, surrogate=FloatTwin()),
+        "apgd-margin-50+200": APGD(0.1, 50, loss="margin", queries=200),
+        "apgd@soft-5x2+8": APGD(0.1, 5, 2, surrogate=SoftRound(), queries=8),
         "apgd-dlr@clipfree": APGD(0.1, loss="dlr", surrogate=ClipFree()),
         "apgd@eot": APGD(0.1, surrogate=EOT()), "apgd@bits-5": APGD(0.1, 5, surrogate=Precisions()),
         "apgd-t": APGD(0.1, loss="dlr-targeted"),
