@@ -97,8 +97,9 @@ def attack(settings: Namespace) -> int:
         measurements = measure_and_save(
             saved, run, model, facts, images, attacks, black_box=[*unaware, *black_box], **how
         )
-        names = [a.name for a in unaware] + [a.name + EIGHT_BIT for a in attacks if saved]
-        width = max(12, *map(len, names), 0)
+        names = [a.name + EIGHT_BIT * bool(saved) for a in attacks]
+        names += [a.name for a in (*unaware, *black_box)]
+        width = max(12, *map(len, names))
         print_measurements(measurements, as_json=settings.json, width=width)
         if settings.detector:
             train = test_images(facts, settings.data_root, split="train")
