@@ -98,7 +98,7 @@ def attack(settings: Namespace) -> int:
             saved, run, model, facts, images, attacks, black_box=[*unaware, *black_box], **how
         )
         names = [a.name + EIGHT_BIT * bool(saved) for a in attacks]
-        names += [a.name for a in (*unaware, *black_box)]
+        names += [a.name for a in unaware] + [a.name for a in black_box]
         width = max(12, *map(len, names))
         print_measurements(measurements, as_json=settings.json, width=width)
         if settings.detector:
