@@ -207,7 +207,7 @@ ZOO = (
     Kind("float at 80/255", False, plain(None), eps=STEP),
     Kind("PGD-trained, 4-bit", False,
          adversarial("pgd-4", PGD(EPS, steps=5).last, 4), held_out=True),
-    Kind("softmax regression", False, softmax_regression, held_out=True),
+    Kind("softmax regression", False, softmax_regression),
     Kind("perceptron", False, perceptron, held_out=True),
     Kind("feature squeezing", False, squeezed, held_out=True),
     Kind("input rounded, straight through", False,

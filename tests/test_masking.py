@@ -255,14 +255,14 @@ def test_the_least_number_of_images_is_the_least_that_can_pass() -> None:
 
 
 @pytest.mark.parametrize("name", ["loss", "more steps", "surrogate"])
-def test_a_quantised_network_warns_until_it_collapses(name: str) -> None:
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_better_loss_warns_until_the_network_collapses(name: str, quantized: bool) -> None:
     half = Score(50, 100)
-    assert judged(name, half, quantized=False) == "FAIL"
-    assert judged(name, half, quantized=True) == "WARN"
-    assert judged(name, half, quantized=True, collapsed=True) == "FAIL"
-    assert judged("random search", half, quantized=True) == "FAIL"
-    for quantized in (False, True):  # a symptom of rounding, honest or not
-        assert judged("jumps", Score(100, 100), quantized=quantized) == "WARN"
+    assert judged(name, half, quantized) == "WARN"
+    assert judged(name, half, quantized, collapsed=True) == "FAIL"
+    assert judged("random search", half, quantized) == "FAIL"
+    # a symptom of rounding, honest or not
+    assert judged("jumps", Score(100, 100), quantized) == "WARN"
 
 
 def test_a_collapse_takes_much_and_more_than_half() -> None:

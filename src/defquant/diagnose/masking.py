@@ -23,7 +23,7 @@ SHARE = 0.05
 on one honest float network differ by 1 to 4 points; masked gradients hide tens."""
 EXAMPLES = 73  # of fewer images not even 0 has a Wilson interval that ends below `SHARE`
 COLLAPSE = 0.20
-"""Of the images that are right: what a quantised network may lose to an attack made for it. The
+"""Of the images that are right: what a network may lose to a better loss or backward pass. The
 straight-through attack overstates honest networks of 2 bits by 12 points (CIFAR-10, WRN-10-1)."""
 NOWHERE = 0.5  # the share of images on which the gradient may say nothing of the loss nearby
 MIDWAY = 0.10
@@ -105,9 +105,10 @@ def masking_verdict(
     WARN: the network can be attacked, but the usual attack overstates it: quote `Adaptive`. So it
     is with honest networks of few bits: rounding's true gradient is zero, the straight-through one
     is a guess, and a better guess or another loss breaks more. That is a fault of the attack, which
-    the network's maker neither made nor can mend. Hence for a quantised network the signs `loss`,
-    `more steps` and `surrogate` FAIL only where the robust accuracy collapses: all attacks
-    together break more than 20 % of the images *and* more than half of what the usual one leaves.
+    the network's maker neither made nor can mend. Nor is it one of a linear network that the margin
+    breaks more of than the cross-entropy. Hence the signs `loss`, `more steps` and `surrogate` FAIL
+    only where the robust accuracy collapses: all attacks together break more than 20 % of the
+    images *and* more than half of what the usual one leaves.
 
     Args:
         model: any module that maps images in [0, 1] to logits; it is left as it was found.
@@ -135,9 +136,9 @@ def judged(name: str, finding: Score, quantized: bool = False, collapsed: bool =
     """FAIL where the interval lies wholly above the sign's limit, WARN where only the rate does.
 
     The limit is 5 % of the images, for the signs of `LIMITS` what stands there. `not decided`
-    where neither holds and fewer than 73 images were tested. A quantised network's signs of
-    `ADAPTIVE` FAIL where it `collapsed`; those that rounding alone makes have the limits of
-    `ROUNDED` for a FAIL, and keep theirs for a WARN. `jumps` never FAILs alone: rounded colours
+    where neither holds and fewer than 73 images were tested. The signs of `ADAPTIVE` FAIL only
+    where the network `collapsed`; of a quantised one those that rounding alone makes have the
+    limits of `ROUNDED` for a FAIL, and keep theirs for a WARN. `jumps` never FAILs alone: rounded colours
     with a straight-through gradient make it, too, and can be attacked.
     """
     limit = LIMITS.get(name, SHARE)
@@ -145,7 +146,7 @@ def judged(name: str, finding: Score, quantized: bool = False, collapsed: bool =
     above = low > limit
     if name == "jumps":
         above = False
-    elif quantized and name in ADAPTIVE:
+    elif name in ADAPTIVE:
         above = above and collapsed
     elif quantized:
         above = low > ROUNDED.get(name, limit)
