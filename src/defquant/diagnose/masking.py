@@ -138,8 +138,8 @@ def judged(name: str, finding: Score, quantized: bool = False, collapsed: bool =
     The limit is 5 % of the images, for the signs of `LIMITS` what stands there. `not decided`
     where neither holds and fewer than 73 images were tested. The signs of `ADAPTIVE` FAIL only
     where the network `collapsed`; of a quantised one those that rounding alone makes have the
-    limits of `ROUNDED` for a FAIL, and keep theirs for a WARN. `jumps` never FAILs alone: rounded colours
-    with a straight-through gradient make it, too, and can be attacked.
+    limits of `ROUNDED` for a FAIL, and keep theirs for a WARN. `jumps` never FAILs alone: rounded
+    colours with a straight-through gradient make it, too, and can be attacked.
     """
     limit = LIMITS.get(name, SHARE)
     low, _ = finding.interval
