@@ -98,11 +98,20 @@ def test_soft_round_is_the_gradient_of_its_staircase(bits: int, slope: float, hi
     levels = 2**bits - 1
     x = torch.linspace(-0.4 * high, 1.4 * high, 301)
 
+    def stair(u: Tensor, cell: Tensor) -> Tensor:
+        """From `cell` at its lower end to `cell` + 1 at its upper one."""
+        part = torch.tanh(slope * (u - cell - 0.5) / 2) / math.tanh(slope / 4)
+        return cell + (1 + part) / 2
+
+    zero = torch.zeros(1, dtype=torch.float64)
+    torch.testing.assert_close(stair(zero, zero), zero)
+    torch.testing.assert_close(stair(zero + 1, zero), zero + 1)
+
     def stairs(z: Tensor) -> Tensor:
         u = z * levels / high
         cell = (x.double() * levels / high).floor().clamp(0, levels - 1)  # of x, not of x ± h
-        stair: Tensor = (cell + torch.sigmoid(slope * (u - cell - 0.5))) * high / levels
-        return stair
+        rounded: Tensor = stair(u, cell) * high / levels
+        return rounded
 
     got = gradient(SoftRound(slope), QuantReLU(bits, high), x[:, None])[1][:, 0]
     torch.testing.assert_close(got, numeric(stairs, x), rtol=1e-3, atol=1e-4)
@@ -110,8 +119,8 @@ def test_soft_round_is_the_gradient_of_its_staircase(bits: int, slope: float, hi
     def tanh_stairs(z: Tensor) -> Tensor:
         u, here = (z.tanh() + 1) * levels / 2, (x.double().tanh() + 1) * levels / 2
         cell = here.floor().clamp(0, levels - 1)
-        stair: Tensor = 2 * (cell + torch.sigmoid(slope * (u - cell - 0.5))) / levels - 1
-        return stair
+        rounded: Tensor = 2 * stair(u, cell) / levels - 1
+        return rounded
 
     got = gradient(SoftRound(slope), QuantTanh(bits), x[:, None])[1][:, 0]
     torch.testing.assert_close(got, numeric(tanh_stairs, x), rtol=2e-3, atol=1e-3)
@@ -128,6 +137,13 @@ def test_soft_round_is_rounding_under_logistic_noise() -> None:
         slope = float(mean[1] - mean[0]) / (2 * h)
         got = gradient(SoftRound(12), quantizer, torch.tensor([[u]]))[1].item()
         assert abs(got - slope) < 0.1, u
+
+
+def test_a_gentle_soft_round_is_straight_through_within_the_range() -> None:
+    x = torch.linspace(0.01, 5.99, 50)[:, None]
+    quantizer = QuantReLU(5)
+    own = gradient(StraightThrough(), quantizer, x)[1]
+    torch.testing.assert_close(gradient(SoftRound(0.01), quantizer, x)[1], own, rtol=1e-4, atol=0)
 
 
 def test_clip_free_is_the_identity_and_straight_through_is_not() -> None:
@@ -163,7 +179,7 @@ def test_eot_averages_a_random_network() -> None:
 
 
 def test_the_slope_by_bits() -> None:
-    assert [round(staircase_slope(bits), 1) for bits in (1, 2, 3, 4)] == [19.1, 11.0, 7.2, 4.9]
+    assert [round(staircase_slope(bits), 1) for bits in (1, 2, 3, 4)] == [15.8, 12.0, 9.7, 8.0]
     soft, named = SoftRound(), SoftRound(staircase_slope(2))
     model, x = network(), torch.rand(4, 1, 8, 8)
     assert torch.equal(gradient(soft, model, x)[1], gradient(named, model, x)[1])

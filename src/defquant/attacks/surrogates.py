@@ -26,16 +26,16 @@ __all__ = [
 
 
 def staircase_slope(bits: int) -> float:
-    """11 · sqrt(3 / (2^bits - 1)), the slope of `SoftRound`: 19, 11, 7.2, 4.9 at 1 to 4 bits.
+    """12 · (3 / (2^bits - 1))^(1/4), the slope of `SoftRound`: 16, 12, 9.7, 8 at 1 to 4 bits.
 
     The noise that is averaged over must be of the size by which the attack moves activations.
     A fixed one would give slopes in proportion to the width Δ of a cell, one that scales with the
-    cells the same slope for all bits; the best slopes lie between, in proportion to sqrt(Δ).
-    Chosen by robust accuracy of wrn-10-1 on digits (4 epochs, 150 test images, APGD of 20 to 30
-    steps): the best slopes were 10 to 12 at 2 bits (two seeds, four eps), 6 to 8 at 3 and 5 to 6
-    at 4 (two eps each). `benchmarks/adaptive_attack.py --slopes` repeats the sweep.
+    cells the same slope for all bits; the best slopes lie between, and nearer to the second.
+    Chosen by robust accuracy of wrn-10-1 on CIFAR-10 (JPEG) at 2/255 (250 test images, APGD of 40
+    steps, one seed): the best were 11 to 24 at 1 bit, 11 to 18 at 2, 9 to 11 at 3, 9 at 4 and 7 at
+    5 (docs/surrogates.md; `benchmarks/adaptive_attack.py --slopes`).
     """
-    return 11 * math.sqrt(3 / (2**bits - 1))
+    return 12 * float((3 / (2**bits - 1)) ** 0.25)
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,12 @@ class SoftRound:
     """Rounding has the gradient of a smooth staircase, steep where the rounded value turns.
 
     With u = x/Δ, the cell k = clamp(floor(u), 0, 2^bits - 2) and its threshold k + 1/2:
-    backward of k + sigmoid(slope · (u - k - 1/2)). That is the expectation of rounding under
-    logistic noise of scale 1/slope cells (but for the noise that crosses a whole cell), so that
-    the gradient says what a small change of *many* activations does on average: how many cross a
-    threshold. It decays outside the range instead of ending there. A quantiser at full precision
-    keeps its own gradient.
+    backward of k + 1/2 + tanh(slope · (u - k - 1/2) / 2) / (2 tanh(slope / 4)), a stair that rises
+    by one in each cell (as in differentiable soft quantization, Gong et al. 2019). Its steepness
+    is the density of logistic noise of scale 1/slope cells, cut at the cell's ends: what rounding
+    under such noise does on average. So the gradient says what a small change of *many*
+    activations does: how many cross a threshold. It decays outside the range instead of ending
+    there. A quantiser at full precision keeps its own gradient.
 
     Attributes:
         slope: positive; small ones come near the straight-through gradient without its clip,
@@ -104,7 +105,7 @@ class SoftRound:
             return None
         cell = scaled.floor().clamp_(0, levels - 1)
         stair = torch.sigmoid(scaled.sub_(cell).sub_(0.5).mul_(slope))
-        steep = stair.mul(1 - stair).mul_(slope)
+        steep = stair.mul(1 - stair).mul_(slope / math.tanh(slope / 4))
         return steep if rate is None else steep.mul_(rate)
 
 

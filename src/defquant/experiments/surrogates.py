@@ -35,7 +35,7 @@ from defquant.experiments.words import (
 __all__ = ["surrogates", "surrogates_cells", "surrogates_networks", "surrogates_trials"]
 
 BITS = (None, 1, 2, 3, 4, 5, 6, 7, 8)
-CHECKED = (None, 1, 2, 4)  # where the dear worst case of AutoAttack is measured, too
+CHECKED = (None, 1, 2, 4)  # of the Wide ResNets: AutoAttack's worst case, too, which is dear
 NAMES = {
     "": "straight-through, margin",
     "@soft": "soft round, margin",
@@ -76,20 +76,21 @@ def surrogates_cells(scale: Scale) -> list[Cell]:
     cells = []
     for networks in surrogates_networks(scale).values():
         for bits, network in networks.items():
-            asked = _asked(scale, bits).values()
+            asked = _asked(scale, network).values()
             cells += [clean(scale, network), *(trial.cell(network) for trial in asked)]
     return cells
 
 
-def _asked(scale: Scale, bits: int | None) -> dict[str, Trial]:
+def _asked(scale: Scale, network: Network) -> dict[str, Trial]:
     every = surrogates_trials(scale)
-    return {k: t for k, t in every.items() if t.scale == scale or bits in CHECKED}
+    checked = network.model.bits in CHECKED and network.model.model == scale.wrn
+    return {k: t for k, t in every.items() if t.scale == scale or checked}
 
 
 def surrogates(scale: Scale, results: Results) -> Section:
     """Accuracy by backward pass, and how much more the usual attack leaves than the worst case."""
     measured = {
-        name: {bits: _measured(scale, results, bits, n) for bits, n in networks.items()}
+        name: {bits: _measured(scale, results, n) for bits, n in networks.items()}
         for name, networks in surrogates_networks(scale).items()
     }
     eps = eps_text(scale.hard_eps[0])
@@ -114,10 +115,8 @@ Measured = dict[int | None, dict[str, Number]]
 """By bits and row."""
 
 
-def _measured(
-    scale: Scale, results: Results, bits: int | None, network: Network
-) -> dict[str, Number]:
-    trials = {"clean": Trial(scale)} | _asked(scale, bits)
+def _measured(scale: Scale, results: Results, network: Network) -> dict[str, Number]:
+    trials = {"clean": Trial(scale)} | _asked(scale, network)
     return {name: number(results, [trial.cell(network)]) for name, trial in trials.items()}
 
 
@@ -125,8 +124,9 @@ def _table(scale: Scale, measured: dict[str, Measured], caption: str) -> Table:
     rows: list[tuple[Entry, ...]] = []
     for name, found in measured.items():
         for row in ("clean", *surrogates_trials(scale)):
-            numbers = (found.get(bits, {}).get(row) for bits in BITS)
-            rows.append((name, row, *numbers))
+            numbers = [found.get(bits, {}).get(row) for bits in BITS]
+            if any(number is not None for number in numbers):
+                rows.append((name, row, *numbers))
     return Table(("Network", "Attack", *_heads()), tuple(rows), caption)
 
 
