@@ -87,7 +87,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=240)
     parser.add_argument("--seeds", type=int, default=3, help="of the kinds not held out")
-    parser.add_argument("--fresh", type=int, default=3, help="seeds of the kinds held out")
+    parser.add_argument("--fresh", type=int, default=2, help="seeds of the kinds held out")
     parser.add_argument("--only", default="", help="kinds whose name holds this")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -75,7 +75,7 @@ def surrogates_cells(scale: Scale) -> list[Cell]:
     """Every network under every attack; those on fewer images only at some bits."""
     cells = []
     for networks in surrogates_networks(scale).values():
-        for bits, network in networks.items():
+        for network in networks.values():
             asked = _asked(scale, network).values()
             cells += [clean(scale, network), *(trial.cell(network) for trial in asked)]
     return cells
