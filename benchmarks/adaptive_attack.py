@@ -23,7 +23,7 @@ from trained_runs import add_flags, trained
 
 SCENES = {2: (4 / 255, 8 / 255), 3: (10 / 255, 16 / 255), 4: (14 / 255, 22 / 255)}
 SURROGATES = (None, SoftRound(), FloatTwin(), ClipFree())
-SLOPES = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
+SLOPES = (3, 5, 7, 9, 11, 14, 18, 24)
 
 Scene = tuple[str, int, nn.Module, tuple[Tensor, Tensor], tuple[float, ...]]
 """Name, bits, network, images with labels, radii."""
