@@ -84,7 +84,7 @@ def test_what_is_there_is_shown_without_making_anything(
     words = ("table1", "--preset", "paper", "--render-only", "--out", str(tmp_path))
     status, out, _ = call(capsys, *words)
     assert status == 0
-    assert "144 measurements are still missing" in out
+    assert "192 measurements are still missing" in out
     assert not (tmp_path / "networks").exists()
     status, out, _ = call(capsys, *words, "--json")
     assert [json.loads(line) for line in out.splitlines()[:-1]] == []

@@ -1,6 +1,7 @@
 """What experiments cost, in image passes: one is an image forward and fully backward."""
 
 import math
+import re
 from collections.abc import Iterable
 from statistics import NormalDist
 
@@ -9,7 +10,7 @@ from defquant.experiments.cells import Cell, Network, by_network
 __all__ = ["cell_passes", "passes_by_model", "training_passes"]
 
 FORWARD, INPUT_GRADIENT = 1 / 3, 2 / 3  # of a pass, whose backward is twice its forward
-WORST = {"adaptive": 2.2}  # times PGD's gradients at equal steps
+WORST = {"adaptive": 2.2, "standard": 44.0}  # times the time of a PGD of its steps, or of 50
 STANDING = 0.5  # share of images that long attacks work on, for those that fell cost nothing
 _IMAGES = {"cifar10": (50_000, 10_000), "svhn": (73_257, 26_032), "digits": (1_347, 450)}
 
@@ -33,14 +34,19 @@ def cell_passes(cell: Cell) -> float:
     images = min(split, cell.images or split)
     if cell.substitute is not None or cell.attack in ("clean", "random"):
         return images * FORWARD
-    kind, _, pace = cell.attack.partition("-")
-    if kind in WORST:
-        steps = WORST[kind] * int(pace or 50)
-    elif pace:
-        steps = float(math.prod(int(number) for number in pace.split("x")))
-    else:
-        steps = 1.0 if kind in ("fgsm", "rfgsm") else _paper_steps(255 * cell.eps)
+    steps = _steps(cell)
     return images * (FORWARD + INPUT_GRADIENT * steps * (STANDING if steps > 1 else 1))
+
+
+def _steps(cell: Cell) -> float:
+    """Gradients of one image that stands, two queries for one: of `pgd-50x10`, `apgd@soft-9+40`."""
+    kind, *numbers = re.split(r"-(?=\d)|[x+](?=\d)", cell.attack)
+    if kind in WORST:
+        return WORST[kind] * int(*numbers or [50])
+    if not numbers:
+        return 1.0 if kind in ("fgsm", "rfgsm") else _paper_steps(255 * cell.eps)
+    queries = int(numbers.pop()) if "+" in cell.attack else 0
+    return math.prod(map(int, numbers)) + queries * FORWARD / INPUT_GRADIENT
 
 
 def passes_by_model(cells: Iterable[Cell]) -> dict[Network, tuple[float, float]]:

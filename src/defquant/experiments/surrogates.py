@@ -54,10 +54,9 @@ def surrogates_networks(scale: Scale) -> dict[str, dict[int | None, Network]]:
     }
 
 
-def surrogates_trials(scale: Scale) -> dict[str, Trial]:
+def surrogates_trials(scale: Scale, eps: float) -> dict[str, Trial]:
     """By row: the strong attacks, APGD through each backward pass, AutoAttack on fewer images."""
-    eps, steps = scale.hard_eps[0], scale.surrogate_steps
-    usual, worst = scale.strong
+    steps, (usual, worst) = scale.surrogate_steps, scale.strong
     names = {f"apgd-margin{name}-{steps}": text for name, text in NAMES.items()}
     names[f"apgd-margin@soft-{steps}+{4 * steps}"] = f"soft round, then {4 * steps} queries"
     through = {text: Trial(scale, name, eps) for name, text in names.items()}
@@ -76,38 +75,31 @@ def surrogates_cells(scale: Scale) -> list[Cell]:
     cells = []
     for networks in surrogates_networks(scale).values():
         for network in networks.values():
-            asked = _asked(scale, network).values()
-            cells += [clean(scale, network), *(trial.cell(network) for trial in asked)]
+            cells.append(clean(scale, network))
+            for eps in scale.hard_eps:
+                cells += [trial.cell(network) for trial in _asked(scale, eps, network).values()]
     return cells
 
 
-def _asked(scale: Scale, network: Network) -> dict[str, Trial]:
-    every = surrogates_trials(scale)
+def _asked(scale: Scale, eps: float, network: Network) -> dict[str, Trial]:
+    every = surrogates_trials(scale, eps)
     checked = network.model.bits in CHECKED and network.model.model == scale.wrn
     return {k: t for k, t in every.items() if t.scale == scale or checked}
 
 
 def surrogates(scale: Scale, results: Results) -> Section:
     """Accuracy by backward pass, and how much more the usual attack leaves than the worst case."""
-    measured = {
-        name: {bits: _measured(scale, results, n) for bits, n in networks.items()}
-        for name, networks in surrogates_networks(scale).items()
-    }
-    eps = eps_text(scale.hard_eps[0])
-    caption = f"Accuracy at {eps} by activation bits and by the attack's loss and backward pass."
-    over = (
-        f"Overstated: {attack_text(scale.strong[0])} through the straight-through gradient minus "
-        f"{attack_text(scale.strong[1])}, at {eps}."
-    )
+    at = {eps: _at(scale, results, eps) for eps in scale.hard_eps}
+    first = at[scale.hard_eps[0]]
     return section(
         "surrogates",
         "Beyond the paper: what the straight-through gradient overstates",
-        [*_about(scale, results), *(_words(scale, n, m) for n, m in measured.items())],
+        [*_about(scale, results), *(_words(scale, n, m) for n, m in first.items())],
         surrogates_cells(scale),
         results,
         images=(scale.data, "cifar10"),
-        tables=[_table(scale, measured, caption), _overstated(scale, measured, over)],
-        panels=[_panel(scale, name, found) for name, found in measured.items()],
+        tables=[make(scale, eps, at[eps]) for eps in at for make in (_table, _overstated)],
+        panels=[_panel(scale, eps, name, found) for eps in at for name, found in at[eps].items()],
     )
 
 
@@ -115,23 +107,40 @@ Measured = dict[int | None, dict[str, Number]]
 """By bits and row."""
 
 
-def _measured(scale: Scale, results: Results, network: Network) -> dict[str, Number]:
-    trials = {"clean": Trial(scale)} | _asked(scale, network)
+def _at(scale: Scale, results: Results, eps: float) -> dict[str, Measured]:
+    """By network."""
+    return {
+        name: {bits: _measured(scale, results, eps, n) for bits, n in networks.items()}
+        for name, networks in surrogates_networks(scale).items()
+    }
+
+
+def _measured(scale: Scale, results: Results, eps: float, network: Network) -> dict[str, Number]:
+    trials = {"clean": Trial(scale)} | _asked(scale, eps, network)
     return {name: number(results, [trial.cell(network)]) for name, trial in trials.items()}
 
 
-def _table(scale: Scale, measured: dict[str, Measured], caption: str) -> Table:
+def _table(scale: Scale, eps: float, measured: dict[str, Measured]) -> Table:
     rows: list[tuple[Entry, ...]] = []
     for name, found in measured.items():
-        for row in ("clean", *surrogates_trials(scale)):
+        for row in ("clean", *surrogates_trials(scale, eps)):
             numbers = [found.get(bits, {}).get(row) for bits in BITS]
             if any(number is not None for number in numbers):
                 rows.append((name, row, *numbers))
+    caption = (
+        f"Accuracy at {eps_text(eps)} by activation bits and by the attack's loss and backward "
+        "pass."
+    )
     return Table(("Network", "Attack", *_heads()), tuple(rows), caption)
 
 
-def _overstated(scale: Scale, measured: dict[str, Measured], caption: str) -> Table:
+def _overstated(scale: Scale, eps: float, measured: dict[str, Measured]) -> Table:
     rows = [(name, *_gaps(scale, found)) for name, found in measured.items()]
+    usual, worst = map(attack_text, scale.strong)
+    caption = (
+        f"Overstated: {usual} through the straight-through gradient minus {worst}, at "
+        f"{eps_text(eps)}."
+    )
     return Table(("Network", *_heads()), tuple(rows), caption)
 
 
@@ -151,11 +160,12 @@ def _heads() -> Sequence[str]:
     return ["Full prec." if bits is None else bits_text(bits) for bits in BITS]
 
 
-def _panel(scale: Scale, name: str, found: Measured) -> Panel:
+def _panel(scale: Scale, eps: float, name: str, found: Measured) -> Panel:
     order = sorted(found, key=lambda bits: 99 if bits is None else bits)
-    rows = [*(n for n, t in surrogates_trials(scale).items() if t.scale == scale)]
+    rows = [n for n, t in surrogates_trials(scale, eps).items() if t.scale == scale]
     lines = [Line(row, tuple((place(b), found[b][row]) for b in order), row) for row in rows]
-    return Panel(name, "activation bits", "accuracy", tuple(lines))
+    title = name if len(scale.hard_eps) == 1 else f"{name}, {eps_text(eps)}"
+    return Panel(title, "activation bits", "accuracy", tuple(lines))
 
 
 def _about(scale: Scale, results: Results) -> list[str]:
