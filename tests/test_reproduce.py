@@ -37,7 +37,7 @@ def test_all_of_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     for name in EXPERIMENTS:
         assert (tmp_path / f"{name}.md").read_text().startswith("## ")
         assert f"defquant reproduce {name} --preset smoke" in page
-    assert len(list(tmp_path.glob("*.png"))) == 4  # Figures 1, 3, 5 and 6
+    assert len(list(tmp_path.glob("*.png"))) == 5  # Figures 1, 3, 5 and 6, and surrogates
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     lines = (tmp_path / "results.jsonl").read_bytes()

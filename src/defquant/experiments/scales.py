@@ -38,6 +38,7 @@ class Scale:
         many, few: test images of one-step and of long attacks; all when None.
         surrogate_steps: of APGD through each backward pass.
         standard_images: test images on which AutoAttack's worst case is measured.
+        standard_bits: of the Wide ResNets that it is measured on.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Scale:
     bits: tuple[int | None, ...] = (None, 1, 2, 3, 4, 5)
     surrogate_steps: int = 50
     standard_images: int | None = 250
+    standard_bits: tuple[int | None, ...] = (None, 1, 2, 4)
 
     @property
     def paper_eps(self) -> float:
@@ -115,7 +117,7 @@ _SMOKE = Scale(
     wrn="wrn-10-1", vgg="vgg-16x0.125", resnet="resnet-18x0.125", svhn_wrn="wrn-10-1",
     table1_betas=(0.03, 0.1, 0.3), betas=(0.03, 0.1, 0.3), beta=0.1, defense_bits=(1, 4),
     seeds=(0,), eps=pixels(2, 8, 24), hard_eps=pixels(2, 24), strong=("pgd-20x2", "adaptive-10"),
-    surrogate_steps=10, standard_images=4,
+    surrogate_steps=10, standard_images=4, standard_bits=(4,),
     adversarial={"attack_sigma": 8 / 255}, madry={"attack_eps": 8 / 255}, many=100, few=40,
 )  # fmt: skip
 

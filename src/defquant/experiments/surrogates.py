@@ -35,7 +35,6 @@ from defquant.experiments.words import (
 __all__ = ["surrogates", "surrogates_cells", "surrogates_networks", "surrogates_trials"]
 
 BITS = (None, 1, 2, 3, 4, 5, 6, 7, 8)
-CHECKED = (None, 1, 2, 4)  # of the Wide ResNets: AutoAttack's worst case, too, which is dear
 NAMES = {
     "": "straight-through, margin",
     "@soft": "soft round, margin",
@@ -83,7 +82,8 @@ def surrogates_cells(scale: Scale) -> list[Cell]:
 
 def _asked(scale: Scale, eps: float, network: Network) -> dict[str, Trial]:
     every = surrogates_trials(scale, eps)
-    checked = network.model.bits in CHECKED and network.model.model == scale.wrn
+    bits, model = network.model.bits, network.model.model
+    checked = eps == scale.hard_eps[0] and bits in scale.standard_bits and model == scale.wrn
     return {k: t for k, t in every.items() if t.scale == scale or checked}
 
 
