@@ -161,10 +161,13 @@ def _heads() -> Sequence[str]:
 
 
 def _panel(scale: Scale, eps: float, name: str, found: Measured) -> Panel:
+    """Without the clip-free pass, so weak here that it would set the axis."""
     order = sorted(found, key=lambda bits: 99 if bits is None else bits)
-    rows = [n for n, t in surrogates_trials(scale, eps).items() if t.scale == scale]
+    trials = surrogates_trials(scale, eps).items()
+    rows = [row for row, t in trials if t.scale == scale and row != NAMES["@clipfree"]]
     lines = [Line(row, tuple((place(b), found[b][row]) for b in order), row) for row in rows]
-    title = name if len(scale.hard_eps) == 1 else f"{name}, {eps_text(eps)}"
+    short = name.partition(" at ")[0]
+    title = short if len(scale.hard_eps) == 1 else f"{short}, {eps_text(eps)}"
     return Panel(title, "activation bits", "accuracy", tuple(lines))
 
 
