@@ -176,10 +176,10 @@ def _about(scale: Scale, results: Results) -> list[str]:
     names = listed(surrogates_networks(scale))
     start = setting(names, "", scale.train, scale.data, surrogates_cells(scale), results)
     return [
-        f"{start[:1].upper()}{start[1:]}{usual} goes through the straight-through gradient, {worst} takes the worst case "
-        "for each image over losses, backward passes and a search by queries, in less than 3 times "
-        f"the time of one PGD of its steps; the rows between are one APGD of "
-        f"{scale.surrogate_steps} steps each. "
+        f"{start[:1].upper()}{start[1:]}{usual} goes through the straight-through gradient, "
+        f"{worst} takes the worst case for each image over losses, backward passes and a search by "
+        "queries, in less than 3 times the time of one PGD of its steps; the rows between are one "
+        f"APGD of {scale.surrogate_steps} steps each. "
         "Standard is AutoAttack's worst case, without surrogates but with a search that needs no "
         "gradient.",
     ]
