@@ -522,7 +522,8 @@ def test_what_is_overstated_is_the_usual_attack_minus_the_worst_case() -> None:
     at_2_bits = gaps["vanilla WRN-10-1"][2]
     assert isinstance(at_2_bits, Number) and at_2_bits.mean == pytest.approx(0.2)
     assert gaps["vanilla VGG-16 at 0.25 of its width"][6:] == (None,) * 3  # 6 to 8 bits
-    assert [panel.title for panel in section.panels] == list(rows)
+    titles = [name.removesuffix(" at 0.25 of its width") for name in rows]  # they would not fit
+    assert [panel.title for panel in section.panels] == titles
 
 
 def test_rows_are_named_as_in_the_paper() -> None:
