@@ -21,7 +21,7 @@ from scipy.io import savemat
 
 from defquant.data import Dataset, augment, batches, cifar, load, num_batches, pictures
 from defquant.data import dataset as dataset_module
-from defquant.errors import UserError
+from defquant.errors import DefquantWarning, UserError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real images in {SHARED}")
@@ -525,7 +525,6 @@ def test_folder_with_its_own_split(tmp_path: Path) -> None:
     root = tmp_path / "pets"
     for part in ("train/cat/1.png", "train/cat/2.bmp", "train/dog/3.PNG", "test/dog/4.png"):
         picture(root / part)
-    (root / "train" / "cat" / "notes.txt").write_text("x")
     (root / "train" / ".hidden").mkdir()
     train, test = load("folder", root), load("folder", root, "test")
     assert train.classes == test.classes == ("cat", "dog")
@@ -550,11 +549,41 @@ def test_folder_split_here(tmp_path: Path) -> None:
     assert load("folder", tmp_path).in_channels == load("folder", tmp_path, "test").in_channels == 3
 
 
+@pytest.mark.parametrize("top", ["", "train/"])
+def test_a_folder_is_walked_and_what_is_skipped_is_named(tmp_path: Path, top: str) -> None:
+    classes = tmp_path / top
+    for i in range(10):
+        picture(classes / "cat" / ("more/deep" if i % 2 else "") / f"{i}.png")
+        picture(classes / "dog" / f"{i}.gif")
+    if top:
+        picture(tmp_path / "test" / "dog" / "0.png")
+    (classes / "__pycache__").mkdir()
+    (classes / "cat" / "notes.txt").touch()
+    (classes / "dog" / "circle").symlink_to(classes)
+    picture(classes / "loose.png")
+    with pytest.warns(DefquantWarning) as warned:
+        train, test = load("folder", tmp_path), load("folder", tmp_path, "test")
+    assert train.classes == ("cat", "dog")
+    assert torch.bincount(train.labels).tolist() == ([10, 10] if top else [8, 8])
+    assert len(train) + len(test) == 20 + bool(top)
+    (message,) = {str(w.message) for w in warned}
+    for part in (
+        f"5 images in deeper folders count for the class above ({top}cat/more/deep/1.png, ...)",
+        f"1 folders without an image are no class ({top}__pycache__)",
+        f"1 files of another ending are skipped ({top}cat/notes.txt)",
+        f"1 files outside of a class folder are skipped ({top}loose.png)",
+        f"1 links to folders within a class are skipped ({top}dog/circle)",
+    ):
+        assert part in message
+
+
 def test_bad_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def bad(*parts: str, split: str = "train") -> None:
         fails(tmp_path, *parts, name="folder", split=split)
 
     bad("must hold images", "0 classes")
+    picture(tmp_path / "train" / "dog" / "1.png")  # one class alone is a wrong root
+    bad("two classes or more; found 1 classes")
     first = picture(tmp_path / "train" / "cat" / "1.png")
     fails(first, "found the file", name="folder")
     bad("found no", "test", split="test")

@@ -30,8 +30,8 @@ def load(
             `cifar10`: a folder with the official pickles, the official tar.gz or the hub's
             parquet files, or the tar.gz itself;
             `svhn`: a folder with `train_32x32.mat` and `test_32x32.mat`;
-            `folder`: `root/train/CLASS/*.png` and `root/test/CLASS/`, or `root/CLASS/` alone, of
-            which a fifth, by a hash of the file name, is for the test;
+            `folder`: images at any depth of `root/train/CLASS/` and `root/test/CLASS/`, or of
+            `root/CLASS/` alone, of which a fifth, by a hash of their names, is for the test;
             `npz`: a file with `x_train y_train x_test y_test`, or with `images labels`, of which
             every fifth, counted class by class, is for the test.
         root: where it lies; digits need none.

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from defquant.data.dataset import Dataset, from_arrays
-from defquant.errors import UserError
+from defquant.errors import DefquantWarning, UserError
 
 __all__ = ["decode", "encode", "read_folder"]
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"}
 
 
 def decode(sources: Sequence[Path | bytes], where: str, *, gray: bool = False) -> NDArray[np.uint8]:
@@ -57,71 +57,120 @@ def encode(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def read_folder(root: Path, split: str) -> Dataset:
-    """Images in `root/{train,test}/CLASS/`, or in `root/CLASS/` and split here.
+    """Images in `root/{train,test}/CLASS/`, or in `root/CLASS/` and split here; at any depth.
 
-    Split here, the fifth of each class whose file names have the lowest hash is for the test.
-    Images come in the order of that hash, so that the first n are a mixture of the classes.
-    Raises `UserError` where there is no class, no image, or a class in the test set alone.
+    Split here, the fifth of each class whose names have the lowest hash is for the test. Images
+    come in the order of that hash, so that the first n are a mixture of the classes. Warns of what
+    is skipped, hidden files aside, and of images that lie deeper than in their class folder.
+    Raises `UserError` where there are not two classes, no image of the split, or a class in the
+    test set alone.
     """
     if not root.is_dir():
         raise UserError(f"the data root must be a folder of class folders; found the file {root}")
-    ready = (root / "train").is_dir() or (root / "test").is_dir()
-    classes = _subfolders(root / "train" if ready else root)
-    here = root / split if ready else root
-    unknown = sorted(set(_subfolders(here)) - set(classes))
-    if unknown:
-        raise UserError(f"{here} must hold classes of the training set only; found {unknown[0]!r}")
-    chosen, rest = _split(root, split, classes, ready)
-    if not chosen:
+    notes: _Notes = {}
+    train, test = _splits(root, split, notes)
+    classes = tuple(train)
+    unknown = [name for name in test if name not in train]
+    if unknown and split == "test":
+        raise UserError(
+            f"{root / split} must hold classes of the training set only; found {unknown[0]!r}"
+        )
+    said = "; ".join(
+        f"{len(names)} {what} ({names[0]}{', ...' * (len(names) > 1)})"
+        for what, names in notes.items()
+    )
+    mine, other = (train, test) if split == "train" else (test, train)
+    chosen = sorted((*item, classes.index(name)) for name in mine for item in mine[name])
+    if not chosen or len(classes) < 2:
         raise UserError(
             f"a data folder must hold images ({' '.join(sorted(_SUFFIXES))}) in one folder for "
-            f"each class; found {len(classes)} classes and no {split} image in {here}"
+            f"each of two classes or more; found {len(classes)} classes and {len(chosen)} {split} "
+            f"images in {root}" + f" ({said})" * bool(said)
         )
-    gray = not any(_has_colour(path) for path, _ in rest)  # both splits need as many channels
-    images = decode([path for path, _ in chosen], str(here), gray=gray)
-    labels = np.array([label for _, label in chosen])
-    return from_arrays(images, labels, classes, name=root.resolve().name, where=str(here))
+    if said:
+        warnings.warn(
+            f"the data folder {root} holds more than images in class folders: {said}",
+            DefquantWarning,
+            stacklevel=3,
+        )
+    # both splits need as many channels
+    gray = not any(_has_colour(path) for images in other.values() for _, path in images)
+    images = decode([path for _, path, _ in chosen], str(root), gray=gray)
+    labels = np.array([label for *_, label in chosen])
+    return from_arrays(images, labels, classes, name=root.resolve().name, where=str(root))
 
 
-def _split(
-    root: Path, split: str, classes: Sequence[str], ready: bool
-) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]]]:
-    """Files and labels of `split`, in the order of their hash, and those of the other one."""
-    chosen, rest = [], []
-    for label, name in enumerate(classes):
-        if ready:
-            parts = {part: _images(root / part / name) for part in ("train", "test")}
+_Classes = dict[str, list[tuple[str, Path]]]  # the hash of each image's name, and its file
+_Notes = dict[str, list[str]]  # what is not as one would expect, and which
+
+
+def _splits(root: Path, split: str, notes: _Notes) -> tuple[_Classes, _Classes]:
+    """Training and test images, by class."""
+    if not any((root / part).is_dir() for part in ("train", "test")):
+        whole = _classes(root, root, notes)
+        cuts = {name: max(1, round(len(whole[name]) / 5)) for name in whole}
+        cuts |= {name: 0 for name in whole if len(whole[name]) == 1}
+        return (
+            {name: images[cuts[name] :] for name, images in whole.items()},
+            {name: images[: cuts[name]] for name, images in whole.items() if cuts[name]},
+        )
+    for part in ("train", split):
+        if not (root / part).is_dir():
+            raise UserError(
+                f"a data root holds train/CLASS/ and test/CLASS/, or CLASS/ alone; found no "
+                f"{root / part}: make it, or move the classes up"
+            )
+    for path in _entries(root):
+        if path.name not in ("train", "test"):
+            _note(notes, "beside train and test are skipped", path, root)
+    return _classes(root / "train", root, notes), _classes(root / "test", root, notes)
+
+
+def _classes(folder: Path, root: Path, notes: _Notes) -> _Classes:
+    """The images below each subfolder that has any, in the order of their hash."""
+    found: _Classes = {}
+    for entry in _entries(folder):
+        if not entry.is_dir():
+            _note(notes, "files outside of a class folder are skipped", entry, root)
+            continue
+        images = []
+        for path in _below(entry, root, notes):
+            if path.suffix.lower() not in _SUFFIXES:
+                _note(notes, "files of another ending are skipped", path, root)
+                continue
+            if path.parent != entry:
+                _note(notes, "images in deeper folders count for the class above", path, root)
+            images.append((_hash(path.relative_to(entry).as_posix()), path))
+        if images:
+            found[entry.name] = sorted(images)
         else:
-            found = _images(root / name)
-            cut = max(1, round(len(found) / 5)) if len(found) > 1 else 0
-            parts = {"test": found[:cut], "train": found[cut:]}
-        chosen += [(path, label) for path in parts.pop(split)]
-        rest += [(path, label) for paths in parts.values() for path in paths]
-    return sorted(chosen, key=lambda item: _hash(item[0])), rest
+            _note(notes, "folders without an image are no class", entry, root)
+    return found
 
 
-def _subfolders(folder: Path) -> tuple[str, ...]:
-    if not folder.is_dir():
-        raise UserError(
-            f"a data root holds train/CLASS/ and test/CLASS/, or CLASS/ alone; found no {folder}: "
-            "make it, or move the classes up"
-        )
-    return tuple(
-        sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
-    )
+def _below(folder: Path, root: Path, notes: _Notes) -> Iterator[Path]:
+    """All files at any depth; a link to a folder might lead in a circle."""
+    for entry in _entries(folder):
+        if not entry.is_dir():
+            yield entry
+        elif entry.is_symlink():
+            _note(notes, "links to folders within a class are skipped", entry, root)
+        else:
+            yield from _below(entry, root, notes)
 
 
-def _images(folder: Path) -> list[Path]:
-    """Image files of one class, in the order of their hash; none where the folder is missing."""
-    entries = folder.iterdir() if folder.is_dir() else ()
-    return sorted(
-        (path for path in entries if path.suffix.lower() in _SUFFIXES and path.name[0] != "."),
-        key=_hash,
-    )
+def _entries(folder: Path) -> list[Path]:
+    """What lies there and is not hidden; nothing where the folder is missing."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if path.name[0] != ".")
 
 
-def _hash(path: Path) -> tuple[str, str]:
-    return hashlib.sha256(path.name.encode(errors="surrogateescape")).hexdigest(), str(path)
+def _note(notes: _Notes, what: str, path: Path, root: Path) -> None:
+    notes.setdefault(what, []).append(path.relative_to(root).as_posix())
+
+
+def _hash(name: str) -> str:
+    return hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
 
 
 def _has_colour(path: Path) -> bool:
