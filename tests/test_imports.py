@@ -16,19 +16,42 @@ ORDER = (
 TORCHLESS = ("flags", "errors", "files", "config", "results", "report", "cli", "commands")
 
 
+def module(path: Path) -> str:
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module(path): path for path in SOURCE.rglob("*.py")}
+
+
 def imports(path: Path) -> set[str]:
-    nodes = ast.walk(ast.parse(path.read_text()))
-    names = {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}
-    parts = [name.split(".") for name in names if name.startswith("defquant.")]
-    return {part[1] for part in parts}
+    """Modules of defquant that `path` imports, by `from defquant import module` among others."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {node.module} | whole
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & MODULES.keys() - {"defquant"}
 
 
 def test_one_way() -> None:
-    for path in SOURCE.rglob("*.py"):
-        home = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    for name, path in MODULES.items():
+        home = name.split(".")[1] if "." in name else "__init__"
         if home != "__init__":
-            late = {i for i in imports(path) - {home} if ORDER.index(i) > ORDER.index(home)}
-            assert not late, f"{path.name} imports {late}, which come after it"
+            others = {i.split(".")[1] for i in imports(path)} - {home}
+            late = {i for i in others if ORDER.index(i) > ORDER.index(home)}
+            assert not late, f"{name} imports {late}, which come after it"
+
+
+def test_no_circle() -> None:
+    left = {name: imports(path) - {name} for name, path in MODULES.items()}
+    packages = {name for name, path in MODULES.items() if path.stem == "__init__"}
+    left = {name: found - packages for name, found in left.items()}  # they gather what is below
+    while ends := {name for name, found in left.items() if not found & left.keys()}:
+        left = {name: found for name, found in left.items() if name not in ends}
+    assert not left, f"these import each other: {sorted(left)}"
 
 
 def test_no_torch_before_it_is_needed() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from defquant.commands.rows import print_measurements
+from defquant.commands.rows import print_measurements, shown_attack
 from defquant.errors import UserError
 
 __all__ = ["attack_foreign"]
@@ -14,7 +14,6 @@ def attack_foreign(settings: Namespace) -> int:
     """Scores of the model in `--model_file`, appended to `results.jsonl` in `--out`."""
     _check(settings)
     from defquant.attacks.names import parse_attack
-    from defquant.commands.runs import shown_attack
     from defquant.data import load
     from defquant.distributed import pick_device
     from defquant.foreign import blamed, load_foreign, probe, warn_of_chance

@@ -1,13 +1,22 @@
 """Verbs that show or fetch: report, demo, reproduce, data."""
 
+import json
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
 from defquant.commands.rows import print_measurements
 from defquant.errors import UserError
 from defquant.results import Measurement, read_folder
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from defquant.experiments.scales import Scale
 
 __all__ = ["data", "demo", "report", "reproduce"]
 
@@ -66,8 +75,45 @@ def reproduce(settings: Namespace) -> int:
     failed: list[str] = []
     if not settings.render_only:
         failed = reproduction.make(names, scale, out, settings.jobs, settings.workers)
-    print(reproduction.show(names, scale, out, as_json=settings.json))
+    print(_show(names, scale, out, as_json=settings.json))
     return 1 if failed else 0
+
+
+def _show(names: Sequence[str], scale: "Scale", out: Path, *, as_json: bool) -> Path:
+    """Sections as text on stdout and as `NAME.md`, `NAME.png` and `report.html` in `out`."""
+    from defquant import report
+    from defquant.experiments import store
+    from defquant.experiments.catalog import EXPERIMENTS
+    from defquant.experiments.claims import verdicts
+    from defquant.files import write_bytes
+
+    results = store.read(out)
+    command = f"defquant reproduce {{}} --preset {scale.name}"
+    every = [
+        replace(EXPERIMENTS[name].render(scale, results), command=command.format(name))
+        for name in EXPERIMENTS
+        if name in names or any(c in results for c in EXPERIMENTS[name].cells(scale))
+    ]
+    judged = verdicts(scale, results)
+    for section in every:
+        if section.name in names:
+            picture = f"{section.name}.png" if section.panels else ""
+            if picture:
+                report.section_figure(section, out / picture)
+            text = report.section_markdown(section, figure=picture)
+            write_bytes(out / f"{section.name}.md", text.encode())
+    write_bytes(out / "claims.md", report.claims_markdown(judged).encode())
+    if as_json:
+        for measurement in results.scores.values():
+            print(json.dumps(asdict(measurement)))
+    else:
+        console = _console()
+        for section in every:
+            if section.name in names:
+                report.print_section(section, console)
+        if len(names) >= len(EXPERIMENTS) - 1:
+            report.print_claims(judged, console)
+    return report.build_report(out, out / "report.html", sections=every, verdicts=judged)
 
 
 def data(settings: Namespace) -> int:
@@ -92,9 +138,13 @@ def _print_summary(measurements: list[Measurement], *, as_json: bool) -> None:
     if as_json:
         print_measurements(measurements, as_json=True)
         return
-    from rich.console import Console
-
     from defquant.report import text_table
 
+    _console().print(text_table(measurements))
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
     # a pipe has no width: print it as wide as it needs
-    Console(width=None if sys.stdout.isatty() else 160).print(text_table(measurements))
+    return Console(width=None if sys.stdout.isatty() else 160)

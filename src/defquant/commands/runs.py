@@ -1,23 +1,22 @@
 """Verbs that make and measure runs: train, attack."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from defquant.commands.rows import print_measurements
+from defquant.commands.rows import print_measurements, shown_attack
 from defquant.config import DataConfig, ModelConfig, TrainConfig, from_mapping
 from defquant.errors import UserError
 from defquant.results import EIGHT_BIT
 
 if TYPE_CHECKING:
-    from defquant.attacks import Composition, Single
     from defquant.checkpoint import Facts
 
-__all__ = ["attack", "shown_attack", "train"]
+__all__ = ["attack", "train"]
 
 
 def train(settings: Namespace) -> int:
@@ -115,18 +114,6 @@ def attack(settings: Namespace) -> int:
         if saved:
             print(saved / MANIFEST)
     return 0
-
-
-def shown_attack(names: Sequence[str], eps: Sequence[float]) -> "Single | Composition":
-    """The attack of the report's example pictures: the one of most steps, at the middle eps."""
-    from defquant.attacks import FirstOrder
-    from defquant.attacks.names import parse_attack
-
-    middle = sorted(eps)[len(eps) // 2]
-    attacks = [parse_attack(name, middle) for name in names]
-    return max(
-        attacks, key=lambda a: a.walk.steps * a.walk.restarts if isinstance(a, FirstOrder) else 0
-    )
 
 
 def _check_own(settings: Namespace) -> None:

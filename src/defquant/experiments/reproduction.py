@@ -1,9 +1,7 @@
-"""The verb `reproduce`: names and presets in; cells, sections, verdicts and the page out."""
+"""The verb `reproduce`: names and presets in; lists, plans and measurements out."""
 
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -17,7 +15,7 @@ from defquant.experiments.cost import passes_by_model
 from defquant.experiments.pool import cores
 from defquant.experiments.scales import SCALES, Scale
 
-__all__ = ["make", "names_of", "print_list", "print_plan", "scale_of", "show"]
+__all__ = ["make", "names_of", "print_list", "print_plan", "scale_of"]
 
 
 def names_of(words: Sequence[str], scale: Scale) -> list[str]:
@@ -54,7 +52,7 @@ def print_list() -> None:
     for name, cost in costs.items():
         title = EXPERIMENTS[name].title if name in EXPERIMENTS else "the union, no network twice"
         table.add_row(name, title, *cost)
-    _console().print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
     print("\nnetworks / millions of image passes: an image forward and backward in training or in")
     print("an attack; --dry-run says how many hours that is on this machine\n")
     for scale in SCALES.values():
@@ -130,42 +128,3 @@ def _check_data(scale: Scale, cells: Sequence[Cell]) -> None:
 
         for data in needed:
             load_images(data, "train")
-
-
-def show(names: Sequence[str], scale: Scale, out: Path, *, as_json: bool = False) -> Path:
-    """Sections as text on stdout and as `NAME.md`, `NAME.png` and `report.html` in `out`."""
-    from defquant import report
-    from defquant.experiments.claims import verdicts
-    from defquant.files import write_bytes
-
-    results = store.read(out)
-    command = f"defquant reproduce {{}} --preset {scale.name}"
-    every = [
-        replace(EXPERIMENTS[name].render(scale, results), command=command.format(name))
-        for name in EXPERIMENTS
-        if name in names or any(c in results for c in EXPERIMENTS[name].cells(scale))
-    ]
-    judged = verdicts(scale, results)
-    for section in every:
-        if section.name in names:
-            picture = f"{section.name}.png" if section.panels else ""
-            if picture:
-                report.section_figure(section, out / picture)
-            text = report.section_markdown(section, figure=picture)
-            write_bytes(out / f"{section.name}.md", text.encode())
-    write_bytes(out / "claims.md", report.claims_markdown(judged).encode())
-    if as_json:
-        for measurement in results.scores.values():
-            print(json.dumps(asdict(measurement)))
-    else:
-        console = _console()
-        for section in every:
-            if section.name in names:
-                report.print_section(section, console)
-        if len(names) >= len(EXPERIMENTS) - 1:
-            report.print_claims(judged, console)
-    return report.build_report(out, out / "report.html", sections=every, verdicts=judged)
-
-
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 160)
