@@ -18,7 +18,8 @@ def serve(model: str, picture: str) -> None:
     session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
     image = session.get_inputs()[0]
     _, channels, height, width = image.shape
-    with Image.open(picture) as file:
+    # no other formats: pillow hands PostScript, whatever its file is called, to Ghostscript to run
+    with Image.open(picture, formats=("PNG", "JPEG", "WEBP", "BMP", "GIF")) as file:
         upright = ImageOps.exif_transpose(file).convert("L" if channels == 1 else "RGB")
     pixels = np.asarray(upright.resize((width, height))).reshape(1, height, width, channels)
     x = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))

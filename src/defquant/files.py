@@ -1,8 +1,10 @@
 """Files that are written whole or not at all, and folders that one run owns at a time."""
 
+import errno
 import fcntl
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,8 +14,8 @@ from typing import Any, BinaryIO
 from defquant.errors import UserError
 
 __all__ = [
-    "append_line", "claimed", "owned_folder", "read_json", "write_bytes", "write_json",
-    "write_whole",
+    "append_line", "claimed", "opened", "owned_folder", "read_bytes", "read_json", "write_bytes",
+    "write_json", "write_whole",
 ]  # fmt: skip
 
 
@@ -54,10 +56,28 @@ def write_json(path: Path, content: Any) -> Path:
     return write_bytes(path, (json.dumps(content, indent=1, sort_keys=False) + "\n").encode())
 
 
+def opened(path: Path) -> BinaryIO:
+    """`path`, open for reading. Raises `OSError` for a pipe or a device too: they may never end."""
+    # O_NONBLOCK: a pipe that nobody writes to opens at once
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(handle, "rb")
+
+
+def read_bytes(path: Path, most: int = 1 << 30) -> bytes:
+    """Content of `path`. Raises `OSError` as `opened` does, and for more than `most` bytes."""
+    with opened(path) as file:
+        if os.fstat(file.fileno()).st_size > most:
+            raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
+        return file.read()
+
+
 def read_json(path: Path) -> Any:
     """Parsed JSON of `path`. Raises `UserError` where it is missing or cut."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_bytes(path).decode())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except ValueError as error:

@@ -16,6 +16,7 @@ from defquant.data import to_unit
 from defquant.data.pictures import decode
 from defquant.errors import UserError
 from defquant.evaluate import answers, device_of
+from defquant.files import opened
 from defquant.manifest import Manifest, Saved, fingerprint_of
 from defquant.results import Score
 
@@ -105,7 +106,7 @@ def _pixels(manifest: Manifest, picture: Saved) -> NDArray[np.uint8]:
 
 def _header(path: Path) -> tuple[str, tuple[int, int]]:
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with opened(path) as file, Image.open(file, formats=["PNG"]) as image:
             return image.mode, image.size
     except Exception as error:  # warnings of huge pictures are among them
         reason = " ".join(str(error).split())

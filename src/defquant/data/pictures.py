@@ -1,10 +1,11 @@
-"""PNG, JPEG and their like -> one uint8 array; and folders of them, one for each class."""
+"""PNG, JPEG, WebP, BMP and GIF -> one uint8 array; and folders of them, one for each class."""
 
 import hashlib
 import io
+import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,35 @@ from PIL import Image, UnidentifiedImageError
 
 from defquant.data.dataset import Dataset, from_arrays
 from defquant.errors import DefquantWarning, UserError
+from defquant.files import opened
 
-__all__ = ["decode", "encode", "read_folder"]
+__all__ = ["decode", "encode", "open_image", "read_folder"]
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"}
+_LARGEST = 4096  # pixels of a side
+
+
+@contextmanager
+def open_image(source: Path | bytes, name: str) -> Iterator[Image.Image]:
+    """The picture, called `name` in messages, with its header read and nothing decoded.
+
+    It is PNG, JPEG, WebP, BMP or GIF by its content, whatever the file is called: of its other
+    formats Pillow hands PostScript to Ghostscript, which runs it.
+    Raises `UserError` for other files, sides above 4096, and what goes wrong while it is decoded.
+    """
+    try:
+        file = io.BytesIO(source) if isinstance(source, bytes) else opened(source)
+        formats = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+        with file, Image.open(file, formats=formats) as image:
+            if max(image.size) > _LARGEST:
+                raise ValueError(f"{_size(image.size[::-1])} is more than {_LARGEST} pixels a side")
+            yield image
+    except UserError:
+        raise
+    except Exception as error:  # a broken file raises whatever its decoder stumbles over
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "no PNG, JPEG, WebP, BMP or GIF" if unknown else " ".join(str(error).split())
+        raise UserError(f"cannot decode {name} ({reason}): restore or remove it") from None
 
 
 def decode(sources: Sequence[Path | bytes], where: str, *, gray: bool = False) -> NDArray[np.uint8]:
@@ -33,14 +59,16 @@ def decode(sources: Sequence[Path | bytes], where: str, *, gray: bool = False) -
         # serial: at 32 x 32 the threads of a pool wait for the interpreter twice as long as this
         for i, source in enumerate(sources):
             name = str(source) if isinstance(source, Path) else f"{where}, image {i}"
-            pixels = _pixels(source, name)
-            if i == 0:
-                images = _room(len(sources), pixels.shape[:2], where)
-            if pixels.shape[:2] != images.shape[2:]:
-                raise UserError(
-                    f"all images must have one size, here {_size(images.shape[2:])}; found "
-                    f"{_size(pixels.shape[:2])} in {name}: resize or remove it"
-                )
+            with open_image(source, name) as image:
+                size = image.size[::-1]
+                if i == 0:
+                    images = _room(len(sources), size, where)
+                if size != images.shape[2:]:
+                    raise UserError(
+                        f"all images must have one size, here {_size(images.shape[2:])}; found "
+                        f"{_size(size)} in {name}: resize or remove it"
+                    )
+                pixels = _pixels(image, name)
             gray &= pixels.ndim == 2
             images[i] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     return np.ascontiguousarray(images[:, :1]) if gray else images
@@ -175,35 +203,29 @@ def _hash(name: str) -> str:
 
 def _has_colour(path: Path) -> bool:
     """From the file's header alone; a broken file has its say when its own split is read."""
-    with suppress(Exception), warnings.catch_warnings():
+    with suppress(UserError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(path) as image:
+        with open_image(path, str(path)) as image:
             return image.mode not in ("L", "1")
     return False
 
 
-def _pixels(source: Path | bytes, name: str) -> NDArray[np.uint8]:
+def _pixels(image: Image.Image, name: str) -> NDArray[np.uint8]:
     """(h, w) where the image is 8-bit grayscale or black and white, else RGB (h, w, 3)."""
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            mode = image.mode
-            if mode[0] not in "IF":
-                return np.asarray(image.convert("L" if mode in ("L", "1") else "RGB"))
-    except Exception as error:  # a broken file raises whatever its decoder stumbles over
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = "no known format" if unknown else " ".join(str(error).split())
-        raise UserError(f"cannot decode {name} ({reason}): restore or remove it") from None
-    raise UserError(f"images must have 8 bits a channel; found mode {mode} in {name}: convert it")
+    if image.mode[0] in "IF":
+        raise UserError(
+            f"images must have 8 bits a channel; found mode {image.mode} in {name}: convert it"
+        )
+    return np.asarray(image.convert("L" if image.mode in ("L", "1") else "RGB"))
 
 
 def _room(n: int, size: Sequence[int], where: str) -> NDArray[np.uint8]:
-    try:
-        return np.empty((n, 3, *size), np.uint8)
-    except MemoryError:
-        raise UserError(
-            f"all images must fit in memory; found {n:,} of {_size(size)} in {where}: make them "
-            "smaller"
-        ) from None
+    with suppress(MemoryError):
+        if 3 * n * size[0] * size[1] < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+            return np.empty((n, 3, *size), np.uint8)
+    raise UserError(
+        f"all images must fit in memory; found {n:,} of {_size(size)} in {where}: make them smaller"
+    )
 
 
 def _size(shape: Sequence[int]) -> str:
