@@ -59,14 +59,14 @@ def test_train_attack_report(
     assert config["model"]["convex"] is True  # where beta > 0, if not said otherwise
     assert config["train"]["beta"] == 0.05
     words = ["attack", str(trained), "--attack", "fgsm", "pgd-2x2", "--eps", "8/255", "0.1"]
-    status, out, _ = call(capsys, *words, "--images", "30", "--json")
+    status, out, err = call(capsys, *words, "--images", "30", "--json")
     assert status == 0
-    records = [json.loads(line) for line in out[:-1]]
+    records = [json.loads(line) for line in out]
     assert [(r["attack"], round(r["eps"] * 255, 3)) for r in records] == [
         ("clean", 0), ("FGSM", 8), ("FGSM", 25.5), ("PGD-2x2", 8), ("PGD-2x2", 25.5),
     ]  # fmt: skip
     assert all(r["total"] == 30 and r["low"] <= r["accuracy"] <= r["high"] for r in records)
-    assert out[-1] == str(trained / "results.jsonl")
+    assert err[-1] == str(trained / "results.jsonl")
     status, out, _ = call(capsys, *words[:-4], "--images", "20", "--substitute", str(trained))
     assert status == 0
     assert any("FGSM(B)" in line for line in out)
@@ -79,6 +79,32 @@ def test_train_attack_report(
     assert out[-1] == str(page)
     assert "DQ" in page.read_text()
     assert "| DQ" in table.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "written"),
+    [
+        ("train --train-images 64 --epochs 1 --out {tmp}/new", "{tmp}/new"),
+        ("attack {run} --attack fgsm --images 9 --examples 0 --detector", "{run}/detector.json"),
+        ("transfer {run} --bits 1 none --images 9 --out {tmp}", "{tmp}/transfer.json"),
+        ("diagnose {run} --images 9 --steps 1 --queries 1 --no-audit", "{run}/diagnosis.json"),
+        ("report {run} --out {tmp}/page.html", "{tmp}/page.html"),
+        ("reproduce all --preset smoke --render-only --out {tmp}", "{tmp}/report.html"),
+    ],
+)
+def test_with_json_all_of_stdout_is_json(
+    words: str, written: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The path of what was written goes to stderr then, so that `| jq .` works."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    assert main(["attack", str(run), "--attack", "fgsm", "--images", "9", "--examples", "0"]) == 0
+    capsys.readouterr()
+    made = words.format(run=run, tmp=tmp_path).split()
+    status, out, err = call(capsys, *made, "--json")
+    assert status in (0, 1)
+    assert all(isinstance(json.loads(line), dict) for line in out)
+    assert out or "reproduce" in words
+    assert err[-1] == written.format(run=run, tmp=tmp_path)
 
 
 def test_one_black_box_for_two_runs_scores_as_the_attack_itself(
@@ -136,10 +162,10 @@ def test_unaware_and_detector_are_what_python_finds(
 
     words = ["attack", str(squeezed), "--attack", "random", "fgsm", "pgd-2", "--eps", "0.1"]
     words += ["--images", "60", "--examples", "0", "--unaware", "--detector"]
-    status, out, _ = call(capsys, *words, "--json")
+    status, out, err = call(capsys, *words, "--json")
     assert status == 0
-    assert out[-2:] == [str(squeezed / "results.jsonl"), str(squeezed / "detector.json")]
-    rows = [json.loads(line) for line in out[:-2]]
+    assert err[-2:] == [str(squeezed / "results.jsonl"), str(squeezed / "detector.json")]
+    rows = [json.loads(line) for line in out]
     scores = {r["attack"]: (r["correct"], r["total"]) for r in rows if "detected" not in r}
     assert list(scores) == ["clean", "Random", "FGSM", "PGD-2", "FGSM (unaware)", "PGD-2 (unaware)"]
     assert {r["method"] for r in rows} == {"float + squeezing"}

@@ -1,6 +1,5 @@
 """The verb `reproduce`: everything once, small; plans, mistakes and what is there already."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -87,7 +86,7 @@ def test_what_is_there_is_shown_without_making_anything(
     assert "192 measurements are still missing" in out
     assert not (tmp_path / "networks").exists()
     status, out, _ = call(capsys, *words, "--json")
-    assert [json.loads(line) for line in out.splitlines()[:-1]] == []
+    assert out == ""
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_export_and_verify(runs: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert card["cost"]["file_bytes"] == file.stat().st_size
     assert set(card["cost"]["latency"]["batches"]) == {"1", "32"}
     assert main(["verify", str(runs / "dq"), str(file), "--json"]) == 0
-    verified = json.loads(capsys.readouterr().out.splitlines()[0])
+    verified = json.loads(capsys.readouterr().out)
     assert verified["parity"] == card["parity"]
 
 
@@ -68,7 +68,7 @@ def test_a_network_that_was_not_trained_for_it_is_calibrated(
     words = ["export", str(runs / "plain"), str(file), "--weight-bits", "8", "--input", "uint8"]
     assert main([*words, "--attack", "fgsm", "--eps", "8/255", "--queries", "0", "--repeats", "0",
                  "--json"]) == 0  # fmt: skip
-    card = json.loads(capsys.readouterr().out.splitlines()[0])
+    card = json.loads(capsys.readouterr().out)
     assert card["calibrated"] == 512 and card["input"] == "uint8" and card["weight_bits"] == 8
     assert card["convolutions"] == [9, 9] and "latency" not in card["cost"]
     assert card["parity"]["agreement"] > 0.9

@@ -186,7 +186,7 @@ def test_every_run_at_every_bits(
     words += ["--attack", "fgsm", "--images", "20", "--out", str(tmp_path), "--json"]
     status, out, _ = call(capsys, *words)
     assert status == 0
-    cells = [json.loads(line) for line in out[:-2]]
+    cells = [json.loads(line) for line in out]
     assert len(cells) == 36
     names = [f"{run} {bits}" for run in ("two", "float") for bits in ("1-bit", "2-bit", "float")]
     assert [cell["source"] for cell in cells[::6]] == names

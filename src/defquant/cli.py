@@ -5,6 +5,7 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,11 @@ def _dispatch(words: list[str]) -> int:
     if settings is None:
         return 0
     from defquant import commands
+    from defquant.commands.rows import json_alone
 
     run: Callable[[Namespace], int] = getattr(commands, verb)
-    return run(settings)
+    with json_alone() if settings.get("json") else nullcontext():
+        return run(settings)
 
 
 def _parse(verb: str, flags: list[str]) -> Namespace | None:

@@ -1,12 +1,12 @@
 """The verb diagnose: is this run's robustness real, and where does its noise grow?"""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
+from defquant.commands.rows import print_json
 from defquant.errors import UserError
 
 __all__ = ["diagnose", "diagnosis_rows"]
@@ -33,7 +33,10 @@ def diagnose(settings: Namespace) -> int:
         ),
         data_root=settings.data_root, device=pick_device(settings.device),
     )  # fmt: skip
-    print(json.dumps(record) if settings.json else "\n".join(diagnosis_rows(record)))
+    if settings.json:
+        print_json(record)
+    else:
+        print("\n".join(diagnosis_rows(record)))
     print(write_json(run / "diagnosis.json", record))
     return int(record["verdict"] == "FAIL")
 

@@ -1,9 +1,8 @@
 """Verbs that show or fetch: report, demo, reproduce, data."""
 
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,8 +103,7 @@ def _show(names: Sequence[str], scale: "Scale", out: Path, *, as_json: bool) -> 
             write_bytes(out / f"{section.name}.md", text.encode())
     write_bytes(out / "claims.md", report.claims_markdown(judged).encode())
     if as_json:
-        for measurement in results.scores.values():
-            print(json.dumps(asdict(measurement)))
+        print_measurements(results.scores.values(), as_json=True)
     else:
         console = _console()
         for section in every:

@@ -1,10 +1,10 @@
 """Verbs between precisions: transfer."""
 
-import json
 from pathlib import Path
 
 from jsonargparse import Namespace
 
+from defquant.commands.rows import print_json
 from defquant.config import check_bits
 from defquant.errors import UserError
 
@@ -28,8 +28,8 @@ def transfer(settings: Namespace) -> int:
         bits=bits, images=settings.images, data_root=settings.data_root, seed=settings.seed,
         device=pick_device(settings.device), batch_size=settings.batch_size,
     )  # fmt: skip
-    lines = map(json.dumps, record["cells"]) if settings.json else text_matrix(record)
-    print("\n".join(lines))
+    for line in record["cells"] if settings.json else text_matrix(record):
+        (print_json if settings.json else print)(line)
     print(plot_matrix(record, out / "transfer.png"))
     print(write_json(out / "transfer.json", record))
     return 0

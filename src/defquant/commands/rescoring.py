@@ -1,13 +1,13 @@
 """`defquant rescore`: any model on saved images."""
 
 import importlib.util
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
+from defquant.commands.rows import print_json
 from defquant.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _print(found: "Iterable[Rescored]", *, as_json: bool) -> None:
             record = {"attack": r.attack, "eps": r.eps, "settings": r.settings}
             record |= {"correct": r.score.correct, "total": r.score.total}
             record |= {"accuracy": r.score.accuracy, "low": low, "high": high}
-            print(json.dumps(record | {"saved_correct": r.saved.correct}), flush=True)
+            print_json(record | {"saved_correct": r.saved.correct})
         else:
             eps = f"{r.eps * 255:.4g}/255" if r.eps else ""
             saved = f"{r.saved.accuracy:.1%} ({r.saved.correct}/{r.saved.total})"

@@ -1,16 +1,41 @@
 """What verbs share: measurements as rows or JSON lines on stdout, and the attack that is shown."""
 
 import json
-from collections.abc import Iterable, Sequence
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from defquant.results import Measurement
 
 if TYPE_CHECKING:
     from defquant.attacks import Composition, Single
 
-__all__ = ["print_measurements", "shown_attack"]
+__all__ = ["json_alone", "print_json", "print_measurements", "shown_attack"]
+
+_lines: list[TextIO] = []  # the real stdout, while `json_alone` keeps it
+
+
+@contextmanager
+def json_alone() -> Iterator[None]:
+    """Give stdout to `print_json` alone: what others print, the user's own code too, is stderr's.
+
+    So `defquant VERB --json | jq .` never meets a line that is no JSON.
+    """
+    _lines.append(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _lines.pop()
+
+
+def print_json(record: object) -> None:
+    """One line of JSON on stdout; numbers that JSON lacks, NaN and infinity, are null."""
+    line = json.dumps(_finite(record), allow_nan=False)
+    print(line, file=_lines[-1] if _lines else sys.stdout, flush=True)
 
 
 def print_measurements(
@@ -18,7 +43,7 @@ def print_measurements(
 ) -> None:
     for m in measurements:
         if as_json:
-            print(json.dumps(_record(m)), flush=True)
+            print_json(_record(m))
         else:
             eps = f"{m.eps * 255:.4g}/255" if m.eps else ""
             print(f"{m.run:24} {m.attack:{width}} {eps:>8}  {m.score}", flush=True)
@@ -39,3 +64,11 @@ def shown_attack(names: Sequence[str], eps: Sequence[float]) -> "Single | Compos
     return max(
         attacks, key=lambda a: a.walk.steps * a.walk.restarts if isinstance(a, FirstOrder) else 0
     )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

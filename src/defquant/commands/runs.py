@@ -1,6 +1,5 @@
 """Verbs that make and measure runs: train, attack."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from defquant.commands.rows import print_measurements, shown_attack
+from defquant.commands.rows import print_json, print_measurements, shown_attack
 from defquant.config import DataConfig, ModelConfig, TrainConfig, from_mapping
 from defquant.errors import UserError
 from defquant.results import EIGHT_BIT
@@ -41,7 +40,7 @@ def train(settings: Namespace) -> int:
     if not leads():
         return 0
     if settings.json:
-        print(json.dumps({"run": str(out), **last}))
+        print_json({"run": str(out), **last})
     else:
         print(f"loss {last['loss']:.4f}  accuracy {last['accuracy']:.2%}", end="  ")
         print(f"test accuracy {last['test_accuracy']:.2%}  epochs {last['epoch']}")
@@ -149,7 +148,7 @@ def _check_squeezed(facts: "Facts", run: Path) -> None:
 def _print_detections(records: Iterable[dict[str, Any]], *, as_json: bool, width: int) -> None:
     for r in records:
         if as_json:
-            print(json.dumps(r), flush=True)
+            print_json(r)
         else:
             eps = f"{r['eps'] * 255:.4g}/255"
             detected = _share(r["detected"], r["fooling"])

@@ -1,13 +1,13 @@
 """Verbs that ship: export, verify."""
 
 import importlib.util
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
+from defquant.commands.rows import print_json
 from defquant.errors import UserError
 from defquant.results import Score
 
@@ -55,7 +55,7 @@ def export(settings: Namespace) -> int:
         model, program, file, repeats=settings.repeats, threads=settings.threads
     )
     if settings.json:
-        print(json.dumps(card))
+        print_json(card)
     else:
         print("\n".join(shipping.cost_rows(card["cost"])))
     print(path)
@@ -77,7 +77,7 @@ def verify(settings: Namespace) -> int:
     card = shipping.about(run, facts, path, program, file, images)
     card |= {"convolutions": list(found.convolutions), "parity": shipping.parity_facts(found)}
     if settings.json:
-        print(json.dumps(card))
+        print_json(card)
     _print_parity(card, found, settings.json)
     print(path)
     return _said(_expected(found, facts, settings.allow_float))
