@@ -4,6 +4,7 @@ import hashlib
 import io
 import pickle
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.io import savemat
+from scipy.io import loadmat, savemat
 
 from defquant.data import Dataset, augment, batches, cifar, load, num_batches, pictures
 from defquant.data import dataset as dataset_module
+from defquant.data.matlab import mat_shapes, read_mat
 from defquant.errors import DefquantWarning, UserError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -492,6 +494,30 @@ def test_official_svhn() -> None:
     train, test = (load("svhn", SHARED / "svhn", split) for split in ("train", "test"))
     assert (len(train), len(test)) == (832, 251)
     assert train.name == test.name == "SVHN (1,083 digits)"
+    raw = loadmat(SHARED / "svhn" / "test_32x32.mat")
+    np.testing.assert_array_equal(test.images.numpy(), raw["X"].transpose(3, 2, 0, 1))
+    np.testing.assert_array_equal(test.labels.numpy(), raw["y"][:, 0] % 10)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize(
+    "dtype", ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8", ">f8"]
+)
+def test_mat_is_read_as_scipy_reads_it(tmp_path: Path, compressed: bool, dtype: str) -> None:
+    """Long and short elements, other variables between, and each type of numbers."""
+    path = tmp_path / "x.mat"
+    wanted = {"X": np.arange(6, dtype=dtype).reshape(1, 3, 2), "y": np.array([[3]], dtype)}
+    other = {"s": "text", "c": np.array([1j]), "cell": np.array([[1, "a"]], object), "o": {"a": 1}}
+    savemat(path, {"a_longer_name": np.zeros((2, 0)), **wanted, **other}, do_compression=compressed)
+    found, there = read_mat(path, "y", "X"), loadmat(path)
+    assert list(found) == ["y", "X"]
+    for name in wanted:
+        np.testing.assert_array_equal(found[name], there[name])
+    assert mat_shapes(path, "X", "c") == {"X": (1, 3, 2)}
+    for cut in range(path.stat().st_size - 1, 0, -7):
+        path.write_bytes(path.read_bytes()[:cut])
+        with pytest.raises((ValueError, zlib.error)):
+            read_mat(path, "X", "y", "o")
 
 
 def test_bad_svhn(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """`load`: one call for every data set, and the short readers of three of them."""
 
+import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +11,7 @@ from numpy.typing import NDArray
 
 from defquant.data.cifar import read_cifar10
 from defquant.data.dataset import Dataset, from_arrays
+from defquant.data.matlab import mat_shapes, read_mat
 from defquant.data.pictures import read_folder
 from defquant.errors import UserError
 
@@ -84,16 +87,14 @@ def _read_svhn(root: Path, split: str) -> Dataset:
     path = paths[split]
     if not path.is_file():
         raise UserError(f"found no {path.name} in {root}: run `defquant data fetch svhn`")
-    from scipy.io import loadmat
-
     try:
-        content = loadmat(path, variable_names=["X", "y"])
-        images, labels = np.asarray(content["X"]), np.asarray(content["y"]).reshape(-1)
-    except Exception as error:  # a damaged file raises errors of many kinds
+        images, labels = read_mat(path, "X", "y").values()
+    except (ValueError, zlib.error) as error:
         raise UserError(
-            f"{path} must be a MATLAB file with X and y ({' '.join(str(error).split())[:200]}): "
-            "it may be cut, run `defquant data fetch svhn`"
+            f"{path} must be a MATLAB file with X and y ({error}): it may be cut, run "
+            "`defquant data fetch svhn`"
         ) from None
+    labels = labels.reshape(-1)
     if images.dtype != np.uint8 or images.shape != (32, 32, 3, len(labels)):
         raise UserError(
             f"{path} must hold X, uint8 (32, 32, 3, n), and y (n, 1); found {images.dtype} "
@@ -110,16 +111,12 @@ def _read_svhn(root: Path, split: str) -> Dataset:
 
 def _svhn_name(paths: Mapping[str, Path]) -> str:
     """`SVHN` where the files that are there have the official counts, else with their sum."""
-    from scipy.io import whosmat
-
     counts = {}
     for split, path in paths.items():
         if path.is_file():
-            try:
-                shapes = {name: shape for name, shape, _ in whosmat(path)}
-                counts[split] = shapes["X"][-1]
-            except Exception:  # the other split; it says what is wrong when it is read itself
-                continue
+            # the other split says itself what is wrong when it is read
+            with suppress(OSError, ValueError, zlib.error, KeyError, IndexError):
+                counts[split] = mat_shapes(path, "X")["X"][-1]
     if all(counts[split] == _SVHN_OFFICIAL[split] for split in counts):
         return "SVHN"
     return f"SVHN ({sum(counts.values()):,} digits)"
