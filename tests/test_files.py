@@ -39,6 +39,21 @@ def test_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert target.read_bytes() == b"new"
 
 
+def test_what_a_kill_leaves_goes_and_what_others_write_stays(tmp_path: Path) -> None:
+    target = tmp_path / "a.bin"
+    half = f"write_whole(Path({str(target)!r}), lambda p: (p.write_bytes(b'half'), "
+    code = "import os; from pathlib import Path; from defquant.files import write_whole; " + half
+    subprocess.run([sys.executable, "-c", code + "os.kill(os.getpid(), 9)))"], check=False)
+    (left,) = tmp_path.iterdir()
+    assert (left / "a.bin").read_bytes() == b"half"
+    other = tmp_path / "b.bin"
+    write_whole(other, lambda p: (p.write_bytes(b"b"), write_bytes(other, b"meanwhile")))
+    assert names(tmp_path) == [left.name, "b.bin"]  # neither that in use nor that of another
+    assert other.read_bytes() == b"b"
+    write_bytes(target, b"new")
+    assert names(tmp_path) == ["a.bin", "b.bin"]
+
+
 def test_full_disk_is_one_line_and_keeps_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "a.json"
     write_json(target, {"old": 1})
@@ -96,9 +111,27 @@ def test_a_line_cut_by_a_crash_does_not_swallow_the_next(tmp_path: Path) -> None
     append_line(path, {"a": 2})
     assert path.read_text() == '{"a": 1}\n{"a": 2}\n'  # what is left can be read
     long = '{"text": "' + 9000 * "x"
-    path.write_text('{"a": 1}\n' + long)
-    append_line(path, {"a": 2})
-    assert path.read_text() == '{"a": 1}\n{"a": 2}\n'
+    for tail in (long, "\0\0\0", long + "\0", '{"a": 3}\n\0'):  # NULs: the power was cut
+        whole = tail.rstrip("\0") if tail.endswith("\n\0") else ""
+        path.write_text('{"a": 1}\n' + tail)
+        append_line(path, {"a": 2})
+        assert path.read_text() == f'{{"a": 1}}\n{whole}{{"a": 2}}\n'
+
+
+def test_a_line_is_on_the_disk_when_it_is_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(os.fstat(handle).st_ino))
+    append_line(tmp_path / "lines.jsonl", {"a": 1})
+    write_bytes(tmp_path / "whole", b"1")
+    assert flushed == [(tmp_path / name).stat().st_ino for name in ("lines.jsonl", "whole", "")]
+
+
+def test_a_folder_that_was_removed_does_not_come_back(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file or directory"):
+        append_line(tmp_path / "removed" / "lines.jsonl", {"a": 1})
+    assert names(tmp_path) == []
 
 
 def test_what_people_wrote_is_kept(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
+import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +14,14 @@ from torch import Tensor, nn
 
 import defquant as dq
 from conftest import tiny_images
-from defquant import checkpoint
+from defquant import checkpoint, distributed
 from defquant.config import PRESETS, DataConfig, ModelConfig, TrainConfig, from_mapping
 from defquant.data import Dataset, batches
+from defquant.distributed import Workers
+from defquant.errors import DefquantWarning, UserError
+from defquant.files import owned_folder, write_bytes
 from defquant.lipschitz import ConvexSum
+from defquant.runs import train_run
 from defquant.training import learning_rate, train, training_attack
 
 CONFIG = TrainConfig(epochs=2, batch_size=16, lr=0.05, device="cpu")
@@ -251,3 +258,129 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert len(one) == len(two) == 4
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=0.1)
     assert two[-1]["test_accuracy"] == pytest.approx(one[-1]["test_accuracy"], abs=0.15)
+
+
+MODEL, DATA = ModelConfig("wrn-10-1"), DataConfig("digits", train_images=64)
+TWO = TrainConfig(epochs=2, batch_size=64, device="cpu")
+
+
+@pytest.mark.parametrize("lost", ["config.json", "log.jsonl"])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_kill_between_a_checkpoint_and_its_companions_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str, epochs: int
+) -> None:
+    def killed(path: Path, content: bytes) -> None:
+        if path.name == lost:
+            raise KeyboardInterrupt
+        write_bytes(path, content)
+
+    monkeypatch.setattr(checkpoint, "write_bytes", killed)
+    config = replace(TWO, epochs=epochs)
+    with pytest.raises(KeyboardInterrupt):
+        train_run(MODEL, DATA, config, tmp_path, show=False)
+    monkeypatch.undo()
+    facts = train_run(MODEL, DATA, config, tmp_path, resume=True, show=False)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert records == list(facts.history)
+    assert len(records) == epochs
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["train"]["epochs"] == epochs
+    assert written["versions"] == facts.versions
+
+
+def test_what_a_resumed_run_does_differently_is_said_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "write_companions", stop)  # after the first epoch
+    with pytest.raises(KeyboardInterrupt):
+        train_run(MODEL, DATA, TWO, tmp_path, show=False)
+    monkeypatch.undo()
+    before = checkpoint.load(tmp_path).facts.versions
+    now = {**before, "torch": "9.0", "instructions": "none", "processes": "4"}
+    monkeypatch.setattr(checkpoint, "versions", lambda _: {**now, "threads": "3"})
+    said = "torch .*, now 9.0, instructions .*, now none, threads 1, now 3, processes 1, now 4"
+    with pytest.warns(DefquantWarning, match=f"goes on with {said}: its weights will not be"):
+        train_run(MODEL, DATA, TWO, tmp_path, resume=True, show=False)
+    after = checkpoint.load(tmp_path).facts.versions
+    assert (after["threads"], after["processes"]) == ("1 then 3", "1 then 4")
+    assert after["python"] == before["python"]
+    monkeypatch.undo()  # a finished run is not trained: nothing differs
+    assert train_run(MODEL, DATA, TWO, tmp_path, resume=True, show=False).versions == after
+
+
+def test_a_folder_removed_in_training_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def removing(*_: object) -> dq.Score:
+        shutil.rmtree(tmp_path / "run")
+        return dq.Score(1, 1)
+
+    monkeypatch.setattr("defquant.training.accuracy", removing)
+    with pytest.raises(UserError, match="was removed while a run was in it"):
+        train_run(MODEL, DATA, TWO, tmp_path / "run", show=False)
+    assert not (tmp_path / "run").exists()
+
+
+# --- several processes -------------------------------------------------------------------------
+
+
+def test_a_rank_without_a_world_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch scheduler sets RANK: two of its jobs still exclude each other from one folder."""
+    monkeypatch.setenv("RANK", "1")
+    assert distributed.place() == Workers(0, 1, 0)
+    with owned_folder(tmp_path), pytest.raises(UserError, match="in use by another run"):
+        train_run(MODEL, DATA, TWO, tmp_path, show=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert distributed.place() == Workers(1, 4, 0)
+    assert not distributed.leads()
+
+
+@pytest.mark.parametrize(
+    ("world", "rank", "said"),
+    [
+        ("abc", "0", "WORLD_SIZE must be a whole number from 1 to .*; found 'abc'"),
+        ("0", "0", "WORLD_SIZE must be .*; found '0'"),
+        ("9" * 5000, "0", "WORLD_SIZE must be .*; found '9{80}'"),
+        ("2", "2", "RANK must be a whole number from 0 to 1; found '2'"),
+        ("2", "", "find each other by RANK, which is not set: start them with torchrun"),
+    ],
+)
+def test_a_world_that_cannot_be_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, world: str, rank: str, said: str
+) -> None:
+    names = {"WORLD_SIZE": world, "RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
+        distributed.leads()
+
+
+def test_a_process_that_hangs_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(distributed, "PATIENCE", 0.1)
+    assert list(distributed.watched(range(3), Workers(1, 2))) == [0, 1, 2]
+    time.sleep(0.2)
+    assert capsys.readouterr().err == ""
+    for _ in distributed.watched(range(2), Workers(1, 2)):
+        time.sleep(0.2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "process 1 of 2 has not ended a step in 0.1 s" in line
+
+
+def test_processes_that_are_lost_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "place", lambda: Workers(0, 2))
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda _: None)
+    cpu = torch.device("cpu")
+    with (
+        pytest.raises(UserError, match=r"process 0 of 2 lost the others \(\[gloo"),
+        distributed.workers(cpu),
+    ):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+    with pytest.raises(RuntimeError, match="mine"), distributed.workers(cpu):
+        raise RuntimeError("mine")

@@ -12,12 +12,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from defquant.config import DataConfig, ModelConfig, TrainConfig, from_mapping
+from defquant.distributed import place
 from defquant.errors import UserError
-from defquant.files import write_bytes, write_json
+from defquant.files import write_bytes
 from defquant.models import build
 
 __all__ = [
     "Checkpoint", "Facts", "find", "load", "load_model", "load_on", "restore", "save", "versions",
+    "write_companions",
 ]  # fmt: skip
 
 FORMAT = 1
@@ -34,7 +36,7 @@ class Facts:
         classes: names of the classes.
         data_name, fingerprint: of the training images.
         history: one record of metrics per epoch done.
-        versions: of python, torch, numpy and defquant.
+        versions: as `versions` gives them; those of a resumed run, each: `2.12.0 then 2.13.0`.
     """
 
     model: ModelConfig
@@ -91,7 +93,7 @@ class Checkpoint:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """Versions and machine, the evidence beside every number."""
+    """Versions and machine, the evidence beside every number; all that may change its last bits."""
     import importlib.metadata as metadata
 
     import numpy as np
@@ -103,25 +105,34 @@ def versions(device: torch.device) -> dict[str, str]:
         "numpy": np.__version__,
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
+        "processes": str(place().world),
     }
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write `checkpoint.safetensors` and, for people, its facts into `folder`, each file whole.
+    """Write `checkpoint.safetensors`, then `write_companions`, into `folder`, each file whole."""
+    tensors = {f"model.{name}": value for name, value in checkpoint.weights.items()}
+    tensors |= {f"momentum.{name}": value for name, value in checkpoint.momentum.items()}
+    header = {"defquant": json.dumps({"format": FORMAT, **asdict(checkpoint.facts)})}
+    whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_bytes(folder / NAME, safetensors.torch.save(whole, metadata=header))
+    write_companions(folder, checkpoint.facts)
+    return folder / NAME
+
+
+def write_companions(folder: Path, facts: Facts) -> None:
+    """Bring the files for people to what the checkpoint's header says: a kill may have parted them.
 
     `config.json` holds the configuration, `log.jsonl` one line per epoch.
     """
-    facts = asdict(checkpoint.facts)
-    tensors = {f"model.{name}": value for name, value in checkpoint.weights.items()}
-    tensors |= {f"momentum.{name}": value for name, value in checkpoint.momentum.items()}
-    header = {"defquant": json.dumps({"format": FORMAT, **facts})}
-    whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_bytes(folder / NAME, safetensors.torch.save(whole, metadata=header))
-    history = facts.pop("history")
-    write_json(folder / "config.json", facts)
-    write_bytes(folder / "log.jsonl", "".join(json.dumps(h) + "\n" for h in history).encode())
-    return folder / NAME
+    config = asdict(facts)
+    log = "".join(json.dumps(record) + "\n" for record in config.pop("history"))
+    for name, text in (("config.json", json.dumps(config, indent=1) + "\n"), ("log.jsonl", log)):
+        content, path = text.encode(), folder / name
+        if not path.is_file() or path.read_bytes() != content:
+            write_bytes(path, content)
 
 
 def find(path: Path | str) -> Path:

@@ -2,8 +2,10 @@
 
 import errno
 import fcntl
+import glob
 import json
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,36 +16,64 @@ from typing import Any, BinaryIO
 from defquant.errors import UserError
 
 __all__ = [
-    "append_line", "claimed", "opened", "owned_folder", "read_bytes", "read_json", "write_bytes",
-    "write_json", "write_whole",
+    "append_line", "claimed", "make_folder", "opened", "owned_folder", "read_bytes", "read_json",
+    "write_bytes", "write_json", "write_whole",
 ]  # fmt: skip
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary file beside `path`, flush it to disk and move it into place.
 
-    A crash, a full disk or Ctrl-C leaves the former `path` untouched and no temporary file.
+    A crash, a full disk or Ctrl-C leaves the former `path` untouched and no temporary file; what a
+    kill leaves, the next call for the same `path` removes.
     Raises `UserError` when the disk is full or the folder cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with _workshop(path) as folder:
+            temporary = folder / path.name
+            write(temporary)
+            _flush(temporary)
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        with suppress(OSError):  # some network disks cannot flush a folder
+            _flush(path.parent)
     except OSError as error:
         raise UserError(_cannot_write(path, error)) from None
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(_cannot_write(path, error)) from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return path
+
+
+@contextmanager
+def _workshop(path: Path) -> Iterator[Path]:
+    """A hidden folder beside `path`, locked while in use; one without a lock, a kill has left."""
+    for left in path.parent.glob(glob.escape(f".{path.name}.") + "*.part"):
+        with suppress(OSError), _handle(left) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        with _handle(folder) as handle:
+            with suppress(OSError):  # a disk without flock: nothing there is taken for left
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            folder = folder.rename(f"{folder}.part")  # not before it is locked
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _handle(path: Path) -> Iterator[int]:
+    """A handle on the file or folder `path`."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _flush(path: Path) -> None:
+    with _handle(path) as handle:
+        os.fsync(handle)
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
@@ -87,38 +117,59 @@ def read_json(path: Path) -> Any:
 def append_line(path: Path, content: dict[str, Any]) -> None:
     """Append one JSON line with a single write, so that parallel writers never mix their lines.
 
-    A line that a crash cut short is taken off first; a whole one that lacks its newline gets it.
+    On return the disk holds the line. What a crash left of one is taken off first, cut short or
+    with NULs for bytes that never came to the disk; a whole one that lacks its newline gets it.
+    Raises `UserError` when the disk is full, or the folder is not there (any more).
     """
     line = (json.dumps(content, allow_nan=False) + "\n").encode()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             last = _last_line(file)
-            if _is_cut(last):
-                file.truncate(file.seek(0, os.SEEK_END) - len(last))
-            elif last:
+            kept = last.rstrip(b"\0")
+            if _is_cut(kept):
+                kept = b""
+            if kept != last:
+                file.truncate(file.seek(0, os.SEEK_END) - len(last) + len(kept))
+            if kept:
                 line = b"\n" + line
             size = file.seek(0, os.SEEK_END)
             written = os.write(file.fileno(), line)
             if written != len(line):
                 os.ftruncate(file.fileno(), size)
                 raise OSError(28, "No space left on device")
+            os.fsync(file.fileno())
     except OSError as error:
         raise UserError(_cannot_write(path, error)) from None
 
 
-@contextmanager
-def owned_folder(folder: Path) -> Iterator[Path]:
-    """Hold `folder` for this process; the lock dies with the process, however it ends.
-
-    Raises `UserError` when another process holds it.
-    """
+def make_folder(folder: Path) -> Path:
+    """Make `folder` and those above it where they are not there. Raises `UserError`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
     except OSError as error:
         raise UserError(_cannot_write(folder, error)) from None
+    return folder
+
+
+@contextmanager
+def owned_folder(folder: Path) -> Iterator[Callable[[], None]]:
+    """Hold `folder` for this process; the lock dies with the process, however it ends.
+
+    Raises `UserError` when another process holds it; so does a call of what is yielded when the
+    folder was removed or replaced meanwhile, which writing into it would hide.
+    """
+    try:
+        lock = (make_folder(folder) / ".lock").open("a")
+    except OSError as error:
+        raise UserError(_cannot_write(folder, error)) from None
+
+    def still() -> None:
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(lock.fileno()), (folder / ".lock").stat()):
+                return
+        raise UserError(f"{folder} or its .lock was removed while a run was in it: start it again")
+
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -128,7 +179,7 @@ def owned_folder(folder: Path) -> Iterator[Path]:
             ) from None
         except OSError as error:
             raise UserError(_cannot_lock(folder, error)) from None
-        yield folder
+        yield still
 
 
 @contextmanager

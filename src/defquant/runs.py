@@ -1,6 +1,7 @@
 """A run: one folder with its checkpoint, configuration, log and results."""
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ from defquant.checkpoint import Checkpoint, Facts
 from defquant.config import DataConfig, ModelConfig, TrainConfig
 from defquant.data import Dataset, load
 from defquant.distributed import leads, pick_device
-from defquant.errors import UserError
+from defquant.errors import DefquantWarning, UserError
 from defquant.files import owned_folder
 from defquant.models import build
 from defquant.training import History, train
@@ -37,14 +38,15 @@ def train_run(
     """Train a network into the folder `out`, with a checkpoint after every epoch.
 
     With `resume`, a run that was killed goes on from its last checkpoint to the same weights, bit
-    for bit on a CPU; a finished one is left as it is.
+    for bit on a CPU, with the same versions, threads and processes: a `DefquantWarning` names what
+    differs, and `Facts.versions` keeps both. A finished one is left as it is.
 
     Raises:
         UserError: `out` holds a run already (without `resume`), one of another configuration or
-            of other images, or is in use by another process; and whatever reading the data or
-            training raises.
+            of other images, is in use by another process, or was removed meanwhile; and whatever
+            reading the data or training raises.
     """
-    with owned_folder(out) if leads() else nullcontext():
+    with owned_folder(out) if leads() else nullcontext(lambda: None) as check:
         before = _earlier(out, resume)
         data = load_images(data_config, "train")
         facts = Facts(
@@ -58,9 +60,11 @@ def train_run(
         momentum: dict[str, Tensor] = {}
         if before is not None:
             _check_same(before.facts, facts, out)
-            facts, momentum = replace(facts, history=before.facts.history), before.momentum
+            facts, momentum = _joined(before.facts, facts, out), before.momentum
+            if leads():
+                checkpoint.write_companions(out, before.facts)
             checkpoint.restore(model, before.weights, str(out))
-        return _train(model, data, facts, momentum, out, show)
+        return _train(model, data, facts, momentum, out, show, check)
 
 
 def _train(
@@ -70,12 +74,14 @@ def _train(
     momentum: Mapping[str, Tensor],
     out: Path,
     show: bool,
+    check: Callable[[], None],
 ) -> Facts:
     torch.backends.cudnn.deterministic = True
     test = load_images(facts.data, "test")
     with _tensorboard(out) as log:
 
         def keep(history: History, buffers: Mapping[str, Tensor]) -> None:
+            check()
             now = replace(facts, history=history)
             checkpoint.save(out, Checkpoint(now, model.state_dict(), dict(buffers)))
             log(history[-1])
@@ -141,6 +147,23 @@ def _check_same(before: Facts, now: Facts, out: Path) -> None:
             f"cannot resume {out}: its training images had fingerprint {before.fingerprint}, "
             f"these have {now.fingerprint}"
         )
+
+
+def _joined(before: Facts, now: Facts, out: Path) -> Facts:
+    """`now` with the epochs of `before` and the versions of both; warns where they differ."""
+    versions = dict(before.versions)
+    if len(before.history) < now.train.epochs:
+        last = {name: value.rpartition(" then ")[2] for name, value in versions.items()}
+        changed = {n: v for n, v in now.versions.items() if last.get(n, v) != v}
+        versions |= {name: value for name, value in now.versions.items() if name not in versions}
+        versions |= {name: f"{versions[name]} then {value}" for name, value in changed.items()}
+        if changed and leads():
+            told = ", ".join(f"{name} {last[name]}, now {changed[name]}" for name in changed)
+            warnings.warn(
+                f"{out} goes on with {told}: its weights will not be those of a run never stopped",
+                DefquantWarning, stacklevel=3,
+            )  # fmt: skip
+    return replace(now, history=before.history, versions=versions)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from defquant.attacks.gradient import FirstOrder
 from defquant.config import TrainConfig
 from defquant.data import Dataset, batches, num_batches
 from defquant.deploy.calibrate import snap_biases_
-from defquant.distributed import pick_device, sum_over, workers
+from defquant.distributed import pick_device, sum_over, watched, workers
 from defquant.evaluate import accuracy
 from defquant.lipschitz import project_simplex_
 from defquant.monitor import (
@@ -133,7 +133,7 @@ def _epoch(
         state.data, config.batch_size, seed=config.seed, epoch=epoch, augment=config.augment,
         rank=me.rank, world=me.world,
     )  # fmt: skip
-    for index, (x, y) in enumerate(loader):
+    for index, (x, y) in enumerate(watched(loader, me)):
         step = epoch * steps + index
         lr = learning_rate(config, step, steps)
         whole = min(config.batch_size, len(state.data) - index * config.batch_size)
