@@ -380,7 +380,7 @@ def test_images_outside_the_range_are_refused() -> None:
         FGSM(0.1)(model, x * 255, y)
     with pytest.raises(dq.UserError, match=r"images must lie in \[0, 1\]"):
         FGSM(0.1)(model, torch.full_like(x, float("nan")), y)
-    with pytest.raises(dq.UserError, match="n labels"):
+    with pytest.raises(dq.UserError, match=r"of shape \(40,\)"):
         FGSM(0.1)(model, x, y[:3])
 
 

@@ -202,8 +202,13 @@ def test_dataset_refuses_other_types() -> None:
     images, labels = make(4).images, torch.arange(4)
     with pytest.raises(UserError, match="images must be uint8"):
         Dataset(images.float(), labels, ("a",), "x")
-    with pytest.raises(UserError, match=r"labels must be int64 of shape \(4,\)"):
+    with pytest.raises(UserError, match=r"labels must be whole numbers of shape \(4,\)"):
         Dataset(images, labels[:3], ("a",), "x")
+    with pytest.raises(UserError, match=r"from 0 to 2; found 3 among torch.int64"):
+        Dataset(images, labels, ("a", "b", "c"), "x")
+    data = Dataset(images, labels.int(), ("a",) * 4, "x")
+    assert data.labels.dtype == torch.int64
+    assert repr(data) == "Dataset('x', 4 images 3 x 6 x 6, 4 classes)"
 
 
 def test_fingerprint_tells_data_apart() -> None:

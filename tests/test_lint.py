@@ -2,13 +2,17 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import defquant as dq
 from conftest import tiny_images
+from defquant import evaluate
+from defquant.diagnose import Effort
 
 DATA = tiny_images(96, channels=3)
 TINT = torch.tensor([1.0, 0.6, 0.2]).view(1, 3, 1, 1)  # so that the order of colours matters
@@ -155,6 +159,144 @@ def test_images_in_another_layout() -> None:
         dq.robust_accuracy(Nearest(), (X.permute(0, 2, 3, 1), Y), dq.FGSM(0.1))
     with pytest.raises(dq.UserError, match=r"images must lie in \[0, 1\]"):
         dq.robust_accuracy(Nearest(), ((X - MEAN) / STD, Y), dq.FGSM(0.1))
+
+
+WRONG = (Y + 1) % 4
+ENTRIES: dict[str, Callable[[nn.Module, Any], object]] = {
+    "accuracy": lambda m, d: dq.accuracy(m, d),
+    "robust_accuracy": lambda m, d: dq.robust_accuracy(m, d, dq.FGSM(0.01)),
+    "sweep": lambda m, d: list(dq.sweep(m, d, [dq.FGSM(0.01)])),
+    "robust": lambda m, d: evaluate.robust(
+        m, d, dq.FGSM(0.01), standing=torch.ones(96, dtype=torch.bool)
+    ),
+    "answers": lambda m, d: evaluate.answers(m, d),
+    "attack": lambda m, d: dq.APGD(0.01, 2)(m, *d),
+    "worst": lambda m, d: dq.Worst((dq.FGSM(0.01),))(m, *d),
+    "verdict": lambda m, d: dq.masking_verdict(m, d, 0.01),
+    "matrix": lambda m, d: dq.transfer_matrix({"m": m}, d, dq.FGSM(0.01)),
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (WRONG[:, None], r"torch.int64 of shape \(96, 1\), first \[1\]: use labels\[:, 0\]"),
+        (torch.tensor(1), r"of shape \(\), first \[1\]"),
+        (nn.functional.one_hot(Y), r"use labels.argmax\(1\), if they are one-hot"),
+        (Y + 0.5, r"found torch.float32 of shape \(96,\), first \[0.5\]: use labels.long\(\)"),
+        (Y.numpy() == 1, r"found bool of shape"),
+        (Y - 1, r"from 0 up; found -1 among torch.int64 of shape \(96,\)"),
+        (
+            Y.numpy().astype(np.uint8) + 3,
+            r"labels must lie in 0\.\.3, the model's classes; found 6",
+        ),
+        ([[1], [1, 2]], "found a list that is no plain array"),
+        ("many", "found <U4 of shape"),
+    ],
+)
+def test_labels_that_cannot_be(
+    entry: Callable[[nn.Module, Any], object], labels: Any, message: str
+) -> None:
+    with pytest.raises(dq.UserError, match=message):
+        entry(Nearest(), (X, labels))
+
+
+def test_labels_of_any_width() -> None:
+    few = Y % 2  # a data set may know fewer classes than the model
+    right = dq.accuracy(Nearest(), (X, few))
+    for labels in (few.int(), few.to(torch.uint8), few.numpy()[::-1][::-1], few.tolist(),
+                   few.numpy().astype(">u2")):  # fmt: skip
+        assert dq.accuracy(Nearest(), (X.numpy(), labels)) == right
+    with pytest.raises(dq.UserError, match="two or more classes; it returned 1"):
+        dq.accuracy(Then(lambda z: z[:, :1]), (X, Y * 0))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (X > 0.5, r"torch.bool: use images.float\(\)"),
+        (DATA.images.to(torch.uint16), r"torch.uint16: use images.float\(\) / 65535"),
+        (DATA.images.int(), r"torch.int32: use images.to\(torch.uint8\)"),
+        (DATA.images.short() - 300, "torch.int16: scale them"),
+        (255 * X, "divide by 255"),
+        (X.double().numpy() - 1e-5, r"found \[-1e-05, .*: put the normalisation into"),
+        (X / 0, "some are no numbers"),
+        (X[0], r"images \(n, c, h, w\); found torch.float32 \(3, 8, 8\)"),
+        ([1, 2], "found list"),
+    ],
+)
+def test_images_that_cannot_be(images: Any, message: str) -> None:
+    for entry in ("accuracy", "attack"):
+        with pytest.raises(dq.UserError, match=message):
+            ENTRIES[entry](Nearest(), (images, Y))
+
+
+def test_a_last_digit_beyond_the_range_is_cut_off() -> None:
+    x = (X / X.max()).clone()
+    x[0, 0], x[1, 0] = 1.0000004, -1e-7
+    for images in (x, x.double(), x.double().numpy()):
+        found = dq.PGD(0.1)(Nearest(), images, Y)  # type: ignore[arg-type]
+        assert found.min() >= 0
+        assert found.max() <= 1
+        assert dq.accuracy(Nearest(), (images, Y)) == dq.accuracy(Nearest(), (x.clamp(0, 1), Y))
+
+
+@pytest.mark.parametrize(
+    ("attack", "message"),
+    [
+        (dq.PGD, r"found the class PGD: use an object of it, PGD\(8/255\)"),
+        ("pgd", "found 'pgd': use an object, as dq.PGD"),
+        (None, "found None"),
+    ],
+)
+def test_what_is_no_attack(attack: Any, message: str) -> None:
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: dq.robust_accuracy(Nearest(), (X, Y), attack),
+        lambda: list(dq.sweep(Nearest(), (X, Y), [attack])),
+        lambda: dq.Worst((attack,)),
+    )
+    for call in calls:
+        with pytest.raises(dq.UserError, match=message):
+            call()
+
+
+def test_what_is_no_data() -> None:
+    for data in (X, [(X, Y)], None):
+        with pytest.raises(dq.UserError, match="data is a Dataset or a pair"):
+            dq.accuracy(Nearest(), data)  # type: ignore[arg-type]
+
+
+def test_random_models() -> None:
+    """Noise is named as noise, once, and not as an example's dependence on its batch."""
+    found = said(Then(lambda z: z + 0.1 * torch.randn_like(z)))
+    assert "two identical calls of the model differ" in found
+    assert "apgd@eot" in found
+    assert "depends on the batch" not in found
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 20])
+def test_no_model_sees_more_rows_than_batch_size(batch_size: int) -> None:
+    seen: list[int] = []
+
+    class Engine(Nearest):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(len(x))
+            return super().forward(1 - x)  # most are wrong: what explains it is looked for, too
+
+    model, data = Engine(), (X[:40], Y[:40])
+    attacks: list[Any] = [dq.Square(0.2, queries=8), dq.APGD(0.2, 3, restarts=2, queries=6), dq.PGD(0.2),
+               dq.APGD(0.2, 2, loss="dlr-targeted"), dq.FAB(0.2, 2),
+               dq.Transfer(dq.PGD(0.1), model), dq.Adaptive(0.2, 4)]  # fmt: skip
+    with pytest.warns(dq.DefquantWarning, match="inverted"):
+        list(dq.sweep(model, data, attacks, batch_size=batch_size))
+    evaluate.vanishing(model, data, torch.ones(40, dtype=torch.bool), batch_size=batch_size)
+    effort = Effort(steps=2, queries=2, draws=2, batch_size=batch_size)
+    dq.masking_verdict(model, data, 0.1, effort=effort)
+    dq.transfer_matrix({"a": model}, data, dq.FGSM(0.1), batch_size=batch_size)
+    assert max(seen) == batch_size
+    with pytest.raises(dq.UserError, match="batch_size must be 1 or more; found 0"):
+        dq.accuracy(model, data, batch_size=0)
 
 
 def test_any_module() -> None:

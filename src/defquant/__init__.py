@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    __version__: str
     from defquant.attacks import APGD as APGD
     from defquant.attacks import BIM as BIM
     from defquant.attacks import DIVA as DIVA
@@ -90,6 +91,10 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("defquant")
     if name not in _HOME:
         raise AttributeError(f"module 'defquant' has no attribute {name!r}")
     return getattr(importlib.import_module(f"defquant.{_HOME[name]}"), name)

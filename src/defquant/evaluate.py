@@ -1,16 +1,26 @@
 """Scores: clean and robust accuracy, and sweeps over eps in which the fallen stay fallen."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from defquant.attacks.base import Attack, ById, lint_images, lint_model, untouched
+from defquant.attacks.base import (
+    Attack,
+    ById,
+    lint_answer,
+    lint_attack,
+    lint_images,
+    lint_model,
+    untouched,
+)
 from defquant.attacks.engine import unbroken
-from defquant.attacks.single import Single
+from defquant.attacks.single import Single, positive
 from defquant.attacks.suspicion import suspect
 from defquant.attacks.worst import Composition, seed_of
 from defquant.data import Dataset, to_unit
@@ -24,6 +34,7 @@ __all__ = [
     "answers",
     "correct",
     "device_of",
+    "linted",
     "right",
     "robust",
     "robust_accuracy",
@@ -31,8 +42,9 @@ __all__ = [
     "vanishing",
 ]
 
-Images = Dataset | tuple[Tensor, Tensor]
-"""A `Dataset`, or (images, labels): (n, c, h, w) uint8 or float in [0, 1], and int64 (n,)."""
+_Array = Tensor | NDArray[Any]
+Images = Dataset | tuple[_Array, _Array | Sequence[int]]
+"""A `Dataset`, or (images, labels): (n, c, h, w) uint8 or float in [0, 1], and whole (n,)."""
 
 
 @dataclass(frozen=True)
@@ -65,30 +77,33 @@ def robust_accuracy(
         model: any module that maps images in [0, 1] to logits; left as it was found.
         data: images and labels.
         attack: one of `defquant.attacks`, or any function of that signature.
-        batch_size: rows at a time; the score does not depend on it.
+        batch_size: rows at a time, at most; the score does not depend on it.
         seed: of the attack's draws.
 
     Raises:
-        UserError: images outside [0, 1], labels or logits of the wrong shape.
+        UserError: images outside [0, 1], labels or logits of the wrong shape, no attack.
     """
+    lint_attack(attack)
     standing = _checked(model, data, batch_size, dead=True)
     return _score(robust(model, data, attack, batch_size=batch_size, seed=seed, standing=standing))
 
 
 def correct(model: nn.Module, data: Images, *, batch_size: int = 256) -> Tensor:
     """Which examples are classified rightly: bool (n,), on the model's device."""
-    images, labels = _on_device(model, data)
-    lint_images(images, labels)
-    lint_model(model, to_unit(images[:8]), labels)
+    images, labels = linted(model, data, batch_size)
     return answers(model, (images, labels), batch_size=batch_size) == labels
 
 
 def answers(model: nn.Module, data: Images, *, batch_size: int = 256) -> Tensor:
     """The class that the model takes each image for, int64 (n,); -1 where its output has a NaN."""
-    images, _ = _on_device(model, data)
+    images, labels = _on_device(model, data)
+    top, found = int(labels.max()), []
     with untouched(model), torch.no_grad():
-        found = [model(to_unit(x)) for x in images.split(batch_size)]
-    return torch.cat([z.argmax(1).masked_fill(z.isnan().any(1), -1) for z in found])
+        for x in images.split(batch_size):
+            logits = model(to_unit(x))
+            lint_answer(logits, len(x), top)
+            found.append(logits.argmax(1).masked_fill(logits.isnan().any(1), -1))
+    return torch.cat(found)
 
 
 def robust(
@@ -105,6 +120,7 @@ def robust(
     `standing`: examples not yet broken by a clean pass or an earlier attack; only they are
     attacked. Without it the clean pass is made here.
     """
+    lint_attack(attack)
     images, labels = _on_device(model, data)
     if standing is None:
         standing = correct(model, data, batch_size=batch_size)
@@ -167,6 +183,9 @@ def sweep(
     Within a family (the attacks of one name) eps rises, and an example that fell stays fallen:
     curves never rise, and no work is done on it again.
     """
+    attacks = [attacks] if callable(attacks) or isinstance(attacks, str) else list(attacks)
+    for attack in attacks:
+        lint_attack(attack)
     start = time.perf_counter()
     clean = _checked(model, data, batch_size, dead=False)
     yield Scored(None, _score(clean), time.perf_counter() - start, clean)
@@ -187,7 +206,7 @@ def _checked(model: nn.Module, data: Images, batch_size: int, *, dead: bool) -> 
     """`correct`; warns where a usual mistake explains that it is so little."""
     right = correct(model, data, batch_size=batch_size)
     images, labels = _on_device(model, data)
-    suspect(model, images, labels, right, dead=dead)
+    suspect(model, images, labels, right, dead=dead, batch_size=batch_size)
     return right
 
 
@@ -237,8 +256,25 @@ def device_of(model: nn.Module, default: torch.device) -> torch.device:
     return default if tensor is None else tensor.device
 
 
+def linted(model: nn.Module, data: Images, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Images, uint8 or float, and labels on the model's device. Raises `UserError` for bad ones.
+
+    Also for a model that cannot be scored on them; warns of one that is easily misread.
+    """
+    positive("batch_size", batch_size)
+    images, labels = _on_device(model, data)
+    lint_model(model, to_unit(images[: min(8, batch_size)]), labels)
+    return images, labels
+
+
 def _on_device(model: nn.Module, data: Images) -> tuple[Tensor, Tensor]:
-    images, labels = (data.images, data.labels) if isinstance(data, Dataset) else data
+    pair = (data.images, data.labels) if isinstance(data, Dataset) else data
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise UserError(
+            f"data is a Dataset or a pair (images, labels); found a {type(data).__name__}: put its "
+            "images into one tensor, its labels into another"
+        )
+    images, labels = lint_images(*pair)
     device = device_of(model, images.device)
     return images.to(device), labels.to(device)
 

@@ -3,14 +3,21 @@
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from defquant.data import as_labels, in_unit
 from defquant.errors import DefquantWarning, UserError
 
-__all__ = ["Attack", "ById", "draw_seed", "lint_images", "lint_model", "uniform", "untouched"]
+__all__ = [
+    "SAME", "Attack", "ById", "draw_seed", "lint_answer", "lint_attack", "lint_images",
+    "lint_model", "uniform", "untouched",
+]  # fmt: skip
+
+SAME = 1e-4  # of the largest logit: what rounding may change between identical calls
 
 
 class Attack(Protocol):
@@ -131,13 +138,27 @@ def _signed(word: int) -> int:
     return word - 2**64
 
 
-def lint_images(x: Tensor, y: Tensor) -> None:
-    """Raise `UserError` unless `x` is (n, c, h, w) in [0, 1], or uint8, and `y` labels it."""
-    if x.ndim != 4 or len(x) != len(y):
-        raise UserError(
-            f"an attack takes images (n, c, h, w) and n labels; found {tuple(x.shape)} and "
-            f"{tuple(y.shape)}"
-        )
+def lint_attack(attack: object) -> None:
+    """Raise `UserError` for what is no attack: a name, a class, anything that cannot be called."""
+    if isinstance(attack, type):
+        found, use = f"the class {attack.__name__}", f"an object of it, {attack.__name__}(8/255)"
+    elif not callable(attack):
+        found, use = repr(attack)[:80], "an object, as dq.PGD(8/255)"
+    else:
+        return
+    raise UserError(f"an attack is an object or a function; found {found}: use {use}")
+
+
+def lint_images(x: Any, y: Any) -> tuple[Tensor, Tensor]:
+    """`x` and `y` as every entry takes them: (n, c, h, w) uint8 or in [0, 1], and int64 (n,).
+
+    Arrays, and labels of other widths or in a list, are converted (`as_labels`, `in_unit`).
+    Raises `UserError` for all others.
+    """
+    x = torch.from_numpy(np.array(x)) if isinstance(x, np.ndarray) else x
+    if not isinstance(x, Tensor) or x.ndim != 4:
+        found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise UserError(f"an attack takes images (n, c, h, w); found {found}")
     if len(x) == 0:
         raise UserError("there are no images to attack")
     if x.shape[1] == x.shape[2] > 4 and x.shape[3] in (1, 3):
@@ -145,50 +166,59 @@ def lint_images(x: Tensor, y: Tensor) -> None:
             f"an attack takes images (n, c, h, w); found {tuple(x.shape)}, which looks like "
             "(n, h, w, c): use x.permute(0, 3, 1, 2)"
         )
-    if not x.is_floating_point() and x.dtype != torch.uint8:
-        raise UserError(f"images are float in [0, 1] or uint8; found {x.dtype}")
-    if x.is_floating_point():
-        low, high = x.aminmax()
-        if not (low >= 0) & (high <= 1):  # one answer from the GPU to wait for, not two
-            raise UserError(
-                f"images must lie in [0, 1]; found [{low:.3g}, {high:.3g}]: put the normalisation "
-                "into the model"
-            )
+    return in_unit(x), as_labels(y, len(x))
 
 
-def lint_model(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    """Warn of models whose attack would mislead; raise `UserError` for outputs that cannot be.
+def lint_answer(logits: object, n: int, top: int = -1) -> None:
+    """Raise `UserError` unless `logits` are float (n, classes), 2 classes or more, above `top`.
 
-    `x`: a few images. Warns when the model is in training mode, gives probabilities instead of
-    logits, lets an example's output depend on its batch, or answers NaN.
+    `top`: the highest label; -1 where it need not be looked at.
     """
-    if any(module.training for module in model.modules()):
-        _warn("the model is in training mode: it is attacked in eval mode, and put back after")
-    with untouched(model), torch.no_grad():
-        logits = model(x)
-        alone = model(x[:1])
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         raise UserError(
             f"the model must return logits, one float tensor; it returned {_kind(logits)}: wrap it "
             "in a module that returns them alone"
         )
-    if logits.ndim != 2 or len(logits) != len(x):
+    if logits.ndim != 2 or len(logits) != n:
         raise UserError(
-            f"the model must return logits (n, classes) for n images; for {len(x)} it returned "
+            f"the model must return logits (n, classes) for n images; for {n} it returned "
             f"{tuple(logits.shape)}"
         )
     classes = logits.shape[1]
-    if int(y.max()) >= classes or int(y.min()) < 0:
+    if classes < 2:
         raise UserError(
-            f"labels must lie in 0..{classes - 1}, the model's classes; found {y.max()}"
+            f"the model must return a logit for each of two or more classes; it returned "
+            f"{classes}: for two classes by one logit z, return torch.cat([-z, z], 1) / 2"
         )
+    if top >= classes:
+        raise UserError(f"labels must lie in 0..{classes - 1}, the model's classes; found {top}")
+
+
+def lint_model(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Warn of models whose attack would mislead; raise `UserError` for outputs that cannot be.
+
+    `x`: a few images, no more than the model may see at once. Warns when the model is in training
+    mode, gives probabilities instead of logits, is random, lets an example's output depend on its
+    batch, or answers NaN.
+    """
+    if any(module.training for module in model.modules()):
+        _warn("the model is in training mode: it is attacked in eval mode, and put back after")
+    with untouched(model), torch.no_grad():
+        logits = model(x)
+        lint_answer(logits, len(x), int(y.max()))
+        again, alone = model(x), model(x[:1])
     if not logits.isfinite().all():
         _warn("the model's outputs are not all finite: a NaN counts as a wrong answer")
         return
     if logits.min() >= 0 and torch.allclose(logits.sum(1), torch.ones(()).to(logits), atol=1e-4):
         _warn("the model seems to return probabilities: without its softmax attacks are stronger")
     scale = logits.abs().max().clamp_min(1)
-    if len(x) > 1 and (logits[0] - alone[0]).abs().max() > 1e-2 * scale:
+    if (logits - again).abs().max() > SAME * scale:
+        _warn(
+            "two identical calls of the model differ: every score is partly chance, and more "
+            "looks find more of it: fix its draws, or attack their average, apgd@eot"
+        )
+    elif (logits[0] - alone[0]).abs().max() > 1e-2 * scale:
         _warn("an example's output depends on the batch it comes in: its score does, too")
 
 

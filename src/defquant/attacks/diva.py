@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from defquant.attacks.base import draw_seed, lint_images, uniform, untouched
+from defquant.attacks.base import draw_seed, lint_answer, lint_images, uniform, untouched
 from defquant.config import check_eps
 from defquant.data import to_unit
 from defquant.errors import UserError
@@ -71,7 +71,7 @@ class DIVA:
 
         `ids`, int64 (n,), name the examples' draws; else 0, 1, ...
         """
-        lint_images(x, y)
+        x, y = lint_images(x, y)
         x, seed = to_unit(x), draw_seed(generator)
         ids = torch.arange(len(x), device=x.device) if ids is None else ids
         low, high = (x - self.eps).clamp(0, 1), (x + self.eps).clamp(0, 1)
@@ -101,6 +101,7 @@ class DIVA:
         with torch.set_grad_enabled(gradient):
             at = at.detach().requires_grad_(gradient)
             edge, float_ = model(at).float(), self.twin(at).float()
+            lint_answer(edge, len(at), int(y.max()))
             if edge.shape != float_.shape:
                 raise UserError(
                     f"DIVA needs networks of the same classes; found logits {tuple(edge.shape)} "

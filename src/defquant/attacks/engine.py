@@ -13,6 +13,7 @@ from defquant.attacks.losses import cross_entropy
 from defquant.attacks.rows import (
     both,
     count,
+    cut,
     refill,
     rivals_of,
     round_up,
@@ -96,6 +97,8 @@ def perturb(
             `last`: the final iterate, a forward pass cheaper.
     """
     ids = torch.arange(len(x), device=x.device) if ids is None else ids
+    # on a GPU training waits for no label: those of a `Dataset` are known to be right
+    top = -1 if not len(y) or (y.is_cuda and keep == "last") else int(y.max())
     best, best_rank = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
     with opened(model, kernel, x) as forwards:
         rivals = rivals_of(forwards, x, y, kernel.targets, len(x))
@@ -105,7 +108,7 @@ def perturb(
             fresh = torch.arange(len(x), device=x.device) + start * len(x)
             rows = kernel.begin(rows_of(fresh, x, y, ids, rivals), eps, seed)
             for step in range(kernel.looks):
-                seen = _see(forwards, rows, kernel, gradient=step < climbs)
+                seen = _see(forwards, rows, kernel, gradient=step < climbs, top=top)
                 if keep == "best":
                     order = rank_of(kernel, rows, seen)
                     if step == 0:
@@ -146,10 +149,17 @@ def unbroken(
         seed: of the draws.
         batch_size: rows at a time; the answer does not depend on it (beyond rounding).
     """
-    n, device = len(images), images.device
+    n, device, top = len(images), images.device, int(labels.max())
     standing = torch.ones(n, dtype=torch.bool, device=device)
     none = torch.empty(0, dtype=torch.int64, device=device)
     with opened(model, kernel, images) as forwards:
+
+        def moved(rows: State, *, gradient: bool) -> State:
+            room = min(round_up(count(rows)), batch_size)
+            return _moved(
+                forwards, rows, kernel, standing, eps, seed, gradient=gradient, room=room, top=top
+            )
+
         rivals = rivals_of(forwards, images, labels, kernel.targets, batch_size)
         position, total = 0, n * kernel.restarts * rivals.shape[1]
         most = 2 * batch_size if kernel.climbs else batch_size
@@ -167,9 +177,10 @@ def unbroken(
             waiting, active = both(waiting, where(active, ~climbs)), where(active, climbs)
             if count(waiting) >= batch_size or not count(active):
                 waiting = where(waiting, standing[waiting["row"] % n])
-                waiting = _moved(forwards, waiting, kernel, standing, eps, seed, gradient=False)
+                some, later = cut(waiting, batch_size)
+                waiting = both(later, moved(some, gradient=False))
             if count(active):
-                active = _moved(forwards, active, kernel, standing, eps, seed, gradient=True)
+                active = moved(active, gradient=True)
             elif position == total and not count(waiting):
                 return standing
 
@@ -183,11 +194,13 @@ def _moved(
     seed: int,
     *,
     gradient: bool,
+    room: int,
+    top: int,
 ) -> State:
     """The rows after a look, less those that had ended; strikes from `standing` what it fools."""
     if not count(rows):
         return rows
-    seen = _see(forwards, rows, kernel, gradient=gradient, room=round_up(count(rows)))
+    seen = _see(forwards, rows, kernel, gradient=gradient, room=room, top=top)
     fell = seen.fooled if kernel.bounded else seen.fooled & (distance(rows) <= eps)
     standing[rows["row"][fell] % len(standing)] = False
     if gradient:
@@ -204,10 +217,11 @@ def _see(
     *,
     gradient: bool,
     room: int | None = None,
+    top: int = -1,
 ) -> Look:
     return look(
         forwards, rows["at"], rows["y"], gradient=gradient, rows=room, loss=kernel.loss,
-        target=rows["target"],
+        target=rows["target"], top=top,
     )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ class FirstOrder(Single):
         A forward pass cheaper; and an example that stops at one model's boundary transfers badly.
         `ids` as in `perturb`.
         """
-        lint_images(x, y)
+        x, y = lint_images(x, y)
         seed = draw_seed(generator)
         return perturb(model, to_unit(x), y, self.walk, self.eps, seed=seed, ids=ids, keep="last")
 

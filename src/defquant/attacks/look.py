@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from defquant.attacks.base import untouched
+from defquant.attacks.base import lint_answer, untouched
 from defquant.attacks.kernel import Forward, Kernel, Look, Loss, State
 from defquant.attacks.losses import cross_entropy
 from defquant.attacks.rows import padded
@@ -35,18 +35,21 @@ def look(
     rows: int | None = None,
     loss: Loss = cross_entropy,
     target: Tensor | None = None,
+    top: int = -1,
 ) -> Look:
     """Per-example loss, whether the model is fooled, and the gradient at the images.
 
     With `rows` the model sees that many rows at least. Over several forwards loss and gradient
-    are averaged, and the mean of the logits decides.
+    are averaged, and the mean of the logits decides. `top`: the highest label, if it is known.
     """
     n, at = len(at), padded(at.detach(), rows or 0)
     logits, losses, grads = [], [], []
     with torch.set_grad_enabled(gradient):
         at = at.requires_grad_(gradient)
         for forward in forwards if isinstance(forwards, tuple) else (forwards,):
-            answer = forward(at)[:n].float()
+            given = forward(at)
+            lint_answer(given, len(at), top)
+            answer = given[:n].float()
             value = loss(answer, y, y if target is None else target)
             if gradient:
                 if not value.requires_grad:

@@ -8,7 +8,7 @@ from torch import Tensor
 from defquant.attacks.kernel import Forward, State
 from defquant.data import to_unit
 
-__all__ = ["both", "count", "padded", "refill", "rivals_of", "round_up", "rows_of", "where"]
+__all__ = ["both", "count", "cut", "padded", "refill", "rivals_of", "round_up", "rows_of", "where"]
 
 
 def rows_of(row: Tensor, images: Tensor, labels: Tensor, ids: Tensor, rivals: Tensor) -> State:
@@ -48,6 +48,12 @@ def both(a: State, b: State) -> State:
     if not count(a) or not count(b):
         return a if count(a) else b
     return {name: torch.cat([part, b[name]]) for name, part in a.items()}
+
+
+def cut(rows: State, n: int) -> tuple[State, State]:
+    """The first `n` rows, and the others."""
+    first, others = ({k: part[s] for k, part in rows.items()} for s in (slice(n), slice(n, None)))
+    return first, others
 
 
 def refill(position: int, total: int, room: int, standing: Tensor) -> tuple[int, Tensor]:

@@ -49,7 +49,7 @@ class Single:
         generator: torch.Generator | None = None,
         ids: Tensor | None = None,
     ) -> Tensor:
-        lint_images(x, y)
+        x, y = lint_images(x, y)
         seed = draw_seed(generator)
         made = perturb(model, to_unit(x), y, self.kernel, self.eps, seed=seed, ids=ids)
         if self.kernel.bounded:

@@ -21,7 +21,13 @@ _NORMS = {
 
 
 def suspect(
-    model: nn.Module, images: Tensor, labels: Tensor, right: Tensor, *, dead: bool = True
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    right: Tensor,
+    *,
+    dead: bool = True,
+    batch_size: int = 64,
 ) -> None:
     """Warn where `model` is right on few `images` as they are, and on most after a usual repair.
 
@@ -38,7 +44,7 @@ def suspect(
     x, y, before = to_unit(images[some]), labels[some], int(right[some].sum())
     enough = max(len(y) / 2, 3 * before)
     with untouched(model), torch.no_grad():
-        logits = model(x[:64])
+        logits = torch.cat([model(part) for part in x[:64].split(batch_size)])
         if (logits == logits[:1]).all() and (x[:64] != x[:1]).any():
             message = (
                 "the model gives different images exactly the same output: look for dead layers"
@@ -46,18 +52,18 @@ def suspect(
             if dead:  # else the caller knows: short experiments leave dead networks
                 _warn(message)
             return
-        renamed = _renamed(_answers(model, x), y, enough)
+        renamed = _renamed(_answers(model, x, batch_size), y, enough)
         if renamed:
             _say(before, len(y), *renamed, "correct the labels, or the order of the classes")
             return
-        tried = {name: int((_answers(model, z) == y).sum()) for name, z in _repairs(x)}
+        tried = {name: int((_answers(model, z, batch_size) == y).sum()) for name, z in _repairs(x)}
     repair, after = max(tried.items(), key=lambda item: item[1])
     if after >= enough:
         _say(before, len(y), after, repair, "put that into the model's forward")
 
 
-def _answers(model: nn.Module, x: Tensor) -> Tensor:
-    return torch.cat([model(part).argmax(1) for part in x.split(64)])
+def _answers(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
+    return torch.cat([model(part).argmax(1) for part in x.split(min(64, batch_size))])
 
 
 def _repairs(x: Tensor) -> Iterator[tuple[str, Tensor]]:

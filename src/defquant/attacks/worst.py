@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from defquant.attacks.apgd import APGD
-from defquant.attacks.base import Attack, ById, draw_seed, untouched
+from defquant.attacks.base import Attack, ById, draw_seed, lint_attack, lint_images, untouched
 from defquant.attacks.fab import FAB
 from defquant.attacks.kernel import Surrogate
 from defquant.attacks.losses import LossName
@@ -65,6 +65,7 @@ class Composition:
         ids: Tensor | None = None,
     ) -> Tensor:
         """The first image that fools; where none does, the last attack's. As every `Attack`."""
+        x, y = lint_images(x, y)
         seed, made = draw_seed(generator), to_unit(x).clone()
         ids = torch.arange(len(x), device=x.device) if ids is None else ids
         left = torch.arange(len(x), device=x.device)
@@ -89,6 +90,8 @@ class Worst(Composition):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", tuple(self.parts))
+        for part in self.parts:
+            lint_attack(part)
         found = {float(part.eps) for part in self.parts if hasattr(part, "eps")}
         if not self.parts or len(found) > 1:
             listed = ", ".join(sorted(map(pixels, found))) if self.parts else "none"

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,16 +13,25 @@ from torch import Tensor
 
 from defquant.errors import UserError
 
-__all__ = ["Dataset", "augment", "batches", "from_arrays", "num_batches", "to_unit"]
+__all__ = [
+    "Dataset", "as_labels", "augment", "batches", "from_arrays", "in_unit", "num_batches",
+    "to_unit",
+]  # fmt: skip
+
+_WHOLE = {
+    torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64,
+    torch.int64,
+}  # fmt: skip
+_SLACK = 1e-6  # beyond [0, 1]: a last digit of float32, lost on the way from pixels
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
     """Labelled images of one size, whole in memory.
 
     Attributes:
         images: uint8 (n, c, h, w), 0..255.
-        labels: int64 (n,), each an index into `classes`.
+        labels: int64 (n,), each an index into `classes`; see `as_labels` for what is taken.
         classes: names of the classes.
         name: what is shown beside numbers measured on it, such as `CIFAR-10 (JPEG)`.
         flip: mirrored images keep their meaning.
@@ -38,21 +48,21 @@ class Dataset:
     shift: int = 0
 
     def __post_init__(self) -> None:
-        images, labels = self.images, self.labels
+        images = self.images
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise UserError(
                 "images must be uint8 of shape (n, c, h, w); "
                 f"found {images.dtype} {tuple(images.shape)}"
             )
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise UserError(
-                f"labels must be int64 of shape ({len(images)},), one for each image; "
-                f"found {labels.dtype} {tuple(labels.shape)}"
-            )
         object.__setattr__(self, "images", images.contiguous())
+        object.__setattr__(self, "labels", as_labels(self.labels, len(images), len(self.classes)))
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __repr__(self) -> str:
+        size = " x ".join(map(str, self.shape))
+        return f"Dataset({self.name!r}, {len(self):,} images {size}, {self.num_classes} classes)"
 
     @property
     def num_classes(self) -> int:
@@ -118,14 +128,9 @@ def from_arrays(
             f"{where} must hold images and one label for each; "
             f"found {len(images)} images and labels of shape {labels.shape}"
         )
-    bad = labels[(labels < 0) | (labels >= len(classes))]
-    if bad.size:
-        raise UserError(
-            f"{where}: labels must be whole numbers from 0 to {len(classes) - 1}; found {bad[0]}"
-        )
     return Dataset(
         torch.from_numpy(np.require(images, requirements=["C", "W"])),
-        torch.from_numpy(labels.astype(np.int64)),
+        as_labels(labels, len(images), len(classes), f"{where}: "),
         classes,
         name,
         flip,
@@ -227,6 +232,85 @@ def _check_shift(images: Tensor, shift: int) -> None:
             f"the crop's shift must lie in 0..{min(images.shape[2:]) - 1} for images of "
             f"{images.shape[2]} x {images.shape[3]}; found {shift}"
         )
+
+
+def as_labels(labels: Any, n: int, classes: int | None = None, where: str = "") -> Tensor:
+    """`labels` as int64 (n,): a tensor, an array or a list of n whole numbers of any width.
+
+    Raises `UserError` for other types and shapes, a label below 0, or one of `classes` or more.
+    """
+    found = labels if isinstance(labels, Tensor) else _array(labels, where)
+    kind, shape = found.dtype, tuple(found.shape)
+    whole = kind in _WHOLE if isinstance(found, Tensor) else found.dtype.kind in "iu"
+    if not whole or shape != (n,):
+        first = str(found.reshape(-1)[:1].tolist())[:40]
+        raise UserError(
+            f"{where}labels must be whole numbers of shape ({n},), one for each image; found "
+            f"{kind} of shape {shape}, first {first}{_label_remedy(whole, shape, n)}"
+        )
+    if not isinstance(found, Tensor):
+        found = torch.from_numpy(found.astype(np.int64))
+    found = found.long()
+    bad = found[(found < 0) | (found >= (2**31 if classes is None else classes))]
+    if len(bad):
+        to = "up" if classes is None else f"to {classes - 1}"
+        raise UserError(
+            f"{where}labels must be whole numbers from 0 {to}; found {bad[0]} among {kind} of "
+            f"shape {shape}: number the classes from 0"
+        )
+    return found
+
+
+def _array(labels: Any, where: str) -> NDArray[Any]:
+    try:
+        return np.array(labels)
+    except (TypeError, ValueError):  # a ragged list, tensors of a GPU
+        raise UserError(
+            f"{where}labels must be whole numbers, one for each image; found a "
+            f"{type(labels).__name__} that is no plain array: give an int64 tensor"
+        ) from None
+
+
+def _label_remedy(whole: bool, shape: tuple[int, ...], n: int) -> str:
+    if shape == (n, 1):
+        return ": use labels[:, 0]"
+    if len(shape) == 2 and shape[0] == n:
+        return ": use labels.argmax(1), if they are one-hot"
+    return ": use labels.long(), if they are class numbers" if shape == (n,) and not whole else ""
+
+
+def in_unit(images: Tensor) -> Tensor:
+    """`images` that are uint8, or float in [0, 1]; what rounding put beyond, 1e-6, is cut off.
+
+    Raises `UserError`, which names a remedy for the type and range found, for all others.
+    """
+    kind = images.dtype
+    if kind == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise UserError(f"images are float in [0, 1] or uint8; found {kind}: {_remedy(images)}")
+    low, high = images.aminmax()
+    if (low >= 0) & (high <= 1):  # one answer from the GPU to wait for, not two
+        return images
+    if (low >= -_SLACK) & (high <= 1 + _SLACK):
+        return images.clamp(0, 1)
+    if not low.isfinite() & high.isfinite():
+        remedy = "some are no numbers"
+    elif low < 0:
+        remedy = "put the normalisation into the model"
+    else:
+        remedy = f"divide by {255 if high <= 255 else 65535}, if these are pixels"
+    raise UserError(f"images must lie in [0, 1]; found [{low:.8g}, {high:.8g}]: {remedy}")
+
+
+def _remedy(images: Tensor) -> str:
+    if images.dtype == torch.bool:
+        return "use images.float()"
+    if images.dtype == torch.uint16:
+        return "use images.float() / 65535, if they fill their 16 bits"
+    if images.dtype in _WHOLE and images.long().min() >= 0 and images.long().max() <= 255:
+        return "use images.to(torch.uint8), if these are pixels of 0..255"
+    return "scale them to floats in [0, 1]"
 
 
 def to_unit(images: Tensor) -> Tensor:

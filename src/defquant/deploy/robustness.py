@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from defquant.attacks.base import lint_images, untouched
+from defquant.attacks.base import untouched
 from defquant.attacks.engine import perturb
 from defquant.attacks.pixels import to_pixels
 from defquant.attacks.single import Single
@@ -52,7 +52,6 @@ def _made(
         ids = torch.arange(start, min(start + batch_size, len(images)))
         pixels, y = images.take(ids)
         x, y = to_unit(pixels.to(device)), y.to(device)
-        lint_images(x, y)
         made = perturb(
             model, x, y, attack.kernel, attack.eps, seed=seed, ids=ids.to(device), keep="best"
         )

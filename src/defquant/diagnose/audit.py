@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from defquant.attacks import untouched
+from defquant.data import to_unit
 from defquant.diagnose.bound import BatchNormCall, LayerCall, reach
-from defquant.diagnose.inputs import unit_images
 from defquant.diagnose.norms import kernel_matrix
-from defquant.evaluate import Images
+from defquant.evaluate import Images, linted
 from defquant.models import FeatureSqueezing
 from defquant.quantize import Quantizer
 
@@ -96,7 +96,8 @@ def audit(model: nn.Module, data: Images, *, batch_size: int = 64) -> Audit:
     Raises:
         UserError: bad images, a graph that cannot be traced, or a layer with no known constant.
     """
-    x, y = unit_images(model, data)
+    x, y = linted(model, data, batch_size)
+    x = to_unit(x)
     twin = surrogate(model)
     found = reach(twin, x[:1])
     parts = [jacobian_norms(twin, some) for some in x.split(batch_size)]

@@ -7,11 +7,11 @@ from typing import Literal
 from torch import nn
 
 from defquant.config import check_eps
-from defquant.diagnose.inputs import unit_images
+from defquant.data import to_unit
 from defquant.diagnose.signs import Effort, Evidence, evidence
 from defquant.diagnose.words import DO, MEANS
 from defquant.errors import DefquantWarning, UserError
-from defquant.evaluate import Images
+from defquant.evaluate import Images, linted
 from defquant.results import MASKED, Score
 
 __all__ = ["Finding", "Sign", "Verdict", "judged", "masking_verdict"]
@@ -122,10 +122,12 @@ def masking_verdict(
     """
     if not check_eps(eps):
         raise UserError("the masking verdict needs an eps above 0; found 0: write 8/255")
+    effort = effort or Effort()
     with warnings.catch_warnings():  # the sign `randomness` tells of it, with numbers
-        warnings.filterwarnings("ignore", "an example's output depends", DefquantWarning)
-        x, y = unit_images(model, data)
-    found = evidence(model, x, y, eps, effort or Effort(), substitute)
+        for seen in ("an example's output depends", "two identical calls"):
+            warnings.filterwarnings("ignore", seen, DefquantWarning)
+        x, y = linted(model, data, effort.batch_size)
+    found = evidence(model, to_unit(x), y, eps, effort, substitute)
     return Verdict(
         eps, Score(int(found.usual.sum()), len(x)), Score(int(found.strongest.sum()), len(x)),
         found.quantized, _signs(found),

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from defquant.attacks import Attack, FirstOrder, untouched
-from defquant.attacks.base import ById
+from defquant.attacks.base import ById, lint_attack
 from defquant.attacks.diva import DIVA
 from defquant.config import check_bits
-from defquant.diagnose.inputs import unit_images
+from defquant.data import to_unit
 from defquant.errors import UserError
-from defquant.evaluate import Images, answers
+from defquant.evaluate import Images, answers, linted
 from defquant.quantize import set_bits
 from defquant.results import Score
 
@@ -84,9 +84,10 @@ def transfer_matrix(
     Raises:
         UserError: no networks, networks of different classes or images, bad images.
     """
+    lint_attack(attack)
     if not models:
         raise UserError("a transfer matrix needs one network or more; found none")
-    x, y = _same_images(models, data)
+    x, y = _same_images(models, data, batch_size)
     clean = torch.stack([_right(model, x, y, batch_size) for model in models.values()])
     rows = []
     for i, source in enumerate(models.values()):
@@ -104,7 +105,7 @@ def evasive(
     The top-1 evasive success of Hao et al. 2022; `Score.correct` counts successes. None where no
     image is right for both. Errors as in `transfer_matrix`.
     """
-    x, y = _same_images({"the network": model, "its twin": attack.twin}, data)
+    x, y = _same_images({"the network": model, "its twin": attack.twin}, data, batch_size)
     both = _right(model, x, y, batch_size) & _right(attack.twin, x, y, batch_size)
     moved = _attacked(model, x, y, attack, batch_size, seed)
     fooled = ~_right(model, moved, y, batch_size) & _right(attack.twin, moved, y, batch_size)
@@ -119,7 +120,7 @@ def gradient_cosine(
     1 for equal networks. Quantised gradients are the straight-through ones. Both are left as
     they were found. Raises `UserError` as `transfer_matrix` does.
     """
-    x, y = _same_images({"the first": first, "the second": second}, data)
+    x, y = _same_images({"the first": first, "the second": second}, data, batch_size)
     a, b = (_gradients(model, x, y, batch_size) for model in (first, second))
     cosines = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
     kept = cosines[cosines.isfinite()]
@@ -139,9 +140,12 @@ def gradient_cosines(
     return {b: gradient_cosine(at_bits(model, b), whole, data, batch_size=batch_size) for b in bits}
 
 
-def _same_images(models: Mapping[str, nn.Module], data: Images) -> tuple[Tensor, Tensor]:
+def _same_images(
+    models: Mapping[str, nn.Module], data: Images, batch_size: int
+) -> tuple[Tensor, Tensor]:
     """The images, where all networks take them and answer with the same number of classes."""
-    x, y = unit_images(next(iter(models.values())), data)
+    x, y = linted(next(iter(models.values())), data, batch_size)
+    x = to_unit(x)
     classes = {}
     for name, model in models.items():
         with untouched(model), torch.no_grad():

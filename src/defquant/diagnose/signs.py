@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from defquant.attacks import APGD, BIM, FGSM, PGD, RFGSM, Adaptive, Attack, Square, Transfer
-from defquant.attacks.base import untouched
+from defquant.attacks.base import SAME, untouched
 from defquant.attacks.engine import perturb
 from defquant.attacks.losses import margin
 from defquant.evaluate import answers, robust
@@ -18,7 +18,6 @@ __all__ = ["HUGE", "Effort", "Evidence", "evidence", "is_quantized"]
 HUGE = 0.5  # within it every image can become the same flat grey: no classifier can stand
 TINY = 1 / 16  # of eps: the noise under which the loss must follow its gradient
 CALLS = 3  # identical calls that must agree
-SAME = 1e-4  # of the largest logit: what rounding may change between them
 
 
 @dataclass(frozen=True)
@@ -238,10 +237,8 @@ def _jumps(
 
 def _random(scene: _Scene) -> Tensor:
     """Whose logits differ between identical calls."""
-    changed = torch.zeros_like(scene.y, dtype=torch.bool)
+    parts = scene.x.split(scene.effort.batch_size)
     with untouched(scene.model), torch.no_grad():
-        first = scene.model(scene.x)
-        for _ in range(CALLS - 1):
-            far = (scene.model(scene.x) - first).abs().amax(1)
-            changed |= far > SAME * first.abs().max()
-    return changed
+        calls = [torch.cat([scene.model(part) for part in parts]) for _ in range(CALLS)]
+    far = (torch.stack(calls[1:]) - calls[0]).abs().amax((0, 2))
+    return far > SAME * calls[0].abs().max()
