@@ -1,12 +1,13 @@
 """`--model-file`: a model of the user's own, and every way in which it can be wrong."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import defquant as dq
@@ -172,6 +173,30 @@ def test_the_report_names_it(
     assert "your model (w.safetensors)" in text
     assert "your full precision model" not in text
     assert "As<br>given" in text
+
+
+def test_two_weight_files_of_one_name_in_one_folder_are_two_networks(
+    place: Path, tmp_path: Path
+) -> None:
+    out, table = tmp_path / "out", tmp_path / "t.md"
+    other = tmp_path / "w.safetensors"
+    save_file({k: -v for k, v in load_file(place / "w.safetensors").items()}, other)
+    for weights in (place / "w.safetensors", other, other):
+        assert main(words(place, "make_model", out, "--weights", str(weights))) == 0
+    assert (
+        main(["report", str(out), "--out", str(tmp_path / "p.html"), "--markdown", str(table)]) == 0
+    )
+    rows = [line for line in table.read_text().splitlines() if " | clean |" in line]
+    assert len(rows) == 2
+    for row, digest in zip(
+        sorted(rows), sorted(map(_hash, (place / other.name, other))), strict=True
+    ):
+        assert digest[:6] in row
+        assert "±" not in row
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_a_quantised_one_says_its_bits(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,8 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
+import defquant as dq
 from defquant.errors import UserError
-from defquant.results import Measurement, Score, aggregate, append, read_folder, read_jsonl
+from defquant.results import (
+    Measurement,
+    Score,
+    aggregate,
+    append,
+    read_folder,
+    read_jsonl,
+    told_apart,
+)
 
 
 def measurement(
@@ -60,6 +70,73 @@ def test_a_cut_last_line_is_left_out_but_a_broken_one_is_named(tmp_path: Path) -
         path.write_text(broken + "\n" + whole)
         with pytest.raises(UserError, match="line 1"):
             read_jsonl(path)
+
+
+def known(m: Measurement, **hashes: str) -> Measurement:
+    return replace(m, evidence=hashes)
+
+
+def test_lines_of_other_weights_or_code_stand_beside_each_other(tmp_path: Path) -> None:
+    path, old = tmp_path / "r" / "results.jsonl", measurement(correct=1)
+    one, other = ({"weights_sha256": w, "file_sha256": "f"} for w in ("a1" * 32, "b2" * 32))
+    edited = one | {"file_sha256": "g"}
+    for correct, hashes in enumerate((one, other, edited, one), 2):
+        append(path, known(measurement(correct=correct), **hashes))
+    found = read_folder(tmp_path)
+    assert [m.correct for m in found] == [3, 4, 5]  # the rerun of `one` replaced its line
+    cells = aggregate(found)
+    assert [cell.accuracies for cell in cells] == [(0.3,), (0.4,), (0.5,)]
+    names = [cell.method for cell in cells]
+    assert names == ["DQ [b2b2b2 f]", "DQ [a1a1a1 g]", "DQ [a1a1a1 f]"]
+    assert told_apart(told_apart(found)) == told_apart(found)
+    path.write_text("")
+    for m in (old, known(measurement(correct=2), **one)):  # a line without hashes, then its rerun
+        append(path, m)
+    assert [m.correct for m in read_folder(tmp_path)] == [2]
+
+
+def test_seeds_are_seeds_where_configuration_and_data_agree() -> None:
+    runs = [measurement(f"r{seed}", seed) for seed in range(3)]
+    long = [
+        known(m, config_sha256="c0ffee00", train_fingerprint="t", weights_sha256=m.run)
+        for m in runs
+    ]
+    assert [cell.seeds for cell in aggregate([*long, *runs])] == [(0, 0, 1, 1, 2, 2)]
+    other = known(runs[2], config_sha256="c0ffee00", train_fingerprint="u")
+    short = known(runs[1], config_sha256="badbad00", train_fingerprint="t")
+    cells = aggregate([*long[:2], other])
+    assert [(c.method, c.seeds) for c in cells] == [
+        ("DQ [c0ffee t]", (0, 1)),
+        ("DQ [c0ffee u]", (2,)),
+    ]
+    assert [c.method for c in aggregate([long[0], short])] == ["DQ [c0ffee]", "DQ [badbad]"]
+
+
+def test_two_data_sets_of_one_name_are_told_apart_but_a_part_of_one_is_not() -> None:
+    whole, part, other = (
+        replace(measurement(attack=a), fingerprint=f, evidence={"data_fingerprint": whole})
+        for a, f, whole in (
+            ("FGSM", "d1d1d1d1", "d1d1d1d1"),
+            ("PGD", "cut", "d1d1d1d1"),
+            ("FGSM", "e2e2e2e2", "e2e2e2e2"),
+        )
+    )
+    assert [c.data for c in aggregate([whole, part])] == ["digits"] * 2
+    assert [c.data for c in aggregate([whole, part, other])] == ["digits [d1d1d1]"] * 2 + [
+        "digits [e2e2e2]"
+    ]
+
+
+def test_a_line_that_left_out_the_one_step_is_the_same_measurement() -> None:
+    for attack in (dq.PGD(1 / 255), dq.BIM(1 / 255), dq.PGD(1 / 255, restarts=3)):
+        now = repr(attack)
+        assert ", steps=1, alpha=1/255" in now
+        for old in (now.replace(", steps=1, alpha=1/255", ""), now):
+            for form in ("{}", "Transfer(attack={}, source='vgg')", "{} as 8-bit images"):
+                a, b = (replace(measurement(), settings=form.format(s)) for s in (old, now))
+                assert b.replaces(a)
+    assert repr(dq.FGSM(1 / 255)) == "FGSM(eps=1/255)"
+    assert not replace(measurement(), settings="PGD(eps=2/255)").replaces(measurement())
 
 
 def test_an_empty_folder_is_one_line(tmp_path: Path) -> None:

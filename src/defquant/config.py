@@ -4,8 +4,10 @@ They import no torch, so that the command line can read and explain them at once
 line's flags are these fields, and a run's folder keeps them whole in `config.json`.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
 from defquant.errors import UserError
@@ -17,6 +19,7 @@ __all__ = [
     "TrainConfig",
     "check_bits",
     "check_eps",
+    "digest",
     "from_mapping",
 ]
 
@@ -24,6 +27,8 @@ Activation = Literal["relu", "tanh"]
 PenaltyMode = Literal["fused", "loss", "parseval"]
 Schedule = Literal["step", "one-cycle", "constant"]
 TrainingAttack = Literal["none", "fgsm", "rfgsm", "pgd"]
+
+_ELSEWHERE = ("data_root", "device")
 
 
 def check_bits(bits: object, name: str = "bits", off: str = "full precision") -> int | None:
@@ -228,3 +233,24 @@ def from_mapping(kind: type[_Config], values: Mapping[str, Any]) -> _Config:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
+
+
+def digest(item: object) -> str:
+    """SHA-256 of a configuration; where it is made (`data_root`, `device`) does not change it."""
+    return hashlib.sha256(json.dumps(_plain(item), sort_keys=True).encode()).hexdigest()
+
+
+def _plain(item: Any) -> Any:
+    """Fields that are not at their defaults: new fields leave the keys of old results alone."""
+    if not is_dataclass(item):
+        return item
+    values = {f.name: (getattr(item, f.name), f) for f in fields(item)}
+    return {
+        name: _plain(value)
+        for name, (value, field) in values.items()
+        if name not in _ELSEWHERE and not _is_default(value, field)
+    }
+
+
+def _is_default(value: object, field: Field[Any]) -> bool:
+    return field.default is not MISSING and bool(value == field.default)

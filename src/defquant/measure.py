@@ -1,10 +1,11 @@
 """Attack a trained run and write what was measured into its folder."""
 
 import base64
+import hashlib
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from defquant.attacks import Attack, Composition, Single
 from defquant.checkpoint import Facts, load_on, versions
+from defquant.config import digest
 from defquant.data import Dataset
 from defquant.data.pictures import encode
 from defquant.evaluate import Scored, device_of, sweep, vanishing
@@ -45,8 +47,12 @@ def subject_of(facts: Facts | Subject) -> Subject:
     """A run, as its measurements name it."""
     if isinstance(facts, Subject):
         return facts
-    trained = {"epochs": facts.train.epochs, "train_images": facts.data.train_images}
     model, train = facts.model, facts.train
+    config = digest([digest(part) for part in (model, facts.data, replace(train, seed=0))])
+    trained = {
+        "epochs": train.epochs, "train_images": facts.data.train_images,
+        "train_fingerprint": facts.fingerprint, "config_sha256": config,
+    }  # fmt: skip
     return Subject(facts.method, model.model, model.bits, train.beta, train.seed, trained)
 
 
@@ -79,7 +85,8 @@ def measure(
     """
     write = partial(append, run / "results.jsonl") if write is None else write
     subject = subject_of(facts)
-    evidence = evidence_of(subject, device_of(model, images.images.device), batch_size)
+    hashes = {"weights_sha256": weights_hash(model), "data_fingerprint": images.source}
+    evidence = hashes | evidence_of(subject, device_of(model, images.images.device), batch_size)
     blind: float | None = None
     for scored in sweep(model, images, [*attacks, *black_box], batch_size=batch_size, seed=seed):
         if scored.attack is None:
@@ -118,6 +125,19 @@ def _measurement(
         seconds=round(scored.seconds, 3),
         evidence=evidence,
     )
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 of names, types, shapes and values of the state; the same on every device."""
+    found = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        found.update(name.encode())
+        if isinstance(value, Tensor) and not value.is_quantized:
+            found.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        else:  # packed weights of an int8 model print their values
+            found.update(repr(value).encode())
+    return found.hexdigest()
 
 
 def example_ids(labels: Tensor, count: int) -> Tensor:

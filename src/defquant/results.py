@@ -6,8 +6,9 @@ versions, machine, command).
 """
 
 import math
+import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,17 @@ __all__ = [
     "read_folder",
     "read_jsonl",
     "run_name",
+    "told_apart",
 ]
 
 
 EIGHT_BIT = " (8-bit)"  # ends the name of an attack whose images were rounded as files hold them
 FOREIGN = "your model"  # begins the method of a network that `defquant train` did not make
 MASKED = 0.01  # share of vanishing gradients above which a robust accuracy proves nothing
+
+
+_ONE_STEP = re.compile(r"\b(PGD|BIM)\(eps=([^,()]+)(?=[,)])(?!, steps=)")
+_PACE = r"\1(eps=\2, steps=1, alpha=1/255"  # at 1/255 repr once left the paper's one step out
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,9 @@ class Measurement:
             gradient attacks are blind there.
         attack_seed: of the attack's random draws.
         seconds: wall-clock time of the measurement.
-        evidence: versions, machine, threads, command, epochs and training images.
+        evidence: versions, machine, threads, command, epochs and training images; and hashes, of
+            the weights, the user's file, the configuration but its seed, the training images and
+            the whole data set. Older lines lack the hashes.
         cell: key of the experiment's cell that it belongs to, where there is one.
     """
 
@@ -123,10 +131,44 @@ class Measurement:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What it measures: a later line with the same key replaces an earlier one."""
+        """What it measures by name; see `replaces`."""
         identity = (self.run, self.method, self.model, self.bits, self.beta, self.seed)
-        attack = (self.attack, self.eps, self.settings, self.attack_seed)
+        attack = (self.attack, self.eps, _ONE_STEP.sub(_PACE, self.settings), self.attack_seed)
         return (*identity, self.fingerprint, *attack, self.total)
+
+    @property
+    def network(self) -> tuple[str, str]:
+        """Hashes of the weights and of the user's file; empty where unknown."""
+        return self._hash("weights_sha256"), self._hash("file_sha256")
+
+    @property
+    def make(self) -> tuple[str, str]:
+        """Hashes of what all seeds of one network share: its configuration and training images.
+
+        Of a model of the user's own, whose seed nobody knows: of its weights and file. Empty where
+        the first is unknown.
+        """
+        first, second = self.network
+        if not second:
+            first, second = self._hash("config_sha256"), self._hash("train_fingerprint")
+        return (first, second) if first else ("", "")
+
+    @property
+    def source(self) -> tuple[str]:
+        """Fingerprint of the whole data set, of which the first images are measured."""
+        return (self._hash("data_fingerprint"),)
+
+    def replaces(self, other: "Measurement") -> bool:
+        """Whether it measures the same as an `other`, earlier one: the key and each known hash.
+
+        An older line, which knows no hashes, is taken for one of the network that its run has now.
+        """
+        pairs = zip(self.network, other.network, strict=True)
+        return self.key == other.key and all(a == b or not (a and b) for a, b in pairs)
+
+    def _hash(self, name: str) -> str:
+        found = self.evidence.get(name) if isinstance(self.evidence, dict) else None
+        return str(found or "")
 
 
 @dataclass(frozen=True)
@@ -197,14 +239,15 @@ def read_folder(folder: Path) -> list[Measurement]:
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: give the folder that holds the runs")
-    latest: dict[tuple[object, ...], Measurement] = {}
+    latest: dict[tuple[object, ...], list[Measurement]] = {}
     for path in sorted(folder.rglob("results.jsonl")):
         for m in read_jsonl(path):
             named = m if m.cell else replace(m, run=run_name(path.parent, folder))
-            latest[named.key] = named
+            same = latest.setdefault(named.key, [])
+            same[:] = [old for old in same if not named.replaces(old)] + [named]
     if not latest:
         raise UserError(f"no results.jsonl below {folder}: run `defquant attack` on a run first")
-    return list(latest.values())
+    return [m for same in latest.values() for m in same]
 
 
 def run_name(run: Path, folder: Path) -> str:
@@ -212,10 +255,46 @@ def run_name(run: Path, folder: Path) -> str:
     return run.resolve().name if run == folder else str(run.relative_to(folder))
 
 
+def told_apart(measurements: Iterable[Measurement]) -> list[Measurement]:
+    """The same, where each name stands for one data set and for networks that differ in seed alone.
+
+    Where a name stands for several, the first six digits of their hashes are added to it:
+    `test.npz [3fa29c]`, `your model (w.safetensors) [0b77d1]`. Lines that know no hash keep it.
+    """
+    found = list(measurements)
+    tags = _tags([(m.data, m.source) for m in found])
+    found = [
+        replace(m, data=m.data + tag) if tag else m for m, tag in zip(found, tags, strict=True)
+    ]
+    tags = _tags([((m.method, m.model, m.bits, m.beta, m.data), m.make) for m in found])
+    return [
+        replace(m, method=m.method + tag) if tag else m for m, tag in zip(found, tags, strict=True)
+    ]
+
+
+def _tags(pairs: Sequence[tuple[object, tuple[str, ...]]]) -> list[str]:
+    """For each (name, hashes) what to add to the name; empty where it stands for one thing."""
+    kinds: dict[object, set[tuple[str, ...]]] = {}
+    for name, hashes in pairs:
+        kinds.setdefault(name, set()).update([hashes] if hashes[0] else [])
+
+    def tag(name: object, hashes: tuple[str, ...]) -> str:
+        known = kinds[name]
+        if len(known) < 2 or not hashes[0]:
+            return ""
+        enough = len({first for first, *_ in known}) == len(known)
+        return f" [{' '.join(part[:6] for part in hashes[: 1 if enough else None])}]"
+
+    return [tag(*pair) for pair in pairs]
+
+
 def aggregate(measurements: Iterable[Measurement]) -> list[Cell]:
-    """Cells in order of first appearance, each over the seeds of one kind of measurement."""
+    """Cells in order of first appearance, each over the seeds of one kind of measurement.
+
+    Seeds are so only where configuration and data agree: see `told_apart`.
+    """
     groups: dict[tuple[Any, ...], list[Measurement]] = {}
-    for m in measurements:
+    for m in told_apart(measurements):
         name = (m.method, m.model, m.bits, m.beta, m.data, m.attack, m.eps)
         groups.setdefault(name, []).append(m)
     return [_cell(sorted(group, key=lambda m: m.seed)) for group in groups.values()]

@@ -58,7 +58,7 @@ class FirstOrder(Single):
     def __repr__(self) -> str:
         walk = self.walk
         parts = [f"eps={pixels(self.eps)}"]
-        if walk.steps > 1:
+        if walk.steps > 1 or isinstance(self, BIM):  # the schedule's one step, too
             parts += [f"steps={walk.steps}", f"alpha={pixels(walk.rate * self.eps)}"]
         if walk.restarts > 1:
             parts.append(f"{'restarts' if walk.steps else 'samples'}={walk.restarts}")

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -36,6 +36,7 @@ class Dataset:
         name: what is shown beside numbers measured on it, such as `CIFAR-10 (JPEG)`.
         flip: mirrored images keep their meaning.
         shift: pixels of the random reflect-padded crop in training; 0 for none.
+        whole: what these are the `first` images of, where they are not all.
 
     Raises `UserError` where types or shapes are others than these.
     """
@@ -46,6 +47,7 @@ class Dataset:
     name: str
     flip: bool = False
     shift: int = 0
+    whole: "Dataset | None" = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         images = self.images
@@ -85,6 +87,11 @@ class Dataset:
         digest.update(self.labels.cpu().numpy().astype("<i8").data)
         return digest.hexdigest()[:16]
 
+    @property
+    def source(self) -> str:
+        """Fingerprint of the `whole`."""
+        return (self.whole or self).fingerprint
+
     def to(self, device: torch.device | str) -> "Dataset":
         """The same data set on `device`; itself where it already lies there."""
         images, labels = self.images.to(device), self.labels.to(device)
@@ -101,7 +108,8 @@ class Dataset:
                 f"{self.name} has {len(self):,} images here; found a request for the first {n:,}: "
                 "ask for fewer, or for all"
             )
-        return replace(self, images=self.images[:n], labels=self.labels[:n])
+        whole = self.whole or self
+        return replace(self, images=self.images[:n], labels=self.labels[:n], whole=whole)
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Float32 images in [0, 1] of shape (k, c, h, w) and labels (k,) at `index` (k,)."""

@@ -1,18 +1,14 @@
 """What an experiment asks for: networks to train and measurements to make, as plain data."""
 
-import hashlib
-import json
 from collections.abc import Iterable
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from defquant.config import DataConfig, ModelConfig, TrainConfig
+from defquant.config import DataConfig, ModelConfig, TrainConfig, digest
 
 __all__ = ["Cell", "Kind", "Network", "by_network"]
 
 Kind = Literal["accuracy", "layers", "first-block", "detector", "examples"]
-
-_ELSEWHERE = ("data_root", "device")  # where a network is made does not change what it is
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,7 @@ class Network:
         words += [f"beta{train.beta:g}"] * (train.beta > 0)
         words += ["tanh"] * (model.activation == "tanh")
         words += [f"relu{model.high:g}"] * (model.high != 6) + ["squeezed"] * bool(model.squeeze)
-        words += [train.attack] * (train.attack != "none") + [f"s{train.seed}", _digest(self)[:8]]
+        words += [train.attack] * (train.attack != "none") + [f"s{train.seed}", digest(self)[:8]]
         return "_".join(words)
 
 
@@ -64,7 +60,7 @@ class Cell:
     @property
     def key(self) -> str:
         """The name under which its result is kept: 16 hex digits."""
-        return _digest(self)[:16]
+        return digest(self)[:16]
 
     @property
     def family(self) -> tuple[object, ...]:
@@ -83,23 +79,3 @@ def by_network(cells: Iterable[Cell]) -> dict[Network, list[Cell]]:
     for cell in every:
         groups.setdefault(cell.network, []).append(cell)
     return groups
-
-
-def _digest(item: object) -> str:
-    return hashlib.sha256(json.dumps(_plain(item), sort_keys=True).encode()).hexdigest()
-
-
-def _plain(item: Any) -> Any:
-    """Fields that are not at their defaults: new fields leave the keys of old results alone."""
-    if not is_dataclass(item):
-        return item
-    values = {f.name: (getattr(item, f.name), f) for f in fields(item)}
-    return {
-        name: _plain(value)
-        for name, (value, field) in values.items()
-        if name not in _ELSEWHERE and not _is_default(value, field)
-    }
-
-
-def _is_default(value: object, field: Field[Any]) -> bool:
-    return field.default is not MISSING and bool(value == field.default)

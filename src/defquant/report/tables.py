@@ -20,7 +20,7 @@ from defquant.report.names import (
     visible,
     whole_text,
 )
-from defquant.results import MASKED, Cell, Measurement, aggregate
+from defquant.results import MASKED, Cell, Measurement, aggregate, told_apart
 
 __all__ = [
     "BLIND", "Row", "band", "chosen", "columns", "footnotes", "is_blind", "markdown_table",
@@ -76,13 +76,23 @@ class Row:
 
 
 def chosen(measurements: Iterable[Measurement]) -> list[Measurement]:
-    """One measurement per run, attack and eps: the most examples, then the lowest accuracy.
+    """One measurement per network, attack and eps: the most examples, then the lowest accuracy.
 
-    Otherwise a run that was measured twice would pass for two seeds.
+    Otherwise a run that was measured twice, or copied, would pass for two seeds. See `told_apart`.
     """
     best: dict[tuple[object, ...], Measurement] = {}
-    for m in measurements:
-        name = (m.run, m.method, m.model, m.bits, m.beta, m.seed, m.data, m.attack, m.eps)
+    for m in told_apart(measurements):
+        name = (
+            m.network[0] or m.run,
+            m.method,
+            m.model,
+            m.bits,
+            m.beta,
+            m.seed,
+            m.data,
+            m.attack,
+            m.eps,
+        )
         if name not in best or (m.total, -m.correct) > (best[name].total, -best[name].correct):
             best[name] = m
     return list(best.values())
