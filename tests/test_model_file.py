@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +83,34 @@ def tied():
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 10))
     net[2].weight = net[1].weight
     return net
+
+
+def wrapped():
+    return nn.DataParallel(Net())
+
+
+def normed():
+    return nn.Sequential(Net(), nn.BatchNorm1d(10))
+
+
+def old_names():
+    return nn.utils.parametrizations.weight_norm(nn.Linear(64, 10))
+
+
+def lazy():
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+
+
+def asks(width):
+    return Net(width)
+
+
+def exported():
+    return torch.export.export(Net(), (torch.rand(60, 1, 8, 8),)).module()
+
+
+def frozen():
+    return torch.jit.freeze(torch.jit.script(Net().eval()))
 
 
 def quantised():
@@ -213,6 +243,7 @@ def test_a_quantised_one_says_its_bits(place: Path, capsys: pytest.CaptureFixtur
         ("raises", f"my.py, line {line('[1, 2][3]')}: IndexError: list index out of range"),
         ("leaves", f"my.py, line {line('SystemExit')}: SystemExit: bye"),
         ("no_module", "must return a torch.nn.Module; found int"),
+        ("asks", "my.py: TypeError: asks() missing 1 required positional argument: 'width'"),
         (
             "rgb",
             f"my.py, line {line('self.fc(F.relu')}: RuntimeError on images of 1 x 8 x 8",
@@ -257,10 +288,10 @@ def test_weights_that_do_not_fit(place: Path, tmp_path: Path) -> None:
             load_foreign(spec, str(path), cpu)
         return str(error.value)
 
-    assert "1 missing (fc.bias)" in message({}, ("fc.bias",))
-    assert "1 unexpected (head)" in message({"head": torch.zeros(1)})
-    wrong = message({"fc.bias": torch.zeros(3)})
-    assert "1 of another shape (fc.bias: (3,) for (10,))" in wrong
+    assert "fit the Net of" in message({}, ("fc.bias",))
+    assert 'Missing key(s) in state_dict: "fc.bias"' in message({}, ("fc.bias",))
+    assert 'Unexpected key(s) in state_dict: "head"' in message({"head": torch.zeros(1)})
+    assert "size mismatch for fc.bias" in message({"fc.bias": torch.zeros(3)})
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(dq.UserError, match="not a whole safetensors file"):
         load_foreign(spec, str(path), cpu)
@@ -272,19 +303,65 @@ def test_weights_that_do_not_fit(place: Path, tmp_path: Path) -> None:
         load_foreign(spec, str(tmp_path / "none.safetensors"), cpu)
 
 
-def test_wrapped_and_tied_weights(place: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_model
+Weights = dict[str, torch.Tensor]
 
-    cpu, spec = torch.device("cpu"), f"{place}/my.py:make_model"
+
+def without_counts(state: Weights) -> Weights:
+    """As torch 0.3 wrote batch norms."""
+    return {name: v for name, v in state.items() if not name.endswith("num_batches_tracked")}
+
+
+OLD = {"weight_g": (10, 1), "weight_v": (10, 64), "bias": (10,)}  # of weight_norm
+
+
+def named(pattern: str, state: Weights) -> Weights:
+    return {pattern.format(name): v for name, v in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("function", "written"),
+    [
+        ("make_model", lambda model: named("module._orig_mod.{}", model.state_dict())),
+        ("wrapped", lambda model: model.module.state_dict()),
+        ("normed", lambda model: without_counts(model.state_dict())),
+        ("normed", lambda model: named("model.module._orig_mod.{}", model.state_dict())),
+        ("old_names", lambda model: {n: torch.ones(OLD[n]) for n in OLD}),
+        ("lazy", lambda model: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).state_dict()),
+    ],
+)
+def test_torch_decides_whether_weights_fit(
+    function: str, written: Callable[[Any], Weights], place: Path, tmp_path: Path
+) -> None:
+    cpu, spec, path = torch.device("cpu"), f"{place}/my.py:{function}", tmp_path / "x.safetensors"
+    state = written(load_foreign(spec, None, cpu).model)
+    given = {name: torch.full_like(v, 3) for name, v in state.items()}
+    save_file(given, path)
+    found = load_foreign(spec, str(path), cpu).model.state_dict()
+    assert all((v == 3).all() for n, v in found.items() if "num_batches" not in n)
+
+
+def test_tied_weights_and_the_line_that_converts(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+
+    cpu, spec = torch.device("cpu"), f"{place}/my.py:tied"
     path = tmp_path / "x.safetensors"
-    model = load_foreign(spec, None, cpu).model
-    save_file(nn.DataParallel(model).state_dict(), path)
+    tied = load_foreign(spec, None, cpu).model
+    safetensors.torch.save_model(tied, str(path))
     again = load_foreign(spec, str(path), cpu).model
-    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
-    tied = load_foreign(f"{place}/my.py:tied", None, cpu).model
-    save_model(tied, str(path))
-    again = load_foreign(f"{place}/my.py:tied", str(path), cpu).model
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in tied.state_dict().items())
+
+    model = load_foreign(f"{place}/my.py:rgb", None, cpu).model
+    state = dict(model.state_dict())
+    state["conv.weight"] = state["conv.weight"].to(memory_format=torch.channels_last)
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(dq.UserError) as error:
+        load_foreign(f"{place}/my.py:rgb", str(tmp_path / "x.pt"), cpu)
+    monkeypatch.chdir(tmp_path)
+    exec(str(error.value).partition("where you trust it, ")[2])
+    again = load_foreign(f"{place}/my.py:rgb", str(path), cpu).model
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in state.items())
 
 
 def test_flags_that_do_not_go_together(

@@ -2,10 +2,11 @@
 
 import hashlib
 import importlib.util
+import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from defquant.attacks.base import lint_model, untouched
 from defquant.data import Dataset
@@ -26,7 +28,7 @@ from defquant.results import FOREIGN, Score
 
 __all__ = ["Foreign", "blamed", "load_foreign", "probe", "warn_of_chance"]
 
-_WRAPPERS = ("module.", "_orig_mod.", "model.")
+_WRAPPERS = ("module.", "model.")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def load_foreign(spec: str, weights: str | None, device: torch.device) -> Foreig
     if not path.is_file():
         raise UserError(f"no file {path}: give --model_file as my.py:make_model")
     print(f"defquant: runs your code from {path}", file=sys.stderr)
-    with blamed(path), redirect_stdout(sys.stderr):  # stdout is for results
+    with blamed(path, always=True), redirect_stdout(sys.stderr):  # stdout is for results
         make = _function(_run(path), function, path)
         model = make()
     if not isinstance(model, nn.Module):
@@ -146,42 +148,44 @@ def _function(module: ModuleType, name: str, path: Path) -> Any:
 
 
 def _load_weights(model: nn.Module, weights: Path, path: Path) -> None:
-    tensors = _unwrapped(_read_weights(weights), model)
-    own = model.state_dict()
-    there = {own[name].data_ptr() for name in own.keys() & tensors.keys()}
-    # save_model keeps tensors that share their memory once
-    missing = [n for n in own if n not in tensors and own[n].data_ptr() not in there]
-    unexpected = [name for name in tensors if name not in own]
-    shapes = [n for n in own if n in tensors and own[n].shape != tensors[n].shape]
-    if missing or unexpected or shapes:
-        parts = [_few("missing", missing), _few("unexpected", unexpected)]
-        if shapes:
-            n = shapes[0]
-            sizes = f"{tuple(tensors[n].shape)} for {tuple(own[n].shape)}"
-            parts.append(f"{len(shapes)} of another shape ({n}: {sizes})")
+    """What `load_state_dict` takes, strictly, fits: old names and lazy layers are its affair."""
+    tensors = _named_as(model.state_dict(), _read_weights(weights))
+    try:
+        model.load_state_dict(tensors)
+    except Exception as error:  # of torch, or of the user's own `load_state_dict`
+        said = " ".join(str(error).split())
+        said = re.sub(r"^Error\(s\) in loading state_dict for \w+: ", "", said)[:300]
         raise UserError(
-            f"{weights} does not fit the {type(model).__name__} of {path}: "
-            f"{'; '.join(part for part in parts if part)}"
-        )
-    model.load_state_dict(tensors, strict=False)
+            f"{weights} does not fit the {type(model).__name__} of {path}: {said}"
+        ) from None
 
 
-def _few(what: str, names: list[str]) -> str:
-    more = ", ..." if len(names) > 2 else ""
-    return f"{len(names)} {what} ({', '.join(names[:2])}{more})" if names else ""
+def _named_as(own: Mapping[str, object], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` under the names that the model has for them, wrapped or not on either side.
+
+    What `save_model` kept once is there for every tensor that shares its memory.
+    """
+    names = {plain: name for name, plain in _plain(own).items()}
+    found = {names.get(plain, name): tensors[name] for name, plain in _plain(tensors).items()}
+    places = {_place(own.get(name)): name for name in found}
+    shared = {n: places.get(_place(value)) for n, value in own.items() if n not in found}
+    return found | {n: found[of] for n, of in shared.items() if of and _place(own[n])}
 
 
-def _unwrapped(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Without the prefix that DataParallel or torch.compile gave to every name."""
-    own = model.state_dict()
-    for prefix in _WRAPPERS:
-        if (
-            tensors
-            and all(n.startswith(prefix) for n in tensors)
-            and not tensors.keys() & own.keys()
-        ):
-            return {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return dict(tensors)
+def _plain(names: Iterable[str]) -> dict[str, str]:
+    """Each name without what DataParallel, Lightning or torch.compile put into all of them."""
+    plain = {n: ".".join(part for part in n.split(".") if part != "_orig_mod") for n in names}
+    for prefix in _WRAPPERS * 2:
+        if all(name.startswith(prefix) for name in plain.values()):
+            plain = {n: name.removeprefix(prefix) for n, name in plain.items()}
+    return plain
+
+
+def _place(value: object) -> tuple[object, ...]:
+    """Where a tensor lies in memory; nothing for one that is lazy, or no tensor at all."""
+    if not isinstance(value, Tensor) or is_lazy(value) or not value.numel():
+        return ()
+    return value.data_ptr(), value.shape, value.stride()
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -192,7 +196,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix in (".pt", ".pth", ".ckpt", ".bin", ".pkl") or start in (b"PK", b"\x80\x02"):
         raise UserError(
             f"{path} is a pickle, which can run code, and is not read: convert it where you trust "
-            f"it, safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), "
+            f"it, safetensors.torch.save_file({{k: v.contiguous().clone() for k, v in "
+            f"torch.load({path.name!r}, weights_only=True).items()}}, "
             f"{path.stem + '.safetensors'!r})"
         )
     try:
