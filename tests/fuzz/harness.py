@@ -129,7 +129,11 @@ def _in_child(read: Read, inputs: Sequence[bytes] | Iterator[bytes]) -> str | No
             warnings.simplefilter("ignore")  # Python 3.12 warns of threads; the child starts none
             child = os.fork()
         if not child:
-            os._exit(_read_all(read, inputs, current, said))
+            code = 3
+            try:
+                code = _read_all(read, inputs, current, said)
+            finally:
+                os._exit(code)
         _, status = os.waitpid(child, 0)
         code = os.waitstatus_to_exitcode(status)
         text = said[4:][: int.from_bytes(said[:4], "little")].decode()

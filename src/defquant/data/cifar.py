@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pickle
+import pickletools
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from defquant.data.archive import read_tar
+from defquant.data.archive import LARGEST, read_tar
 from defquant.data.dataset import Dataset, from_arrays
 from defquant.data.pictures import decode
 from defquant.errors import UserError
-from defquant.files import write_whole
+from defquant.files import opened, read_bytes, write_whole
 
 __all__ = ["read_cifar10"]
 
@@ -62,7 +63,7 @@ def _loose_batches(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder} must hold all batches; missing {' '.join(missing)}: {_AGAIN}")
-    return {name: (folder / name).read_bytes() for name in names}
+    return {name: read_bytes(folder / name, LARGEST) for name in names}
 
 
 def _tar_batches(archive: Path, names: Sequence[str]) -> dict[str, bytes]:
@@ -125,14 +126,40 @@ class _Unpickler(pickle.Unpickler):
         )
 
 
+_OPERATIONS = {
+    "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1",
+    "BININT2", "LONG1", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE",
+    "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES", "LIST", "EMPTY_LIST", "APPEND", "APPENDS",
+    "DICT", "EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2",
+    "TUPLE3", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET", "GLOBAL",
+    "STACK_GLOBAL", "REDUCE", "BUILD",
+}  # fmt: skip
+
+
+def _check_operations(raw: bytes) -> None:
+    """Raise `ValueError`, before it is run, for what costs the unpickler more than its bytes.
+
+    Nine bytes have it allot a memo of 2^31 entries; tuples of tuples, taken from the memo again and
+    again, are hashed for hours as a key, and Ctrl-C waits. Batches take next to nothing back.
+    """
+    taken = 0
+    for operation, argument, _ in pickletools.genops(raw):
+        name = operation.name
+        taken += "GET" in name
+        far = "PUT" in name and not 0 <= (argument or 0) < len(raw)
+        if name not in _OPERATIONS or far or taken > 32:
+            raise ValueError(f"it has the operation {name}, which no batch needs here")
+
+
 def _read_batch(raw: bytes, where: str) -> tuple[NDArray[np.uint8], NDArray[np.integer]]:
     """Images (n, 3, 32, 32) and labels (n,) of one official batch."""
     try:
+        _check_operations(raw)
         batch = _Unpickler(raw, where).load()
     except UserError:
         raise
     except Exception as error:  # damaged opcodes raise errors of many kinds
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{where} must be a whole pickle ({reason}): it is damaged, {_AGAIN}"
         ) from None
@@ -146,10 +173,11 @@ def _read_batch(raw: bytes, where: str) -> tuple[NDArray[np.uint8], NDArray[np.i
             raise ValueError
         return array.reshape(-1, 3, 32, 32), np.array(labels, np.int64)
     except Exception:
-        keys = sorted(map(str, batch)) if isinstance(batch, dict) else type(batch).__name__
+        plain = isinstance(batch, dict) and all(isinstance(key, bytes | str) for key in batch)
+        keys = [ascii(key)[:40] for key in [*batch][:5]] if plain else type(batch).__name__
         raise UserError(
             f"{where} must hold b'data', uint8 (n, 3072), and b'labels', a list of integers; found "
-            f"{str(keys)[:200]} of other types or shapes: {_AGAIN}"
+            f"{keys} of other types or shapes: {_AGAIN}"
         ) from None
 
 
@@ -171,26 +199,45 @@ def _from_parquet(shards: list[Path], split: str) -> Dataset:
 
 def _read_parquet(path: Path) -> tuple[list[bytes], NDArray[np.integer]]:
     """The encoded images and the labels in one shard of the hub."""
-    import pyarrow as pa
-    import pyarrow.compute
     import pyarrow.parquet as pq
 
+    encoded: list[bytes] = []
+    labels = []
     try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            column = next((name for name in ("img", "image") if name in names), "img")
-            table = file.read(columns=[column, "label"])
-        encoded = pa.compute.struct_field(table[column], "bytes").to_pylist()
-        labels = table["label"].to_numpy()
-        if not np.issubdtype(labels.dtype, np.integer) or not all(encoded):
+        with opened(path) as raw, pq.ParquetFile(raw) as file:
+            _check_size(file.metadata, path.stat().st_size)
+            column = next(
+                (name for name in ("img", "image") if name in file.schema_arrow.names), "img"
+            )
+        # a value that is stored once may stand in any number of rows: as a dictionary it stays one
+        with opened(path) as raw, pq.ParquetFile(raw, read_dictionary=[f"{column}.bytes"]) as file:
+            for number in range(file.num_row_groups):
+                group = file.read_row_group(number, columns=[f"{column}.bytes", "label"])
+                for chunk in group[column].chunks:
+                    cells = chunk.field("bytes")
+                    values = [*cells.dictionary.to_pylist(), b""]  # the last for empty cells
+                    encoded += [
+                        values[i] if i is not None else b"" for i in cells.indices.to_pylist()
+                    ]
+                labels.append(group["label"].to_numpy())
+        whole = all(np.issubdtype(part.dtype, np.integer) for part in labels)
+        if not whole or not all(isinstance(raw, bytes) and raw for raw in encoded):
             raise KeyError("an empty cell, or labels that are no integers")
-    except (pa.ArrowException, KeyError, OSError, TypeError) as error:
+    except Exception as error:  # a damaged file raises errors of many kinds
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{path} must be a parquet file with columns img or image (a struct with bytes) and "
             f"label (integer); found: {reason}: download it again"
         ) from None
-    return encoded, labels
+    return encoded, np.concatenate(labels) if labels else np.empty(0, np.int64)
+
+
+def _check_size(metadata: Any, size: int) -> None:
+    """Raise `ValueError` for a file that says it holds far more than its bytes can."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    claimed = sum(max(group.total_byte_size, 0) for group in groups)
+    if metadata.num_rows > size or claimed > (64 << 20) + 16 * size:
+        raise ValueError(f"{metadata.num_rows:,} rows and {claimed:,} bytes in {size:,}")
 
 
 def _decoded(path: Path, encoded: list[bytes]) -> NDArray[np.uint8]:

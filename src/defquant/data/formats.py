@@ -1,5 +1,6 @@
 """`load`: one call for every data set, and the short readers of three of them."""
 
+import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -14,6 +15,7 @@ from defquant.data.dataset import Dataset, from_arrays
 from defquant.data.matlab import mat_shapes, read_mat
 from defquant.data.pictures import read_folder
 from defquant.errors import UserError
+from defquant.files import opened
 
 __all__ = ["DATASETS", "load"]
 
@@ -124,7 +126,9 @@ def _svhn_name(paths: Mapping[str, Path]) -> str:
 
 def _read_npz(root: Path, split: str) -> Dataset:
     try:
-        with root.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+        with opened(root) as raw, zipfile.ZipFile(raw) as archive:
+            _check_members(archive)
+        with opened(root) as raw, np.load(raw, allow_pickle=False) as file:
             images, labels, classes = _npz_arrays(file, split, str(root))
     except UserError:
         raise
@@ -137,6 +141,17 @@ def _read_npz(root: Path, split: str) -> Dataset:
     pixels = _to_bytes(images, where)
     names = tuple(map(str, range(classes)))
     return from_arrays(pixels, labels, names, name=root.stem, where=where)
+
+
+def _check_members(archive: zipfile.ZipFile) -> None:
+    """Raise `ValueError` for an array that is packed as no images are: four MB may hold four GB."""
+    for member in archive.infolist():
+        plain = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        if not plain or member.file_size > (64 << 20) + 100 * member.compress_size:
+            raise ValueError(
+                f"{ascii(member.filename)[:40]} unpacks {member.compress_size:,} bytes to "
+                f"{member.file_size:,}"
+            )
 
 
 def _npz_arrays(
@@ -156,7 +171,8 @@ def _npz_arrays(
     else:
         raise UserError(
             f"{where} must hold x_train, y_train, x_test and y_test, or images and labels; "
-            f"found {', '.join(sorted(file)) or 'nothing'}: name the arrays so"
+            f"found {', '.join(ascii(name)[1:41] for name in sorted(file)[:9]) or 'nothing'}: name "
+            "the arrays so"
         )
     return images, labels, int(highest) + 1
 
