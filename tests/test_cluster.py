@@ -7,10 +7,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,6 +66,35 @@ def test_networks_of_gpus_ask_for_one(tmp_path: Path, monkeypatch: pytest.Monkey
         network = replace(FLOAT, train=replace(FLOAT.train, device=device))
         assert run([Cell(network)], tmp_path, workers="ray") == [f"{network.name}: no"]
     assert asked == [("ray", None), ("ray", 0), ("ray", 1), ("ray", 1)]
+
+
+def test_a_job_that_always_dies_is_given_up_and_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = SimpleNamespace(exceptions=pytest.importorskip("ray").exceptions)
+    begun: list[str] = []
+
+    def remote(_: str, job: Callable[[], str]) -> Callable[[], str]:
+        return lambda: job()  # another reference each time
+
+    def dies(times: int, name: str) -> str:
+        begun.append(name)
+        if begun.count(name) <= times:
+            raise ray.exceptions.OutOfMemoryError("")
+        return "done"
+
+    ray.remote = lambda **how: (
+        how == {"num_cpus": 1, "num_gpus": 0, "max_retries": 0}
+        and (lambda _: SimpleNamespace(remote=remote))
+    )
+    ray.is_initialized, ray.cluster_resources, ray.get = lambda: True, dict, lambda job: job()
+    ray.wait = lambda references, timeout: (references[:1], references[1:])
+    monkeypatch.setattr(cluster_module, "_connected", lambda _: nullcontext(ray))
+    jobs = [(name, partial(dies, n, name)) for name, n in {"a": 1000, "b": 9, "c": 0}.items()]
+    found = dict(each_on_cluster("t", jobs, "auto"))
+    assert found["b"] == found["c"] == "done"
+    assert found["a"].startswith("a: its worker died 10 times (out of memory?): ")
+    assert [begun.count(name) for name in "abc"] == [10, 10, 1]
 
 
 # ------------------------------------------------------------------------- a real cluster
@@ -158,6 +188,11 @@ def test_networks_on_a_cluster_are_as_on_one_machine(
     assert same(out, make_undisturbed(tmp_path / "undisturbed"))
 
 
+def die() -> str:
+    os.kill(os.getpid(), 9)
+    return "unreached"
+
+
 def refuse() -> str:
     raise UserError("a rule, the value, the remedy")
 
@@ -169,6 +204,10 @@ def test_errors_on_a_cluster(nodes: Any, tmp_path: Path, monkeypatch: pytest.Mon
         list(each_on_cluster("t", [("a", refuse)], nodes.address))
     with pytest.raises(ValueError, match="invalid literal"):
         list(each_on_cluster("t", [("a", partial(int, "x"))], nodes.address))  # type: ignore[list-item]
+    monkeypatch.setattr(cluster_module, "DEATHS", 2)
+    found = dict(each_on_cluster("t", [("dies", die), *JOBS], nodes.address))
+    assert found["a"] == "done"
+    assert "dies: its worker died 2 times" in found["dies"]
     (tmp_path / "only_here.py").write_text("def job():\n    return 'done'\n")
     monkeypatch.syspath_prepend(tmp_path)
     import only_here  # type: ignore[import-not-found]

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import pickle
 import tarfile
 import zlib
@@ -463,6 +464,14 @@ def test_decoded_images_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         cached.write_bytes(broken)
         assert load("cifar10", tmp_path).fingerprint == first.fingerprint
         assert cached.read_bytes() == whole
+    other = write_parquet(tmp_path / "test-0.parquet", images[:2], [1, 2])
+    os.utime(cached, (0, 0))
+    monkeypatch.setattr(cifar, "_CACHE", len(whole))  # room for one: that used last
+    load("cifar10", tmp_path, "test")
+    (left,) = cached.parent.iterdir()
+    assert left.stem == hashlib.sha256(other.read_bytes()).hexdigest()
+    load("cifar10", tmp_path)
+    assert list(cached.parent.iterdir()) == [cached]
     monkeypatch.setenv(
         "XDG_CACHE_HOME", str(path)
     )  # cannot be written: the images come all the same

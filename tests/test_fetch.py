@@ -122,6 +122,19 @@ def test_cut_transfer_leaves_the_former_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_body_without_end_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "_LARGEST", 3 * MODULE._CHUNK)
+
+    class Endless(Response):
+        def read(self, size: int | None = -1, /) -> bytes:
+            return bytes(size or 0)
+
+    for length in (None, 1 << 40):
+        opened = Endless(b"", length)
+        fails(tmp_path, lambda *_, body=opened, **__: body, "sends more than 3,145,728 bytes")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "error",
     [

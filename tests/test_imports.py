@@ -1,8 +1,10 @@
 """Data flows one way: a file imports only from files above it in this list."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "defquant"
@@ -78,3 +80,17 @@ def test_no_public_name_is_also_a_module() -> None:
 
     modules = {path.stem for path in SOURCE.glob("*.py")} | {p.name for p in SOURCE.glob("*/")}
     assert not modules & set(defquant.__all__)
+
+
+def test_every_package_imported_is_declared() -> None:
+    project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"]]
+    declared += [line for extra in project["optional-dependencies"].values() for line in extra]
+    names = {re.split(r"[^\w-]", line)[0].lower() for line in declared} | {"defquant"}
+    called = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn"}
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            roots = {name.split(".")[0] for name in modules} - sys.stdlib_module_names
+            assert {called.get(root, root) for root in roots} <= names, path

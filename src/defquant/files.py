@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import glob
 import json
 import os
 import shutil
@@ -21,11 +20,14 @@ __all__ = [
 ]  # fmt: skip
 
 
+_PART = ".defquant-part"
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary file beside `path`, flush it to disk and move it into place.
 
     A crash, a full disk or Ctrl-C leaves the former `path` untouched and no temporary file; what a
-    kill leaves, the next call for the same `path` removes.
+    kill leaves, the next call for the same folder removes.
     Raises `UserError` when the disk is full or the folder cannot be written.
     """
     try:
@@ -46,7 +48,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
 @contextmanager
 def _workshop(path: Path) -> Iterator[Path]:
     """A hidden folder beside `path`, locked while in use; one without a lock, a kill has left."""
-    for left in path.parent.glob(glob.escape(f".{path.name}.") + "*.part"):
+    for left in path.parent.glob(f".*{_PART}"):
         with suppress(OSError), _handle(left) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left)
@@ -55,7 +57,7 @@ def _workshop(path: Path) -> Iterator[Path]:
         with _handle(folder) as handle:
             with suppress(OSError):  # a disk without flock: nothing there is taken for left
                 fcntl.flock(handle, fcntl.LOCK_EX)
-            folder = folder.rename(f"{folder}.part")  # not before it is locked
+            folder = folder.rename(f"{folder}{_PART}")  # not before it is locked
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -30,6 +30,8 @@ _ARCHIVE = "cifar-10-python.tar.gz"
 _AGAIN = "run `defquant data fetch cifar10`"
 _WORTH_CACHING = 5_000
 """Images; fewer decode in half a second."""
+_CACHE = 1 << 30
+"""Bytes of decoded images that are kept; CIFAR-10 has a sixth of it."""
 
 
 def read_cifar10(root: Path, split: str) -> Dataset:
@@ -249,11 +251,24 @@ def _decoded(path: Path, encoded: list[bytes]) -> NDArray[np.uint8]:
     with suppress(OSError, ValueError, MemoryError), cached.open("rb") as file:
         images = np.lib.format.read_array(file, allow_pickle=False)
         if images.dtype == np.uint8 and images.ndim == 4 and len(images) == len(encoded):
+            with suppress(OSError):
+                os.utime(cached)  # used last
             return images
     images = decode(encoded, str(path))
-    with suppress(UserError):  # a cache that cannot be written costs time, not the run
+    with suppress(UserError, OSError):  # a cache that cannot be written costs time, not the run
         write_whole(cached, lambda temporary: _save(temporary, images))
+        _trim(cached.parent)
     return images
+
+
+def _trim(folder: Path) -> None:
+    """Remove what was used longest ago from the cache, down to `_CACHE` bytes."""
+    stats = {path: path.stat() for path in folder.glob("*.npy")}
+    room = _CACHE
+    for path in sorted(stats, key=lambda path: stats[path].st_mtime_ns, reverse=True):
+        room -= stats[path].st_size
+        if room < 0:
+            path.unlink(missing_ok=True)
 
 
 def _save(path: Path, images: NDArray[np.uint8]) -> None:

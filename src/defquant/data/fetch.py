@@ -17,6 +17,8 @@ from defquant.files import write_bytes, write_whole
 __all__ = ["fetch"]
 
 _CHUNK = 1 << 20
+_LARGEST = 1 << 28
+"""Bytes; the largest of the archives has two thirds of it."""
 _TIMEOUT = 30.0
 """Seconds without a byte."""
 
@@ -63,7 +65,8 @@ def fetch(
     Files that are there with the right MD5 are not downloaded again. Nothing partial is left
     behind. `opener(url, timeout=seconds)` returns a response to read; progress goes to stderr.
     Raises `UserError`, with the address and the place for a download by hand, where there is no
-    network, the transfer is cut or the hash is another; and for an archive that would do harm.
+    network, the transfer is cut or does not end, or the hash is another; and for an archive that
+    would do harm.
     """
     if name not in _ARCHIVES:
         raise UserError(f"cannot fetch {name!r}: choose one of {', '.join(_ARCHIVES)}")
@@ -119,6 +122,8 @@ def _chunks(
             total = int(length) if length.isdigit() else None
             while chunk := response.read(_CHUNK):
                 received += len(chunk)
+                if received > _LARGEST:
+                    raise UserError(f"{url} sends more than {_LARGEST:,} bytes: {remedy}")
                 yield chunk, total
     except (OSError, http.client.HTTPException) as error:
         reason = _reason(error)

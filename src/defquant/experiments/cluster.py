@@ -19,6 +19,7 @@ from defquant.experiments.pool import Job, progress
 __all__ = ["each_on_cluster"]
 
 PATIENCE = 10.0  # seconds in which an address must answer
+DEATHS = 10  # of a job's workers before it is given up: nodes may be taken away at any time
 
 
 def each_on_cluster(
@@ -26,8 +27,9 @@ def each_on_cluster(
 ) -> Generator[tuple[str, str], None, None]:
     """The results of named jobs as they end, each made by a task of the Ray cluster at `address`.
 
-    As `pool.each`, but a job whose node dies is begun again on another one, however often that
-    happens: jobs must go on from what they find on the disk. Every node needs the same defquant,
+    As `pool.each`, but a job whose worker or node dies is begun again, where there is room: jobs
+    must go on from what they find on the disk. One that dies ten times is given up, with a line
+    that says so for its result, and the others go on. Every node needs the same defquant,
     Python and Ray, and must see the files that the jobs name, under the same paths (a shared
     disk). Relative paths are those of the caller's folder, where the node has it.
 
@@ -50,23 +52,32 @@ def each_on_cluster(
     ):
         if gpus is None:
             gpus = int(ray.cluster_resources().get("GPU", 0) >= 1)
-        # without end: nodes that can be taken away at any time may be taken away often
-        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=-1)(_run)
-        names = {task.remote(str(Path.cwd()), job): name for name, job in jobs}
-        waiting = list(names)
+        # not by Ray's own retries: it begins what was killed for its memory again without end
+        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_run)
+        kinds = ("WorkerCrashedError", "NodeDiedError", "OutOfMemoryError")
+        death = tuple(getattr(ray.exceptions, kind) for kind in kinds)
+        folder = str(Path.cwd())
+        begun = {task.remote(folder, job): (name, job, 0) for name, job in jobs}
         try:
-            while waiting:
+            while begun:
                 if not ray.is_initialized():  # Ray would join or start another cluster by itself
                     raise ConnectionError("no connection")
-                ready, waiting = ray.wait(waiting, timeout=1.0)
+                ready, _ = ray.wait(list(begun), timeout=1.0)
                 stop()
                 for reference in ready:
-                    result = ray.get(reference)
-                    advance(names[reference], result)
-                    yield names[reference], result
+                    name, job, deaths = begun.pop(reference)
+                    try:
+                        result = ray.get(reference)
+                    except death as error:
+                        if deaths + 1 < DEATHS:
+                            begun[task.remote(folder, job)] = (name, job, deaths + 1)
+                            continue
+                        result = _given_up(name, error)
+                    advance(name, result)
+                    yield name, result
         except BaseException:
             with suppress(Exception):  # the cluster may be gone
-                for reference in waiting if ray.is_initialized() else ():
+                for reference in begun if ray.is_initialized() else ():
                     ray.cancel(reference, force=True)
             raise
 
@@ -79,6 +90,14 @@ def _run(folder: str, job: Any) -> Any:
     with suppress(OSError):
         os.chdir(folder)
     return job()
+
+
+def _given_up(name: str, error: Exception) -> str:
+    reason = shorten(str(error) or type(error).__name__, 200)
+    return (
+        f"{name}: its worker died {DEATHS} times (out of memory?): {reason}: run again, with more "
+        "memory for each; what was finished stands"
+    )
 
 
 @contextmanager
