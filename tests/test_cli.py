@@ -264,6 +264,13 @@ def test_config_files_and_presets(tmp_path: Path, capsys: pytest.CaptureFixture[
     status, out, _ = call(capsys, "train", "--config", str(path), "--lr", "0.5", "--print_config")
     assert "epochs: 3" in "\n".join(out)
     assert "lr: 0.5" in "\n".join(out)
+    path.write_text("bits: none\nsqueeze: none\nattack: none\n")
+    words = ["train", "--preset", "cifar10-paper", "--config", str(path), "--print_config"]
+    status, out, _ = call(capsys, *words)
+    assert {"bits: null", "squeeze: null", "attack: none"} <= set(out)
+    path.write_text("bits: [1, none]\n")
+    status, out, _ = call(capsys, "transfer", "x", "--config", str(path), "--print_config")
+    assert "".join(out).count("- null") == 1
     path.write_text("epochs: many\n")
     assert "epochs" in refused(capsys, "train", "--config", str(path))
     path.write_text("{")

@@ -1,9 +1,10 @@
 """The flags of every verb, typed from the configuration dataclasses. No torch."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, get_loader, set_loader
+from yaml import YAMLError
 
 from defquant.config import PRESETS, DataConfig, ModelConfig, TrainConfig
 from defquant.errors import UserError
@@ -29,8 +30,9 @@ VERBS = {
 def parser_for(verb: str, preset: str | None = None) -> ArgumentParser:
     """The parser of one verb, typed from the configuration dataclasses."""
     parser = ArgumentParser(
-        prog=f"defquant {verb}", description=VERBS[verb], exit_on_error=False, add_help=True
-    )
+        prog=f"defquant {verb}", description=VERBS[verb], exit_on_error=False, add_help=True,
+        parser_mode="defquant",
+    )  # fmt: skip
     parser.add_argument("--config", action="config", help="YAML file of any of these flags")
     _FLAGS[verb](parser)
     if preset is not None:
@@ -38,6 +40,23 @@ def parser_for(verb: str, preset: str | None = None) -> ArgumentParser:
             raise UserError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
         parser.set_defaults(dict(PRESETS[preset]))
     return parser
+
+
+def _load_yaml(text: str) -> Any:
+    """YAML in which `bits: none` is none, as on the command line; `attack: none` is a name."""
+    found = get_loader("yaml")(text)
+    if not isinstance(found, dict):
+        return found
+    return {key: part if key == "attack" else _null(part) for key, part in found.items()}
+
+
+def _null(part: Any) -> Any:
+    if isinstance(part, list):
+        return [_null(each) for each in part]
+    return None if part == "none" else part
+
+
+set_loader("defquant", _load_yaml, exceptions=(YAMLError,))
 
 
 def _train_flags(parser: ArgumentParser) -> None:
