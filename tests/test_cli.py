@@ -358,6 +358,35 @@ def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
     assert "in use by another run" in second.stderr
 
 
+def test_what_fails_before_it_writes_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    for out in (tmp_path / "new", there):
+        words = ["train", "--data", "npz", "--out", str(out)]
+        assert "no data at" in refused(capsys, *words, "--data-root", str(tmp_path / "nowhere"))
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]  # what was there stays
+    words = [*TRAIN, "--validation-images", "1347", "--out", str(tmp_path / "new")]
+    message = refused(capsys, *words)
+    assert "digits has 1,347 training images, of which validation_images holds out" in message
+    assert "correct the data root" in message
+
+
+def test_a_demo_of_other_settings_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from defquant.experiments import demo
+    from defquant.runs import train_run
+
+    first = demo.networks(1, smoke=True)[0]
+    train_run(*first.settings, tmp_path / first.name, show=False)
+    monkeypatch.setattr(demo, "each", lambda *_: pytest.fail("it began to work"))
+    assert "started with train_images=256, not None: choose another folder" in refused(
+        capsys, "demo", "--out", str(tmp_path)
+    )
+
+
 @pytest.mark.slow
 def test_demo_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"

@@ -158,9 +158,12 @@ def make_folder(folder: Path) -> Path:
 def owned_folder(folder: Path) -> Iterator[Callable[[], None]]:
     """Hold `folder` for this process; the lock dies with the process, however it ends.
 
+    A folder that was made for what failed before it wrote anything is taken away again.
+
     Raises `UserError` when another process holds it; so does a call of what is yielded when the
     folder was removed or replaced meanwhile, which writing into it would hide.
     """
+    made = not folder.exists()
     try:
         lock = (make_folder(folder) / ".lock").open("a")
     except OSError as error:
@@ -181,7 +184,15 @@ def owned_folder(folder: Path) -> Iterator[Callable[[], None]]:
             ) from None
         except OSError as error:
             raise UserError(_cannot_lock(folder, error)) from None
-        yield still
+        still()
+        try:
+            yield still
+        except BaseException:
+            with suppress(OSError):
+                if made and [path.name for path in folder.iterdir()] == [".lock"]:
+                    (folder / ".lock").unlink()
+                    folder.rmdir()
+            raise
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from defquant.files import owned_folder
 from defquant.models import build
 from defquant.training import History, train
 
-__all__ = ["Split", "load_images", "test_images", "train_run"]
+__all__ = ["Split", "check_settings", "load_images", "test_images", "train_run"]
 
 Split = Literal["train", "validation", "test"]
 
@@ -59,7 +59,12 @@ def train_run(
         )  # fmt: skip
         momentum: dict[str, Tensor] = {}
         if before is not None:
-            _check_same(before.facts, facts, out)
+            check_settings(before.facts, (model_config, data_config, config), out)
+            if before.facts.fingerprint != facts.fingerprint:
+                raise UserError(
+                    f"cannot resume {out}: its training images had fingerprint "
+                    f"{before.facts.fingerprint}, these have {facts.fingerprint}"
+                )
             facts, momentum = _joined(before.facts, facts, out), before.momentum
             if leads():
                 checkpoint.write_companions(out, before.facts)
@@ -104,9 +109,11 @@ def load_images(config: DataConfig, split: Split) -> Dataset:
     images = load(config.data, config.data_root, "train")
     trained = len(images) - config.validation_images
     if trained < 1 or (split == "validation" and not config.validation_images):
+        place = "" if config.data_root is None else f" in {config.data_root}"
         raise UserError(
-            f"validation_images holds out the last training images, of {len(images)}; found "
-            f"{config.validation_images}, which leaves no {split} images"
+            f"{images.name}{place} has {len(images):,} training images, of which validation_images "
+            f"holds out the last {config.validation_images:,}: no {split} image is left; correct "
+            "the data root, or hold out another number"
         )
     if split == "validation":
         name = f"{images.name}, validation"
@@ -131,21 +138,20 @@ def _earlier(out: Path, resume: bool) -> Checkpoint | None:
     return checkpoint.load(out)
 
 
-def _check_same(before: Facts, now: Facts, out: Path) -> None:
+def check_settings(
+    before: Facts, now: tuple[ModelConfig, DataConfig, TrainConfig], out: Path
+) -> None:
+    """Raise `UserError` where the run in `out` was started with other settings than `now`."""
     old = {**asdict(before.model), **asdict(before.data), **asdict(before.train)}
-    new = {**asdict(now.model), **asdict(now.data), **asdict(now.train)}
+    new = {name: value for part in now for name, value in asdict(part).items()}
     changed = [
         name for name in new if new[name] != old[name] and name not in ("device", "data_root")
     ]
     if changed:
         name = changed[0]
         raise UserError(
-            f"cannot resume {out}: it was started with {name}={old[name]!r}, not {new[name]!r}"
-        )
-    if before.fingerprint != now.fingerprint:
-        raise UserError(
-            f"cannot resume {out}: its training images had fingerprint {before.fingerprint}, "
-            f"these have {now.fingerprint}"
+            f"cannot resume {out}: it was started with {name}={old[name]!r}, not {new[name]!r}: "
+            "choose another folder, or remove this one"
         )
 
 

@@ -26,6 +26,11 @@ class Network:
     train: TrainConfig
     images: int | None = None  # attacked test images; all when None
 
+    @property
+    def settings(self) -> tuple[ModelConfig, DataConfig, TrainConfig]:
+        data = DataConfig("digits", train_images=256 if self.images else None)
+        return self.model, data, self.train
+
 
 def networks(seeds: int, *, smoke: bool = False) -> list[Network]:
     """Float, vanilla 4-bit and 1-bit, and their DQ twins; `seeds` of each.
@@ -49,10 +54,17 @@ def networks(seeds: int, *, smoke: bool = False) -> list[Network]:
 def run_demo(out: Path, *, seeds: int = 3, smoke: bool = False) -> list[Path]:
     """Train and attack the demo's networks into `out`, one process per core; returns the runs.
 
-    A run that is there already is not made again, so a demo that was stopped goes on.
+    A run that is there already is not made again, so a demo that was stopped goes on. Raises
+    `UserError`, before any work, where it was made with other settings.
     """
+    from defquant.checkpoint import NAME, load
+    from defquant.runs import check_settings
+
     todo = networks(seeds, smoke=smoke)
     with owned_folder(out):
+        for network in todo:
+            if (out / network.name / NAME).exists():
+                check_settings(load(out / network.name).facts, network.settings, out)
         jobs = [(network.name, partial(_train_and_attack, out, network)) for network in todo]
         for _ in each("demo", jobs, min(cores(), len(todo))):
             pass
@@ -67,9 +79,8 @@ def _train_and_attack(out: Path, network: Network) -> None:
     from defquant.runs import test_images, train_run
 
     run = out / network.name
-    data = DataConfig("digits", train_images=256 if network.images else None)
     # a finished run is only compared with what is asked for
-    train_run(network.model, data, network.train, run, resume=True, show=False)
+    train_run(*network.settings, run, resume=True, show=False)
     if (run / "examples.json").exists():
         return  # written last, so all else is there
     model, facts = load_on(run, torch.device("cpu"))
