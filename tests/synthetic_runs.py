@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from defquant.results import Measurement, append
+from defquant import results as stored
+from defquant.results import Measurement
 
 NETWORKS: dict[str, tuple[str, int | None, float, float]] = {
     # name: method, bits, beta, how fast the accuracy falls
@@ -29,6 +30,12 @@ NETWORKS: dict[str, tuple[str, int | None, float, float]] = {
 STRENGTH = {"Random": 0.15, "FGSM": 0.7, "PGD": 1.0, "PGD(B)": 0.35}
 RADII = (8, 16, 32, 48)
 TOTAL = 360
+
+
+def append(path: Path, m: Measurement) -> None:
+    """`defquant.results.append` into a folder that need not be there yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored.append(path, m)
 
 
 def measurement(**changes: Any) -> Measurement:

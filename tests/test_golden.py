@@ -19,8 +19,7 @@ from defquant.experiments.section import Number, Section
 from defquant.experiments.store import read
 from defquant.report.deployed import read_deployed
 from defquant.report.names import series_of
-from defquant.report.tables import chosen, is_blind, summary
-from defquant.report.values import is_masked
+from defquant.report.tables import chosen, summary
 from defquant.results import aggregate, read_folder
 
 ROOT = Path(__file__).parents[1] / "results"
@@ -38,7 +37,7 @@ def text(*values: object) -> str:
 
 def shown(n: Number) -> str:
     ends = n.mean, n.spread, n.seeds, n.images, n.low, n.high, n.paper, n.gap
-    return text(*ends) + " points" * n.points + " masked" * is_masked(n)
+    return text(*ends) + " points" * n.points + " masked" * n.masked
 
 
 def of_section(section: Section) -> Iterator[Line]:
@@ -82,7 +81,7 @@ def of_summary(folder: str) -> Iterator[Line]:
         low, high = c.pooled.interval
         place = f"{c.data}, {c.model}, {series_of(c)}: {c.attack} {255 * c.eps:.3g}"
         numbers = text(c.mean, c.spread, len(c.accuracies), c.pooled.total, low, high)
-        yield place, numbers + " masked" * is_blind(c)
+        yield place, numbers + " masked" * c.masked
     for row in summary(measurements):
         yield f"{row.data}, {row.model}, {row.family}: {row.images}", text(row.gain, row.best)
 

@@ -16,8 +16,8 @@ from defquant.report.figures import Scale, eps_panel, palette, sparkline
 from defquant.report.names import Series, attack_order, eps_text, series_of, signed
 from defquant.report.reading import reading
 from defquant.report.tables import Row, columns, table_eps
-from defquant.results import Measurement, aggregate, append
-from synthetic_runs import measurement, write_run, write_runs
+from defquant.results import Measurement, aggregate
+from synthetic_runs import append, measurement, write_run, write_runs
 
 PAPER = {  # Table 1: full precision, then 1 to 5 bits; clean and adversarial
     ("vanilla", 0.0): ([94.8, 42.0, 84.9, 92.8, 93.9, 94.7], [39.3, 9.0, 8.5, 14.1, 19.0, 30.2]),

@@ -16,9 +16,9 @@ from defquant.experiments.scales import SCALES
 from defquant.experiments.section import Reading, Section, Verdict
 from defquant.report import build_report, claims_markdown, markdown_table, print_claims
 from defquant.report.claims import all_counts, claims, counts, reach
-from defquant.results import append, read_folder
+from defquant.results import read_folder
 from synthetic_results import fake_results
-from synthetic_runs import measurement
+from synthetic_runs import append, measurement
 from test_report import HOSTILE, check
 
 FIRST = Reading("FGSM 8/255", 0.0834, 0.0612, 0.1041, "holds", "best bits minus full, 2 seeds")

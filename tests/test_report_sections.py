@@ -18,8 +18,7 @@ from defquant.report import build_report, print_section, section_figure, section
 from defquant.report.multiples import bar, legend, related, scale_ticks, styles
 from defquant.report.section_page import chapters
 from defquant.report.values import axis, of_table, places, uncertainty_text
-from defquant.results import append
-from synthetic_runs import measurement
+from synthetic_runs import append, measurement
 from test_report import HOSTILE, check
 
 OURS = Number(0.6334, 0.0123, 2, 1000, 0.6243, 0.6421, paper=0.948)

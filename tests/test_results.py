@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 import defquant as dq
+from defquant.commands.rows import print_measurements
 from defquant.errors import UserError
 from defquant.results import (
     Measurement,
@@ -47,6 +48,8 @@ def test_a_score_must_make_sense() -> None:
 
 def test_lines_are_read_back_and_later_ones_replace(tmp_path: Path) -> None:
     path = tmp_path / "a" / "results.jsonl"
+    for run in ("a", "b"):
+        (tmp_path / run).mkdir()
     append(path, measurement(correct=5))
     append(path, measurement(correct=6))
     append(tmp_path / "b" / "results.jsonl", measurement("b", seed=1, correct=7))
@@ -77,7 +80,7 @@ def known(m: Measurement, **hashes: str) -> Measurement:
 
 
 def test_lines_of_other_weights_or_code_stand_beside_each_other(tmp_path: Path) -> None:
-    path, old = tmp_path / "r" / "results.jsonl", measurement(correct=1)
+    path, old = tmp_path / "results.jsonl", measurement(correct=1)
     one, other = ({"weights_sha256": w, "file_sha256": "f"} for w in ("a1" * 32, "b2" * 32))
     edited = one | {"file_sha256": "g"}
     for correct, hashes in enumerate((one, other, edited, one), 2):
@@ -137,6 +140,28 @@ def test_a_line_that_left_out_the_one_step_is_the_same_measurement() -> None:
                 assert b.replaces(a)
     assert repr(dq.FGSM(1 / 255)) == "FGSM(eps=1/255)"
     assert not replace(measurement(), settings="PGD(eps=2/255)").replaces(measurement())
+
+
+@pytest.mark.parametrize(
+    "attack",
+    ["clean", "Random", "Random-20", "Square", "Square-200", "Square (8-bit)", "PGD(B)",
+     "FGSM (unaware)", "Worst(Random-20, Square)"],
+)  # fmt: skip
+def test_only_what_follows_the_gradient_is_masked(attack: str) -> None:
+    assert not replace(measurement(attack=attack), vanishing=0.5).masked
+    for name in ("FGSM", "PGD-20", "Adaptive", "FAB", "PGD (8-bit)", "Worst(PGD, Square)", "mine"):
+        m = replace(measurement(attack=name), vanishing=0.5)
+        assert m.masked
+        assert aggregate([m])[0].masked
+        assert not any(replace(m, vanishing=least).masked for least in (None, 0.0, 0.01))
+
+
+def test_attack_marks_a_masked_row(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [replace(measurement(attack=a), vanishing=0.5) for a in ("clean", "Square", "PGD")]
+    print_measurements(rows, as_json=False)
+    clean, square, pgd = capsys.readouterr().out.splitlines()
+    assert "masked" not in clean + square
+    assert pgd.endswith("† masked: 50.0% of the right images have no gradient")
 
 
 def test_an_empty_folder_is_one_line(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from defquant.attacks.suspicion import suspect
 from defquant.attacks.worst import Composition, seed_of
 from defquant.data import Dataset, to_unit
 from defquant.errors import UserError
-from defquant.results import Score
+from defquant.results import MASKED, Score, blind
 
 __all__ = [
     "Images",
@@ -51,13 +51,21 @@ Images = Dataset | tuple[_Array, _Array | Sequence[int]]
 class Scored:
     """One measurement of a sweep: the attack (None for clean), its score, its seconds.
 
-    `survivors` is bool (n,): which examples neither this nor a weaker eps of its family broke.
+    `survivors` is bool (n,): which examples neither this nor a weaker eps of its family broke;
+    `carried` are those radii, rising. `vanishing`, of the model, is that of the examples that
+    are right clean; `masked`, whether the attack was blind, so that the score proves nothing.
     """
 
     attack: Attack | None
     score: Score
     seconds: float
     survivors: Tensor
+    carried: tuple[float, ...] = ()
+    vanishing: float | None = None
+
+    @property
+    def masked(self) -> bool:
+        return self.attack is not None and blind(_name(self.attack), self.vanishing) > MASKED
 
 
 def accuracy(model: nn.Module, data: Images, *, batch_size: int = 256) -> Score:
@@ -165,8 +173,10 @@ def vanishing(
             loss = nn.functional.cross_entropy(model(x), labels[some], reduction="sum")
             if not loss.requires_grad:
                 return None
-            grad = torch.autograd.grad(loss, x)[0].nan_to_num(0.0)
-            flat += int((grad.abs().amax((1, 2, 3)) == 0).sum())
+            grad = torch.autograd.grad(loss, x, allow_unused=True)[0]
+            if grad is None:
+                return None
+            flat += int((grad.nan_to_num(0.0).abs().amax((1, 2, 3)) == 0).sum())
     return flat / len(ids) if len(ids) else None
 
 
@@ -188,18 +198,22 @@ def sweep(
         lint_attack(attack)
     start = time.perf_counter()
     clean = _checked(model, data, batch_size, dead=False)
-    yield Scored(None, _score(clean), time.perf_counter() - start, clean)
+    seconds = time.perf_counter() - start
+    flat = vanishing(model, data, clean, batch_size=batch_size)
+    yield Scored(None, _score(clean), seconds, clean, vanishing=flat)
     families: dict[str, list[Attack]] = {}
     for attack in attacks:
         families.setdefault(_name(attack), []).append(attack)
     for family in families.values():
-        standing = clean
+        standing, carried = clean, tuple[float, ...]()
         for attack in sorted(family, key=_eps):
             start = time.perf_counter()
             standing = robust(
                 model, data, attack, batch_size=batch_size, seed=seed, standing=standing
             )
-            yield Scored(attack, _score(standing), time.perf_counter() - start, standing)
+            seconds = time.perf_counter() - start
+            yield Scored(attack, _score(standing), seconds, standing, carried, flat)
+            carried += (_eps(attack),)
 
 
 def _checked(model: nn.Module, data: Images, batch_size: int, *, dead: bool) -> Tensor:

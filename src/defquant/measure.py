@@ -18,7 +18,7 @@ from defquant.checkpoint import Facts, load_on, versions
 from defquant.config import digest
 from defquant.data import Dataset
 from defquant.data.pictures import encode
-from defquant.evaluate import Scored, device_of, sweep, vanishing
+from defquant.evaluate import Scored, device_of, sweep
 from defquant.files import write_json
 from defquant.results import Measurement, append
 
@@ -87,11 +87,8 @@ def measure(
     subject = subject_of(facts)
     hashes = {"weights_sha256": weights_hash(model), "data_fingerprint": images.source}
     evidence = hashes | evidence_of(subject, device_of(model, images.images.device), batch_size)
-    blind: float | None = None
     for scored in sweep(model, images, [*attacks, *black_box], batch_size=batch_size, seed=seed):
-        if scored.attack is None:
-            blind = vanishing(model, images, scored.survivors, batch_size=batch_size)
-        measurement = _measurement(run, subject, images, scored, blind, seed, evidence)
+        measurement = _measurement(run, subject, images, scored, seed, evidence)
         write(measurement)
         yield measurement
 
@@ -101,7 +98,6 @@ def _measurement(
     subject: Subject,
     images: Dataset,
     scored: Scored,
-    blind: float | None,
     seed: int,
     evidence: dict[str, Any],
 ) -> Measurement:
@@ -120,10 +116,10 @@ def _measurement(
         settings="clean" if attack is None else repr(attack),
         correct=scored.score.correct,
         total=scored.score.total,
-        vanishing=blind,
+        vanishing=scored.vanishing,
         attack_seed=seed,
         seconds=round(scored.seconds, 3),
-        evidence=evidence,
+        evidence=evidence | ({"carried_eps": list(scored.carried)} if scored.carried else {}),
     )
 
 

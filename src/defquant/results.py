@@ -17,16 +17,20 @@ from defquant.errors import UserError
 from defquant.files import append_line
 
 __all__ = [
+    "BLACK",
     "EIGHT_BIT",
     "FOREIGN",
     "MASKED",
+    "UNAWARE",
     "Cell",
     "Measurement",
     "Score",
     "aggregate",
     "append",
+    "blind",
     "read_folder",
     "read_jsonl",
+    "record",
     "run_name",
     "told_apart",
 ]
@@ -34,7 +38,9 @@ __all__ = [
 
 EIGHT_BIT = " (8-bit)"  # ends the name of an attack whose images were rounded as files hold them
 FOREIGN = "your model"  # begins the method of a network that `defquant train` did not make
+BLACK, UNAWARE = "(B)", " (unaware)"  # made on another network; blind to a feature squeezing
 MASKED = 0.01  # share of vanishing gradients above which a robust accuracy proves nothing
+_NO_GRADIENT = ("clean", "Random", "Square")
 
 
 _ONE_STEP = re.compile(r"\b(PGD|BIM)\(eps=([^,()]+)(?=[,)])(?!, steps=)")
@@ -73,6 +79,18 @@ class Score:
     def __str__(self) -> str:
         low, high = self.interval
         return f"{self.accuracy:.1%} [{low:.1%}, {high:.1%}] ({self.correct}/{self.total})"
+
+
+def blind(attack: str, vanishing: float | None) -> float:
+    """Share of the images on which the attack of that name is blind; above `MASKED`, it is masked.
+
+    That is the share of `vanishing` gradients, and 0 for one that does not follow this network's:
+    clean images, Random, Square, a black box, one unaware of a squeezing.
+    """
+    name = attack.removesuffix(EIGHT_BIT)
+    parts = name.removeprefix("Worst(").removesuffix(")").split(", ")
+    searches = all(part.split("-")[0] in _NO_GRADIENT for part in parts)
+    return 0.0 if searches or name.endswith((BLACK, UNAWARE)) else vanishing or 0.0
 
 
 @dataclass(frozen=True)
@@ -128,6 +146,11 @@ class Measurement:
     @property
     def score(self) -> Score:
         return Score(self.correct, self.total)
+
+    @property
+    def masked(self) -> bool:
+        """Whether the attack was blind on over 1 % of the images: it proves no robustness."""
+        return blind(self.attack, self.vanishing) > MASKED
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -193,6 +216,11 @@ class Cell:
     vanishing: float = 0.0
 
     @property
+    def masked(self) -> bool:
+        """As `Measurement.masked`, of any of the seeds."""
+        return blind(self.attack, self.vanishing) > MASKED
+
+    @property
     def mean(self) -> float:
         return statistics.fmean(self.accuracies)
 
@@ -203,9 +231,14 @@ class Cell:
 
 def append(path: Path, measurement: Measurement) -> None:
     """Append `measurement` to the JSON lines of `path`."""
+    append_line(path, record(measurement))
+
+
+def record(measurement: Measurement) -> dict[str, Any]:
+    """Its fields and what follows from them: accuracy, low, high, masked."""
     low, high = measurement.score.interval
     derived = {"accuracy": measurement.score.accuracy, "low": low, "high": high}
-    append_line(path, asdict(measurement) | derived)
+    return asdict(measurement) | derived | {"masked": measurement.masked}
 
 
 def read_jsonl(path: Path) -> list[Measurement]:

@@ -5,10 +5,9 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
-from defquant.results import Measurement
+from defquant.results import Measurement, record
 
 if TYPE_CHECKING:
     from defquant.attacks import Composition, Single
@@ -43,15 +42,15 @@ def print_measurements(
 ) -> None:
     for m in measurements:
         if as_json:
-            print_json(_record(m))
+            print_json(record(m))
         else:
             eps = f"{m.eps * 255:.4g}/255" if m.eps else ""
-            print(f"{m.run:24} {m.attack:{width}} {eps:>8}  {m.score}", flush=True)
+            print(f"{m.run:24} {m.attack:{width}} {eps:>8}  {m.score}{_mark(m)}", flush=True)
 
 
-def _record(m: Measurement) -> dict[str, Any]:
-    low, high = m.score.interval
-    return asdict(m) | {"accuracy": m.score.accuracy, "low": low, "high": high}
+def _mark(m: Measurement) -> str:
+    share = f"{m.vanishing or 0:.1%}"
+    return f"  † masked: {share} of the right images have no gradient" if m.masked else ""
 
 
 def shown_attack(names: Sequence[str], eps: Sequence[float]) -> "Single | Composition":

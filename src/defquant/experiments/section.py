@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from defquant.experiments.cells import Cell
 from defquant.experiments.store import Results
-from defquant.results import Measurement, Score
+from defquant.results import MASKED, Score, blind
 
 __all__ = [
     "Answer", "Entry", "Line", "Number", "Panel", "Reading", "Section", "Table", "Verdict",
@@ -26,7 +26,7 @@ class Number:
         images: test images of one seed.
         low, high: Wilson's 95 % interval of all seeds' images together.
         paper: the paper's; None where it has none.
-        vanishing: largest share of images with zero gradients; above 1 % the number is masked.
+        vanishing: largest share of images on which the attack was blind.
         points: it is a difference of accuracies, shown with its sign.
     """
 
@@ -39,6 +39,11 @@ class Number:
     paper: float | None = None
     vanishing: float = 0.0
     points: bool = False
+
+    @property
+    def masked(self) -> bool:
+        """Whether the attack was blind on over 1 % of the images, so that it overstates."""
+        return self.vanishing > MASKED and self.mean is not None and not self.points
 
     @property
     def gap(self) -> float | None:
@@ -172,14 +177,8 @@ def number(results: Results, cells: Iterable[Cell], paper: float | None = None) 
         low=low,
         high=high,
         paper=paper,
-        vanishing=max(map(_blind, found)),
+        vanishing=max(blind(m.attack, m.vanishing) for m in found),
     )
-
-
-def _blind(m: Measurement) -> float:
-    """The share of images on which this attack was blind: it must follow the network's gradient."""
-    followed = m.attack not in ("clean", "Random") and not m.attack.endswith(("(B)", "(unaware)"))
-    return (m.vanishing or 0.0) if followed else 0.0
 
 
 def difference(a: Number, b: Number, paper: float | None = None) -> Number:

@@ -7,7 +7,6 @@ from defquant.experiments.cells import Cell
 from defquant.experiments.scales import Scale
 from defquant.experiments.section import Number
 from defquant.experiments.store import Results
-from defquant.results import MASKED
 
 __all__ = [
     "CLEARLY",
@@ -212,7 +211,7 @@ def blind(numbers: Iterable[tuple[str, Number]]) -> str:
     """A sentence on networks whose gradients vanish; empty where none do."""
     found: dict[str, float] = {}
     for name, entry in numbers:
-        if entry.vanishing > MASKED:
+        if entry.masked:
             found[name] = max(found.get(name, 0.0), entry.vanishing)
     if not found:
         return ""

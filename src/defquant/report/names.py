@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from defquant.experiments.words import percent, signed
-from defquant.results import EIGHT_BIT, FOREIGN, Cell
+from defquant.results import BLACK, EIGHT_BIT, FOREIGN, UNAWARE, Cell
 
 __all__ = [
     "BLACK",
@@ -29,7 +29,6 @@ __all__ = [
 
 ATTACKS = ("clean", "Random", "FGSM", "R+FGSM", "RFGSM", "BIM", "PGD", "APGD", "Square")
 
-BLACK, UNAWARE = "(B)", " (unaware)"  # made on another network; blind to a feature squeezing
 FamilyOrder = tuple[int, bool, list[str], bool, float, str]
 
 T = TypeVar("T")

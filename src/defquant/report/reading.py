@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from defquant.report.names import eps_text, is_validation, is_white_box, percent, series_of
-from defquant.report.tables import Row, is_blind
+from defquant.report.tables import Row
 from defquant.results import Cell
 
 __all__ = ["reading"]
@@ -32,7 +32,7 @@ def reading(rows: Sequence[Row]) -> str:
     if bits is not None and None in vanilla.cells:
         cells.insert(1, vanilla.cells[None])
     best_of = f", the best of {len(rivals)} values of β," if len(rivals) > 1 else ""
-    masked = [str(series_of(cell)) for cell in cells if is_blind(cell)]
+    masked = [str(series_of(cell)) for cell in cells if cell.masked]
     doubt = f" {' and '.join(masked)}: masked, see the note †." if masked else ""
     return f"{where}, {_keeps(cells, best_of)} {_verdict(dq, vanilla.cells[bits])}{doubt}"
 

@@ -20,10 +20,10 @@ from defquant.report.names import (
     visible,
     whole_text,
 )
-from defquant.results import MASKED, Cell, Measurement, aggregate, told_apart
+from defquant.results import Cell, Measurement, aggregate, told_apart
 
 __all__ = [
-    "BLIND", "Row", "band", "chosen", "columns", "footnotes", "is_blind", "markdown_table",
+    "BLIND", "Row", "band", "chosen", "columns", "footnotes", "markdown_table",
     "summary", "table_eps", "text_table", "uncertainty",
 ]  # fmt: skip
 
@@ -170,21 +170,16 @@ def uncertainty(cell: Cell) -> str:
 
     With a dagger where the attack was blind.
     """
-    mark = "†" if is_blind(cell) else ""
+    mark = "†" if cell.masked else ""
     if len(cell.accuracies) > 1:
         return f"±{100 * cell.spread:.1f}{mark}"
     low, high = cell.pooled.interval
     return f"{100 * low:.0f}–{100 * high:.0f}{mark}"
 
 
-def is_blind(cell: Cell) -> bool:
-    """Whether gradients vanish on over 1 % of the images, so that the score overstates."""
-    return cell.vanishing > MASKED and cell.attack != "clean" and not cell.attack.endswith("(B)")
-
-
 def footnotes(rows: Iterable[Row]) -> list[str]:
     """What the marks in a table of `rows` mean."""
-    blind = {series_of(c).short for row in rows for c in row.cells.values() if is_blind(c)}
+    blind = {series_of(c).short for row in rows for c in row.cells.values() if c.masked}
     return [BLIND.format(", ".join(sorted(blind)))] if blind else []
 
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from defquant.experiments.section import Entry, Line, Number, Panel, Section, Table
 from defquant.report.names import signed
 from defquant.report.tables import BLIND
-from defquant.results import MASKED
 
 __all__ = [
     "EVIDENCE", "NOTHING", "Fact", "Grid", "axis", "evidence_texts", "gap_text", "grids",
-    "has_paper", "has_spread", "interval_text", "is_masked", "label_columns", "line_name",
+    "has_paper", "has_spread", "interval_text", "label_columns", "line_name",
     "mean_text", "missing_text", "notes", "of_panel", "of_table", "paper_text", "places",
     "sample", "uncertainty_text", "value_text",
 ]  # fmt: skip
@@ -119,17 +118,12 @@ def places(grid: Grid, index: int) -> list[int]:
         i: round(100 * entry.mean, 1)
         for i, (entry, name) in enumerate(zip(row, grid.head, strict=True))
         if isinstance(entry, Number) and entry.mean is not None and PRECISION.fullmatch(name)
-        if grid.percent and not (entry.points or is_masked(entry))
+        if grid.percent and not (entry.points or entry.masked)
     }
     order = sorted(set(rivals.values()), reverse=True)[: 2 if len(rivals) > 2 else 1]
     if len(rivals) < 2:
         return [0] * len(row)
     return [order.index(rivals[i]) + 1 if rivals.get(i) in order else 0 for i in range(len(row))]
-
-
-def is_masked(number: Number) -> bool:
-    """Whether gradients vanish on over 1 % of the images, so that it overstates."""
-    return number.vanishing > MASKED and number.mean is not None and not number.points
 
 
 def mean_text(number: Number, percent: bool = True) -> str:
@@ -151,7 +145,7 @@ def gap_text(number: Number, percent: bool = True) -> str:
 
 def uncertainty_text(number: Number, percent: bool = True) -> str:
     """`±1.2` over seeds, the interval `62–64` of a single one, `†` where it is masked."""
-    mark = "†" if is_masked(number) else ""
+    mark = "†" if number.masked else ""
     if number.mean is None:
         return ""
     if has_spread(number):
@@ -176,7 +170,7 @@ def evidence_texts(number: Number, percent: bool = True) -> list[str]:
     """Mean, ± over seeds, interval, seeds, images, the paper's, the gap; empty for nothing."""
     spread = _plain(number.spread, percent)
     return [
-        mean_text(number, percent) + "†" * is_masked(number),
+        mean_text(number, percent) + "†" * number.masked,
         spread if has_spread(number) else "",
         interval_text(number, percent),
         f"{number.seeds}" if number.seeds else "",
@@ -208,7 +202,7 @@ def notes(grid: Grid) -> list[str]:
     sentences = [f"{text[0].upper()}{text[1:]}."] if text else []
     won = any(2 in places(grid, index) for index in range(len(grid.rows)))
     best = ["Bold is the best bit width of a row, underlined the second."] * won
-    masked = any(is_masked(number) for number in grid.numbers)
+    masked = any(number.masked for number in grid.numbers)
     return paper + sentences + best + [BLIND.format("marked numbers")] * masked
 
 

@@ -9,7 +9,7 @@ from defquant.experiments.claims.contrasts import Sample, Spread, accuracy, pool
 from defquant.experiments.scales import Scale
 from defquant.experiments.store import Results
 from defquant.experiments.words import UNTRAINED, bits_text
-from defquant.results import MASKED, Measurement
+from defquant.results import Measurement
 
 __all__ = ["Evidence", "Row", "evidence_of", "stratum"]
 
@@ -67,7 +67,7 @@ class Evidence:
         The attack was blind, or the network hardly trained: it keeps what it answers to anything.
         """
         found = self._found(row)
-        names = [f"{m.method} at {bits_text(m.bits)}" for cell, m in found if _blind(cell, m)]
+        names = [f"{m.method} at {bits_text(m.bits)}" for _, m in found if m.masked]
         hardly = [m for cell, m in found if cell.attack != "clean" and m.run in self.untrained]
         names += [f"{m.method} at {bits_text(m.bits)}" + HARDLY for m in hardly]
         probed = [cell.network for cell in row if cell.kind != "accuracy"]
@@ -102,8 +102,3 @@ def _by_seed(cells: Iterable[Cell]) -> list[Row]:
         seedless = replace(network, train=replace(network.train, seed=0))
         rows.setdefault(replace(cell, network=seedless), []).append(cell)
     return [tuple(row) for row in rows.values()]
-
-
-def _blind(cell: Cell, m: Measurement) -> bool:
-    white_box = cell.substitute is None and cell.attack not in ("clean", "random")
-    return white_box and (m.vanishing or 0.0) > MASKED
