@@ -1,9 +1,12 @@
 """Checkpoints: one safetensors file whose header holds one JSON text. Loading runs no code."""
 
 import json
+import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 import safetensors.torch
@@ -24,6 +27,7 @@ __all__ = [
 
 FORMAT = 1
 NAME = "checkpoint.safetensors"
+_CPU_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")  # what PyTorch and oneDNN may use
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,38 @@ def versions(device: torch.device) -> dict[str, str]:
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        **{name: os.environ[name] for name in _CPU_LIMITS if os.environ.get(name)},
+        **_fixed(),
         "threads": str(torch.get_num_threads()),
         "processes": str(place().world),
     }
+
+
+@cache
+def _fixed() -> dict[str, str]:
+    """The processor's model and the commit of this code, where they can be told."""
+    found = {"processor": "", "commit": ""}
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        found["processor"] = next(names, "")
+        root = Path(__file__).parents[2]
+        if (root / ".git").exists() and (root / "src" / "defquant").is_dir():  # no installed copy
+            git = [
+                "git",
+                "-C",
+                str(root),
+                "describe",
+                "--always",
+                "--dirty",
+                "--abbrev=40",
+                "--match=",
+            ]
+            said = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True)
+            found["commit"] = said.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        pass  # evidence that is not to be had stops no measurement
+    return {name: value for name, value in found.items() if value}
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
