@@ -6,8 +6,11 @@ import importlib
 import io
 import re
 import shlex
+import subprocess
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
@@ -338,3 +341,21 @@ def test_sections_are_those_of_the_results(name: str) -> None:
     written = (folder / f"{name}.md").read_text()
     picture = f"{name}.png" if section.panels else ""
     assert written == section_markdown(replace(section, command=command), figure=picture)
+
+
+def test_the_page_of_an_index_has_code_that_runs_and_no_path() -> None:
+    text = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["readme"]["text"]
+    (code,) = (block.code for block in blocks(text))
+    assert code in (ROOT / "README.md").read_text()  # where it is run
+    assert not re.findall(r"\]\((?!https?://)", text)
+
+
+def test_the_source_archive_has_all_that_the_tests_read() -> None:
+    command = ["git", "-C", str(ROOT), "ls-files"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line.split() for line in (ROOT / "MANIFEST.in").read_text().splitlines()]
+    taken = [f"{folder}/*" for kind, *names in lines if kind == "graft" for folder in names]
+    taken += [name for kind, *names in lines if kind == "include" for name in names]
+    taken += ["src/*", "README.md", "LICENSE", "pyproject.toml", "MANIFEST.in"]  # by itself
+    left = [f for f in listed.stdout.splitlines() if not any(fnmatch(f, name) for name in taken)]
+    assert left in ([".gitignore"], [])  # none: no clone, but the archive
