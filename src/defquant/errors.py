@@ -1,11 +1,36 @@
 """What a user did wrong, in one line: the rule, the value found, the remedy."""
 
-__all__ = ["DefquantWarning", "UserError"]
+__all__ = ["DefquantWarning", "UserError", "shown", "visible"]
+
+
+def visible(text: str) -> str:
+    """`text` on one line, without what would move a terminal's cursor or turn its direction."""
+    return "".join(c if c.isprintable() else "�" for c in text)
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A foreign text, or the repr of another foreign value, as a message may hold it.
+
+    One line of at most `limit` characters that can be seen. Every text that a file, a folder or a
+    server gives, and a user did not type, goes through here into a message.
+    """
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except (ValueError, RecursionError):  # an integer of 5,000 digits; nested too deep
+        text = f"a {type(value).__name__}"
+    text = visible(" ".join(text[: 20 * limit].split()))
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 class UserError(ValueError):
-    """Bad input: the command line prints the message alone and exits with 2."""
+    """Bad input: the command line prints the message alone, on one line, and exits with 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(" ".join(message.split("\n"))))
 
 
 class DefquantWarning(UserWarning):
     """A result is usable but easily misread; the message says why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(" ".join(message.split("\n"))))

@@ -68,6 +68,9 @@ def read(path: Path, model: nn.Module, facts: Facts) -> tuple[Program, onnx.Mode
         raise UserError(
             f"{path} takes images of {dims[0].dim_value} channels, the run of {facts.in_channels}"
         )
+    given = file.graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    if given != facts.num_classes:
+        raise UserError(f"{path} gives {given} logits, the run {facts.num_classes}")
     shape = dims[0].dim_value, dims[1].dim_value, dims[2].dim_value
     try:
         program = lower(model, shape, peaks=known["peaks"], weight_bits=known["weight_bits"])

@@ -40,7 +40,7 @@ def burst(_: bytes) -> object:
 
 
 def rude(_: bytes) -> object:
-    raise UserError("two\nlines")
+    raise UserError("far too long " * 100)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
-from defquant.errors import UserError
+from defquant.errors import UserError, shown
 from defquant.files import opened
 
 __all__ = ["LARGEST", "read_tar"]
@@ -57,9 +57,9 @@ def read_tar(
     except UserError:
         raise
     except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{path} must be a whole tar.gz archive ({reason}): it may be cut; download it again"
+            f"{path} must be a whole tar.gz archive ({shown(str(error), 200)}): it may be cut; "
+            "download it again"
         ) from None
 
 
@@ -81,6 +81,6 @@ def _refuse_harm(member: tarfile.TarInfo, name: PurePosixPath, path: Path, place
         rule = f"must hold up to {_MEMBERS:,} files"
     if rule:
         raise UserError(
-            f"{path} {rule}; found {ascii(member.name)[:80]}: it is not the official archive, "
+            f"{path} {rule}; found {shown(member.name)!r}: it is not the official archive, "
             "remove it"
         )

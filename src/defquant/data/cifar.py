@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from defquant.data.archive import LARGEST, read_tar
 from defquant.data.dataset import Dataset, from_arrays
 from defquant.data.pictures import decode
-from defquant.errors import UserError
+from defquant.errors import UserError, shown
 from defquant.files import opened, read_bytes, write_whole
 
 __all__ = ["read_cifar10"]
@@ -161,9 +161,8 @@ def _read_batch(raw: bytes, where: str) -> tuple[NDArray[np.uint8], NDArray[np.i
     except UserError:
         raise
     except Exception as error:  # damaged opcodes raise errors of many kinds
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{where} must be a whole pickle ({reason}): it is damaged, {_AGAIN}"
+            f"{where} must be a whole pickle ({shown(str(error), 200)}): it is damaged, {_AGAIN}"
         ) from None
     try:
         data, labels = batch[b"data"], batch[b"labels"]
@@ -176,7 +175,7 @@ def _read_batch(raw: bytes, where: str) -> tuple[NDArray[np.uint8], NDArray[np.i
         return array.reshape(-1, 3, 32, 32), np.array(labels, np.int64)
     except Exception:
         plain = isinstance(batch, dict) and all(isinstance(key, bytes | str) for key in batch)
-        keys = [ascii(key)[:40] for key in [*batch][:5]] if plain else type(batch).__name__
+        keys = shown(sorted(map(str, batch)), 200) if plain else type(batch).__name__
         raise UserError(
             f"{where} must hold b'data', uint8 (n, 3072), and b'labels', a list of integers; found "
             f"{keys} of other types or shapes: {_AGAIN}"
@@ -226,10 +225,9 @@ def _read_parquet(path: Path) -> tuple[list[bytes], NDArray[np.integer]]:
         if not whole or not all(isinstance(raw, bytes) and raw for raw in encoded):
             raise KeyError("an empty cell, or labels that are no integers")
     except Exception as error:  # a damaged file raises errors of many kinds
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{path} must be a parquet file with columns img or image (a struct with bytes) and "
-            f"label (integer); found: {reason}: download it again"
+            f"label (integer); found: {shown(str(error), 200)}: download it again"
         ) from None
     return encoded, np.concatenate(labels) if labels else np.empty(0, np.int64)
 

@@ -14,7 +14,7 @@ from defquant.data.cifar import read_cifar10
 from defquant.data.dataset import Dataset, from_arrays
 from defquant.data.matlab import mat_shapes, read_mat
 from defquant.data.pictures import read_folder
-from defquant.errors import UserError
+from defquant.errors import UserError, shown
 from defquant.files import opened
 
 __all__ = ["DATASETS", "load"]
@@ -134,7 +134,7 @@ def _read_npz(root: Path, split: str) -> Dataset:
         raise
     except Exception as error:  # a damaged file raises errors of many kinds
         raise UserError(
-            f"{root} must be an .npz file of plain arrays ({' '.join(str(error).split())[:200]}): "
+            f"{root} must be an .npz file of plain arrays ({shown(str(error), 200)}): "
             "write it again with numpy.savez"
         ) from None
     where = f"{root} ({split})"
@@ -149,7 +149,7 @@ def _check_members(archive: zipfile.ZipFile) -> None:
         plain = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
         if not plain or member.file_size > (64 << 20) + 100 * member.compress_size:
             raise ValueError(
-                f"{ascii(member.filename)[:40]} unpacks {member.compress_size:,} bytes to "
+                f"{shown(member.filename)!r} unpacks {member.compress_size:,} bytes to "
                 f"{member.file_size:,}"
             )
 
@@ -171,8 +171,7 @@ def _npz_arrays(
     else:
         raise UserError(
             f"{where} must hold x_train, y_train, x_test and y_test, or images and labels; "
-            f"found {', '.join(ascii(name)[1:41] for name in sorted(file)[:9]) or 'nothing'}: name "
-            "the arrays so"
+            f"found {shown(', '.join(sorted(file)), 200) or 'nothing'}: name the arrays so"
         )
     return images, labels, int(highest) + 1
 

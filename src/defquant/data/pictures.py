@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from defquant.data.dataset import Dataset, from_arrays
-from defquant.errors import DefquantWarning, UserError
+from defquant.errors import DefquantWarning, UserError, shown
 from defquant.files import opened
 
 __all__ = ["decode", "encode", "open_image", "read_folder"]
@@ -41,7 +41,7 @@ def open_image(source: Path | bytes, name: str) -> Iterator[Image.Image]:
         raise
     except Exception as error:  # a broken file raises whatever its decoder stumbles over
         unknown = isinstance(error, UnidentifiedImageError)
-        reason = "no PNG, JPEG, WebP, BMP or GIF" if unknown else " ".join(str(error).split())
+        reason = "no PNG, JPEG, WebP, BMP or GIF" if unknown else shown(str(error), 200)
         raise UserError(f"cannot decode {name} ({reason}): restore or remove it") from None
 
 

@@ -29,9 +29,14 @@ from defquant.deploy.program import (
     Weight,
 )
 
-__all__ = ["METADATA", "OPSET", "Input", "graph", "packed", "unpacked"]
+__all__ = ["METADATA", "OPERATORS", "OPSET", "Input", "graph", "packed", "unpacked"]
 
 OPSET = 21
+OPERATORS = {
+    "Add", "Cast", "Clip", "Conv", "DequantizeLinear", "Flatten", "Gather", "Gemm",
+    "GlobalAveragePool", "Identity", "MaxPool", "Mul", "QuantizeLinear", "Reshape", "Slice",
+}  # fmt: skip
+"""All that `graph` writes."""
 METADATA = "defquant"
 Input = Literal["float", "uint8"]
 

@@ -1,6 +1,7 @@
 """Run an exported file with onnxruntime, as a module like any other, and read what it became."""
 
 import json
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,27 +16,60 @@ from numpy.typing import NDArray
 from onnx import helper
 from torch import Tensor, nn
 
-from defquant.deploy.graph import METADATA
-from defquant.errors import UserError
+from defquant.deploy.graph import METADATA, OPERATORS
+from defquant.errors import UserError, shown
+from defquant.files import read_bytes
 
 __all__ = ["OnnxModel", "facts_of", "integer_convolutions", "open_model", "session"]
 
 _QUIET = 3
+_LARGEST = 1 << 24
+"""Elements of a tensor, for one image."""
 _INTEGER = ("QLinearConv",)
 _FLOAT = ("Conv", "FusedConv", "NhwcFusedConv", "ConvInteger")
 
 
 def open_model(path: Path) -> onnx.ModelProto:
-    """The file at `path`. Raises `UserError` where it is missing, cut, or no ONNX model."""
+    """The file at `path`, which `defquant export` may have written: it may come from anywhere.
+
+    Raises `UserError` where it is missing, cut, no ONNX model, or has what `graph` never writes:
+    loops and other operators, values in other files, tensors of no or of enormous size.
+    """
     try:
-        model = onnx.load(path)
+        model = onnx.load_model_from_string(read_bytes(path))
+        strange = sorted({node.op_type for node in model.graph.node} - OPERATORS)
+        if model.functions or strange:
+            found = (strange or ["functions"])[0]
+            raise UserError(f"{path} was not made by `defquant export`: it has {shown(found)!r}")
         onnx.checker.check_model(model)
+        _check_sizes(model)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
     except Exception as error:  # protobuf, checker and file system each have their own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is not a whole ONNX model ({reason})") from None
+        raise UserError(f"{path} is not a whole ONNX model ({shown(reason, 200)})") from None
     return model
+
+
+def _check_sizes(model: onnx.ModelProto) -> None:
+    """Raise `ValueError` unless one batch of images makes tensors of known, bearable sizes."""
+    body = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
+    known = {t.name: t.type.tensor_type.shape.dim for t in [*body.value_info, *body.output]}
+    ends = [list(t.type.tensor_type.shape.dim) for t in (*body.input, *body.output)]
+    if [len(dims) for dims in ends] != [4, 2] or any(dims[0].dim_value for dims in ends):
+        raise ValueError("it must take a batch of images and give a batch of logits")
+    far = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in body.initializer)
+    if far or body.sparse_initializer:
+        raise ValueError("it keeps values in another file, or sparse ones")
+    for name in (name for node in body.node for name in node.output):
+        sizes = [dim.dim_value for dim in known.get(name, ())]
+        sizes = sizes[1:] if sizes and not sizes[0] else sizes  # of one image, without the batch
+        if name not in known or 0 in sizes or math.prod(sizes) > _LARGEST:
+            raise ValueError(f"tensor {name!r} has the size {sizes}")
+    if math.prod(dim.dim_value for dim in ends[0][1:]) > _LARGEST:
+        raise ValueError("it takes enormous images")
 
 
 def facts_of(model: onnx.ModelProto, path: Path) -> dict[str, Any]:
@@ -43,7 +77,7 @@ def facts_of(model: onnx.ModelProto, path: Path) -> dict[str, Any]:
     text = {p.key: p.value for p in model.metadata_props}.get(METADATA)
     try:
         facts = json.loads(text) if text else None
-    except ValueError:
+    except (ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict) or "format" not in facts:
         raise UserError(f"{path} was not made by `defquant export`: its metadata lack `{METADATA}`")
@@ -125,7 +159,10 @@ class OnnxModel(nn.Module):
         wanted = self.input.shape[1:]
         if list(x.shape[1:]) != list(wanted):
             raise UserError(f"the model takes images {wanted}; found {list(x.shape[1:])}")
-        return torch.from_numpy(self.session.run(None, {self.input.name: self.fed(x)})[0])
+        try:
+            return torch.from_numpy(self.session.run(None, {self.input.name: self.fed(x)})[0])
+        except Exception as error:  # onnxruntime has a class for each kind of failure
+            raise UserError(f"onnxruntime cannot run the model: {shown(str(error), 200)}") from None
 
     def fed(self, x: Tensor) -> NDArray[Any]:
         """`x` as the file wants it: float32, or pixels as uint8."""
