@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from defquant.cli import main
+from defquant.experiments import estimate
 from defquant.experiments.catalog import EXPERIMENTS, cells_of
 from defquant.experiments.cost import passes_by_model
 from defquant.experiments.reproduction import names_of
@@ -59,11 +60,31 @@ def test_a_plan_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plan_says_that_the_images_are_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "_rate", lambda network, seconds: 1e4)
+    status, out, _ = call(capsys, "table4", "--dry-run", "--out", str(tmp_path))
+    assert status == 0
+    assert "without its images nothing can be made: preset small needs CIFAR-10: give its" in out
+
+
+def test_a_probe_grows_to_the_batch_that_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Throughput of two images says nothing of that of a batch."""
+    monkeypatch.setattr(estimate, "_steps", lambda model, network, size, *_: 40.0 * size)
+    network = SCALES["small"].placed("x", None, "cpu").network()
+    assert estimate._rate(network, 5.0) == 40 * network.train.batch_size
+
+
 def test_list_names_everything_with_its_cost(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = call(capsys, "--list")
     assert status == 0
     for name in (*EXPERIMENTS, *SCALES):
         assert any(line.split()[:1] == [name] for line in out.splitlines()), name
+    # the costs that --dry-run counts, SVHN's among them
+    passes = passes_by_model(cells_of(["table2"], SCALES["smoke"].placed(None, None, "cpu")))
+    row = next(line for line in out.splitlines() if line.startswith("table2"))
+    assert f"{len(passes)} / {sum(map(sum, passes.values())) / 1e6:.2f} " in row
 
 
 def test_all_leaves_out_svhn_where_it_has_no_place() -> None:

@@ -17,6 +17,7 @@ from defquant.training import train
 __all__ = ["Estimate", "estimate"]
 
 PROBE_SECONDS = 10.0
+STEPS = 4  # of a probe, in two epochs: the first also pays for what is made once
 _SHAPES = {"digits": (1, 8), "cifar10": (3, 32), "svhn": (3, 32)}  # channels, side
 
 
@@ -63,32 +64,30 @@ def _kind(network: Network) -> tuple[str, str]:
 
 
 def _rate(network: Network, seconds: float) -> float:
-    """Image passes a second: batches that grow until one epoch of two steps takes long enough."""
+    """Image passes a second, at the batch size of the training where `seconds` allow for it."""
     channels, side = _SHAPES[network.data.data]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        size, rate, left = 2, 0.0, seconds
-        while left > 0 and size <= network.train.batch_size:
-            start = time.perf_counter()
+        size, end = 2, float("inf")
+        while True:
             rate = _steps(network.model, network, size, channels, side)
-            spent = time.perf_counter() - start
-            left -= spent
-            if 4 * spent > left:  # a batch of four times the size would take longer than is left
-                break
-            size *= 4
+            end = min(end, time.perf_counter() + seconds)  # the first one pays for imports, too
+            larger = min(network.train.batch_size, int((end - time.perf_counter()) * rate / STEPS))
+            if larger <= size:
+                return rate
+            size = larger
     finally:
         torch.set_num_threads(threads)
-    return rate
 
 
 def _steps(model: ModelConfig, network: Network, size: int, channels: int, side: int) -> float:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(
-        0, 256, (3 * size, channels, side, side), dtype=torch.uint8, generator=generator
+        0, 256, (STEPS // 2 * size, channels, side, side), dtype=torch.uint8, generator=generator
     )
-    labels = torch.arange(3 * size) % 10
+    labels = torch.arange(STEPS // 2 * size) % 10
     data = Dataset(images, labels, tuple("0123456789"), "probe")
-    config = replace(network.train, epochs=1, batch_size=size, attack="none")
+    config = replace(network.train, epochs=2, batch_size=size, attack="none")
     history = train(build(model, num_classes=10, in_channels=channels), data, config)
     return history[-1]["images_per_second"]

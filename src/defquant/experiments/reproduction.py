@@ -46,7 +46,7 @@ def print_list() -> None:
     table = Table(box=None, pad_edge=False)
     for head in ("name", "what", *SCALES):
         table.add_column(head, justify="right" if head in SCALES else "left", no_wrap=True)
-    scales = [scale.placed(None, "svhn", "cpu") for scale in SCALES.values()]
+    scales = [scale.placed(None, None, "cpu") for scale in SCALES.values()]
     costs = {name: [_cost(cells_of([name], scale)) for scale in scales] for name in EXPERIMENTS}
     costs["all"] = [_cost(cells_of(EXPERIMENTS, scale)) for scale in scales]
     for name, cost in costs.items():
@@ -79,6 +79,10 @@ def print_plan(names: Sequence[str], scale: Scale, out: Path, jobs: int | None) 
     print(f"{len(cells) - len(missing)} of {len(cells)} cells are there")
     if not missing:
         return
+    try:
+        _check_data(scale, missing)
+    except UserError as error:
+        print(f"without its images nothing can be made: {error}")
     found = estimate(missing, jobs or cores())
     for kind, rate in found.rates.items():
         shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
