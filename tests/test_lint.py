@@ -285,9 +285,11 @@ def test_no_model_sees_more_rows_than_batch_size(batch_size: int) -> None:
             return super().forward(1 - x)  # most are wrong: what explains it is looked for, too
 
     model, data = Engine(), (X[:40], Y[:40])
-    attacks: list[Any] = [dq.Square(0.2, queries=8), dq.APGD(0.2, 3, restarts=2, queries=6), dq.PGD(0.2),
-               dq.APGD(0.2, 2, loss="dlr-targeted"), dq.FAB(0.2, 2),
-               dq.Transfer(dq.PGD(0.1), model), dq.Adaptive(0.2, 4)]  # fmt: skip
+    attacks: list[Any] = [
+        dq.Square(0.2, queries=8), dq.APGD(0.2, 3, restarts=2, queries=6), dq.PGD(0.2),
+        dq.APGD(0.2, 2, loss="dlr-targeted"), dq.FAB(0.2, 2),
+        dq.Transfer(dq.PGD(0.1), model), dq.Adaptive(0.2, 4),
+    ]  # fmt: skip
     with pytest.warns(dq.DefquantWarning, match="inverted"):
         list(dq.sweep(model, data, attacks, batch_size=batch_size))
     evaluate.vanishing(model, data, torch.ones(40, dtype=torch.bool), batch_size=batch_size)
