@@ -13,6 +13,7 @@ import defquant as dq
 from conftest import tiny_images
 from defquant import evaluate
 from defquant.diagnose import Effort
+from linear_scenes import middle_eps, scene
 
 DATA = tiny_images(96, channels=3)
 TINT = torch.tensor([1.0, 0.6, 0.2]).view(1, 3, 1, 1)  # so that the order of colours matters
@@ -240,6 +241,21 @@ def test_a_last_digit_beyond_the_range_is_cut_off() -> None:
         assert found.min() >= 0
         assert found.max() <= 1
         assert dq.accuracy(Nearest(), (images, Y)) == dq.accuracy(Nearest(), (x.clamp(0, 1), Y))
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16])
+def test_models_of_another_type_are_given_images_so(kind: torch.dtype) -> None:
+    model, x, y = scene()
+    eps = middle_eps(model, x, y)[0]
+    attacks = [dq.FGSM(eps), dq.APGD(eps, 4, queries=4), dq.Square(eps, queries=20)]
+    before, after = (
+        [s.score.correct for s in dq.sweep(m, (x, y), attacks)]
+        for m in (scene()[0], model.to(kind))
+    )
+    assert all(abs(a - b) <= 3 for a, b in zip(before, after, strict=True))
+    assert dq.PGD(eps)(model, x, y).dtype == torch.float32
+    assert evaluate.vanishing(model, (x, y), torch.ones(40, dtype=torch.bool)) == 0
+    assert not model._forward_pre_hooks
 
 
 @pytest.mark.parametrize(

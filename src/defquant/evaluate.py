@@ -170,7 +170,7 @@ def vanishing(
     with untouched(model):
         for some in ids.split(batch_size):
             x = to_unit(images[some]).requires_grad_()
-            loss = nn.functional.cross_entropy(model(x), labels[some], reduction="sum")
+            loss = nn.functional.cross_entropy(model(x).float(), labels[some], reduction="sum")
             if not loss.requires_grad:
                 return None
             grad = torch.autograd.grad(loss, x, allow_unused=True)[0]

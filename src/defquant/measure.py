@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from defquant.attacks import Attack, Composition, Single
+from defquant.attacks import Attack, Composition, Single, untouched
 from defquant.checkpoint import Facts, load_on, versions
 from defquant.config import digest
 from defquant.data import Dataset
@@ -198,8 +198,8 @@ def examples(
 
 
 def _answers(model: nn.Module, x: Tensor) -> list[dict[str, float]]:
-    with torch.no_grad():
-        confidence, prediction = model(x).softmax(1).max(1)
+    with untouched(model), torch.no_grad():
+        confidence, prediction = model(x).float().softmax(1).max(1)
     pairs = zip(prediction.tolist(), confidence.tolist(), strict=True)
     return [{"prediction": p, "confidence": round(c, 4)} for p, c in pairs]
 

@@ -55,6 +55,7 @@ class ById(Protocol):
 def untouched(model: nn.Module) -> Iterator[nn.Module]:
     """Put `model` in eval mode without parameter gradients; on the way out restore all of it.
 
+    Inside, a float64 or half model takes float32 images, too.
     Restored, also after an exception: each module's `training` flag, each parameter's
     `requires_grad` and `.grad` (the same tensor object), each buffer (attacks run many forward
     passes), and torch's global random state on the CPU.
@@ -68,7 +69,8 @@ def untouched(model: nn.Module) -> Iterator[nn.Module]:
         model.eval()
         for parameter, _, _ in params:
             parameter.requires_grad_(False)
-        yield model
+        with _fed(model):
+            yield model
     finally:
         for module, training in modes:
             module.training = training
@@ -78,6 +80,24 @@ def untouched(model: nn.Module) -> Iterator[nn.Module]:
         for group, values in zip(buffers, before, strict=True):
             _restore(group, values)
         torch.set_rng_state(random_state)
+
+
+@contextmanager
+def _fed(model: nn.Module) -> Iterator[None]:
+    """A model whose numbers are all of one other type, as float64 or half, is given images so."""
+    numbers = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    kinds = {number.dtype for number in numbers}
+    if len(kinds) != 1 or kinds == {torch.float32}:
+        yield
+        return
+    kind = kinds.pop()
+    handle = model.register_forward_pre_hook(
+        lambda _, args: tuple(a.to(kind) if a.is_floating_point() else a for a in args)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
@@ -206,11 +226,12 @@ def lint_model(model: nn.Module, x: Tensor, y: Tensor) -> None:
     with untouched(model), torch.no_grad():
         logits = model(x)
         lint_answer(logits, len(x), int(y.max()))
-        again, alone = model(x), model(x[:1])
+        again, alone = model(x).float(), model(x[:1]).float()
+    logits = logits.float()
     if not logits.isfinite().all():
         _warn("the model's outputs are not all finite: a NaN counts as a wrong answer")
         return
-    if logits.min() >= 0 and torch.allclose(logits.sum(1), torch.ones(()).to(logits), atol=1e-4):
+    if logits.min() >= 0 and torch.allclose(logits.sum(1), torch.ones(()).to(logits), atol=1e-3):
         _warn("the model seems to return probabilities: without its softmax attacks are stronger")
     scale = logits.abs().max().clamp_min(1)
     if (logits - again).abs().max() > SAME * scale:
