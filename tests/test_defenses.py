@@ -412,7 +412,9 @@ def test_an_iterate_passed_on_the_way_is_kept() -> None:
             z = (x.mean((1, 2, 3)) - 0.55).square() - 0.0025
             return torch.stack([z, torch.zeros_like(z)], 1)
 
-    data = Dataset(torch.full((3, 1, 2, 2), 102, dtype=torch.uint8), torch.zeros(3).long(), (), "")
+    data = Dataset(
+        torch.full((3, 1, 2, 2), 102, dtype=torch.uint8), torch.zeros(3).long(), ("a",), ""
+    )
     made = adversarial(Valley(), data, BIM(0.3, steps=2, alpha=0.13))  # 0.4, 0.53, 0.66
     torch.testing.assert_close(made, torch.full((3, 1, 2, 2), 0.53))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import defquant as dq
 from conftest import tiny_images
 from defquant import evaluate
+from defquant.defenses import Detector
 from defquant.diagnose import Effort
 from linear_scenes import middle_eps, scene
 
@@ -312,6 +313,9 @@ def test_no_model_sees_more_rows_than_batch_size(batch_size: int) -> None:
     effort = Effort(steps=2, queries=2, draws=2, batch_size=batch_size)
     dq.masking_verdict(model, data, 0.1, effort=effort)
     dq.transfer_matrix({"a": model}, data, dq.FGSM(0.1), batch_size=batch_size)
+    Detector().fit(model, X[:40], batch_size=batch_size).rates(
+        model, X[:40], X[:40], Y[:40], batch_size=batch_size
+    )
     assert max(seen) == batch_size
     with pytest.raises(dq.UserError, match="batch_size must be 1 or more; found 0"):
         dq.accuracy(model, data, batch_size=0)

@@ -17,7 +17,7 @@ from defquant.cli import main
 from defquant.foreign import load_foreign
 from defquant.results import FOREIGN, read_folder
 
-CODE = """
+CODE = '''
 import torch
 from helper import WIDTH
 from torch import nn
@@ -119,8 +119,16 @@ def quantised():
     return dq.wide_resnet(10, 1, bits=3, in_channels=1)
 
 
+class One(Net):
+    """An engine that was built for one image."""
+
+    def forward(self, x):
+        assert len(x) == 1
+        return super().forward(x)
+
+
 not_callable = 3
-"""
+'''
 
 
 def line(text: str) -> int:
@@ -187,6 +195,15 @@ def test_scores_are_those_of_python(
     assert main(["rescore", str(tmp_path / "images"), *own, "--json"]) == 0
     scores = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert all(r["correct"] == r["saved_correct"] for r in scores)
+
+
+def test_an_engine_for_one_image(place: Path, tmp_path: Path) -> None:
+    own = ["--weights", str(place / "w.safetensors"), "--batch-size", "1"]
+    more = ["--save-images", str(tmp_path / "images"), "--examples", "3", "--images", "6"]
+    assert main([*words(place, "One", tmp_path / "out"), *own, *more]) == 0
+    assert main(
+        ["rescore", str(tmp_path / "images"), "--model-file", f"{place}/my.py:One", *own]
+    ) == 0  # fmt: skip
 
 
 def test_the_report_names_it(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from defquant.attacks import FirstOrder, untouched
-from defquant.data import to_unit
+from defquant.data import as_labels, in_unit, to_unit
 from defquant.errors import UserError
 from defquant.models.squeezing import (
     FeatureSqueezing,
@@ -72,7 +72,10 @@ class Unaware:
 
 
 def squeezing_distance(
-    model: nn.Module, x: Tensor, squeezers: Sequence[Squeezer] = (reduce_depth, median_2x2)
+    model: nn.Module,
+    x: Tensor,
+    squeezers: Sequence[Squeezer] = (reduce_depth, median_2x2),
+    batch_size: int = 256,
 ) -> Tensor:
     """How far squeezing moves the answer: max over s of ||p(x) - p(s(x))||_1 (Xu et al. 2017).
 
@@ -80,7 +83,7 @@ def squeezing_distance(
     (n, c, h, w), float in [0, 1] or uint8, on its device. Returns (n,) in [0, 2], inf where the
     model returns NaN. Raises `UserError` for no squeezer, no images or others than these.
     """
-    plain, squeezed = _answers(model, x, squeezers)
+    plain, squeezed = _answers(model, x, squeezers, batch_size)
     return (squeezed - plain).abs().sum(2).amax(0).nan_to_num(torch.inf)
 
 
@@ -107,7 +110,13 @@ class Detector:
     squeezers: tuple[Squeezer, ...] = (reduce_depth, median_2x2)
     threshold: float | None = None
 
-    def fit(self, model: nn.Module, clean: Tensor, false_positive_rate: float = 0.05) -> "Detector":
+    def fit(
+        self,
+        model: nn.Module,
+        clean: Tensor,
+        false_positive_rate: float = 0.05,
+        batch_size: int = 256,
+    ) -> "Detector":
         """The same with the lowest threshold that flags at most this share of `clean`.
 
         Measure its rates on other images. Raises `UserError` for the rule `prediction`, a rate
@@ -117,21 +126,26 @@ class Detector:
             raise UserError("the rule `prediction` has no threshold to fit: use it as it is")
         if not 0 <= false_positive_rate < 1:
             raise UserError(f"a false positive rate lies in [0, 1); found {false_positive_rate:g}")
-        distance = squeezing_distance(model, clean, self.squeezers)
+        distance = squeezing_distance(model, clean, self.squeezers, batch_size)
         flagged = math.floor(false_positive_rate * len(distance))
         return replace(self, threshold=float(distance.topk(flagged + 1).values[-1]))
 
-    def flags(self, model: nn.Module, x: Tensor) -> Tensor:
+    def flags(self, model: nn.Module, x: Tensor, batch_size: int = 256) -> Tensor:
         """Which images it takes for adversarial: bool (n,). Raises `UserError` before `fit`."""
         if self.rule == "prediction":
-            plain, squeezed = _answers(model, x, self.squeezers)
+            plain, squeezed = _answers(model, x, self.squeezers, batch_size)
             return (squeezed.argmax(2) != plain.argmax(1)).any(0)
         if self.threshold is None:
             raise UserError("the detector has no threshold yet: call fit with clean images first")
-        return squeezing_distance(model, x, self.squeezers) > self.threshold
+        return squeezing_distance(model, x, self.squeezers, batch_size) > self.threshold
 
     def rates(
-        self, model: nn.Module, clean: Tensor, adversarial: Tensor, labels: Tensor | None = None
+        self,
+        model: nn.Module,
+        clean: Tensor,
+        adversarial: Tensor,
+        labels: Tensor | None = None,
+        batch_size: int = 256,
     ) -> Detection:
         """Detection rate on `adversarial` and false positives on `clean`, images (n, c, h, w).
 
@@ -139,30 +153,29 @@ class Detector:
         al. 2017). The rate holds for the attack that made them: one that knows the detector may
         evade it (He et al. 2017). Raises `UserError` as `flags` does.
         """
-        flags, false = self.flags(model, adversarial), self.flags(model, clean)
+        flags, false = (self.flags(model, x, batch_size) for x in (adversarial, clean))
         if labels is not None:
-            flags = flags[_probabilities(model, adversarial).argmax(1) != labels.to(flags.device)]
+            taken_for = _probabilities(model, adversarial, batch_size).argmax(1)
+            flags = flags[taken_for != as_labels(labels, len(adversarial)).to(flags.device)]
         detected = Score(int(flags.sum()), len(flags)) if len(flags) else None
         return Detection(detected, Score(int(false.sum()), len(false)))
 
 
-def _answers(model: nn.Module, x: Tensor, squeezers: Sequence[Squeezer]) -> tuple[Tensor, Tensor]:
+def _answers(
+    model: nn.Module, x: Tensor, squeezers: Sequence[Squeezer], batch_size: int
+) -> tuple[Tensor, Tensor]:
     """Probabilities (n, classes) on the images, and (squeezers, n, classes) on squeezed ones."""
     if not squeezers or len(x) == 0:
         raise UserError(f"detection needs squeezers and images; found {len(squeezers)}, {len(x)}")
-    squeezed = torch.stack([_probabilities(model, x, squeezer) for squeezer in squeezers])
-    return _probabilities(model, x), squeezed
+    check_images(to_unit(x[:1]))
+    squeezed = [_probabilities(model, x, batch_size, squeezer) for squeezer in squeezers]
+    return _probabilities(model, x, batch_size), torch.stack(squeezed)
 
 
-def _probabilities(model: nn.Module, x: Tensor, squeezer: Squeezer = lambda x: x) -> Tensor:
+def _probabilities(
+    model: nn.Module, x: Tensor, batch_size: int, squeezer: Squeezer = lambda x: x
+) -> Tensor:
+    x = in_unit(x)
     with untouched(model), torch.no_grad():
-        logits = [model(squeezer(_in_range(to_unit(part)))) for part in x.split(256)]
+        logits = [model(squeezer(to_unit(part))) for part in x.split(batch_size)]
     return torch.cat(logits).float().softmax(1)
-
-
-def _in_range(x: Tensor) -> Tensor:
-    check_images(x)
-    low, high = x.aminmax()
-    if not (low >= 0 and high <= 1):
-        raise UserError(f"images must lie in [0, 1]; found [{low:.3g}, {high:.3g}]")
-    return x

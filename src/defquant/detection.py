@@ -49,7 +49,7 @@ def detection(
         calibration: clean images, others than those of `data`.
         attack: its best iterates are taken.
         seed: of the attack's draws, which belong to an image's place in `data`.
-        batch_size: rows at a time while they are made; the counts do not depend on it.
+        batch_size: rows at a time; the counts do not depend on it.
 
     Returns:
         `detected` of the images that the network had right and the attack got wrong (Xu et al.
@@ -59,14 +59,14 @@ def detection(
     device = next(network.parameters(), data.images).device
     data = data.to(device)
     detector = Detector("distance", tuple(SQUEEZERS.values()))
-    detector = detector.fit(network, calibration.to(device).images, RATE)
+    detector = detector.fit(network, calibration.to(device).images, RATE, batch_size)
     images = adversarial(network, data, attack, seed=seed, batch_size=batch_size)
     with untouched(network):
         right = correct(network, data, batch_size=batch_size)
     if not right.any():
-        flagged = detector.flags(network, data.images)
+        flagged = detector.flags(network, data.images, batch_size)
         return Detection(None, Score(int(flagged.sum()), len(flagged)))
-    return detector.rates(network, data.images, images[right], data.labels[right])
+    return detector.rates(network, data.images, images[right], data.labels[right], batch_size)
 
 
 def adversarial(

@@ -72,7 +72,9 @@ def diagnose_run(
              "layers": _layers(m, shown.first(min(AMPLIFIED, len(shown))), eps, effort)}
             for name, (m, f) in zip(names, loaded, strict=True)
         ],
-        "audit": _audited(audit(model, shown.first(min(audited, len(shown))))) if audited else None,
+        "audit": _audited(
+            audit(model, shown.first(min(audited, len(shown))), batch_size=effort.batch_size)
+        ) if audited else None,
         "masking": _masking(verdict),
         "evidence": {
             "versions": versions(device), "command": shlex.join(["defquant", *sys.argv[1:]]),
@@ -83,11 +85,15 @@ def diagnose_run(
 def _layers(model: nn.Module, data: Dataset, eps: float, effort: Effort) -> list[dict[str, Any]]:
     device = next(model.parameters()).device
     x, y = data.to(device).take(torch.arange(len(data)))
-    draws = torch.Generator().manual_seed(effort.seed)
-    moved = PGD(eps, steps=20).last(model, x, y, generator=draws)
+    moved = torch.cat([
+        PGD(eps, steps=20).last(
+            model, x[ids], y[ids], ids=ids, generator=torch.Generator().manual_seed(effort.seed)
+        )
+        for ids in torch.arange(len(x), device=device).split(effort.batch_size)
+    ])  # fmt: skip
     return [
         {"layer": found.layer, "mean": found.distance.mean, "spread": found.distance.spread}
-        for found in layer_distances(model, x, moved)
+        for found in layer_distances(model, x, moved, batch_size=effort.batch_size)
     ]
 
 

@@ -70,9 +70,12 @@ def load_foreign(spec: str, weights: str | None, device: torch.device) -> Foreig
     return Foreign(model.to(device).eval(), subject, path)
 
 
-def probe(foreign: Foreign, data: Dataset) -> None:
-    """Show the model two images. Raises `UserError` unless it gives a logit for each class."""
-    images, labels = data.take(torch.arange(min(2, len(data))))
+def probe(foreign: Foreign, data: Dataset, batch_size: int) -> None:
+    """Show the model two images, or one. Raises `UserError` unless it has a logit for each class.
+
+    It sees no more than `batch_size` of them at once.
+    """
+    images, labels = data.take(torch.arange(min(2, batch_size, len(data))))
     images = images.to(device_of(foreign.model, images.device))
     shape = " x ".join(map(str, data.shape))
     with blamed(foreign.path, f" on images of {shape}", always=True):

@@ -154,9 +154,10 @@ def write_examples(
     attack: Single | Composition,
     count: int = 8,
     seed: int = 0,
+    batch_size: int = 256,
 ) -> Path:
     """What `examples` finds, as `examples.json` in the run's folder."""
-    found = examples(model, facts, images, attack, count, seed)
+    found = examples(model, facts, images, attack, count, seed, batch_size)
     return write_json(run / "examples.json", {"run": run.name, **found})
 
 
@@ -167,15 +168,25 @@ def examples(
     attack: Single | Composition,
     count: int = 8,
     seed: int = 0,
+    batch_size: int = 256,
 ) -> dict[str, Any]:
     """Clean and adversarial pictures (base64 of PNG) with the model's predictions (Figure 7)."""
     ids = example_ids(images.labels, count)
     clean, labels = images.take(ids)
     device = device_of(model, clean.device)
     clean, labels = clean.to(device), labels.to(device)
-    adversarial = attack(model, clean, labels, generator=torch.Generator().manual_seed(seed))
+    adversarial = torch.cat([
+        attack(
+            model, clean[some], labels[some], ids=some,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for some in torch.arange(len(ids), device=device).split(batch_size)
+    ])  # fmt: skip
     adversarial = adversarial.mul(255).round().div(255)  # what a saved picture can hold
-    answers = [_answers(model, x) for x in (clean, adversarial)]
+    answers = [
+        [answer for part in x.split(batch_size) for answer in _answers(model, part)]
+        for x in (clean, adversarial)
+    ]
     found = [
         {
             "id": int(ids[i]),

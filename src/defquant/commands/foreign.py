@@ -27,7 +27,7 @@ def attack_foreign(settings: Namespace) -> int:
     images = load(settings.data, settings.data_root, "test").first(settings.images)
     foreign = load_foreign(settings.model_file, settings.weights, device)
     model, subject = foreign.model, foreign.subject
-    probe(foreign, images)
+    probe(foreign, images, settings.batch_size)
     make_folder(out)
     saved = Path(settings.save_images) if settings.save_images else None
     with blamed(foreign.path):
@@ -42,7 +42,8 @@ def attack_foreign(settings: Namespace) -> int:
         if settings.examples:
             shown = shown_attack(settings.attack, settings.eps)
             write_examples(
-                out, model, subject, images, shown, settings.examples, settings.seed
+                out, model, subject, images, shown, settings.examples, settings.seed,
+                settings.batch_size,
             )  # fmt: skip
     print(out / "results.jsonl")
     if saved:

@@ -106,7 +106,7 @@ def attack(settings: Namespace) -> int:
             _print_detections(records, as_json=settings.json, width=width)
         if settings.examples:
             shown = shown_attack(settings.attack, settings.eps)
-            write_examples(run, model, facts, images, shown, settings.examples, settings.seed)
+            write_examples(run, model, facts, images, shown, settings.examples, **how)
         print(run / "results.jsonl")
         if settings.detector:
             print(run / "detector.json")

@@ -88,7 +88,7 @@ def parity(
     return Parity(
         integer_convolutions(file),
         _agreement(shipped, trained),
-        _flipped(model, program, some),
+        _flipped(model, program, some, batch_size),
         float((shipped - trained).abs().max() / trained.std().clamp_min(1e-12)),
         _mismatches(program, file, some),
         _agreement(plain, trained[:deep]),
@@ -108,9 +108,9 @@ def _agreement(one: Tensor, other: Tensor) -> Score:
     return Score(int((one.argmax(1) == other.argmax(1)).sum()), len(one))
 
 
-def _flipped(model: nn.Module, program: Program, x: Tensor) -> float:
+def _flipped(model: nn.Module, program: Program, x: Tensor, batch_size: int) -> float:
     """Share of activation codes in which `program` differs from `model`."""
-    kept = _activations(model, program, x)
+    kept = _activations(model, program, x, batch_size)
     codes = run(program, x)
     differing = seen = 0
     for name, values in kept.items():
@@ -120,23 +120,25 @@ def _flipped(model: nn.Module, program: Program, x: Tensor) -> float:
     return differing / seen if seen else 0.0
 
 
-def _activations(model: nn.Module, program: Program, x: Tensor) -> dict[str, Tensor]:
+def _activations(
+    model: nn.Module, program: Program, x: Tensor, batch_size: int
+) -> dict[str, Tensor]:
     """What each `QuantReLU` of `model` gives for `x`, by the name of its codes in `program`."""
-    kept: dict[str, Tensor] = {}
+    kept: dict[str, list[Tensor]] = {name: [] for name in program.activations.values()}
 
     def keeper(name: str) -> Any:
-        return lambda module, inputs, output: kept.__setitem__(name, output.detach().cpu())
+        return lambda module, inputs, output: kept[name].append(output.detach().cpu())
 
     hooks = [
         model.get_submodule(layer).register_forward_hook(keeper(name))
         for layer, name in program.activations.items()
     ]
     try:
-        _logits(model, x, len(x))
+        _logits(model, x, batch_size)
     finally:
         for hook in hooks:
             hook.remove()
-    return kept
+    return {name: torch.cat(parts) for name, parts in kept.items()}
 
 
 def _mismatches(program: Program, file: onnx.ModelProto, x: Tensor) -> int:

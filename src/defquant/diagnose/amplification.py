@@ -73,7 +73,12 @@ def normalized_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def layer_distances(
-    model: nn.Module, x: Tensor, x_adv: Tensor, *, bits: Sequence[int | None] | None = None
+    model: nn.Module,
+    x: Tensor,
+    x_adv: Tensor,
+    *,
+    bits: Sequence[int | None] | None = None,
+    batch_size: int = 256,
 ) -> list[LayerDistance]:
     """D at the input of each convolution and linear layer, in order of the forward pass.
 
@@ -81,17 +86,19 @@ def layer_distances(
     against adversarial ones at each bit width; this follows section 3. The first is the image.
 
     `x` (n, c, h, w) and `x_adv` lie on the model's device; the model is left as it was found.
-    `bits` are set in turn, weights and batch norms as trained; without them the model's own are
-    kept. Returns one record for each of `bits` and each call of a layer. Raises `UserError` for
-    unequal shapes, no layer to look at, bits outside 1 to 8 or no quantiser to set.
+    It sees `batch_size` rows at a time at most, and a pair of images at least. `bits` are set in
+    turn, weights and batch norms as trained; without them the model's own are kept. Returns one
+    record for each of `bits` and each call of a layer. Raises `UserError` for unequal shapes, no
+    layer to look at, bits outside 1 to 8 or no quantiser to set.
     """
     _check_pair(x, x_adv)
     former = [(module, module.bits) for module in model.modules() if isinstance(module, Quantizer)]
     if bits is None:
         own = {width for _, width in former}
-        return _layers(model, x, x_adv, "mixed" if len(own) > 1 else next(iter(own), None))
+        shown: int | Literal["mixed"] | None = "mixed" if len(own) > 1 else next(iter(own), None)
+        return _layers(model, x, x_adv, shown, batch_size)
     try:
-        return [d for b in bits for d in _layers(set_bits(model, b), x, x_adv, b)]
+        return [d for b in bits for d in _layers(set_bits(model, b), x, x_adv, b, batch_size)]
     finally:
         for quantizer, width in former:
             quantizer.bits = width
@@ -131,7 +138,11 @@ def first_block_distances(
 
 
 def _layers(
-    model: nn.Module, x: Tensor, x_adv: Tensor, bits: int | Literal["mixed"] | None
+    model: nn.Module,
+    x: Tensor,
+    x_adv: Tensor,
+    bits: int | Literal["mixed"] | None,
+    batch_size: int,
 ) -> list[LayerDistance]:
     names = {module: name for name, module in model.named_modules()}
 
@@ -139,7 +150,8 @@ def _layers(
         return names[module], _norms(*z.chunk(2))
 
     # both halves in one pass: their activations meet in the hook, and none has to be kept
-    pairs = zip(x.split(128), x_adv.split(128), strict=True)
+    size = max(1, batch_size // 2)
+    pairs = zip(x.split(size), x_adv.split(size), strict=True)
     passes = [_look(model, torch.cat(pair), (nn.Conv2d, nn.Linear), look) for pair in pairs]
     return [
         LayerDistance(call[0][0], index, bits, _summary(torch.cat([norms for _, norms in call], 1)))
