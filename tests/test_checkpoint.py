@@ -104,7 +104,7 @@ def test_other_architectures_versions_and_programs_are_refused(tmp_path: Path) -
     whole = load(path)
     save(tmp_path, replace(whole, facts=replace(whole.facts, model=ModelConfig("wrn-16-1"))))
     refused(path, "of another architecture")
-    save(tmp_path, replace(whole, facts=replace(whole.facts, num_classes=5)))
+    save(tmp_path, replace(whole, facts=replace(whole.facts, num_classes=2, classes=("a", "b"))))
     refused(path, "of another architecture")
     safetensors.torch.save_file({"a": torch.zeros(1)}, path)
     refused(path, "another program's")

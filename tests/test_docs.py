@@ -20,7 +20,7 @@ import torch
 import defquant
 from defquant import cli
 from defquant.attacks.names import parse_attack
-from defquant.config import DataConfig, ModelConfig, TrainConfig, from_mapping
+from defquant.config import DataConfig, ModelConfig, TrainConfig
 from defquant.data import DATASETS
 from defquant.errors import UserError
 from defquant.experiments.catalog import EXPERIMENTS
@@ -30,6 +30,7 @@ from defquant.experiments.store import read
 from defquant.flags import VERBS, parser_for
 from defquant.models import build
 from defquant.report import claims_markdown, section_markdown
+from defquant.typed import from_mapping
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("docs", "src", "tests", "benchmarks")

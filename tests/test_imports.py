@@ -9,13 +9,13 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "defquant"
 ORDER = (
-    "errors", "files", "config", "results", "quantize", "weights", "lipschitz", "data", "models",
-    "attacks", "defenses", "progress", "distributed", "evaluate", "deploy", "diagnose",
+    "errors", "typed", "files", "config", "results", "quantize", "weights", "lipschitz", "data",
+    "models", "attacks", "defenses", "progress", "distributed", "evaluate", "deploy", "diagnose",
     "monitor", "training_state", "training", "checkpoint", "runs", "replay", "measure",
     "manifest", "saved", "rescored", "foreign", "transfers", "diagnoses", "detection",
     "shipping", "experiments", "report", "commands", "flags_anyone", "flags", "cli", "__main__",
 )  # fmt: skip
-TORCHLESS = ("flags", "errors", "files", "config", "results", "report", "cli", "commands")
+TORCHLESS = ("flags", "errors", "typed", "files", "config", "results", "report", "cli", "commands")
 
 
 def module(path: Path) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import defquant as dq
 from conftest import tiny_images
 from defquant import checkpoint, distributed
-from defquant.config import PRESETS, DataConfig, ModelConfig, TrainConfig, from_mapping
+from defquant.config import PRESETS, DataConfig, ModelConfig, TrainConfig
 from defquant.data import Dataset, batches
 from defquant.distributed import Workers
 from defquant.errors import DefquantWarning, UserError
@@ -23,6 +23,7 @@ from defquant.files import owned_folder, write_bytes
 from defquant.lipschitz import ConvexSum
 from defquant.runs import train_run
 from defquant.training import learning_rate, train, training_attack
+from defquant.typed import from_mapping
 
 CONFIG = TrainConfig(epochs=2, batch_size=16, lr=0.05, device="cpu")
 

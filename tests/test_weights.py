@@ -16,12 +16,13 @@ import defquant as dq
 from conftest import tiny_images
 from defquant import checkpoint
 from defquant.checkpoint import Checkpoint, Facts
-from defquant.config import DataConfig, ModelConfig, TrainConfig, from_mapping
+from defquant.config import DataConfig, ModelConfig, TrainConfig
 from defquant.lipschitz import OrthogonalPenalty
 from defquant.models import build
 from defquant.models.blocks import FirstConv
 from defquant.quantize import QuantBranch
 from defquant.runs import train_run
+from defquant.typed import from_mapping
 from defquant.weights import (
     QuantConv2d,
     QuantLinear,

@@ -14,11 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from defquant.config import DataConfig, ModelConfig, TrainConfig, from_mapping
+from defquant.config import DataConfig, ModelConfig, TrainConfig
 from defquant.distributed import place
 from defquant.errors import UserError
 from defquant.files import write_bytes
 from defquant.models import build
+from defquant.typed import from_mapping, parse_json
 
 __all__ = [
     "Checkpoint", "Facts", "find", "load", "load_model", "load_on", "restore", "save", "versions",
@@ -53,6 +54,13 @@ class Facts:
     fingerprint: str
     history: tuple[Mapping[str, float], ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.num_classes != len(self.classes) or self.num_classes < 2 or self.in_channels < 1:
+            raise UserError(
+                "a network needs a channel, two classes and a name for each; found "
+                f"{self.in_channels}, {self.num_classes} and {len(self.classes)} names"
+            )
 
     @property
     def method(self) -> str:
@@ -235,19 +243,12 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _facts(path: Path, header: str) -> Facts:
-    try:
-        found = json.loads(header)
-        version = int(found.pop("format"))
-        if version > FORMAT:
-            raise UserError(
-                f"{path} has format {version}, this defquant reads up to {FORMAT}: upgrade defquant"
-            )
-        found["model"] = from_mapping(ModelConfig, found["model"])
-        found["data"] = from_mapping(DataConfig, found["data"])
-        found["train"] = from_mapping(TrainConfig, found["train"])
-        found["classes"], found["history"] = tuple(found["classes"]), tuple(found["history"])
-        return Facts(**found)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} has a header that is not ours ({error!r})") from None
+    found = parse_json(header, f"the header of {path}")
+    version = found.get("format") if isinstance(found, dict) else None
+    if not isinstance(version, int):
+        raise UserError(f"{path} has a header that is not ours: it names no format")
+    if version > FORMAT:
+        raise UserError(
+            f"{path} has format {version}, this defquant reads up to {FORMAT}: upgrade defquant"
+        )
+    return from_mapping(Facts, found, f"the header of {path}: ")

@@ -8,9 +8,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from defquant.errors import UserError
+from defquant.errors import UserError, shown
+from defquant.typed import check_fields
 
 __all__ = [
     "PRESETS",
@@ -20,7 +21,6 @@ __all__ = [
     "check_bits",
     "check_eps",
     "digest",
-    "from_mapping",
 ]
 
 Activation = Literal["relu", "tanh"]
@@ -35,7 +35,9 @@ def check_bits(bits: object, name: str = "bits", off: str = "full precision") ->
     """`bits` as it was given, where it is None or a whole number from 1 to 8; else `UserError`."""
     if bits is None or (isinstance(bits, int) and not isinstance(bits, bool) and 1 <= bits <= 8):
         return bits
-    raise UserError(f"{name} must be a whole number from 1 to 8, or none for {off}; found {bits!r}")
+    raise UserError(
+        f"{name} must be a whole number from 1 to 8, or none for {off}; found {shown(bits)}"
+    )
 
 
 def check_eps(eps: float) -> float:
@@ -80,6 +82,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_bits(self.bits)
         check_bits(self.squeeze, "squeeze", "no squeezing")
+        check_fields(self)
         _require(
             self.weight_bits in (None, 2, 4, 8),
             f"weight_bits must be 8, 4 or 2, or none for float weights; found {self.weight_bits!r}",
@@ -105,6 +108,7 @@ class DataConfig:
     validation_images: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _require(
             self.validation_images >= 0,
             f"validation_images must not be negative; found {self.validation_images}",
@@ -169,6 +173,7 @@ class TrainConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _require(self.epochs > 0, f"epochs must be positive; found {self.epochs}")
         _require(self.batch_size > 1, f"batch_size must be 2 or more; found {self.batch_size}")
         _require(self.lr > 0, f"lr must be positive; found {self.lr:g}")
@@ -215,19 +220,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 """Named settings: `--preset NAME` sets these fields, and flags after it override them."""
-
-_Config = TypeVar("_Config", ModelConfig, DataConfig, TrainConfig)
-
-
-def from_mapping(kind: type[_Config], values: Mapping[str, Any]) -> _Config:
-    """The `kind` whose fields are read from `values`; other keys are left alone.
-
-    Raises `UserError` for a value outside its range.
-    """
-    known = {field.name: values[field.name] for field in fields(kind) if field.name in values}
-    if isinstance(known.get("milestones"), list):
-        known["milestones"] = tuple(known["milestones"])
-    return kind(**known)
 
 
 def _require(condition: bool, message: str) -> None:

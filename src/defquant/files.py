@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from defquant.errors import UserError
+from defquant.typed import decode, parse_json
 
 __all__ = [
     "append_line", "claimed", "make_folder", "opened", "owned_folder", "read_bytes", "read_json",
+    "read_lines", "read_text",
     "write_bytes", "write_json", "write_whole",
 ]  # fmt: skip
 
@@ -106,14 +108,34 @@ def read_bytes(path: Path, most: int = 1 << 30) -> bytes:
         return file.read()
 
 
-def read_json(path: Path) -> Any:
-    """Parsed JSON of `path`. Raises `UserError` where it is missing or cut."""
+def read_text(path: Path, most: int = 1 << 30) -> str:
+    """The UTF-8 text of `path`. Raises `UserError` where `read_bytes` raises, and for others."""
     try:
-        return json.loads(read_bytes(path).decode())
+        content = read_bytes(path, most)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): it may be cut; make it again") from None
+    except ValueError as error:  # NUL in a name
+        raise UserError(f"cannot read {path}: {error}") from None
+    return decode(content, str(path))
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON of `path`. Raises `UserError` where it is missing, cut, or no JSON of ours."""
+    return parse_json(read_text(path), str(path))
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """The values of a file of JSON lines, each after its place, `FILE, line N: `.
+
+    A last line without its newline, which a crash cut short, is left out. Raises as `read_json`.
+    """
+    lines = read_text(path).rstrip("\0").split("\n")  # NULs: bytes that a power loss took
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        if number == len(lines) and _is_cut(line.encode()):
+            return
+        if line.strip():
+            yield f"{where}: ", parse_json(line, where)
 
 
 def append_line(path: Path, content: dict[str, Any]) -> None:
@@ -240,7 +262,7 @@ def _is_cut(line: bytes) -> bool:
     """Whether it begins as one of our lines and does not end as one."""
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return line.startswith(b"{")
     return False
 

@@ -9,12 +9,14 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from defquant.config import check_bits, check_eps
 from defquant.errors import UserError
-from defquant.files import append_line
+from defquant.files import append_line, read_lines
+from defquant.typed import from_mapping
 
 __all__ = [
     "BLACK",
@@ -143,6 +145,16 @@ class Measurement:
     evidence: dict[str, Any] = field(default_factory=dict)
     cell: str = ""
 
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
+        check_bits(self.bits)
+        _ = self.score
+        if not (self.beta >= 0 and 0 <= (self.vanishing or 0.0) <= 1):
+            raise UserError(
+                "a measurement needs beta >= 0 and vanishing in [0, 1]; found "
+                f"{self.beta:g} and {self.vanishing}"
+            )
+
     @property
     def score(self) -> Score:
         return Score(self.correct, self.total)
@@ -244,25 +256,9 @@ def record(measurement: Measurement) -> dict[str, Any]:
 def read_jsonl(path: Path) -> list[Measurement]:
     """The measurements of one file. A last line that a crash cut short is left out.
 
-    Raises `UserError`, naming file and line, where another line is not a measurement.
+    Raises `UserError`, naming file, line and field, where another line is not a measurement.
     """
-    import json
-
-    known = {item.name for item in fields(Measurement)}
-    lines = path.read_text(encoding="utf-8").split("\n")
-    found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            found.append(Measurement(**{k: v for k, v in record.items() if k in known}))
-            _ = found[-1].score
-        except (ValueError, TypeError, AttributeError) as error:
-            if number == len(lines):  # no newline after it: the writer was killed
-                break
-            raise UserError(f"{path}, line {number}: not a measurement ({error})") from None
-    return found
+    return [from_mapping(Measurement, record, where) for where, record in read_lines(path)]
 
 
 def read_folder(folder: Path) -> list[Measurement]:

@@ -76,7 +76,7 @@ def _onnx(path: Path) -> "nn.Module":
 
 
 def _print(found: "Iterable[Rescored]", *, as_json: bool) -> None:
-    from defquant.report.names import visible
+    from defquant.errors import visible
 
     for r in found:
         low, high = r.score.interval

@@ -1,16 +1,16 @@
 """Verbs that make and measure runs: train, attack."""
 
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
 from defquant.commands.rows import print_json, print_measurements, shown_attack
-from defquant.config import DataConfig, ModelConfig, TrainConfig, from_mapping
+from defquant.config import DataConfig, ModelConfig, TrainConfig
 from defquant.errors import UserError
 from defquant.results import EIGHT_BIT
+from defquant.typed import from_mapping
 
 if TYPE_CHECKING:
     from defquant.checkpoint import Facts
@@ -25,8 +25,6 @@ def train(settings: Namespace) -> int:
     values = settings.as_dict()
     if values["convex"] is None:
         values["convex"] = values["beta"] > 0
-    known = {f.name for kind in (ModelConfig, DataConfig, TrainConfig) for f in fields(kind)}
-    values = {name: value for name, value in values.items() if name in known}
     configs = (
         from_mapping(ModelConfig, values),
         from_mapping(DataConfig, values),

@@ -1,6 +1,5 @@
 """Results of experiments: one JSON line per cell, kept under the cell's key. No torch."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -8,12 +7,21 @@ from typing import Any
 
 from defquant.errors import UserError
 from defquant.experiments.cells import Cell
-from defquant.files import append_line
+from defquant.files import append_line, read_lines
 from defquant.results import Measurement, append, read_jsonl
+from defquant.typed import from_mapping
 
 __all__ = ["Results", "begin", "keep", "keep_values", "read"]
 
 SCORES, VALUES = "results.jsonl", "probes.jsonl"
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A line of the values: what a cell found."""
+
+    cell: str
+    values: Any
 
 
 @dataclass(frozen=True)
@@ -72,16 +80,8 @@ def keep_values(out: Path, cell: Cell, values: Any, evidence: Mapping[str, Any])
 
 
 def _read_values(path: Path) -> dict[str, Any]:
-    lines = path.read_text(encoding="utf-8").split("\n")
     found = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            found[str(record["cell"])] = record["values"]
-        except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines):  # no newline after it: the writer was killed
-                break
-            raise UserError(f"{path}, line {number}: not a result ({error!r})") from None
+    for where, record in read_lines(path):
+        value = from_mapping(_Value, record, where)
+        found[value.cell] = value.values
     return found

@@ -10,9 +10,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from defquant.errors import visible
 from defquant.experiments.section import Answer, Reading, Verdict
 from defquant.report.drawing import Scale
-from defquant.report.names import markdown, signed, visible
+from defquant.report.names import markdown, signed
 from defquant.report.section_markdown import pipe_table
 from defquant.report.values import NOTHING
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from defquant.errors import visible
 from defquant.experiments.words import percent, signed
 from defquant.results import BLACK, EIGHT_BIT, FOREIGN, UNAWARE, Cell
 
@@ -23,7 +24,6 @@ __all__ = [
     "percent",
     "series_of",
     "signed",
-    "visible",
     "whole_text",
 ]
 
@@ -151,11 +151,6 @@ def distinct(items: Iterable[T]) -> list[T]:
 def is_validation(data: str) -> bool:
     """Whether data of this name are held-out training images, by which something was chosen."""
     return data.endswith(", validation")
-
-
-def visible(text: str) -> str:
-    """`text` on one line, without what would move a terminal's cursor."""
-    return "".join(c if c.isprintable() else "�" for c in text)
 
 
 def markdown(text: str) -> str:

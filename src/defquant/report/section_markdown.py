@@ -5,9 +5,10 @@ from urllib.parse import quote
 
 from markupsafe import escape
 
+from defquant.errors import visible
 from defquant.experiments.section import Entry, Section
 from defquant.report import values
-from defquant.report.names import markdown, visible
+from defquant.report.names import markdown
 from defquant.report.sources import Prediction
 from defquant.report.strips import StripTable, of_pictures
 from defquant.report.values import NOTHING, Fact, Grid

@@ -8,9 +8,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from defquant.errors import visible
 from defquant.experiments.section import Entry, Section
 from defquant.report import values
-from defquant.report.names import visible
 from defquant.report.sources import Prediction
 from defquant.report.strips import StripTable, of_pictures
 from defquant.report.values import NOTHING, Grid

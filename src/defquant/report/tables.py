@@ -8,6 +8,7 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
+from defquant.errors import visible
 from defquant.report.names import (
     Family,
     attack_order,
@@ -17,7 +18,6 @@ from defquant.report.names import (
     markdown,
     series_of,
     signed,
-    visible,
     whole_text,
 )
 from defquant.results import Cell, Measurement, aggregate, told_apart

@@ -1,0 +1,210 @@
+"""Text from outside as values, and values as annotations say: one reader for JSON and YAML.
+
+What these functions return can be walked, compared, written and shown without a surprise. What
+cannot be is a `UserError` that says where it stands.
+"""
+
+import json
+import math
+import re
+import types
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from numbers import Integral, Real
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import yaml
+
+from defquant.errors import UserError, shown
+
+__all__ = ["check_fields", "convert", "decode", "from_mapping", "parse_json", "parse_yaml"]
+
+DEEPEST = 60  # lists and mappings within each other
+_LARGEST = 1 << 63
+_SUSPECT = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)|\d{19}")
+
+_T = TypeVar("_T")
+
+
+def decode(content: bytes, where: str) -> str:
+    """`content` as text. Raises `UserError` where it is not UTF-8."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where} must be UTF-8; found byte 0x{content[error.start]:02x} at {error.start:,}: "
+            "save it as UTF-8"
+        ) from None
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text; NaN and infinities are left to `convert`.
+
+    Raises `UserError`, which begins with `where`: no JSON, a key that stands twice, lists in lists
+    more than 60 deep, a whole number beyond 64 bits, a text with NUL or half a character.
+    """
+    return _parse(text, where, "JSON", lambda: json.loads(text, object_pairs_hook=_once))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The same of a YAML text; aliases are refused, as a few of them can stand for gigabytes."""
+    return _parse(text, where, "YAML", lambda: yaml.load(text, _Loader))
+
+
+def _parse(text: str, where: str, kind: str, load: Callable[[], Any]) -> Any:
+    try:
+        found = load()
+    except (RecursionError, MemoryError):
+        raise UserError(f"{where} is nested too deep to be ours; found {shown(text, 40)}") from None
+    except (ValueError, yaml.YAMLError) as error:
+        reason = getattr(error, "problem", None) or error
+        raise UserError(
+            f"{where} is not {kind} ({shown(str(reason))}): it may be cut or edited; make it again"
+        ) from None
+    brackets = text.count("[") + text.count("{")
+    if kind != "JSON" or brackets > DEEPEST or _SUSPECT.search(text):
+        _check_sound(found, where)
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{shown(twice, 40)} stands twice")
+    return found
+
+
+class _Loader(yaml.SafeLoader):
+    """Without aliases and double keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("aliases, as *name, are not read: write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        pairs = [(str(key.value), None) for key, _ in node.value]
+        _once(pairs)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _check_sound(value: Any, where: str) -> None:
+    layer = [value]
+    for _ in range(DEEPEST):
+        inner: list[Any] = []
+        for item in layer:
+            if isinstance(item, str):
+                _check_text(item, where)
+            elif isinstance(item, int) and abs(item) >= _LARGEST:
+                raise UserError(f"{where}: numbers have 64 bits; found {shown(item, 40)}")
+            elif isinstance(item, Mapping):
+                inner += [*item.keys(), *item.values()]
+            elif isinstance(item, list):
+                inner += item
+        layer = inner
+        if not layer:
+            return
+    raise UserError(f"{where} is nested more than {DEEPEST} deep: it is none of ours")
+
+
+def _check_text(text: str, where: str) -> None:
+    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"{where}: a text cannot hold NUL or half a character; found {shown(text)}")
+
+
+def from_mapping(kind: type[_T], values: object, where: str = "") -> _T:
+    """The dataclass `kind` with its fields read from `values`; other keys are left alone.
+
+    Raises `UserError`, `where` and the field first: a field is missing, of another type than its
+    annotation, or out of the range that the class checks.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where or 'settings: '}fields by name are needed; found {shown(values)}")
+    known: dict[str, Any] = {}
+    for name, annotation, required in _fields(cast(Hashable, kind)):
+        if name in values:
+            known[name] = convert(annotation, values[name], where + name)
+        elif required:
+            raise UserError(f"{where}{name} is missing")
+    try:
+        return kind(**known)
+    except UserError as error:
+        raise UserError(f"{where}{error}") from None
+
+
+def check_fields(record: Any) -> None:
+    """`convert` each field of a frozen dataclass in place; for the head of a `__post_init__`."""
+    for name, annotation, _ in _fields(cast(Hashable, type(record))):
+        object.__setattr__(record, name, convert(annotation, getattr(record, name), name))
+
+
+def convert(kind: Any, value: Any, name: str) -> Any:
+    """`value` as the annotation `kind`: lists become tuples, mappings dataclasses.
+
+    Numbers are finite and have 64 bits. Raises `UserError`: `name` must be this, that was found.
+    """
+    if type(value) is kind and kind in (str, bool):
+        return value
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any or (kind in (None, type(None)) and value is None):
+        return value
+    if kind is int and isinstance(value, Integral) and not isinstance(value, bool):
+        if abs(int(value)) < _LARGEST:
+            return int(value)
+    elif kind is float and isinstance(value, Real) and not isinstance(value, bool):
+        if isinstance(value, Integral):
+            return convert(int, value, name)
+        if math.isfinite(value):
+            return float(value)
+    elif origin is Literal:
+        if any(type(value) is type(one) and value == one for one in inner):
+            return value
+    elif origin in (Union, types.UnionType):
+        some = [one for one in inner if one is not type(None)]
+        if value is None and len(some) < len(inner):
+            return None
+        if len(some) == 1 and is_dataclass(some[0]):
+            return convert(some[0], value, name)
+        for one in some:
+            try:
+                return convert(one, value, name)
+            except UserError:
+                continue
+    elif origin in (tuple, list, Sequence) and isinstance(value, list | tuple):
+        kinds = inner if origin is tuple and inner[-1] is not ... else inner[:1] * len(value)
+        if len(kinds) == len(value):
+            pairs = enumerate(zip(kinds, value, strict=True))
+            return tuple(convert(one, item, f"{name}[{i}]") for i, (one, item) in pairs)
+    elif origin in (dict, Mapping) and isinstance(value, Mapping):
+        return {convert(inner[0], k, name): convert(inner[1], v, f"{name}.{shown(k, 40)}")
+                for k, v in value.items()}  # fmt: skip
+    elif isinstance(kind, type) and is_dataclass(kind):
+        return value if isinstance(value, kind) else from_mapping(kind, value, f"{name}.")
+    raise UserError(f"{name} must be {_words(kind)}; found {shown(value)}")
+
+
+@cache
+def _fields(kind: Any) -> tuple[tuple[str, Any, bool], ...]:
+    hints = get_type_hints(kind)
+    return tuple(
+        (f.name, hints[f.name], f.default is MISSING and f.default_factory is MISSING)
+        for f in fields(kind)
+    )
+
+
+def _words(kind: Any) -> str:
+    """What a person would call a value of this annotation."""
+    names = {int: "a whole number of 64 bits", float: "a finite number", bool: "true or false",
+             str: "a text", type(None): "none"}  # fmt: skip
+    inner = get_args(kind)
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(map(_words, inner))
+    if get_origin(kind) in (tuple, list, Sequence):
+        count = "" if inner[-1] is ... or get_origin(kind) is not tuple else f"{len(inner)} "
+        return f"a list of {count}values, each {_words(inner[0])}"
+    return names.get(kind, "fields by name")
