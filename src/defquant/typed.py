@@ -183,7 +183,8 @@ def convert(kind: Any, value: Any, name: str) -> Any:
                 for k, v in value.items()}  # fmt: skip
     elif isinstance(kind, type) and is_dataclass(kind):
         return value if isinstance(value, kind) else from_mapping(kind, value, f"{name}.")
-    raise UserError(f"{name} must be {_words(kind)}; found {shown(value)}")
+    found = f"'{shown(value, 78)}'" if isinstance(value, str) else shown(value)
+    raise UserError(f"{name} must be {_words(kind)}; found {found}")
 
 
 @cache

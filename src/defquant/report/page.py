@@ -18,7 +18,7 @@ from defquant.report.groups import MANY, group_of
 from defquant.report.names import distinct, eps_text, is_validation, percent, series_of, signed
 from defquant.report.reading import reading
 from defquant.report.section_page import chapters
-from defquant.report.sources import check_types, read_runs
+from defquant.report.sources import read_runs
 from defquant.report.values import EVIDENCE
 from defquant.results import Cell, Measurement, aggregate, read_folder
 
@@ -45,7 +45,6 @@ def build_report(
     shipped, broken = read_deployed(folder)
     alone = not (sections or verdicts or shipped)
     measurements = read_folder(folder) if alone or _has_results(folder) else []
-    check_types(measurements)
     context = _measured(folder, measurements) | _paper(sections, verdicts)
     context["notes"] += broken
     context["deployed"] = deployed_page.section(shipped) if shipped else None

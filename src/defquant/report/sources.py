@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from defquant.errors import UserError
-from defquant.files import read_json
+from defquant.config import check_bits, check_eps
+from defquant.errors import UserError, shown
+from defquant.files import read_json, read_lines
 from defquant.report.names import Series
 from defquant.results import Measurement, run_name
+from defquant.typed import convert, from_mapping
 
 __all__ = [
-    "BROKEN", "Example", "Prediction", "Run", "Strip", "check_types", "flatten", "read_runs",
+    "BROKEN", "Example", "Prediction", "Run", "Strip", "flatten", "read_runs",
     "read_strip",
 ]  # fmt: skip
 
@@ -92,19 +94,8 @@ def read_runs(
             if (place / names[2]).exists():
                 strips.append(read_strip(read_json(place / names[2])))
         except (UserError, *BROKEN) as error:
-            notes.append(f"{name}: left out in part ({type(error).__name__}: {error})")
+            notes.append(f"{name}: left out in part ({shown(str(error), 200)})")
     return runs, strips, notes
-
-
-def check_types(measurements: Sequence[Measurement]) -> None:
-    """Raise `UserError` where a measurement's fields have the wrong types."""
-    for m in measurements:
-        texts = (m.run, m.method, m.model, m.data, m.attack, m.fingerprint, m.settings)
-        numbers = (m.beta, m.eps, m.seconds)
-        right = all(isinstance(text, str) for text in texts) and isinstance(m.seed, int)
-        right = right and all(_finite(number) is not None for number in numbers)
-        if not right or not (m.bits is None or isinstance(m.bits, int)):
-            raise UserError(f"a measurement of run {str(m.run)[:80]!r} has fields of wrong types")
 
 
 def flatten(value: object, prefix: str = "") -> dict[str, str]:
@@ -120,52 +111,69 @@ def flatten(value: object, prefix: str = "") -> dict[str, str]:
 
 
 def _log(path: Path) -> list[dict[str, float]]:
+    """The finite numbers of each epoch."""
     if not path.exists():
         return []
-    epochs = []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            if number == len(lines):  # the run was killed or is still writing
-                break
-            raise
-        finite = {str(key): _finite(value) for key, value in record.items()}
-        epochs.append({key: value for key, value in finite.items() if value is not None})
-    return epochs
+    lines = read_lines(path)
+    epochs = [convert(dict[str, Any], record, f"{where}an epoch") for where, record in lines]
+    finite = [{name: _finite(value) for name, value in epoch.items()} for epoch in epochs]
+    return [{k: v for k, v in epoch.items() if v is not None} for epoch in finite]
+
+
+@dataclass(frozen=True)
+class _Said:
+    prediction: int
+    confidence: Any = None
+
+
+@dataclass(frozen=True)
+class _Image:
+    id: int | str
+    label: int
+    clean: _Said
+    adversarial: _Said
+    clean_png: Any = None
+    adversarial_png: Any = None
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What `defquant.measure.examples` makes."""
+
+    method: str
+    data: str
+    model: str
+    attack: str
+    eps: float
+    seed: int
+    examples: tuple[_Image, ...]
+    bits: int | None = None
+    beta: float = 0.0
+    classes: tuple[str, ...] = ()
 
 
 def read_strip(record: Any) -> Strip:
-    """The examples of `record`, as `defquant.measure.examples` makes it. Raises one of `BROKEN`."""
-    bits = None if record.get("bits") is None else int(record["bits"])
-    beta, eps = float(record.get("beta", 0)), float(record["eps"])
-    if not (math.isfinite(beta) and math.isfinite(eps)):
-        raise ValueError("beta and eps must be finite")
-    series = Series(str(record["method"]), bits, beta)
-    names = [str(name) for name in record.get("classes", ())]
-    examples = {str(item["id"]): _example(item, names) for item in record["examples"]}
-    data, model, attack = (str(record[key]) for key in ("data", "model", "attack"))
-    return Strip(series, int(record["seed"]), data, model, attack, eps, examples)
+    """The examples of `record`, as `defquant.measure.examples` makes it. Raises `UserError`."""
+    r = from_mapping(_Record, record, "examples: ")
+    check_eps(r.eps)
+    series = Series(r.method, check_bits(r.bits), r.beta)
+    examples = {str(item.id): _example(item, r.classes) for item in r.examples}
+    return Strip(series, r.seed, r.data, r.model, r.attack, r.eps, examples)
 
 
-def _example(item: Any, names: Sequence[str]) -> Example:
-    label = int(item["label"])
+def _example(item: _Image, names: Sequence[str]) -> Example:
     return Example(
-        _name(label, names),
-        _png(item.get("clean_png")),
-        _png(item.get("adversarial_png")),
-        _prediction(item["clean"], label, names),
-        _prediction(item["adversarial"], label, names),
+        _name(item.label, names),
+        _png(item.clean_png),
+        _png(item.adversarial_png),
+        _prediction(item.clean, item.label, names),
+        _prediction(item.adversarial, item.label, names),
     )
 
 
-def _prediction(item: Any, label: int, names: Sequence[str]) -> Prediction:
-    number = int(item["prediction"])
-    confidence = _finite(item.get("confidence"))
-    return Prediction(_name(number, names), confidence, number == label)
+def _prediction(item: _Said, label: int, names: Sequence[str]) -> Prediction:
+    name = _name(item.prediction, names)
+    return Prediction(name, _finite(item.confidence), item.prediction == label)
 
 
 def _name(number: int, names: Sequence[str]) -> str:
