@@ -391,7 +391,7 @@ def test_folders_without_results_are_the_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").write_text(
         json.dumps({**vars(measurement()), "bits": "4"}) + "\n", encoding="utf-8"
     )
-    with pytest.raises(UserError, match="line 1: bits must be a whole number.* found '4'"):
+    with pytest.raises(UserError, match=r"line 1: bits must be .* found '4'"):
         build_report(tmp_path, tmp_path / "r.html")
 
 

@@ -47,8 +47,6 @@ def test_a_score_must_make_sense() -> None:
 
 
 def test_lines_are_read_back_and_later_ones_replace(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
     path = tmp_path / "a" / "results.jsonl"
     for run in ("a", "b"):
         (tmp_path / run).mkdir()
