@@ -147,7 +147,9 @@ def test_vanishing_gradients_are_counted() -> None:
     assert vanishing(Threshold().eval(), data, standing) == 0
     assert vanishing(model, data, standing & False) is None
     attacks = (dq.FGSM(0.2), dq.Square(0.1, queries=1), dq.FGSM(0.1), dq.Random(0.1), dq.FGSM(0.3))
-    marks = [(getattr(s.attack, "name", None), s.masked, s.carried) for s in sweep(model, data, attacks)]
+    marks = [
+        (getattr(s.attack, "name", None), s.masked, s.carried) for s in sweep(model, data, attacks)
+    ]
     radii = (("FGSM", True, (0.1, 0.2)[:n]) for n in range(3))
     assert marks == [(None, False, ()), *radii, ("Square-1", False, ()), ("Random", False, ())]
 

@@ -71,6 +71,7 @@ def test_public_names_all_exist() -> None:
 
     for name in defquant.__all__:
         assert getattr(defquant, name) is not None
+    assert defquant.__version__ == version("defquant")
     assert set(defquant.__all__) <= set(dir(defquant))
 
 

@@ -212,6 +212,9 @@ def test_labels_of_any_width() -> None:
         assert dq.accuracy(Nearest(), (X.numpy(), labels)) == right
     with pytest.raises(dq.UserError, match="two or more classes; it returned 1"):
         dq.accuracy(Then(lambda z: z[:, :1]), (X, Y * 0))
+    small = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    with pytest.raises(dq.UserError, match=r"labels must lie in 0\.\.2, .* found 3"):
+        dq.train(small, DATA, dq.TrainConfig(epochs=1, batch_size=16, device="cpu"))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from defquant.attacks import FGSM, PGD, RFGSM, Attack, RandomEps
+from defquant.attacks.base import lint_answer
 from defquant.attacks.gradient import FirstOrder
 from defquant.config import TrainConfig
 from defquant.data import Dataset, batches, num_batches
@@ -91,7 +92,7 @@ def train(
         One record per epoch.
 
     Raises:
-        UserError: the loss became infinite or NaN.
+        UserError: the loss became infinite or NaN; labels that the model has no logit for.
     """
     device = pick_device(config.device)
     with workers(device) as me:
@@ -159,6 +160,7 @@ def _step(state: TrainingState, x: Tensor, y: Tensor, lr: float, step: int, shar
     x = _attacked(state, x, y, step)
     with torch.autocast(state.device.type, torch.bfloat16, enabled=config.amp):
         logits = state.network(x)
+    lint_answer(logits, len(x), state.top)
     loss = nn.functional.cross_entropy(logits.float(), y)
     value = penalty.penalty() if penalty and config.penalty == "loss" else loss.new_zeros(())
     state.optimizer.zero_grad(set_to_none=True)

@@ -46,6 +46,7 @@ class TrainingState:
     me: Workers
     names: dict[nn.Parameter, str]
     coefficients: bool
+    top: int  # the highest label
 
     @classmethod
     def start(
@@ -70,7 +71,7 @@ class TrainingState:
         optimizer = _optimizer(names, coefficients, config)
         return cls(
             model, network, data, config, attack, penalty, optimizer, device, me, names,
-            bool(coefficients),
+            bool(coefficients), int(data.labels.max()) if len(data) else -1,
         )  # fmt: skip
 
     def momentum(self) -> dict[str, Tensor]:

@@ -175,9 +175,9 @@ def lint_images(x: Any, y: Any) -> tuple[Tensor, Tensor]:
     Arrays, and labels of other widths or in a list, are converted (`as_labels`, `in_unit`).
     Raises `UserError` for all others.
     """
-    x = torch.from_numpy(np.array(x)) if isinstance(x, np.ndarray) else x
-    if not isinstance(x, Tensor) or x.ndim != 4:
-        found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+    if not isinstance(x, Tensor | np.ndarray) or x.ndim != 4:
+        array = isinstance(x, Tensor | np.ndarray)
+        found = f"{x.dtype} {tuple(x.shape)}" if array else type(x).__name__
         raise UserError(f"an attack takes images (n, c, h, w); found {found}")
     if len(x) == 0:
         raise UserError("there are no images to attack")

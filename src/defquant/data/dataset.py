@@ -22,6 +22,14 @@ _WHOLE = {
     torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64,
     torch.int64,
 }  # fmt: skip
+_BYTES = {
+    torch.bool: ": use 255 * images.to(torch.uint8)",
+    torch.uint16: ": use images.float().div(257).round().to(torch.uint8), if they fill 16 bits",
+    **dict.fromkeys(
+        (torch.float16, torch.float32, torch.float64),
+        ": use images.mul(255).round().to(torch.uint8), if they lie in [0, 1]",
+    ),
+}
 _SLACK = 1e-6  # beyond [0, 1]: a last digit of float32, lost on the way from pixels
 
 
@@ -54,7 +62,7 @@ class Dataset:
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise UserError(
                 "images must be uint8 of shape (n, c, h, w); "
-                f"found {images.dtype} {tuple(images.shape)}"
+                f"found {images.dtype} {tuple(images.shape)}" + _BYTES.get(images.dtype, "")
             )
         object.__setattr__(self, "images", images.contiguous())
         object.__setattr__(self, "labels", as_labels(self.labels, len(images), len(self.classes)))
@@ -287,28 +295,43 @@ def _label_remedy(whole: bool, shape: tuple[int, ...], n: int) -> str:
     return ": use labels.long(), if they are class numbers" if shape == (n,) and not whole else ""
 
 
-def in_unit(images: Tensor) -> Tensor:
-    """`images` that are uint8, or float in [0, 1]; what rounding put beyond, 1e-6, is cut off.
+def in_unit(images: Any, where: str = "") -> Tensor:
+    """A tensor or array that is uint8, or float in [0, 1]; what rounding put beyond, 1e-6, is cut.
 
     Raises `UserError`, which names a remedy for the type and range found, for all others.
     """
-    kind = images.dtype
-    if kind == torch.uint8:
-        return images
-    if not images.is_floating_point():
-        raise UserError(f"images are float in [0, 1] or uint8; found {kind}: {_remedy(images)}")
-    low, high = images.aminmax()
+    x: Tensor = _as_tensor(images, where) if isinstance(images, np.ndarray) else images
+    if x.dtype == torch.uint8 or not x.numel():
+        return x
+    if not x.is_floating_point():
+        raise UserError(
+            f"{where}images are float in [0, 1] or uint8; found {x.dtype}: {_remedy(x)}"
+        )
+    low, high = x.aminmax()
     if (low >= 0) & (high <= 1):  # one answer from the GPU to wait for, not two
-        return images
+        return x
     if (low >= -_SLACK) & (high <= 1 + _SLACK):
-        return images.clamp(0, 1)
+        return x.clamp(0, 1)
     if not low.isfinite() & high.isfinite():
         remedy = "some are no numbers"
     elif low < 0:
         remedy = "put the normalisation into the model"
+    elif high < 16:
+        remedy = "scale them"
     else:
         remedy = f"divide by {255 if high <= 255 else 65535}, if these are pixels"
-    raise UserError(f"images must lie in [0, 1]; found [{low:.8g}, {high:.8g}]: {remedy}")
+    found = f"[{low:.8g}, {high:.8g}]"
+    raise UserError(f"{where}images must lie in [0, 1]; found {found}: {remedy}")
+
+
+def _as_tensor(images: NDArray[Any], where: str) -> Tensor:
+    try:
+        native = images.dtype.newbyteorder("=")
+        return torch.from_numpy(np.require(images, native, ["C", "W"]))
+    except TypeError:  # objects, texts, 128 bits
+        raise UserError(
+            f"{where}images are float in [0, 1] or uint8; found {images.dtype}: give plain numbers"
+        ) from None
 
 
 def _remedy(images: Tensor) -> str:

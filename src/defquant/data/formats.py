@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from defquant.data.cifar import read_cifar10
-from defquant.data.dataset import Dataset, from_arrays
+from defquant.data.dataset import Dataset, from_arrays, in_unit
 from defquant.data.matlab import mat_shapes, read_mat
 from defquant.data.pictures import read_folder
 from defquant.errors import UserError, shown
@@ -206,19 +206,10 @@ def _to_nchw(images: NDArray[Any], where: str) -> NDArray[Any]:
 
 def _to_bytes(images: NDArray[Any], where: str) -> NDArray[np.uint8]:
     """Floats in [0, 1] become the nearest of 256 levels."""
-    if images.dtype == np.uint8:
-        return images
-    if not np.issubdtype(images.dtype, np.floating):
-        raise UserError(
-            f"{where}: images must be uint8, or float in [0, 1]; found {images.dtype}: "
-            "use .astype(numpy.uint8)"
-        )
-    outside = images[~((images >= 0) & (images <= 1))]
-    if outside.size:
-        raise UserError(
-            f"{where}: float images must lie in [0, 1]; found {outside[0]:g}: scale them"
-        )
-    levels: NDArray[np.uint8] = np.rint(images * 255).astype(np.uint8)
+    found: NDArray[Any] = in_unit(images, f"{where}: ").numpy()
+    levels: NDArray[np.uint8] = (
+        found if found.dtype == np.uint8 else np.rint(found * 255).astype(np.uint8)
+    )
     return levels
 
 
