@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "defquant"
