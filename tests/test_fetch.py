@@ -198,6 +198,7 @@ def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
         (pack({}, special("device", tarfile.CHRTYPE)), "device"),
         (pack({}, special("pipe", tarfile.FIFOTYPE)), "pipe"),
     ],
+    ids=["up", "up within", "absolute", "link", "hard link", "device", "pipe"],
 )
 def test_harmful_archives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, found: str
