@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := src tests benchmarks examples
 
-.PHONY: setup setup-dev demo test test-slow lint format types bench docs check smoke clean
+.PHONY: setup setup-dev demo test test-old-cpu test-slow lint format types bench docs check smoke clean
 
 setup: .venv/.base
 setup-dev: .venv/.dev
@@ -24,7 +24,11 @@ demo: setup
 	$(BIN)/defquant demo --out demo
 
 test: setup-dev
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n auto --maxprocesses 4 -m "not slow"
+
+# the same tests with the instructions of a processor without AVX: no result may hang on the last digits
+test-old-cpu: setup-dev
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/pytest -n auto --maxprocesses 4 -m "not slow"
 
 test-slow: setup-dev
 	$(BIN)/pytest -m slow
@@ -50,7 +54,7 @@ docs: setup-dev
 smoke: setup
 	$(BIN)/defquant demo --smoke --seeds 1 --out build/smoke
 
-check: lint types test test-slow smoke
+check: lint types test test-old-cpu test-slow smoke
 
 clean:
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -22,7 +22,7 @@ from defquant.deploy.runtime import OnnxModel
 from defquant.deploy.tracing import trace
 from defquant.models import build
 from defquant.quantize import QuantBranch, QuantTanh
-from defquant.weights import QuantConv2d, weight_grid
+from defquant.weights import QuantConv2d, QuantLinear, effective_weight, weight_grid
 
 SHAPE = (3, 16, 16)
 NETWORKS = {"wrn-10-1": 9, "vgg-16x0.125": 13, "resnet-18x0.125": 20}  # and their convolutions
@@ -79,7 +79,11 @@ class _Keep(fx.Interpreter):
 
     def __init__(self, model: nn.Module) -> None:
         self.kept: dict[str, Tensor] = {}
-        model = copy.deepcopy(model).double()
+        model = copy.deepcopy(model)
+        for layer in model.modules():  # onto the grid in float32: near a tie float64 parts from it
+            if isinstance(layer, QuantConv2d | QuantLinear):
+                layer.weight.data = effective_weight(layer).detach()
+        model = model.double()
         super().__init__(fx.GraphModule(model, trace(model)))
 
     def run_node(self, n: fx.Node) -> Any:
