@@ -8,9 +8,10 @@ from defquant.cli import main
 from defquant.experiments import estimate
 from defquant.experiments.catalog import EXPERIMENTS, cells_of
 from defquant.experiments.cost import passes_by_model
-from defquant.experiments.reproduction import names_of
+from defquant.experiments.reproduction import cells_to_make, names_of
 from defquant.experiments.scales import SCALES
-from defquant.experiments.store import read
+from defquant.experiments.store import keep, read
+from synthetic_results import fake_measurement
 
 
 def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -110,11 +111,30 @@ def test_what_is_there_is_shown_without_making_anything(
     assert out == ""
 
 
+def test_a_cell_alone_is_made_with_the_smaller_radii_and_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scale = SCALES["smoke"].placed(None, None, "cpu")
+    cells = cells_of(["table1"], scale)
+    for cell in cells[:: len(cells) // 7]:
+        family = [c for c in cells if c.family == cell.family and c.eps <= cell.eps]
+        assert cells_to_make(["table1"], scale, [cell.key]) == family
+    assert cells_to_make(["table1"], scale) == cells
+    attacked = next(cell for cell in cells if cell.attack == "fgsm")
+    shown = fake_measurement(attacked)
+    keep(tmp_path, attacked, shown)
+    words = ("--preset", "smoke", "--cell", attacked.key, "--out", str(tmp_path), "--render-only")
+    status, out, _ = call(capsys, *words)
+    assert (status, len(out.splitlines())) == (0, 2)
+    assert str(shown.score) in out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ((), "reproduce needs a name: fig1"),
         (("table9",), "unknown table or figure 'table9'"),
+        (("fig1", "--cell", "0" * 16), "no cell '0000000000000000' in fig1 at preset small: take"),
         (("fig1", "--preset", "tiny"), "unknown preset 'tiny'"),
         (("fig1", "--jobs", "0"), "--jobs must be 1 or more"),
         (("fig1",), "preset small needs CIFAR-10: give its place with --data-root"),

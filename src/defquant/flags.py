@@ -214,6 +214,10 @@ def _reproduce_flags(parser: ArgumentParser) -> None:
         "--preset", type=str, default="small", help="how large: smoke, small, gpu or paper"
     )
     parser.add_argument(
+        "--cell", type=str, nargs="+", default=None, metavar="KEY",
+        help="make and show these cells alone; each number on the page names its cells",
+    )  # fmt: skip
+    parser.add_argument(
         "--out", type=str | None, default=None, help="folder of results; runs/PRESET if not given"
     )
     parser.add_argument(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
-from defquant.commands.rows import print_measurements
+from defquant.commands.rows import print_json, print_measurements
 from defquant.errors import UserError
 from defquant.results import Measurement, read_folder
 
@@ -64,17 +64,20 @@ def reproduce(settings: Namespace) -> int:
     scale = reproduction.scale_of(
         settings.preset, settings.data_root, settings.svhn_root, settings.device
     )
-    names = reproduction.names_of(settings.names, scale)
+    keys = settings.cell or []
+    names = reproduction.names_of(settings.names or ["all"] * bool(keys), scale)
+    cells = reproduction.cells_to_make(names, scale, keys)
     out = Path(settings.out or f"runs/{scale.name}")
     if settings.jobs is not None and settings.jobs < 1:
         raise UserError(f"--jobs must be 1 or more; found {settings.jobs}")
     if settings.dry_run:
-        reproduction.print_plan(names, scale, out, settings.jobs)
+        reproduction.print_plan(cells, out, settings.jobs)
         return 0
     failed: list[str] = []
     if not settings.render_only:
-        failed = reproduction.make(names, scale, out, settings.jobs, settings.workers)
-    print(_show(names, scale, out, as_json=settings.json))
+        failed = reproduction.make(cells, scale, out, settings.jobs, settings.workers)
+    page = _show_cells if keys else _show
+    print(page(keys or names, scale, out, as_json=settings.json))
     return 1 if failed else 0
 
 
@@ -112,6 +115,19 @@ def _show(names: Sequence[str], scale: "Scale", out: Path, *, as_json: bool) -> 
         if len(names) >= len(EXPERIMENTS) - 1:
             report.print_claims(judged, console)
     return report.build_report(out, out / "report.html", sections=every, verdicts=judged)
+
+
+def _show_cells(keys: Sequence[str], scale: "Scale", out: Path, *, as_json: bool) -> Path:
+    """The scores of the cells with these keys; values of other kinds as JSON."""
+    from defquant.experiments import store
+
+    results = store.read(out)
+    for key in keys:
+        if key in results.scores:
+            print_measurements([results.scores[key]], as_json=as_json)
+        elif key in results.values:
+            print_json({"cell": key, "values": results.values[key]})
+    return out / "results.jsonl"
 
 
 def data(settings: Namespace) -> int:

@@ -22,21 +22,30 @@ Layers = Mapping[str, Sequence[Any]]
 
 
 def read_first(results: Results, cells: Iterable[Cell]) -> First:
-    return [(f"{255 * cell.eps:.3g}", results.value(cell)) for cell in cells]
+    return [(f"{255 * cell.eps:.3g}", _keyed(results.value(cell), cell.key)) for cell in cells]
 
 
 def read_layers(results: Results, cells: Mapping[str, Cell]) -> Layers:
-    return {name: results.value(cell) or () for name, cell in cells.items()}
+    return {name: _keyed(results.value(cell), cell.key) or () for name, cell in cells.items()}
+
+
+def _keyed(found: Any, key: str) -> Any:
+    """The same, each record with the key of its cell."""
+    if isinstance(found, list):
+        return [_keyed(part, key) for part in found]
+    if isinstance(found, dict):
+        return {"cell": key} | {name: _keyed(part, key) for name, part in found.items()}
+    return found
 
 
 def distance(found: Any, batch: bool = False) -> Number:
     """D over the examples, with their standard deviation; of the `batch` as one vector."""
     if found is None:
         return Number(None)
-    count = found["examples"] - found["left_out"]
+    count, cells = found["examples"] - found["left_out"], (found["cell"],)
     if batch:
-        return Number(found["whole"], images=count, seeds=1)
-    return Number(found["mean"], spread=found["spread"], images=count, seeds=1)
+        return Number(found["whole"], images=count, seeds=1, cells=cells)
+    return Number(found["mean"], spread=found["spread"], images=count, seeds=1, cells=cells)
 
 
 def _both(found: Any, batch: bool = False) -> tuple[Number, Number]:

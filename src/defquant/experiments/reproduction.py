@@ -15,7 +15,7 @@ from defquant.experiments.cost import passes_by_model
 from defquant.experiments.pool import cores
 from defquant.experiments.scales import SCALES, Scale
 
-__all__ = ["make", "names_of", "print_list", "print_plan", "scale_of"]
+__all__ = ["cells_to_make", "make", "names_of", "print_list", "print_plan", "scale_of"]
 
 
 def names_of(words: Sequence[str], scale: Scale) -> list[str]:
@@ -64,11 +64,29 @@ def _cost(cells: Sequence[Cell]) -> str:
     return f"{len(passes)} / {sum(map(sum, passes.values())) / 1e6:,.2f}"
 
 
-def print_plan(names: Sequence[str], scale: Scale, out: Path, jobs: int | None) -> None:
+def cells_to_make(names: Sequence[str], scale: Scale, keys: Sequence[str] = ()) -> list[Cell]:
+    """The experiments' cells; with `keys` those alone, and the smaller radii that they rest on.
+
+    Raises `UserError` for a key of none of them.
+    """
+    cells = cells_of(names, scale)
+    known = {cell.key: cell for cell in cells}
+    for key in keys:
+        if key not in known:
+            raise UserError(
+                f"no cell {key!r} in {', '.join(names)} at preset {scale.name}: take its key from "
+                "`cell` in results.jsonl or probes.jsonl, or from the evidence on the page"
+            )
+    largest = {known[key].family: 0.0 for key in keys}
+    for key in keys:
+        largest[known[key].family] = max(largest[known[key].family], known[key].eps)
+    return [c for c in cells if not keys or c.eps <= largest.get(c.family, -1.0)]
+
+
+def print_plan(cells: Sequence[Cell], out: Path, jobs: int | None) -> None:
     """The missing cells by network and what they cost here, after a probe of ten seconds."""
     from defquant.experiments.estimate import estimate
 
-    cells = cells_of(names, scale)
     missing = store.read(out).missing(cells)
     passes = passes_by_model(missing)
     for network, (training, measuring) in passes.items():
@@ -102,10 +120,9 @@ def _duration(hours: float) -> str:
 
 
 def make(
-    names: Sequence[str], scale: Scale, out: Path, jobs: int | None, workers: str
+    cells: Sequence[Cell], scale: Scale, out: Path, jobs: int | None, workers: str
 ) -> list[str]:
-    """Train and measure what is missing; returns what failed, a line each."""
-    cells = cells_of(names, scale)
+    """Train and measure what is missing of `cells`; returns what failed, a line each."""
     missing = store.read(out).missing(cells)
     _check_data(scale, missing)
     print(

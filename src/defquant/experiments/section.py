@@ -28,6 +28,7 @@ class Number:
         paper: the paper's; None where it has none.
         vanishing: largest share of images on which the attack was blind.
         points: it is a difference of accuracies, shown with its sign.
+        cells: keys of the cells that it comes from; `reproduce --cell KEY` makes one alone.
     """
 
     mean: float | None
@@ -39,6 +40,7 @@ class Number:
     paper: float | None = None
     vanishing: float = 0.0
     points: bool = False
+    cells: tuple[str, ...] = ()
 
     @property
     def masked(self) -> bool:
@@ -177,6 +179,7 @@ def number(results: Results, cells: Iterable[Cell], paper: float | None = None) 
         low=low,
         high=high,
         paper=paper,
+        cells=tuple(m.cell for m in found if m.cell),
         vanishing=max(blind(m.attack, m.vanishing) for m in found),
     )
 
@@ -184,7 +187,9 @@ def number(results: Results, cells: Iterable[Cell], paper: float | None = None) 
 def difference(a: Number, b: Number, paper: float | None = None) -> Number:
     """a - b, without an interval; the seeds are those of the one with fewer."""
     gap = None if a.mean is None or b.mean is None else a.mean - b.mean
-    return Number(gap, seeds=min(a.seeds, b.seeds), paper=paper, points=True)
+    return Number(
+        gap, seeds=min(a.seeds, b.seeds), paper=paper, points=True, cells=a.cells + b.cells
+    )
 
 
 def best(numbers: Sequence[Number]) -> Number:

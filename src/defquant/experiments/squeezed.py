@@ -38,7 +38,7 @@ def detector_table(scale: Scale, results: Results, table: int) -> Table:
     for cell in detector_cells(scale, table):
         found = results.value(cell) or {}
         named = (found.get("detected"), found.get("false_positives"))
-        numbers = [entry for counts in named for entry in (rate(counts), counted(counts))]
+        numbers = [entry for counts in named for entry in (rate(counts, cell.key), counted(counts))]
         rows.append((f"{attack_text(cell.attack)} {eps_text(cell.eps)}", *numbers))
     caption = (
         "Feature squeezing as a detector before the network “Normal”: its threshold flags at most "
@@ -48,13 +48,13 @@ def detector_table(scale: Scale, results: Results, table: int) -> Table:
     return Table(heads, tuple(rows), caption)
 
 
-def rate(counts: Any) -> Number:
+def rate(counts: Any, cell: str = "") -> Number:
     """[k, n] as a share with its interval; empty for None, where no image fools the network."""
     if not counts:
         return Number(None)
     score = Score(*counts)
     low, high = score.interval
-    return Number(score.accuracy, seeds=1, images=score.total, low=low, high=high)
+    return Number(score.accuracy, seeds=1, images=score.total, low=low, high=high, cells=(cell,))
 
 
 def counted(counts: Any) -> str | None:

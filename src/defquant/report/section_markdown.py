@@ -34,7 +34,7 @@ def section_markdown(section: Section, figure: str = "") -> str:
     blocks += _details(section)
     blocks += _pictures(section)
     if section.command:
-        blocks.append(code_block(section.command))
+        blocks.append(code_block("\n$ ".join(values.commands(section))))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -101,7 +101,7 @@ def _details(section: Section) -> list[str]:
             title = grid.caption.split(". ")[0].rstrip(".") or section.title
             rows = [_fact(fact, grid.percent) for fact in facts]
             table = pipe_table(("Row", "Column", *values.EVIDENCE), rows, words=2)
-            blocks.append(folded(f"Intervals, seeds, images: {title}", table))
+            blocks.append(folded(f"Intervals, seeds, images, cells: {title}", table))
     return blocks
 
 

@@ -65,7 +65,7 @@ class Chapter:
     evidence: list[Evidence]
     strips: list[StripTable]
     notes: list[str]
-    command: str
+    commands: list[str]
 
 
 def chapters(sections: Sequence[Section]) -> list[Chapter]:
@@ -89,7 +89,7 @@ def _chapter(section: Section, taken: Sequence[str]) -> Chapter:
         evidence=[_evidence(grid, section.title) for grid in grids],
         strips=strips,
         notes=notes,
-        command=section.command,
+        commands=values.commands(section),
     )
 
 

@@ -9,14 +9,15 @@ from defquant.report.names import signed
 from defquant.report.tables import BLIND
 
 __all__ = [
-    "EVIDENCE", "NOTHING", "Fact", "Grid", "axis", "evidence_texts", "gap_text", "grids",
+    "EVIDENCE", "NOTHING", "Fact", "Grid", "axis", "commands", "evidence_texts", "gap_text",
+    "grids",
     "has_paper", "has_spread", "interval_text", "label_columns", "line_name",
     "mean_text", "missing_text", "notes", "of_panel", "of_table", "paper_text", "places",
     "sample", "uncertainty_text", "value_text",
 ]  # fmt: skip
 
 NOTHING = "–"
-EVIDENCE = ("Mean", "±", "95% interval", "Seeds", "Images", "Paper", "Gap")
+EVIDENCE = ("Mean", "±", "95% interval", "Seeds", "Images", "Paper", "Gap", "Cells")
 PRECISION = re.compile(r"(full|fp|float)\b.*|[1-8]([ -]?bits?)?", re.IGNORECASE)
 
 
@@ -167,7 +168,7 @@ def interval_text(number: Number, percent: bool = True) -> str:
 
 
 def evidence_texts(number: Number, percent: bool = True) -> list[str]:
-    """Mean, ± over seeds, interval, seeds, images, the paper's, the gap; empty for nothing."""
+    """Mean, ± over seeds, interval, seeds, images, the paper's, the gap, cells; empty for none."""
     spread = _plain(number.spread, percent)
     return [
         mean_text(number, percent) + "†" * number.masked,
@@ -177,6 +178,7 @@ def evidence_texts(number: Number, percent: bool = True) -> list[str]:
         f"{number.images:,}" if number.images else "",
         paper_text(number, percent),
         gap_text(number, percent),
+        " ".join(dict.fromkeys(number.cells)),
     ]
 
 
@@ -222,6 +224,12 @@ def missing_text(section: Section) -> str:
         return ""
     what = "1 measurement is" if section.missing == 1 else f"{section.missing:,} measurements are"
     return f"{what} still missing: their places show {NOTHING} or stay empty."
+
+
+def commands(section: Section) -> list[str]:
+    """What makes the section, and any one of its cells alone; none where it has no command."""
+    one = f"{section.command} --cell KEY --out again  # one number: KEY is among its cells"
+    return [section.command, one] if section.command else []
 
 
 def _range(counts: set[int], noun: str) -> str:
