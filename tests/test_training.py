@@ -125,11 +125,10 @@ def test_adversarial_training_sees_the_attacked_images(corners: Dataset, attack:
     def spy(
         model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        assert model.training
+        assert not model.training
         assert generator is not None
         draws.add(generator.initial_seed())
         adversarial = made(model, x, y, generator=generator)
-        assert model.training
         seen.append(float((adversarial - x).abs().max()))
         return adversarial
 
@@ -385,3 +384,42 @@ def test_processes_that_are_lost_are_one_line(monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
     with pytest.raises(RuntimeError, match="mine"), distributed.workers(cpu):
         raise RuntimeError("mine")
+
+
+class Viewed(nn.Module):
+    """Reshapes by `view`, which knows the usual order of memory alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 1))
+        self.fc = nn.Linear(8 * 36, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.fc(x.view(x.size(0), -1))  # type: ignore[no-any-return]
+
+
+def test_memory_formats_are_the_users_own_after_training(corners: Dataset) -> None:
+    x = torch.rand(2, 1, 8, 8)
+    train(viewed := Viewed(), corners, replace(CONFIG, epochs=1))
+    assert viewed(x).shape == (2, 4)
+
+    def stop(*_: object) -> None:
+        assert strides != {n: t.stride() for n, t in model.state_dict().items()}
+        raise KeyboardInterrupt
+
+    model = network()
+    strides = {n: t.stride() for n, t in model.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt):
+        train(model, corners, CONFIG, on_epoch=stop)
+    assert {n: t.stride() for n, t in model.state_dict().items()} == strides
+
+
+def test_a_foreign_attack_in_training_is_checked(corners: Dataset) -> None:
+    def broken(model: nn.Module, x: Tensor, y: Tensor, *, generator: object = None) -> Tensor:
+        assert not model.training
+        y.zero_()  # a copy
+        return x[:1]
+
+    with pytest.raises(dq.UserError, match="must return float images"):
+        train(network(), corners, replace(CONFIG, epochs=1), attack=broken)

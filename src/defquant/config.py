@@ -145,7 +145,8 @@ class TrainConfig:
         test_every: epochs between tests on the test images; the last epoch is always tested.
         seed: of the weights, the order of the images and every random draw.
         amp: bfloat16 autocast.
-        channels_last: memory format of images and weights; faster on CPUs and GPUs alike.
+        channels_last: memory format of images and weights; faster on CPUs and GPUs alike. A model
+            that reshapes by `view` is trained without.
         device: `cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU where there is one.
     """
 

@@ -3,12 +3,13 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from defquant.attacks import FGSM, PGD, RFGSM, Attack, RandomEps
-from defquant.attacks.base import lint_answer
+from defquant.attacks.base import lint_answer, made_by
 from defquant.attacks.gradient import FirstOrder
 from defquant.config import TrainConfig
 from defquant.data import Dataset, batches, num_batches
@@ -24,7 +25,7 @@ from defquant.monitor import (
     warn_of_weak_steps,
 )
 from defquant.progress import TrainingProgress
-from defquant.training_state import TrainingState
+from defquant.training_state import TrainingState, layout_kept
 
 __all__ = ["History", "TrainConfig", "learning_rate", "train", "training_attack"]
 
@@ -77,11 +78,12 @@ def train(
     onto the grid of the deployed network (`snap_biases_`).
 
     Args:
-        model: maps images in [0, 1] to logits.
+        model: maps images in [0, 1] to logits; its weights lie in memory as before when it ends.
         data: training images.
         config: everything else; see `TrainConfig`.
         attack: train on its examples (with the model in eval mode while they are made); when
-            None, what `config.attack` names.
+            None, what `config.attack` names. Any function of that signature; what it returns is
+            checked (shape, range, its own eps).
         test: images for `test_accuracy`.
         history, momentum: of the epochs already done, to go on from them bit for bit.
         on_epoch: called after every epoch with the history and the momentum by parameter name.
@@ -92,12 +94,13 @@ def train(
         One record per epoch.
 
     Raises:
-        UserError: the loss became infinite or NaN; labels that the model has no logit for.
+        UserError: the loss became infinite or NaN; labels that the model has no logit for; an
+            attack that breaks its own rules.
     """
     device = pick_device(config.device)
-    with workers(device) as me:
-        attack = training_attack(config) if attack is None else attack
-        eps = monitor_eps(config, attack)
+    with layout_kept(model), workers(device) as me:
+        eps = monitor_eps(config, training_attack(config) if attack is None else attack)
+        attack = training_attack(config) if attack is None else partial(made_by, attack)
         state = TrainingState.start(model, data.to(device), config, attack, device, me)
         state.load_momentum(momentum or {})
         steps = num_batches(state.data, config.batch_size, me.world)
@@ -155,7 +158,7 @@ def _step(state: TrainingState, x: Tensor, y: Tensor, lr: float, step: int, shar
     `share`: this process's images over an even share; it weighs the mean that DDP takes.
     """
     config, model, penalty = state.config, state.model, state.penalty
-    if config.channels_last:
+    if state.layout is torch.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     x = _attacked(state, x, y, step)
     with torch.autocast(state.device.type, torch.bfloat16, enabled=config.amp):
