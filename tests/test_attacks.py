@@ -14,6 +14,7 @@ from defquant.attacks import (
     FGSM,
     PGD,
     RFGSM,
+    Attack,
     FirstOrder,
     Random,
     RandomEps,
@@ -239,6 +240,66 @@ def test_only_buffers_that_changed_are_written_back() -> None:
     assert model.get_buffer("map").is_contiguous(memory_format=torch.channels_last)
     for name in ("scalar", "empty", "wide"):
         assert model.get_buffer(name)._version == versions[name]
+
+
+class Observed(Linear):
+    """Buffers that grow, that appear and that are bound anew, and a flag that tells of them."""
+
+    cache: Tensor | None
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(3 * 4 * 4)
+        self.register_buffer("low", torch.empty(0))
+        self.register_buffer("cache", None)
+        self.register_buffer("calls", torch.zeros(()))
+        self.ready = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.get_buffer("low").resize_(3).copy_(x.amin((0, 2, 3)).detach())
+        if not self.ready:
+            self.register_buffer("scale", torch.ones(()))
+            self.cache, self.ready = torch.ones(()), True
+        self.calls = self.calls + 1
+        return super().forward(x) * self.get_buffer("scale") * self.get_buffer("cache")
+
+
+def test_buffers_come_back_by_name_and_the_first_error_is_the_one_seen() -> None:
+    model, (_, x, y) = Observed(), scene(4)
+    calls = model.get_buffer("calls")
+    for _ in range(2):  # it runs again: flag and buffers agree
+        PGD(0.1)(model, x, y)
+        with pytest.raises(ValueError, match="mine"), untouched(model):
+            model(x)
+            raise ValueError("mine")
+        assert model.calls is calls
+        assert [(n, b.numel()) for n, b in model.named_buffers()] == [("low", 0), ("calls", 1)]
+        assert model.cache is None and not model.ready
+    lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(2)).eval()
+    with pytest.raises(dq.UserError, match="run it once"):
+        dq.accuracy(lazy, (x, y))
+
+
+ANY: list[Attack] = [
+    *(make(0.05) for make in MAKE), RandomEps(RFGSM(0.0)), dq.APGD(0.05, 3), dq.FAB(0.05, 3),
+    dq.Square(0.05, 9), dq.Worst((FGSM(0.05), dq.FAB(0.05, 3))), Transfer(FGSM(0.05), Linear(48)),
+    dq.DIVA(0.05, Linear(48), steps=2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", ANY, ids=str)
+def test_no_graph_goes_in_or_comes_out_and_inference_mode_changes_nothing(attack: Attack) -> None:
+    model, x, y = scene(6)
+
+    def made(x: Tensor) -> Tensor:
+        return attack(model, x, y.clone(), generator=torch.Generator().manual_seed(0))
+
+    plain = made(x)
+    assert not made(x.clone().requires_grad_()).requires_grad
+    with torch.inference_mode():
+        torch.testing.assert_close(made(x.clone()), plain, rtol=0, atol=0)
+        again = dq.robust_accuracy(model.eval(), (x.clone(), y.clone()), attack)
+    assert again == dq.robust_accuracy(model, (x, y), attack)
 
 
 def test_attacks_run_in_eval_mode_without_parameter_gradients() -> None:

@@ -1,6 +1,9 @@
+import random
 import warnings
+from collections.abc import Callable
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -88,6 +91,103 @@ def test_any_function_is_an_attack_and_its_ball_is_checked() -> None:
         dq.robust_accuracy(model, data, Darken(0.2))
     with pytest.raises(dq.UserError, match="outside"):
         dq.robust_accuracy(model, data, Darken(-0.15))
+
+
+class Foreign:
+    """An attack of someone else's, of eps 1/255."""
+
+    eps, name = 1 / 255, "Foreign"
+
+    def __init__(self, move: Callable[[Tensor, Tensor], object]) -> None:
+        self.move = move
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, **_: object) -> Tensor:
+        return self.move(x, y)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("inside", [lambda a: a, lambda a: dq.Worst((a, FGSM(1 / 255))),
+    lambda a: Transfer(a, Threshold().eval())])  # fmt: skip
+@pytest.mark.parametrize(("move", "said"), [
+    (lambda x, y: x.sub_(0.25), "further than its eps"),
+    (lambda x, y: x[:1], "must return float images"),
+    (lambda x, y: x.mul(255).byte(), "must return float images"),
+    (lambda x, y: (x, y), "must return float images"),
+    (lambda x, y: torch.full_like(x, torch.nan), "outside"),
+    (lambda x, y: x.sub(y.zero_()[:, None, None, None]), ""),
+    (lambda x, y: (x.double() - 1 / 255).clone().requires_grad_(), ""),
+])  # fmt: skip
+def test_what_a_foreign_attack_returns_is_checked_and_what_it_got_is_a_copy(
+    inside: Callable[[Attack], Attack], move: Callable[[Tensor, Tensor], object], said: str
+) -> None:
+    model, (x, y) = Threshold().eval(), ladder()
+    x, attack, before = x.clone(), inside(Foreign(move)), x.clone()
+    calls: list[Callable[[], object]] = [lambda: dq.robust_accuracy(model, (x, y), attack)]
+    calls += [] if attack.__class__ is Foreign else [lambda: attack(model, x, y)]
+    for call in calls:
+        if said:
+            with pytest.raises(dq.UserError, match=said):
+                call()
+        else:
+            call()
+    assert torch.equal(x, before) and torch.equal(y, torch.ones_like(y))
+
+
+def test_a_foreign_attacks_global_draws_follow_the_seed_and_the_batch() -> None:
+    drawn: list[tuple[float, float, float]] = []
+
+    def draw(x: Tensor, y: Tensor) -> Tensor:
+        drawn.append((torch.rand(()).item(), random.random(), np.random.rand()))
+        return x
+
+    def draws(seed: int, attack: Attack) -> list[tuple[float, float, float]]:
+        drawn.clear()
+        dq.robust_accuracy(Threshold().eval(), ladder(), attack, batch_size=50, seed=seed)
+        return list(drawn)
+
+    def state() -> tuple[object, ...]:
+        return (*torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state()))
+
+    before = state()
+    for attack in (Foreign(draw), dq.Worst((Foreign(draw), FGSM(1 / 255)))):
+        first, other = draws(0, attack), draws(1, attack)
+        assert draws(0, attack) == first
+        for kind in zip(*first, *other, strict=True):
+            assert len(set(kind)) == len(kind)
+    assert state() == before
+
+
+class Whole(Threshold):
+    """Logits that let no gradient through, each in its own way."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "detached":
+            return super().forward(x.detach())
+        if self.way == "numpy":
+            return super().forward(torch.from_numpy(x.numpy()))
+        other = torch.ones((), requires_grad=True)  # a graph, which the images are not in
+        return super().forward(x.detach()) * other
+
+
+@pytest.mark.parametrize("way", ["detached", "numpy", "another graph"])
+def test_without_a_gradient_square_and_random_run_and_the_others_say_so(way: str) -> None:
+    model, data = Whole(way).eval(), ladder()
+    everyone = torch.ones(100, dtype=torch.bool)
+    honest = Threshold().eval()
+    for blind in (dq.Square(5.5 / 255, 20), Random(5.5 / 255)):
+        assert dq.robust_accuracy(model, data, blind) == dq.robust_accuracy(honest, data, blind)
+    assert vanishing(model, data, everyone) is None
+    for sighted in (FGSM(0.1), dq.DIVA(0.1, model, steps=1), dq.Adaptive(0.1, 4)):
+        with pytest.raises(dq.UserError, match="or use square"):
+            dq.robust_accuracy(model, data, sighted)
+    with torch.inference_mode():
+        inside = Threshold().eval()
+    assert dq.accuracy(inside, data) == dq.accuracy(honest, data)
+    with pytest.raises(dq.UserError, match="made under torch"):
+        dq.robust_accuracy(inside, data, FGSM(0.1))
 
 
 def test_only_the_standing_are_attacked() -> None:

@@ -11,7 +11,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from defquant.attacks import FirstOrder, untouched
+from defquant.attacks import Attack, untouched
+from defquant.attacks.base import made_by, name_of
 from defquant.data import as_labels, in_unit, to_unit
 from defquant.errors import UserError
 from defquant.models.squeezing import (
@@ -42,15 +43,15 @@ class Unaware:
 
     by_id: ClassVar[bool] = True
 
-    attack: FirstOrder
+    attack: Attack
 
     @property
     def eps(self) -> float:
-        return self.attack.eps
+        return float(self.attack.eps)  # type: ignore[attr-defined]
 
     @property
     def name(self) -> str:
-        return f"{self.attack.name} (unaware)"
+        return f"{name_of(self.attack)} (unaware)"
 
     def __call__(
         self,
@@ -68,7 +69,8 @@ class Unaware:
         if not isinstance(model, FeatureSqueezing):
             found = type(model).__name__
             raise UserError(f"Unaware attacks a FeatureSqueezing; found {found}: drop Unaware")
-        return self.attack.last(model.model, x, y, generator=generator, ids=ids)
+        x = to_unit(x)
+        return made_by(self.attack, model.model, x, y, generator=generator, ids=ids, last=True)
 
 
 def squeezing_distance(

@@ -12,17 +12,22 @@ from torch import Tensor, nn
 
 from defquant.attacks.base import (
     Attack,
-    ById,
+    differentiable,
+    generator_of,
+    gradient,
     lint_answer,
     lint_attack,
     lint_images,
     lint_model,
+    made_by,
+    name_of,
+    seed_of,
     untouched,
 )
 from defquant.attacks.engine import unbroken
 from defquant.attacks.single import Single, positive
 from defquant.attacks.suspicion import suspect
-from defquant.attacks.worst import Composition, seed_of
+from defquant.attacks.worst import Composition
 from defquant.data import Dataset, to_unit
 from defquant.errors import UserError
 from defquant.results import MASKED, Score, blind
@@ -65,7 +70,7 @@ class Scored:
 
     @property
     def masked(self) -> bool:
-        return self.attack is not None and blind(_name(self.attack), self.vanishing) > MASKED
+        return self.attack is not None and blind(name_of(self.attack), self.vanishing) > MASKED
 
 
 def accuracy(model: nn.Module, data: Images, *, batch_size: int = 256) -> Score:
@@ -169,14 +174,15 @@ def vanishing(
     flat = 0
     with untouched(model):
         for some in ids.split(batch_size):
-            x = to_unit(images[some]).requires_grad_()
-            loss = nn.functional.cross_entropy(model(x).float(), labels[some], reduction="sum")
-            if not loss.requires_grad:
+            x = to_unit(images[some]).detach().requires_grad_()
+            try:
+                with differentiable():
+                    z, y = model(x).float(), labels[some]
+                    loss = nn.functional.cross_entropy(z, y, reduction="sum")
+                    grad = gradient(loss, x).nan_to_num(0.0)
+            except UserError:
                 return None
-            grad = torch.autograd.grad(loss, x, allow_unused=True)[0]
-            if grad is None:
-                return None
-            flat += int((grad.nan_to_num(0.0).abs().amax((1, 2, 3)) == 0).sum())
+            flat += int((grad.abs().amax((1, 2, 3)) == 0).sum())
     return flat / len(ids) if len(ids) else None
 
 
@@ -203,7 +209,7 @@ def sweep(
     yield Scored(None, _score(clean), seconds, clean, vanishing=flat)
     families: dict[str, list[Attack]] = {}
     for attack in attacks:
-        families.setdefault(_name(attack), []).append(attack)
+        families.setdefault(name_of(attack), []).append(attack)
     for family in families.values():
         standing, carried = clean, tuple[float, ...]()
         for attack in sorted(family, key=_eps):
@@ -228,14 +234,8 @@ def _withstands(
     model: nn.Module, x: Tensor, y: Tensor, attack: Attack, ids: Tensor, seed: int
 ) -> Tensor:
     """`robust` for one batch of an attack that is no walk on the model itself."""
-    if isinstance(attack, ById):
-        whole = torch.Generator().manual_seed(seed)  # one seed for all batches: ids tell them apart
-        adversarial = attack(model, x, y, generator=whole, ids=ids)
-    else:
-        generator = torch.Generator().manual_seed(seed + int(ids[0]))
-        with untouched(model):
-            adversarial = attack(model, x, y, generator=generator).detach()
-    _check_ball(adversarial, x, attack)
+    draw = generator_of(attack, seed, ids)
+    adversarial = made_by(attack, model, x, y, generator=draw, ids=ids)
     with untouched(model), torch.no_grad():
         return right(model, adversarial, y)
 
@@ -246,22 +246,8 @@ def right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return (logits.argmax(1) == y) & ~logits.isnan().any(1)
 
 
-def _check_ball(adversarial: Tensor, clean: Tensor, attack: Attack) -> None:
-    eps = getattr(attack, "eps", None)
-    distance = float((adversarial - clean).abs().max())
-    if eps is not None and not distance <= eps + 1e-5:
-        raise UserError(f"{attack!r} moved a pixel by {distance:.4g}, further than its eps {eps:g}")
-    low, high = adversarial.aminmax()
-    if not (low >= 0 and high <= 1):
-        raise UserError(f"{attack!r} returned images outside [0, 1]: [{low:.3g}, {high:.3g}]")
-
-
 def _eps(attack: Attack) -> float:
     return float(getattr(attack, "eps", 0.0))
-
-
-def _name(attack: Attack) -> str:
-    return str(getattr(attack, "name", getattr(attack, "__name__", repr(attack))))
 
 
 def device_of(model: nn.Module, default: torch.device) -> torch.device:

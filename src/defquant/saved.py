@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from defquant.attacks import Attack, Composition, Single
+from defquant.attacks.base import seed_of
 from defquant.attacks.engine import perturb
 from defquant.attacks.pixels import to_pixels
-from defquant.attacks.worst import seed_of
 from defquant.checkpoint import Facts
 from defquant.data import Dataset, to_unit
 from defquant.data.pictures import encode

@@ -1,8 +1,9 @@
 """What every attack keeps to: one signature, the model left as it was, draws per example."""
 
+import random
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -13,8 +14,9 @@ from defquant.data import as_labels, in_unit
 from defquant.errors import DefquantWarning, UserError
 
 __all__ = [
-    "SAME", "Attack", "ById", "draw_seed", "lint_answer", "lint_attack", "lint_images",
-    "lint_model", "uniform", "untouched",
+    "SAME", "Attack", "ById", "differentiable", "draw_seed", "generator_of", "gradient", "leaf",
+    "lint_answer", "lint_attack", "lint_images", "lint_model", "made_by", "name_of", "seed_of",
+    "uniform", "untouched",
 ]  # fmt: skip
 
 SAME = 1e-4  # of the largest logit: what rounding may change between identical calls
@@ -55,31 +57,53 @@ class ById(Protocol):
 def untouched(model: nn.Module) -> Iterator[nn.Module]:
     """Put `model` in eval mode without parameter gradients; on the way out restore all of it.
 
-    Inside, a float64 or half model takes float32 images, too.
-    Restored, also after an exception: each module's `training` flag, each parameter's
-    `requires_grad` and `.grad` (the same tensor object), each buffer (attacks run many forward
-    passes), and torch's global random state on the CPU.
+    Restored, also after an exception, which is never hidden: each module's `training` flag, each
+    parameter's `requires_grad` and `.grad` (the same tensor object), each buffer by module and
+    name (those that appeared go, those that grew or were bound anew come back), and torch's global
+    random state on the CPU and on the model's GPUs. Not restored: what a forward pass writes into
+    parameters, and its Python attributes, but for those of a module whose buffers it bound anew
+    (they may tell which buffers there are). Inside, a float64 or half model takes float32
+    images, too, and `torch.inference_mode` is off.
+
+    Raises `UserError` for lazy layers that have met no image yet.
     """
+    params, buffers = list(model.parameters()), list(model.buffers())
+    if any(map(nn.parameter.is_lazy, (*params, *buffers))):
+        raise UserError("the model has lazy layers without a shape: run it once on an image before")
     modes = [(module, module.training) for module in model.modules()]
-    params = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    buffers = _by_kind(model.buffers())
-    before = [_flat(group) for group in buffers]
-    random_state = torch.get_rng_state()
-    try:
-        model.eval()
-        for parameter, _, _ in params:
-            parameter.requires_grad_(False)
-        with _fed(model):
-            yield model
-    finally:
+    flags = [(p, p.requires_grad and not p.is_inference(), p.grad) for p in params]
+    bound = [(m, dict(m._buffers.items()), dict(vars(m))) for m in model.modules()]
+    groups = [(group, _flat(group), [t.shape for t in group]) for group in _by_kind(buffers)]
+    gpus = {tensor.device for tensor in (*params, *buffers) if tensor.device.type == "cuda"}
+
+    def put_back() -> None:
         for module, training in modes:
             module.training = training
-        for parameter, requires_grad, grad in params:
-            parameter.requires_grad_(requires_grad)
+        for parameter, requires_grad, grad in flags:
+            if requires_grad:
+                parameter.requires_grad_()
             parameter.grad = grad
-        for group, values in zip(buffers, before, strict=True):
-            _restore(group, values)
-        torch.set_rng_state(random_state)
+        for module, named, attributes in bound:
+            _rebind(module, named, attributes)
+        for group in groups:
+            _restore(*group)
+
+    with torch.random.fork_rng(list(gpus)):
+        try:
+            model.eval()
+            for parameter, requires_grad, _ in flags:
+                if requires_grad:
+                    parameter.requires_grad_(False)
+            inference = torch.is_inference_mode_enabled()  # to leave it turns gradients on, too
+            with _fed(model), torch.inference_mode(False) if inference else nullcontext():
+                yield model
+        except BaseException as first:
+            try:
+                put_back()
+            except Exception as second:
+                first.add_note(f"nor could the model be put back as it was: {second}")
+            raise
+        put_back()
 
 
 @contextmanager
@@ -101,10 +125,11 @@ def _fed(model: nn.Module) -> Iterator[None]:
 
 
 def _by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """The tensors of each type and device."""
+    """The dense tensors of each type and device."""
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
-        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        if tensor.layout == torch.strided:
+            groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     return list(groups.values())
 
 
@@ -114,15 +139,164 @@ def _flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-@torch.no_grad()
-def _restore(tensors: Sequence[Tensor], values: Tensor) -> None:
-    """Undo what changed since `_flat`; compared as a whole, for a GPU is waited for each time."""
-    if torch.equal(values, _flat(tensors)):
+def _rebind(module: nn.Module, buffers: dict[str, Any], attributes: dict[str, Any]) -> None:
+    """Give `module` the buffers that it had, the same objects; where it has them, do nothing."""
+    now = dict(module._buffers.items())
+    if now.keys() == buffers.keys() and all(now[name] is buffers[name] for name in now):
         return
-    sizes = [tensor.numel() for tensor in tensors]
-    for tensor, value in zip(tensors, values.split(sizes), strict=True):
-        if not torch.equal(tensor, value.view(tensor.shape)):
-            tensor.copy_(value.view(tensor.shape))
+    vars(module).clear()
+    vars(module).update(attributes)
+    module._buffers.clear()
+    module._buffers.update(buffers)
+
+
+@torch.no_grad()
+def _restore(tensors: Sequence[Tensor], values: Tensor, shapes: Sequence[torch.Size]) -> None:
+    """Undo what changed since `_flat`; compared as a whole, for a GPU is waited for each time."""
+    kind = (values.dtype, values.device)
+    now = [(*t.shape, t.dtype, t.device) for t in tensors]
+    same = now == [(*shape, *kind) for shape in shapes]
+    if same and torch.equal(values, _flat(tensors)):
+        return
+    parts = values.split([shape.numel() for shape in shapes])
+    for tensor, part, shape in zip(tensors, parts, shapes, strict=True):
+        value = part.view(shape)
+        if (tensor.shape, tensor.dtype, tensor.device) != (shape, *kind):
+            tensor.data = value.clone()
+        elif not torch.equal(tensor, value):
+            tensor.copy_(value)
+
+
+def made_by(
+    attack: Attack,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    generator: torch.Generator | None,
+    ids: Tensor | None = None,
+    last: bool = False,
+) -> Tensor:
+    """What any `attack` makes of one batch in [0, 1], checked before it is believed.
+
+    The attack is handed copies without a graph, and the model as in `untouched`. Where it draws
+    from the global state of torch, NumPy or Python, that is seeded from the next draw of
+    `generator` and the first of `ids`, and restored after. `last`: the last iterate of an attack
+    that knows one. Returns images of the type and device of `x`, without a graph.
+
+    Raises `UserError` unless they are float, of the shape of `x`, finite, in [0, 1] and within the
+    attack's `eps` (beyond rounding).
+    """
+    make: Callable[..., Tensor] = getattr(attack, "last", attack) if last else attack
+    named = {"ids": ids} if ids is not None and isinstance(attack, ById) else {}
+    batch = 0 if ids is None or not len(ids) else int(ids[0])
+    with untouched(model), _seeded(seed_of(_next_draw(generator), batch), x.device):
+        made = make(model, leaf(x).clone(), leaf(y).clone(), generator=generator, **named)
+    return _checked(made, x.detach(), attack)
+
+
+def generator_of(attack: Attack, seed: int, ids: Tensor) -> torch.Generator:
+    """The draws of one batch: of a `ById` the same for all batches, for ids tell them apart."""
+    batch = 0 if isinstance(attack, ById) else int(ids[0])
+    return torch.Generator().manual_seed(seed_of(seed, batch))
+
+
+def name_of(attack: Attack) -> str:
+    """Name of the family as the tables show it."""
+    return str(getattr(attack, "name", getattr(attack, "__name__", repr(attack))))
+
+
+def _checked(made: object, x: Tensor, attack: Attack) -> Tensor:
+    if not isinstance(made, Tensor) or made.shape != x.shape or not made.is_floating_point():
+        found = f"{tuple(made.shape)}, {made.dtype}" if isinstance(made, Tensor) else _kind(made)
+        raise UserError(
+            f"{attack!r} must return float images {tuple(x.shape)}, as it was given; found {found}"
+        )
+    made = made.detach().to(x)
+    eps = getattr(attack, "eps", None)
+    low, high = made.aminmax()
+    distance, low, high = torch.stack([(made - x).abs().max(), low, high]).tolist()
+    if not (low >= -1e-6 and high <= 1 + 1e-6):  # nor is NaN
+        raise UserError(f"{attack!r} returned images outside [0, 1]: [{low:.3g}, {high:.3g}]")
+    if eps is not None and not distance <= eps + 1e-5:
+        raise UserError(f"{attack!r} moved a pixel by {distance:.4g}, further than its eps {eps:g}")
+    return made.clamp(0, 1)
+
+
+def _next_draw(generator: torch.Generator | None) -> int:
+    """What `draw_seed` would give, without taking it away."""
+    if generator is None:
+        return 0
+    copy = torch.Generator(generator.device)
+    return draw_seed(copy.set_state(generator.get_state()))
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """The global random states that a foreign attack may draw from, seeded; then as before."""
+    gpus = [device] if device.type == "cuda" else []
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(gpus):
+        try:
+            torch.default_generator.manual_seed(seed)
+            for gpu in gpus:
+                with torch.cuda.device(gpu):
+                    torch.cuda.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def leaf(x: Tensor) -> Tensor:
+    """`x` without its graph; a copy where autograd takes no other (`torch.inference_mode`)."""
+    if not x.is_inference():
+        return x.detach()
+    with torch.inference_mode(False):
+        return x.clone()
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Gradients are on inside; `UserError` where torch says that the model lets none through."""
+    try:
+        with torch.enable_grad():
+            yield
+    except (RuntimeError, UserWarning) as error:
+        if "Inference tensors cannot be saved" in str(error):
+            raise UserError(
+                "the model's weights were made under torch.inference_mode and give no gradient: "
+                "build or load it outside, or use square"
+            ) from None
+        if any(clue in str(error) for clue in ("detach().numpy()", "autograd kernel was not")):
+            raise UserError(_NO_GRADIENT) from None
+        raise
+
+
+def gradient(value: Tensor, at: Tensor, *, keep: bool = False) -> Tensor:
+    """The gradient of the sum of `value` at `at`; `keep` the graph for another.
+
+    Raises `UserError` where there is none. Inside `differentiable`.
+    """
+    found = None
+    if value.requires_grad:
+        (found,) = torch.autograd.grad(value.sum(), at, retain_graph=keep, allow_unused=True)
+    if found is None:
+        raise UserError(_NO_GRADIENT)
+    return found
+
+
+_NO_GRADIENT = (
+    "this attack follows the gradient, and the model's outputs have none (no_grad, detach, numpy "
+    "or integer layers inside it?): let it through, or use square"
+)
+
+
+def seed_of(seed: int, place: int) -> int:
+    """The seed of what comes in that place: the first, 0, has the seed itself."""
+    return (seed + place * 0x9E3779B97F4A7C15) % 2**62
 
 
 def draw_seed(generator: torch.Generator | None) -> int:
@@ -186,7 +360,7 @@ def lint_images(x: Any, y: Any) -> tuple[Tensor, Tensor]:
             f"an attack takes images (n, c, h, w); found {tuple(x.shape)}, which looks like "
             "(n, h, w, c): use x.permute(0, 3, 1, 2)"
         )
-    return in_unit(x), as_labels(y, len(x))
+    return leaf(in_unit(x)), leaf(as_labels(y, len(x)))
 
 
 def lint_answer(logits: object, n: int, top: int = -1) -> None:

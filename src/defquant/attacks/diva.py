@@ -6,7 +6,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from defquant.attacks.base import draw_seed, lint_answer, lint_images, uniform, untouched
+from defquant.attacks.base import (
+    differentiable,
+    draw_seed,
+    gradient,
+    leaf,
+    lint_answer,
+    lint_images,
+    uniform,
+    untouched,
+)
 from defquant.config import check_eps
 from defquant.data import to_unit
 from defquant.errors import UserError
@@ -87,7 +96,7 @@ class DIVA:
             torch.autocast(x.device.type, enabled=False),
         ):  # fmt: skip
             for step in range(self.steps + 1):
-                rank, grad = self._look(model, at, y, gradient=step < self.steps)
+                rank, grad = self._look(model, at, y, climb=step < self.steps)
                 gains = rank > best_rank
                 best = torch.where(gains[:, None, None, None], at, best)
                 best_rank = torch.where(gains, rank, best_rank)
@@ -95,11 +104,11 @@ class DIVA:
         return best
 
     def _look(
-        self, model: nn.Module, at: Tensor, y: Tensor, *, gradient: bool
+        self, model: nn.Module, at: Tensor, y: Tensor, *, climb: bool
     ) -> tuple[Tensor, Tensor]:
         """L, raised above all others where `at` fools the model alone, and L's gradient."""
-        with torch.set_grad_enabled(gradient):
-            at = at.detach().requires_grad_(gradient)
+        with differentiable() if climb else torch.no_grad():
+            at = leaf(at).requires_grad_(climb)
             edge, float_ = model(at).float(), self.twin(at).float()
             lint_answer(edge, len(at), int(y.max()))
             if edge.shape != float_.shape:
@@ -109,7 +118,7 @@ class DIVA:
                 )
             p_edge, p_float = (z.softmax(1).gather(1, y[:, None])[:, 0] for z in (edge, float_))
             loss = p_float - self.c * p_edge
-            grad = torch.autograd.grad(loss.sum(), at)[0] if gradient else torch.zeros_like(at)
+            grad = gradient(loss, at) if climb else torch.zeros_like(at)
         evasive = (edge.argmax(1) != y) & (float_.argmax(1) == y)
         loss = loss.detach().nan_to_num(-torch.inf)
         return torch.where(evasive, loss + 2 * (1 + self.c), loss), grad.nan_to_num(0.0)

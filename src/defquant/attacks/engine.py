@@ -99,8 +99,8 @@ def perturb(
     ids = torch.arange(len(x), device=x.device) if ids is None else ids
     # on a GPU training waits for no label: those of a `Dataset` are known to be right
     top = -1 if not len(y) or (y.is_cuda and keep == "last") else int(y.max())
-    best, best_rank = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
     with opened(model, kernel, x) as forwards:
+        best, best_rank = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
         rivals = rivals_of(forwards, x, y, kernel.targets, len(x))
         starts = kernel.restarts * rivals.shape[1]
         climbs = kernel.looks - (kernel.steps - kernel.climbs)
@@ -150,9 +150,9 @@ def unbroken(
         batch_size: rows at a time; the answer does not depend on it (beyond rounding).
     """
     n, device, top = len(images), images.device, int(labels.max())
-    standing = torch.ones(n, dtype=torch.bool, device=device)
     none = torch.empty(0, dtype=torch.int64, device=device)
     with opened(model, kernel, images) as forwards:
+        standing = torch.ones(n, dtype=torch.bool, device=device)
 
         def moved(rows: State, *, gradient: bool) -> State:
             room = min(round_up(count(rows)), batch_size)

@@ -6,19 +6,22 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from defquant.attacks.base import lint_answer, untouched
+from defquant.attacks.base import differentiable, lint_answer, untouched
+from defquant.attacks.base import gradient as gradient_at
 from defquant.attacks.kernel import Forward, Kernel, Look, Loss, State
 from defquant.attacks.losses import cross_entropy
 from defquant.attacks.rows import padded
-from defquant.errors import UserError
 
 __all__ = ["better", "distance", "look", "opened", "rank", "rank_of"]
 
 
 @contextmanager
 def opened(model: nn.Module, kernel: Kernel, x: Tensor) -> Iterator[tuple[Forward, ...]]:
-    """The model's forwards as the kernel wants them; it is left as it was found."""
-    with untouched(model), torch.autocast(x.device.type, enabled=False):
+    """The model's forwards as the kernel wants them; it is left as it was found.
+
+    Nothing outside of `look` is differentiated.
+    """
+    with untouched(model), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         if kernel.surrogate is None:
             yield (model,)
         else:
@@ -44,7 +47,7 @@ def look(
     """
     n, at = len(at), padded(at.detach(), rows or 0)
     logits, losses, grads = [], [], []
-    with torch.set_grad_enabled(gradient):
+    with differentiable() if gradient else torch.no_grad():
         at = at.requires_grad_(gradient)
         for forward in forwards if isinstance(forwards, tuple) else (forwards,):
             given = forward(at)
@@ -52,12 +55,7 @@ def look(
             answer = given[:n].float()
             value = loss(answer, y, y if target is None else target)
             if gradient:
-                if not value.requires_grad:
-                    raise UserError(
-                        "this attack follows the gradient, and the model's outputs have none "
-                        "(no_grad, detach or numpy inside it?): let it through, or use square"
-                    )
-                grads.append(torch.autograd.grad(value.sum(), at)[0][:n])
+                grads.append(gradient_at(value, at)[:n])
             logits.append(answer.detach())
             losses.append(value.detach())
     grad = _mean(grads) if gradient else torch.zeros_like(at[:n])

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from defquant.attacks.base import Attack, made_by, name_of
 from defquant.attacks.gradient import FirstOrder
 from defquant.data import to_unit
 from defquant.errors import UserError
@@ -17,24 +18,25 @@ __all__ = ["Replay", "Transfer"]
 class Transfer:
     """Adversarial examples of `attack` on `substitute`, for whatever model is called with.
 
-    The last iterate is used: an example that stops at the substitute's boundary transfers badly.
-    `source` names the substitute in the results.
+    The last iterate of a `FirstOrder` is used: an example that stops at the substitute's boundary
+    transfers badly. Of any other attack, what it returns. `source` names the substitute in the
+    results.
     """
 
     by_id: ClassVar[bool] = True
 
-    attack: FirstOrder
+    attack: Attack
     substitute: nn.Module = field(repr=False)
     source: str = ""
 
     @property
     def eps(self) -> float:
-        return self.attack.eps
+        return float(self.attack.eps)  # type: ignore[attr-defined]
 
     @property
     def name(self) -> str:
         """The attack's name followed by (B), as in Tables 2 and 3."""
-        return f"{self.attack.name}(B)"
+        return f"{name_of(self.attack)}(B)"
 
     def __call__(
         self,
@@ -46,7 +48,8 @@ class Transfer:
         ids: Tensor | None = None,
     ) -> Tensor:
         """Images (n, c, h, w) in [0, 1]; `model` is never asked. `ids` as in `perturb`."""
-        return self.attack.last(self.substitute, x, y, generator=generator, ids=ids)
+        x, substitute = to_unit(x), self.substitute
+        return made_by(self.attack, substitute, x, y, generator=generator, ids=ids, last=True)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from defquant.attacks.apgd import APGD
-from defquant.attacks.base import Attack, ById, draw_seed, lint_attack, lint_images, untouched
+from defquant.attacks.base import (
+    Attack,
+    draw_seed,
+    lint_attack,
+    lint_images,
+    made_by,
+    name_of,
+    seed_of,
+    untouched,
+)
 from defquant.attacks.fab import FAB
 from defquant.attacks.kernel import Surrogate
 from defquant.attacks.losses import LossName
@@ -18,7 +27,7 @@ from defquant.config import check_eps
 from defquant.data import to_unit
 from defquant.errors import UserError
 
-__all__ = ["Adaptive", "Composition", "Standard", "Worst", "seed_of"]
+__all__ = ["Adaptive", "Composition", "Standard", "Worst"]
 
 
 PLAN: tuple[tuple[float, LossName, Surrogate | None, int], ...] = (
@@ -28,11 +37,6 @@ PLAN: tuple[tuple[float, LossName, Surrogate | None, int], ...] = (
     (1 / 8, "dlr", ClipFree(), 0),
 )
 """Of `Adaptive`: share of the steps, loss and surrogate of each part, and its queries per step."""
-
-
-def seed_of(seed: int, place: int) -> int:
-    """The seed of the attack in that place: the first has the seed itself."""
-    return (seed + place * 0x9E3779B97F4A7C15) % 2**62
 
 
 @dataclass(frozen=True, repr=False)
@@ -73,8 +77,7 @@ class Composition:
             if not len(left):
                 break
             draw = torch.Generator().manual_seed(seed_of(seed, place))
-            named = {"ids": ids[left]} if isinstance(attack, ById) else {}
-            made[left] = attack(model, x[left], y[left], generator=draw, **named)
+            made[left] = made_by(attack, model, x[left], y[left], generator=draw, ids=ids[left])
             with untouched(model), torch.no_grad():
                 logits = model(made[left])
             left = left[(logits.argmax(1) == y[left]) & ~logits.isnan().any(1)]
@@ -96,7 +99,7 @@ class Worst(Composition):
         if not self.parts or len(found) > 1:
             listed = ", ".join(sorted(map(pixels, found))) if self.parts else "none"
             raise UserError(f"Worst takes one or more attacks of one eps; found {listed}")
-        object.__setattr__(self, "eps", next(iter(found), 0.0))
+        object.__setattr__(self, "eps", next(iter(found), 1.0))  # parts that name none may go far
 
     @property
     def attacks(self) -> tuple[Attack, ...]:
@@ -104,7 +107,7 @@ class Worst(Composition):
 
     @property
     def name(self) -> str:
-        return f"Worst({', '.join(str(getattr(part, 'name', part)) for part in self.parts)})"
+        return f"Worst({', '.join(map(name_of, self.parts))})"
 
     def __repr__(self) -> str:
         return f"Worst({', '.join(map(repr, self.parts))})"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from defquant.attacks import untouched
+from defquant.attacks.base import differentiable, gradient, leaf
 from defquant.data import to_unit
 from defquant.diagnose.bound import BatchNormCall, LayerCall, reach
 from defquant.diagnose.norms import kernel_matrix
@@ -128,13 +129,9 @@ def jacobian_norms(model: nn.Module, x: Tensor) -> Tensor:
     Where `model` is differentiable it bounds its Lipschitz constant from below. The Jacobian has
     few rows, so that no power iteration is needed.
     """
-    with untouched(model), torch.enable_grad():
-        x = x.detach().requires_grad_()
-        logits = model(x)
-        rows = [
-            torch.autograd.grad(column.sum(), x, retain_graph=True)[0].flatten(1)
-            for column in logits.unbind(1)
-        ]
+    with untouched(model), differentiable():
+        x = leaf(x).requires_grad_()
+        rows = [gradient(column, x, keep=True).flatten(1) for column in model(x).unbind(1)]
     norms: Tensor = torch.linalg.matrix_norm(torch.stack(rows, 1).double(), 2)
     return norms
 

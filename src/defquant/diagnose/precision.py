@@ -1,14 +1,14 @@
 """Between precisions: what fools one bit width and not another, and how their gradients differ."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from defquant.attacks import Attack, FirstOrder, untouched
-from defquant.attacks.base import ById, lint_attack
+from defquant.attacks import Attack, untouched
+from defquant.attacks.base import differentiable, generator_of, gradient, leaf, lint_attack, made_by
 from defquant.attacks.diva import DIVA
 from defquant.config import check_bits
 from defquant.data import to_unit
@@ -169,14 +169,10 @@ def _same_images(
 def _attacked(
     model: nn.Module, x: Tensor, y: Tensor, attack: Attack, batch_size: int, seed: int
 ) -> Tensor:
-    make: Callable[..., Tensor] = attack.last if isinstance(attack, FirstOrder) else attack
-    named = isinstance(attack, FirstOrder | ById)
     parts = []
     for ids in torch.arange(len(x), device=x.device).split(batch_size):
-        generator = torch.Generator().manual_seed(seed if named else seed + int(ids[0]))
-        names = {"ids": ids} if named else {}
-        with untouched(model):
-            parts.append(make(model, x[ids], y[ids], generator=generator, **names).detach())
+        draw = generator_of(attack, seed, ids)
+        parts.append(made_by(attack, model, x[ids], y[ids], generator=draw, ids=ids, last=True))
     return torch.cat(parts)
 
 
@@ -187,11 +183,11 @@ def _right(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
 def _gradients(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
     """Of each image's cross-entropy, (n, c h w), in float64."""
     parts = []
-    with untouched(model), torch.enable_grad():
+    with untouched(model), differentiable():
         for at, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
-            at = at.detach().requires_grad_()
-            loss = nn.functional.cross_entropy(model(at), labels, reduction="sum")
-            parts.append(torch.autograd.grad(loss, at)[0].flatten(1).double())
+            at = leaf(at).requires_grad_()
+            loss = nn.functional.cross_entropy(model(at), leaf(labels), reduction="sum")
+            parts.append(gradient(loss, at).flatten(1).double())
     return torch.cat(parts)
 
 

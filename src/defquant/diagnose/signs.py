@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from defquant.attacks import APGD, BIM, FGSM, PGD, RFGSM, Adaptive, Attack, Square, Transfer
-from defquant.attacks.base import SAME, untouched
+from defquant.attacks.base import SAME, differentiable, gradient, leaf, untouched
 from defquant.attacks.engine import perturb
 from defquant.attacks.losses import margin
 from defquant.evaluate import answers, robust
@@ -209,14 +209,14 @@ def _gradients(scene: _Scene) -> dict[str, Tensor]:
     dead, jumps = [], []
     draws = torch.Generator().manual_seed(scene.effort.seed)
     for x, y, _ in _parts(scene):
-        with untouched(scene.model):
-            x = x.detach().requires_grad_()
+        with untouched(scene.model), differentiable():
+            x, y = leaf(x).requires_grad_(), leaf(y)
             logits = scene.model(x)
             loss = nn.functional.cross_entropy(logits, y, reduction="sum")
-            grad = torch.autograd.grad(loss, x, retain_graph=True)[0].flatten(1)
+            grad = gradient(loss, x, keep=True).flatten(1)
             dead.append(~grad.isfinite().all(1) | (grad == 0).all(1))
             before = margin(logits, y, y)
-            slope = torch.autograd.grad(before.sum(), x)[0].nan_to_num(0.0)
+            slope = gradient(before, x).nan_to_num(0.0)
             jumps.append(_jumps(scene, x.detach(), y, before.detach(), slope, draws))
     return {"zero gradient": torch.cat(dead), "jumps": torch.cat(jumps)}
 
