@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,14 +17,14 @@ from torch import Tensor, nn
 
 from defquant.config import DataConfig, ModelConfig, TrainConfig
 from defquant.distributed import place
-from defquant.errors import UserError
+from defquant.errors import UserError, shown
 from defquant.files import write_bytes
 from defquant.models import build
 from defquant.typed import from_mapping, parse_json
 
 __all__ = [
-    "Checkpoint", "Facts", "find", "load", "load_model", "load_on", "restore", "save", "versions",
-    "write_companions",
+    "Checkpoint", "Facts", "find", "load", "load_model", "load_on", "read_tensors", "restore",
+    "save", "versions", "write_companions",
 ]  # fmt: skip
 
 FORMAT = 1
@@ -190,15 +191,22 @@ def load(path: Path | str) -> Checkpoint:
     Raises `UserError` where the file is missing, cut, not one of ours, or of a newer version.
     """
     path = find(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get("defquant")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error})") from None
+    metadata, tensors = read_tensors(path)
+    header = metadata.get("defquant")
     if header is None:
         raise UserError(f"{path} holds tensors but no defquant header: it is another program's")
     return Checkpoint(_facts(path, header), _part(tensors, "model."), _part(tensors, "momentum."))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of any safetensors file. Raises `UserError` where it is broken."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return file.metadata() or {}, tensors
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = shown(str(error), 200)
+        raise UserError(f"{path} is not a whole safetensors file ({reason})") from None
 
 
 def restore(model: nn.Module, weights: Mapping[str, Tensor], source: str = "checkpoint") -> None:
@@ -212,7 +220,7 @@ def restore(model: nn.Module, weights: Mapping[str, Tensor], source: str = "chec
     if wrong:
         raise UserError(
             f"{source} is of another architecture than {type(model).__name__}: {len(wrong)} of "
-            f"{len(own)} tensors differ, first {min(wrong)}"
+            f"{len(own)} tensors differ, first {shown(min(wrong))}"
         )
     model.load_state_dict(weights)
 
@@ -220,10 +228,28 @@ def restore(model: nn.Module, weights: Mapping[str, Tensor], source: str = "chec
 def load_model(path: Path | str) -> tuple[nn.Module, Facts]:
     """The trained network of a run's folder or checkpoint, in eval mode on the CPU."""
     checkpoint = load(path)
-    facts = checkpoint.facts
-    model = build(facts.model, num_classes=facts.num_classes, in_channels=facts.in_channels)
-    restore(model, checkpoint.weights, str(path))
+    facts, weights = checkpoint.facts, checkpoint.weights
+    try:
+        if _least(facts) > sum(tensor.numel() for tensor in weights.values()):
+            raise UserError(
+                f"{path} says that it is a {shown(facts.model.model)} of {facts.num_classes} "
+                "classes and holds far fewer weights: it is damaged"
+            )
+        model = build(facts.model, num_classes=facts.num_classes, in_channels=facts.in_channels)
+    except (ArithmeticError, RuntimeError, TypeError) as error:
+        raise UserError(f"{path} has a header that is not ours ({shown(error)})") from None
+    restore(model, weights, str(path))
     return model.eval(), facts
+
+
+def _least(facts: Facts) -> float:
+    """Weights that the network has at the least: a header may claim any size, and `build` obeys."""
+    wrn = re.match(r"wrn-(\d+)-(\d+)", facts.model.model)
+    scale = re.search(r"x(\d*\.?\d+)$", facts.model.model)
+    blocks, channels = (float(wrn[1]) - 4) / 6 if wrn else 1, 512 * float(scale[1] if scale else 1)
+    channels = 64 * float(wrn[2]) if wrn else int(channels)
+    convolutions = blocks * 9 * channels * channels  # those between as many channels
+    return max(convolutions, channels * facts.num_classes, 9 * float(facts.in_channels))
 
 
 def load_on(run: Path, device: torch.device) -> tuple[nn.Module, Facts]:

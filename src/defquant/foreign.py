@@ -14,11 +14,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from defquant.attacks.base import lint_model, untouched
+from defquant.checkpoint import read_tensors
 from defquant.data import Dataset
 from defquant.errors import DefquantWarning, UserError
 from defquant.evaluate import device_of
@@ -203,11 +203,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             f"torch.load({path.name!r}, weights_only=True).items()}}, "
             f"{path.stem + '.safetensors'!r})"
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error})") from None
+    return read_tensors(path)[1]
 
 
 def _sha256(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Checkpoints and ONNX files from elsewhere: mutated ones, and what once did harm."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 from onnx import helper, numpy_helper
 from torch import nn
 
+from defquant.checkpoint import NAME, Checkpoint, Facts, load_on, save
+from defquant.config import DataConfig, ModelConfig, TrainConfig
 from defquant.deploy.graph import graph
 from defquant.deploy.lower import lower
 from defquant.deploy.runtime import OnnxModel, facts_of, open_model
 from defquant.models import wide_resnet
-from harness import Read, fuzz, outcome
+from harness import SECONDS, Read, fuzz, outcome
 
 
 def network() -> nn.Module:
@@ -49,6 +52,52 @@ def read_onnx(folder: Path) -> Read:
 @pytest.mark.slow
 def test_fuzz_onnx(tmp_path: Path, exported: bytes) -> None:
     fuzz(read_onnx(tmp_path), [exported])
+
+
+FACTS = Facts(
+    ModelConfig("wrn-10-1", 4, weight_bits=4, deployable=True), DataConfig(), TrainConfig(epochs=1),
+    4, 1, ("a", "b", "c", "d"), "made", "0" * 16, ({"loss": 1.0},),
+)  # fmt: skip
+
+
+def checkpoint(folder: Path, facts: Facts = FACTS) -> bytes:
+    model = network()
+    save(folder, Checkpoint(facts, model.state_dict(), {}))
+    return (folder / NAME).read_bytes()
+
+
+def read_checkpoint(folder: Path) -> Read:
+    return lambda raw: ((folder / NAME).write_bytes(raw), load_on(folder, torch.device("cpu")))
+
+
+@pytest.mark.slow
+def test_fuzz_checkpoint(tmp_path: Path) -> None:
+    """The header alone, behind its length, so that most changes fall into it."""
+    whole = checkpoint(tmp_path)
+    size = 8 + int.from_bytes(whole[:8], "little")
+    read, tokens = read_checkpoint(tmp_path), [b"1e999", b"-1", b"[" * 9999, b"null", b"{}", b'\\"']
+    fuzz(read, [whole], seconds=SECONDS / 2)
+
+    def with_header(raw: bytes) -> object:
+        return read(len(raw).to_bytes(8, "little") + raw + whole[size:])
+
+    fuzz(with_header, [whole[8:size]], tokens=tokens, seconds=SECONDS / 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("wrn-60004-1", "far fewer"), ("wrn-10-60004", "far fewer"),
+        ("vgg-16x4000", "far fewer"), (f"vgg-16x{'9' * 400}", "not ours"),
+        ("wrn-16-1", "another architecture"),
+    ],
+)  # fmt: skip
+def test_a_header_builds_no_network_that_the_file_does_not_hold(
+    tmp_path: Path, model: str, said: str
+) -> None:
+    facts = replace(FACTS, model=replace(FACTS.model, model=model))
+    raw = checkpoint(tmp_path, facts)
+    assert said in (outcome(read_checkpoint(tmp_path), raw) or "")
 
 
 def bombs() -> Iterator[tuple[str, list[onnx.NodeProto], list[onnx.TensorProto]]]:
