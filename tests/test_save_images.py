@@ -42,6 +42,7 @@ def saved(
     folder: Path, model: nn.Module, attacks: list[Single | Composition], *, batch_size: int = 256
 ) -> list[Measurement]:
     subject = Subject("your model", "net")
+    (folder.parent / "run").mkdir(exist_ok=True)
     return list(
         measure_and_save(
             folder, folder.parent / "run", model, subject, DATA, attacks, seed=3,
@@ -141,7 +142,7 @@ def test_only_empty_folders_and_no_half_manifest(model: nn.Module, tmp_path: Pat
         list(
             measure_and_save(
                 tmp_path / "c", tmp_path / "run",
-                nn.Sequential(nn.Flatten(), nn.Linear(128, 1)).eval(),
+                nn.Sequential(nn.Flatten(), nn.Linear(128, 2)).eval(),
                 Subject("your model", "net"), two, attacks,
             )
         )  # fmt: skip
