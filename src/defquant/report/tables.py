@@ -126,10 +126,13 @@ def table_eps(cells: Sequence[Cell]) -> float:
     floats = [cell for cell in cells if cell.method.startswith("float")] or list(cells)
     half = fmean([cell.mean for cell in floats if cell.attack == "clean"] or [1.0]) / 2
 
+    means: dict[float, dict[str, list[float]]] = {}
+    for cell in floats:
+        if cell.attack != "clean":
+            means.setdefault(cell.eps, {}).setdefault(cell.attack, []).append(cell.mean)
+
     def distance(eps: float) -> float:
-        here = [cell for cell in floats if cell.eps == eps and cell.attack != "clean"]
-        means = [fmean(c.mean for c in here if c.attack == name) for name in _attacks(here)]
-        return abs(min(means, default=0.0) - half)
+        return abs(min(map(fmean, means.get(eps, {}).values()), default=0.0) - half)
 
     radii: dict[str, set[float]] = {}
     for cell in cells:
