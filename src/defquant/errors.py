@@ -5,7 +5,7 @@ __all__ = ["DefquantWarning", "UserError", "shown", "visible"]
 
 def visible(text: str) -> str:
     """`text` on one line, without what would move a terminal's cursor or turn its direction."""
-    return "".join(c if c.isprintable() else "�" for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else "�" for c in text)
 
 
 def shown(value: object, limit: int = 80) -> str:

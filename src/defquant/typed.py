@@ -111,7 +111,7 @@ def _check_sound(value: Any, where: str) -> None:
 
 
 def _check_text(text: str, where: str) -> None:
-    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+    if "\0" in text or (not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)):
         raise UserError(f"{where}: a text cannot hold NUL or half a character; found {shown(text)}")
 
 
@@ -179,6 +179,8 @@ def convert(kind: Any, value: Any, name: str) -> Any:
             pairs = enumerate(zip(kinds, value, strict=True))
             return tuple(convert(one, item, f"{name}[{i}]") for i, (one, item) in pairs)
     elif origin in (dict, Mapping) and isinstance(value, Mapping):
+        if inner == (str, Any) and all(type(k) is str for k in value):  # evidence
+            return dict(value)
         return {convert(inner[0], k, name): convert(inner[1], v, f"{name}.{shown(k, 40)}")
                 for k, v in value.items()}  # fmt: skip
     elif isinstance(kind, type) and is_dataclass(kind):

@@ -71,7 +71,7 @@ def reproduce(settings: Namespace) -> int:
     if settings.jobs is not None and settings.jobs < 1:
         raise UserError(f"--jobs must be 1 or more; found {settings.jobs}")
     if settings.dry_run:
-        reproduction.print_plan(cells, out, settings.jobs)
+        reproduction.print_plan(cells, scale, out, settings.jobs)
         return 0
     failed: list[str] = []
     if not settings.render_only:

@@ -83,7 +83,7 @@ def cells_to_make(names: Sequence[str], scale: Scale, keys: Sequence[str] = ()) 
     return [c for c in cells if not keys or c.eps <= largest.get(c.family, -1.0)]
 
 
-def print_plan(cells: Sequence[Cell], out: Path, jobs: int | None) -> None:
+def print_plan(cells: Sequence[Cell], scale: Scale, out: Path, jobs: int | None) -> None:
     """The missing cells by network and what they cost here, after a probe of ten seconds."""
     from defquant.experiments.estimate import estimate
 
