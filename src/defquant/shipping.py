@@ -22,7 +22,7 @@ from defquant.deploy.parity import Parity, parity
 from defquant.deploy.program import Program
 from defquant.deploy.robustness import replayed
 from defquant.deploy.runtime import OnnxModel, facts_of, open_model
-from defquant.errors import UserError
+from defquant.errors import UserError, shown
 from defquant.evaluate import correct, robust_accuracy
 from defquant.results import Score
 
@@ -108,8 +108,14 @@ def about(
 
 
 def compared(model: nn.Module, program: Program, file: onnx.ModelProto, images: Dataset) -> Parity:
-    """`parity` of the file and the network."""
-    return parity(model, program, file, images)
+    """`parity` of the file and the network; `UserError` for a file of tensors of other shapes."""
+    try:
+        return parity(model, program, file, images)
+    except (RuntimeError, IndexError) as error:
+        reason = shown(str(error), 200)
+        raise UserError(
+            f"the file's tensors are not those of the network ({reason}): export it again"
+        ) from None
 
 
 def cost_rows(card: dict[str, Any]) -> list[str]:

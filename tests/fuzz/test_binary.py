@@ -103,6 +103,14 @@ def test_formats_that_no_data_set_needs_are_not_opened(kind: str) -> None:
     assert "PNG, JPEG, WebP, BMP or GIF" in (outcome(read_picture, picture(kind)) or "")
 
 
+@pytest.mark.parametrize(("side", "said"), [(9400, "4096 pixels a side"), (4000, "one size")])
+def test_a_giant_picture_is_not_decoded(side: int, said: str) -> None:
+    buffer = io.BytesIO()
+    Image.new("1", (side, side)).save(buffer, "PNG")
+    read = lambda raw: decode([picture("PNG"), raw], "here")  # noqa: E731
+    assert said in (outcome(read, buffer.getvalue()) or "")
+
+
 def test_postscript_is_not_run() -> None:
     assert "PNG, JPEG, WebP, BMP or GIF" in (outcome(read_picture, POSTSCRIPT) or "")
 

@@ -1,5 +1,6 @@
 """Checkpoints and ONNX files from elsewhere: mutated ones, and what once did harm."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,19 +13,23 @@ import torch
 from onnx import helper, numpy_helper
 from torch import nn
 
+from conftest import tiny_images
 from defquant.checkpoint import NAME, Checkpoint, Facts, load_on, save
 from defquant.config import DataConfig, ModelConfig, TrainConfig
+from defquant.data import load
 from defquant.deploy.graph import graph
 from defquant.deploy.lower import lower
 from defquant.deploy.runtime import OnnxModel, facts_of, open_model
+from defquant.errors import UserError
 from defquant.models import wide_resnet
+from defquant.shipping import compared
 from harness import SECONDS, Read, fuzz, outcome
 
 
-def network() -> nn.Module:
+def network(width: int = 1) -> nn.Module:
     torch.manual_seed(0)
     options: dict[str, Any] = {"weight_bits": 4, "deployable": True, "num_classes": 4}
-    model = wide_resnet(10, 1, bits=4, in_channels=1, **options)
+    model = wide_resnet(10, width, bits=4, in_channels=1, **options)
     model(torch.rand(16, 1, 8, 8))  # gives the batch norms their statistics
     return model.eval()
 
@@ -128,3 +133,29 @@ def test_an_onnx_file_asks_for_no_more_than_export_writes(
     model.graph.node.extend(nodes)
     model.graph.initializer.extend(constants)
     assert said in (outcome(read_onnx(tmp_path), model.SerializeToString()) or "")
+
+
+def test_a_file_of_other_shapes_is_no_traceback() -> None:
+    """Its metadata may say that it is the network's."""
+    program = lower(network(), (1, 8, 8))
+    file = graph(lower(network(width=2), (1, 8, 8)), facts={"format": 1})
+    with pytest.raises(UserError, match="not those of the network"):
+        compared(network(), program, file, tiny_images(8))
+
+
+@pytest.mark.parametrize("name", ["pipe", "/dev/zero"])
+def test_a_pipe_in_place_of_a_file(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    place = tmp_path / name
+    for link in ("test_batch", "a.png", "train_32x32.mat", NAME):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        (tmp_path / "x" / link).symlink_to(place)
+    folder = tmp_path / "x"
+    reads: list[Read] = [
+        lambda _: load("npz", place), lambda _: load("cifar10", place),
+        lambda _: load("svhn", folder), lambda _: load("cifar10", folder, "test"),
+        lambda _: load("folder", tmp_path), lambda _: load_on(folder, torch.device("cpu")),
+        lambda _: open_model(place),
+    ]  # fmt: skip
+    for read in reads:
+        assert outcome(read, b"")
