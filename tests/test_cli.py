@@ -67,6 +67,12 @@ def test_train_attack_report(
     ]  # fmt: skip
     assert all(r["total"] == 30 and r["low"] <= r["accuracy"] <= r["high"] for r in records)
     assert err[-1] == str(trained / "results.jsonl")
+    assert [line for line in err if "(" in line] == [
+        f"dq4: {name} ({place} of 4)"
+        for place, name in enumerate(
+            ("FGSM 8/255", "FGSM 25.5/255", "PGD-2x2 8/255", "PGD-2x2 25.5/255"), 1
+        )
+    ]
     status, out, _ = call(capsys, *words[:-4], "--images", "20", "--substitute", str(trained))
     assert status == 0
     assert any("FGSM(B)" in line for line in out)

@@ -1,6 +1,7 @@
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import defquant as dq
 from defquant.attacks import FGSM, PGD, Attack, Random, Transfer
+from defquant.attacks.kernel import Ask
 from defquant.data import Dataset
 from defquant.evaluate import correct, robust, sweep, vanishing
 
@@ -70,6 +72,34 @@ def test_sweeps_fall_monotonically_and_carry_the_fallen() -> None:
     assert fgsm[-1].attack is weak
     assert fgsm[-1].score == fgsm[-2].score
     assert all((a.survivors | ~b.survivors).all() for a, b in pairwise(fgsm))
+
+
+def test_progress_rises_to_the_end_and_changes_nothing() -> None:
+    """Batches, restarts, looks without a gradient, parts and a user's own function alike."""
+    model, data = Threshold().eval(), ladder()
+
+    def own(model: nn.Module, x: Tensor, y: Tensor, *, generator: object = None) -> Tensor:
+        return x
+
+    eps = 40 / 255
+    attacks: list[Attack] = [
+        PGD(eps, steps=5, restarts=2), dq.Square(eps, queries=30), dq.Adaptive(eps, 4), own,
+    ]  # fmt: skip
+    told: list[list[tuple[float, int]]] = []
+
+    @contextmanager
+    def watch(attack: Attack) -> Iterator[Callable[[Ask], None]]:
+        told.append([])
+        yield lambda ask: told[-1].append(ask())
+
+    found = list(sweep(model, data, attacks, batch_size=16, watch=watch))
+    assert [s.score for s in found] == [s.score for s in sweep(model, data, attacks, batch_size=16)]
+    for one, scored in zip(told, found[1:], strict=True):
+        shares, standing = zip(*one, strict=True)
+        assert 0 <= shares[0] < 0.3 and 0.8 < shares[-1] <= 1
+        assert all(b > a - 0.1 for a, b in pairwise(shares))  # a guess: what falls is left out
+        assert sorted(standing, reverse=True) == list(standing)
+        assert standing[0] > 80 and standing[-1] == scored.score.correct
 
 
 def test_any_function_is_an_attack_and_its_ball_is_checked() -> None:

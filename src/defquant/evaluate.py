@@ -1,7 +1,8 @@
 """Scores: clean and robust accuracy, and sweeps over eps in which the fallen stay fallen."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -25,6 +26,7 @@ from defquant.attacks.base import (
     untouched,
 )
 from defquant.attacks.engine import unbroken
+from defquant.attacks.kernel import Ask, Tick
 from defquant.attacks.single import Single, positive
 from defquant.attacks.suspicion import suspect
 from defquant.attacks.worst import Composition
@@ -35,6 +37,7 @@ from defquant.results import MASKED, Score, blind
 __all__ = [
     "Images",
     "Scored",
+    "Watch",
     "accuracy",
     "answers",
     "correct",
@@ -50,6 +53,9 @@ __all__ = [
 _Array = Tensor | NDArray[Any]
 Images = Dataset | tuple[_Array, _Array | Sequence[int]]
 """A `Dataset`, or (images, labels): (n, c, h, w) uint8 or float in [0, 1], and whole (n,)."""
+
+Watch = Callable[[Attack], AbstractContextManager[Tick]]
+"""Opened around each attack of a sweep, to show how far it is; see `defquant.progress`."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +133,12 @@ def robust(
     batch_size: int = 256,
     seed: int = 0,
     standing: Tensor | None = None,
+    tick: Tick | None = None,
 ) -> Tensor:
     """Which examples `attack` never breaks: bool (n,).
 
     `standing`: examples not yet broken by a clean pass or an earlier attack; only they are
-    attacked. Without it the clean pass is made here.
+    attacked. Without it the clean pass is made here. `tick` is told how far the attack is.
     """
     lint_attack(attack)
     images, labels = _on_device(model, data)
@@ -145,20 +152,35 @@ def robust(
         for place, part in enumerate(attack.attacks):
             result = robust(
                 model, data, part, batch_size=batch_size, seed=seed_of(seed, place),
-                standing=result,
+                standing=result, tick=tick and _share(tick, place, len(attack.attacks)),
             )  # fmt: skip
     elif isinstance(attack, Single):
         result[ids] = unbroken(
             model, images[ids], labels[ids], attack.kernel, attack.eps, ids=ids, seed=seed,
-            batch_size=batch_size,
+            batch_size=batch_size, tick=tick,
         )  # fmt: skip
     else:
-        parts = [
-            _withstands(model, to_unit(images[some]), labels[some], attack, some, seed)
-            for some in ids.split(batch_size)
-        ]
-        result[ids] = torch.cat(parts)
+        for place, some in enumerate(ids.split(batch_size)):
+            if tick is not None:
+                done = place * batch_size / len(ids)
+                tick(lambda done=done: (done, int(result.sum())))  # type: ignore[misc]
+            result[some] = _withstands(
+                model, to_unit(images[some]), labels[some], attack, some, seed
+            )
     return result
+
+
+def _share(tick: Tick, place: int, places: int) -> Tick:
+    """`tick` for one of several parts, as if each took as long."""
+
+    def tell(ask: Ask) -> None:
+        def whole() -> tuple[float, int]:
+            done, stand = ask()
+            return (place + done) / places, stand
+
+        tick(whole)
+
+    return tell
 
 
 def vanishing(
@@ -193,8 +215,9 @@ def sweep(
     *,
     batch_size: int = 256,
     seed: int = 0,
+    watch: Watch | None = None,
 ) -> Iterator[Scored]:
-    """Clean accuracy first, then each attack, in order of its family's eps.
+    """Clean accuracy first, then each attack, in order of its family's eps; each under `watch`.
 
     Within a family (the attacks of one name) eps rises, and an example that fell stays fallen:
     curves never rise, and no work is done on it again.
@@ -214,9 +237,11 @@ def sweep(
         standing, carried = clean, tuple[float, ...]()
         for attack in sorted(family, key=_eps):
             start = time.perf_counter()
-            standing = robust(
-                model, data, attack, batch_size=batch_size, seed=seed, standing=standing
-            )
+            with nullcontext() if watch is None else watch(attack) as tick:
+                standing = robust(
+                    model, data, attack, batch_size=batch_size, seed=seed, standing=standing,
+                    tick=tick,
+                )  # fmt: skip
             seconds = time.perf_counter() - start
             yield Scored(attack, _score(standing), seconds, standing, carried, flat)
             carried += (_eps(attack),)

@@ -18,7 +18,7 @@ from defquant.checkpoint import Facts, load_on, versions
 from defquant.config import digest
 from defquant.data import Dataset
 from defquant.data.pictures import encode
-from defquant.evaluate import Scored, device_of, sweep
+from defquant.evaluate import Scored, Watch, device_of, sweep
 from defquant.files import write_json
 from defquant.results import Measurement, append
 
@@ -77,17 +77,20 @@ def measure(
     seed: int = 0,
     batch_size: int = 256,
     write: Callable[[Measurement], object] | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[Measurement]:
     """Clean accuracy, every attack on `images`, then every one of `black_box`.
 
     Each measurement is given to `write` at once; without it, appended to the run's
-    `results.jsonl`. `black_box` holds attacks ready made, as `defquant.replay` keeps them.
+    `results.jsonl`. `black_box` holds attacks ready made, as `defquant.replay` keeps them. `watch`
+    shows how far each attack is.
     """
     write = partial(append, run / "results.jsonl") if write is None else write
     subject = subject_of(facts)
     hashes = {"weights_sha256": weights_hash(model), "data_fingerprint": images.source}
     evidence = hashes | evidence_of(subject, device_of(model, images.images.device), batch_size)
-    for scored in sweep(model, images, [*attacks, *black_box], batch_size=batch_size, seed=seed):
+    every = [*attacks, *black_box]
+    for scored in sweep(model, images, every, batch_size=batch_size, seed=seed, watch=watch):
         measurement = _measurement(run, subject, images, scored, seed, evidence)
         write(measurement)
         yield measurement

@@ -20,7 +20,7 @@ from defquant.checkpoint import Facts
 from defquant.data import Dataset, to_unit
 from defquant.data.pictures import encode
 from defquant.errors import UserError
-from defquant.evaluate import answers, device_of
+from defquant.evaluate import Watch, answers, device_of
 from defquant.files import owned_folder, write_bytes
 from defquant.manifest import KIND, MANIFEST, Saved, fingerprint_of
 from defquant.measure import Subject, measure
@@ -40,12 +40,13 @@ def measure_and_save(
     black_box: Sequence[Attack] = (),
     seed: int = 0,
     batch_size: int = 256,
+    watch: Watch | None = None,
 ) -> Iterator[Measurement]:
     """`measure`; then the images of `attacks` in `folder`, if there is one, and their 8-bit scores.
 
     The images are made anew, with the same draws, because the score stops at an example's fall.
     """
-    how: Any = {"black_box": black_box, "seed": seed, "batch_size": batch_size}
+    how: Any = {"black_box": black_box, "seed": seed, "batch_size": batch_size, "watch": watch}
     if folder is None:
         yield from measure(run, model, facts, images, attacks, **how)
         return

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from defquant.attacks.base import uniform
-from defquant.attacks.kernel import Forward, Kernel, Look, Loss, State, into_ball
+from defquant.attacks.kernel import Forward, Kernel, Look, Loss, State, Tick, into_ball
 from defquant.attacks.look import better, distance, look, opened, rank, rank_of
 from defquant.attacks.losses import cross_entropy
 from defquant.attacks.rows import (
@@ -132,6 +132,7 @@ def unbroken(
     ids: Tensor,
     seed: int,
     batch_size: int,
+    tick: Tick | None = None,
 ) -> Tensor:
     """Which examples no iterate of any start fools: bool (n,).
 
@@ -148,6 +149,7 @@ def unbroken(
         ids: int64 (n,), the names under which the examples draw.
         seed: of the draws.
         batch_size: rows at a time; the answer does not depend on it (beyond rounding).
+        tick: told after each look how far it is, if it asks.
     """
     n, device, top = len(images), images.device, int(labels.max())
     none = torch.empty(0, dtype=torch.int64, device=device)
@@ -160,7 +162,15 @@ def unbroken(
                 forwards, rows, kernel, standing, eps, seed, gradient=gradient, room=room, top=top
             )
 
+        def ask() -> tuple[float, int]:
+            stand = int(standing.sum())
+            left = (total - position) * kernel.looks * stand / n
+            for rows in (active, waiting):
+                left += max(0, kernel.looks * count(rows) - int(rows["step"].sum()))
+            return spent / max(1.0, spent + left), stand
+
         rivals = rivals_of(forwards, images, labels, kernel.targets, batch_size)
+        spent = 0  # looks at rows
         position, total = 0, n * kernel.restarts * rivals.shape[1]
         most = 2 * batch_size if kernel.climbs else batch_size
         active = kernel.begin(rows_of(none, images, labels, ids, rivals), eps, seed)
@@ -178,8 +188,12 @@ def unbroken(
             if count(waiting) >= batch_size or not count(active):
                 waiting = where(waiting, standing[waiting["row"] % n])
                 some, later = cut(waiting, batch_size)
+                spent += count(some)
                 waiting = both(later, moved(some, gradient=False))
+            if tick is not None:
+                tick(ask)
             if count(active):
+                spent += count(active)
                 active = moved(active, gradient=True)
             elif position == total and not count(waiting):
                 return standing

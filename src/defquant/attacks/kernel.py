@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from defquant.attacks.base import uniform
 
 __all__ = [
+    "Ask",
     "Forward",
     "Kernel",
     "Look",
     "Loss",
     "State",
     "Surrogate",
+    "Tick",
     "column",
     "draws",
     "into_ball",
@@ -29,6 +31,13 @@ targets), `id`, `start` (one number for each target and restart), `restart`, `ro
 kernel adds `at`, where the model is looked at next, and what else it must remember; `step` rises
 to `Kernel.steps`.
 """
+
+
+Ask = Callable[[], tuple[float, int]]
+"""The share of an attack that is done, at a guess, and how many examples stand. Waits for a GPU."""
+
+Tick = Callable[[Ask], object]
+"""What an attack calls after every look; it asks only where someone wants to know."""
 
 
 class Look(NamedTuple):

@@ -20,6 +20,7 @@ def attack_foreign(settings: Namespace) -> int:
     from defquant.foreign import blamed, load_foreign, probe, warn_of_chance
     from defquant.manifest import MANIFEST
     from defquant.measure import write_examples
+    from defquant.progress import AttackProgress
     from defquant.saved import measure_and_save
 
     attacks = [parse_attack(name, eps) for name in settings.attack for eps in settings.eps]
@@ -34,6 +35,7 @@ def attack_foreign(settings: Namespace) -> int:
         measurements = measure_and_save(
             saved, out, model, subject, images.to(device), attacks,
             seed=settings.seed, batch_size=settings.batch_size,
+            watch=AttackProgress(out.name, len(images), len(attacks)),
         )  # fmt: skip
         for measurement in measurements:
             print_measurements([measurement], as_json=settings.json, width=20)

@@ -60,6 +60,7 @@ def attack(settings: Namespace) -> int:
     from defquant.distributed import pick_device
     from defquant.manifest import MANIFEST
     from defquant.measure import load_on, write_examples
+    from defquant.progress import AttackProgress
     from defquant.replay import replay
     from defquant.runs import test_images
     from defquant.saved import measure_and_save
@@ -91,8 +92,9 @@ def attack(settings: Namespace) -> int:
         ]
         saved = Path(settings.save_images) if settings.save_images else None
         measurements = measure_and_save(
-            saved, run, model, facts, images, attacks, black_box=[*unaware, *black_box], **how
-        )
+            saved, run, model, facts, images, attacks, black_box=[*unaware, *black_box], **how,
+            watch=AttackProgress(run.name, len(images), len([*attacks, *unaware, *black_box])),
+        )  # fmt: skip
         names = [a.name + EIGHT_BIT * bool(saved) for a in attacks]
         names += [a.name for a in unaware] + [a.name for a in black_box]
         width = max(12, *map(len, names))
