@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from defquant.errors import UserError
+from defquant.files import read_bytes
 from defquant.report.names import Family, Series, attack_order, bits_text
 from defquant.report.sources import BROKEN
 from defquant.results import Score
@@ -154,7 +155,7 @@ def read_deployed(folder: Path) -> tuple[list[Deployed], list[str]]:
     for path in sorted(folder.rglob("*.json")):
         place = str(path.relative_to(folder))
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_bytes(path).decode()
             if KIND not in text and not path.with_suffix(".onnx").exists():
                 continue
             record = json.loads(text)
