@@ -10,9 +10,9 @@ import safetensors.torch
 import torch
 
 from defquant.config import DataConfig, ModelConfig, TrainConfig
-from defquant.experiments import store
-from defquant.experiments.cells import Cell, Network, by_network
-from defquant.experiments.work import work
+from defquant.paper import grid
+from defquant.paper.grid import Cell, Network, by_network
+from defquant.paper.work import work
 
 DATA = DataConfig("digits", train_images=96, validation_images=20)
 TRAIN = TrainConfig(epochs=3, batch_size=32, lr=0.1, clip=1.0, device="cpu")
@@ -38,14 +38,14 @@ CELLS = [*FAMILY, *cells_on(FLOAT), *cells_on(DQ)]
 
 
 def counts(out: Path) -> dict[str, tuple[int, int, float | None]]:
-    scores = store.read(out).scores
+    scores = grid.read(out).scores
     return {key: (m.correct, m.total, m.vanishing) for key, m in scores.items()}
 
 
 def same(out: Path, other: Path) -> bool:
     """Same counts and values under the same keys, same weights and momenta in all networks."""
     assert counts(out) == counts(other)
-    assert store.read(out).values == store.read(other).values
+    assert grid.read(out).values == grid.read(other).values
     for network in by_network(CELLS):
         name = Path("networks", network.name, "checkpoint.safetensors")
         mine, theirs = (safetensors.torch.load_file(folder / name) for folder in (out, other))
@@ -56,10 +56,10 @@ def same(out: Path, other: Path) -> bool:
 
 def each_once(out: Path) -> bool:
     """Every line is whole, and no cell has two."""
-    for name in (store.SCORES, store.VALUES):
+    for name in (grid.SCORES, grid.VALUES):
         keys = [json.loads(line)["cell"] for line in (out / name).read_text().splitlines()]
         assert len(keys) == len(set(keys))
-    return not store.read(out).missing(CELLS)
+    return not grid.read(out).missing(CELLS)
 
 
 def make_undisturbed(out: Path) -> Path:

@@ -8,8 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from defquant.experiments.cells import Cell, Network
-from defquant.experiments.store import Results
+from defquant.paper.grid import Cell, Network, Results
 from defquant.results import Measurement
 
 NAMES = {"digits": "digits", "cifar10": "CIFAR-10 (JPEG)", "svhn": "SVHN"}

@@ -382,7 +382,7 @@ def test_what_fails_before_it_writes_leaves_no_folder(
 def test_a_demo_of_other_settings_is_refused_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from defquant.experiments import demo
+    from defquant.paper import demo
     from defquant.runs import train_run
 
     first = demo.networks(1, smoke=True)[0]

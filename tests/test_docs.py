@@ -23,12 +23,11 @@ from defquant.attacks.names import parse_attack
 from defquant.config import DataConfig, ModelConfig, TrainConfig
 from defquant.data import DATASETS
 from defquant.errors import UserError
-from defquant.experiments.catalog import EXPERIMENTS
-from defquant.experiments.claims import verdicts
-from defquant.experiments.scales import SCALES
-from defquant.experiments.store import read
 from defquant.flags import VERBS, parser_for
 from defquant.models import build
+from defquant.paper.claims import verdicts
+from defquant.paper.figures import EXPERIMENTS, render
+from defquant.paper.grid import SCALES, read
 from defquant.report import claims_markdown, section_markdown
 from defquant.typed import from_mapping
 
@@ -337,7 +336,7 @@ def test_sections_are_those_of_the_results(name: str) -> None:
     """Tables and words of `results/small` follow from its JSON lines."""
     folder = ROOT / "results" / "small"
     scale = SCALES["small"].placed(None, None, "cpu")
-    section = EXPERIMENTS[name].render(scale, read(folder))
+    section = render(name, scale, read(folder))
     command = f"defquant reproduce {name} --preset small"
     written = (folder / f"{name}.md").read_text()
     picture = f"{name}.png" if section.panels else ""

@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 
-from defquant.experiments.catalog import EXPERIMENTS, cells_of
-from defquant.experiments.claims import verdicts
-from defquant.experiments.scales import SCALES
-from defquant.experiments.section import Number, Section
-from defquant.experiments.store import read
+from defquant.paper.claims import verdicts
+from defquant.paper.figures import EXPERIMENTS, cells_of, render
+from defquant.paper.grid import SCALES, read
+from defquant.paper.section import Number, Section
 from defquant.report.deployed import read_deployed
 from defquant.report.names import series_of
 from defquant.report.tables import chosen, summary
@@ -67,7 +66,7 @@ def of_paper(folder: str) -> Iterator[Line]:
     preset, svhn_root = SHOWN[folder]
     scale, results = SCALES[preset].placed(None, svhn_root, "cpu"), read(ROOT / folder)
     for name in EXPERIMENTS if folder == "small" else ("table2",):
-        for place, value in of_section(EXPERIMENTS[name].render(scale, results)):
+        for place, value in of_section(render(name, scale, results)):
             yield f"{name}: {place}", value
     for verdict in verdicts(scale, results):
         for r in verdict.readings:

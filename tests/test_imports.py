@@ -14,7 +14,7 @@ ORDER = (
     "models", "attacks", "defenses", "progress", "distributed", "evaluate", "deploy", "diagnose",
     "monitor", "training_state", "training", "checkpoint", "runs", "replay", "measure",
     "manifest", "saved", "rescored", "foreign", "transfers", "diagnoses", "detection",
-    "shipping", "experiments", "report", "commands", "flags_anyone", "flags", "cli", "__main__",
+    "shipping", "paper", "report", "commands", "flags_anyone", "flags", "cli", "__main__",
 )  # fmt: skip
 TORCHLESS = ("flags", "errors", "typed", "files", "config", "results", "report", "cli", "commands")
 

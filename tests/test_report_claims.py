@@ -10,10 +10,9 @@ import pytest
 from rich.console import Console
 
 from defquant.errors import UserError
-from defquant.experiments.catalog import EXPERIMENTS, cells_of
-from defquant.experiments.cells import by_network
-from defquant.experiments.scales import SCALES
-from defquant.experiments.section import Reading, Section, Verdict
+from defquant.paper.figures import EXPERIMENTS, cells_of
+from defquant.paper.grid import SCALES, by_network
+from defquant.paper.section import Reading, Section, Verdict
 from defquant.report import build_report, claims_markdown, markdown_table, print_claims
 from defquant.report.claims import all_counts, claims, counts, reach
 from defquant.results import read_folder

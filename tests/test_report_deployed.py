@@ -11,8 +11,8 @@ from defquant.deploy.cost import latencies, static_cost
 from defquant.deploy.graph import graph
 from defquant.deploy.lower import lower
 from defquant.errors import UserError
-from defquant.experiments.section import Section
 from defquant.models import wide_resnet
+from defquant.paper.section import Section
 from defquant.report import build_report
 from defquant.report.deployed import INTEGER, read_deployed
 from defquant.report.deployed_page import section

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from defquant.errors import UserError
-from defquant.experiments.section import Line, Number, Panel, Section, Table
+from defquant.paper.section import Line, Number, Panel, Section, Table
 from defquant.report import build_report, print_section, section_figure, section_markdown
 from defquant.report.multiples import bar, legend, related, scale_ticks, styles
 from defquant.report.section_page import chapters

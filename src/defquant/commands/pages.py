@@ -15,7 +15,7 @@ from defquant.results import Measurement, read_folder
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from defquant.experiments.scales import Scale
+    from defquant.paper.grid import Scale
 
 __all__ = ["data", "demo", "report", "reproduce"]
 
@@ -41,7 +41,7 @@ def report(settings: Namespace) -> int:
 
 def demo(settings: Namespace) -> int:
     """`defquant demo`: train, attack, report on digits."""
-    from defquant.experiments.demo import run_demo
+    from defquant.paper.demo import run_demo
     from defquant.report import build_report
 
     if settings.seeds < 1:
@@ -56,26 +56,24 @@ def demo(settings: Namespace) -> int:
 
 def reproduce(settings: Namespace) -> int:
     """`defquant reproduce`: tables and figures of the paper; what is missing is made first."""
-    from defquant.experiments import reproduction
+    from defquant.paper import reproduce as paper
 
     if settings.list:
-        reproduction.print_list()
+        paper.print_list()
         return 0
-    scale = reproduction.scale_of(
-        settings.preset, settings.data_root, settings.svhn_root, settings.device
-    )
+    scale = paper.scale_of(settings.preset, settings.data_root, settings.svhn_root, settings.device)
     keys = settings.cell or []
-    names = reproduction.names_of(settings.names or ["all"] * bool(keys), scale)
-    cells = reproduction.cells_to_make(names, scale, keys)
+    names = paper.names_of(settings.names or ["all"] * bool(keys), scale)
+    cells = paper.cells_to_make(names, scale, keys)
     out = Path(settings.out or f"runs/{scale.name}")
     if settings.jobs is not None and settings.jobs < 1:
         raise UserError(f"--jobs must be 1 or more; found {settings.jobs}")
     if settings.dry_run:
-        reproduction.print_plan(cells, scale, out, settings.jobs)
+        paper.print_plan(cells, scale, out, settings.jobs)
         return 0
     failed: list[str] = []
     if not settings.render_only:
-        failed = reproduction.make(cells, scale, out, settings.jobs, settings.workers)
+        failed = paper.make(cells, scale, out, settings.jobs, settings.workers)
     page = _show_cells if keys else _show
     print(page(keys or names, scale, out, as_json=settings.json))
     return 1 if failed else 0
@@ -84,15 +82,15 @@ def reproduce(settings: Namespace) -> int:
 def _show(names: Sequence[str], scale: "Scale", out: Path, *, as_json: bool) -> Path:
     """Sections as text on stdout and as `NAME.md`, `NAME.png` and `report.html` in `out`."""
     from defquant import report
-    from defquant.experiments import store
-    from defquant.experiments.catalog import EXPERIMENTS
-    from defquant.experiments.claims import verdicts
     from defquant.files import write_bytes
+    from defquant.paper import grid
+    from defquant.paper.claims import verdicts
+    from defquant.paper.figures import EXPERIMENTS, render
 
-    results = store.read(out)
+    results = grid.read(out)
     command = f"defquant reproduce {{}} --preset {scale.name}"
     every = [
-        replace(EXPERIMENTS[name].render(scale, results), command=command.format(name))
+        replace(render(name, scale, results), command=command.format(name))
         for name in EXPERIMENTS
         if name in names or any(c in results for c in EXPERIMENTS[name].cells(scale))
     ]
@@ -119,9 +117,9 @@ def _show(names: Sequence[str], scale: "Scale", out: Path, *, as_json: bool) -> 
 
 def _show_cells(keys: Sequence[str], scale: "Scale", out: Path, *, as_json: bool) -> Path:
     """The scores of the cells with these keys; values of other kinds as JSON."""
-    from defquant.experiments import store
+    from defquant.paper import grid
 
-    results = store.read(out)
+    results = grid.read(out)
     for key in keys:
         if key in results.scores:
             print_measurements([results.scores[key]], as_json=as_json)

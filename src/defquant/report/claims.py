@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from defquant.errors import visible
-from defquant.experiments.section import Answer, Reading, Verdict
+from defquant.paper.section import Answer, Reading, Verdict
 from defquant.report.drawing import Scale
 from defquant.report.names import markdown, signed
 from defquant.report.section_markdown import pipe_table

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from defquant.experiments.section import Line, Panel
+from defquant.paper.section import Line, Panel
 from defquant.report import drawing
 from defquant.report.deployed import Deployed, Pair
 from defquant.report.drawing import LEFT, RIGHT, Point, Scale

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import groupby
 
-from defquant.experiments.words import listed
+from defquant.paper.section import listed
 from defquant.report.deployed import INTEGER, SINGLE, Deployed, Latency, Pair
 from defquant.report.names import distinct, eps_text, percent
 from defquant.report.values import NOTHING

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from defquant.experiments.section import Line, Number, Panel
+from defquant.paper.section import Line, Number, Panel
 from defquant.report.names import distinct
 from defquant.report.values import axis, line_name
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from defquant.experiments.section import Line, Number, Panel
+from defquant.paper.section import Line, Number, Panel
 from defquant.report import drawing
 from defquant.report.drawing import BOTTOM, LEFT, RIGHT, TOP, Point, Scale
 from defquant.report.multiples import (

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from defquant.errors import visible
-from defquant.experiments.words import percent, signed
+from defquant.paper.section import percent, signed
 from defquant.results import BLACK, EIGHT_BIT, FOREIGN, UNAWARE, Cell
 
 __all__ = [

@@ -8,8 +8,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from defquant.experiments.section import Section, Verdict
 from defquant.files import write_bytes
+from defquant.paper.section import Section, Verdict
 from defquant.report import claims as answers
 from defquant.report import deployed_page, figures, multiples_svg, strips, tables
 from defquant.report.deployed import read_deployed

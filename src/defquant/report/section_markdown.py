@@ -6,7 +6,7 @@ from urllib.parse import quote
 from markupsafe import escape
 
 from defquant.errors import visible
-from defquant.experiments.section import Entry, Section
+from defquant.paper.section import Entry, Section
 from defquant.report import values
 from defquant.report.names import markdown
 from defquant.report.sources import Prediction

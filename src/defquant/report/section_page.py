@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from defquant.experiments.section import Entry, Section
+from defquant.paper.section import Entry, Section
 from defquant.report import values
 from defquant.report.multiples_svg import Multiples, multiples
 from defquant.report.strips import StripTable, of_pictures

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from defquant.errors import UserError
-from defquant.experiments.section import Line, Panel, Section
+from defquant.paper.section import Line, Panel, Section
 from defquant.report.multiples import (
     Styles,
     Tick,

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from defquant.errors import visible
-from defquant.experiments.section import Entry, Section
+from defquant.paper.section import Entry, Section
 from defquant.report import values
 from defquant.report.sources import Prediction
 from defquant.report.strips import StripTable, of_pictures

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from defquant.experiments.section import Entry, Line, Number, Panel, Section, Table
+from defquant.paper.section import Entry, Line, Number, Panel, Section, Table
 from defquant.report.names import signed
 from defquant.report.tables import BLIND
 

@@ -1,1 +1,0 @@
-"""Experiments: which networks to train, which measurements to make."""

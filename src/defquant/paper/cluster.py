@@ -1,0 +1,190 @@
+"""Many jobs over the nodes of a Ray cluster, one thread each; Ctrl-C ends them all."""
+
+import logging
+import os
+import re
+import signal
+import socket
+import threading
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+from defquant.errors import UserError
+from defquant.paper.pool import Job, progress
+
+__all__ = ["each_on_cluster"]
+
+PATIENCE = 10.0  # seconds in which an address must answer
+DEATHS = 10  # of a job's workers before it is given up: nodes may be taken away at any time
+
+
+def each_on_cluster(
+    title: str, jobs: Sequence[Job[str]], address: str, *, gpus: int | None = None
+) -> Generator[tuple[str, str], None, None]:
+    """The results of named jobs as they end, each made by a task of the Ray cluster at `address`.
+
+    As `pool.each`, but a job whose worker or node dies is begun again, where there is room: jobs
+    must go on from what they find on the disk. One that dies ten times is given up, with a line
+    that says so for its result, and the others go on. Every node needs the same defquant,
+    Python and Ray, and must see the files that the jobs name, under the same paths (a shared
+    disk). Relative paths are those of the caller's folder, where the node has it.
+
+    Args:
+        title: of the progress.
+        jobs: picklable calls without arguments; each gets one CPU core and one thread.
+        address: `ray://HOST:10001` from anywhere; `HOST:6379` or `auto` on a node of the cluster,
+            where `auto` asks the node itself; `ray`: as `auto` on a node, elsewhere a cluster of
+            this machine alone, ended with the call.
+        gpus: for each job; None for one where the cluster has any.
+
+    Raises:
+        UserError: Ray is not installed, nothing answers at `address`, or a node lacks defquant.
+    """
+    with (
+        _late_ctrl_c() as stop,
+        _connected(address) as ray,
+        _one_line(ray),
+        progress(title, len(jobs)) as advance,
+    ):
+        if gpus is None:
+            gpus = int(ray.cluster_resources().get("GPU", 0) >= 1)
+        # not by Ray's own retries: it begins what was killed for its memory again without end
+        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_run)
+        kinds = ("WorkerCrashedError", "NodeDiedError", "OutOfMemoryError")
+        death = tuple(getattr(ray.exceptions, kind) for kind in kinds)
+        folder = str(Path.cwd())
+        begun = {task.remote(folder, job): (name, job, 0) for name, job in jobs}
+        try:
+            while begun:
+                if not ray.is_initialized():  # Ray would join or start another cluster by itself
+                    raise ConnectionError("no connection")
+                ready, _ = ray.wait(list(begun), timeout=1.0)
+                stop()
+                for reference in ready:
+                    name, job, deaths = begun.pop(reference)
+                    try:
+                        result = ray.get(reference)
+                    except death as error:
+                        if deaths + 1 < DEATHS:
+                            begun[task.remote(folder, job)] = (name, job, deaths + 1)
+                            continue
+                        result = _given_up(name, error)
+                    advance(name, result)
+                    yield name, result
+        except BaseException:
+            with suppress(Exception):  # the cluster may be gone
+                for reference in begun if ray.is_initialized() else ():
+                    ray.cancel(reference, force=True)
+            raise
+
+
+def _run(folder: str, job: Any) -> Any:
+    """The task: `job` as `pool.each` would run it."""
+    import torch
+
+    torch.set_num_threads(1)
+    with suppress(OSError):
+        os.chdir(folder)
+    return job()
+
+
+def _given_up(name: str, error: Exception) -> str:
+    reason = shorten(str(error) or type(error).__name__, 200)
+    return (
+        f"{name}: its worker died {DEATHS} times (out of memory?): {reason}: run again, with more "
+        "memory for each; what was finished stands"
+    )
+
+
+@contextmanager
+def _late_ctrl_c() -> Iterator[Callable[[], None]]:
+    """Ctrl-C waits for a call of what is yielded: amid one of Ray's, it could leave locks held.
+
+    The second Ctrl-C does not wait.
+    """
+    heard: list[int] = []
+
+    def hear(number: int, _: object) -> None:
+        if heard:
+            raise KeyboardInterrupt
+        heard.append(number)
+
+    def stop() -> None:
+        if heard:
+            raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield stop
+        return
+    signal.signal(signal.SIGINT, hear)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    stop()
+
+
+@contextmanager
+def _one_line(ray: Any) -> Iterator[None]:
+    """Errors of Ray, and users' mistakes in jobs, as `UserError`; a job's other errors as Ray's."""
+    try:
+        yield
+    except (ray.exceptions.RayError, ConnectionError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(cause := getattr(error, "cause", None), UserError):
+            raise cause from None
+        if re.search(r"failed to import on the worker|No module named '", text):
+            raise UserError(
+                "a node of the cluster cannot import the job: install the same defquant on all"
+            ) from None
+        if isinstance(error, ray.exceptions.RayTaskError):
+            raise
+        reason = shorten(text, 300)
+        raise UserError(f"the cluster is lost ({reason}); what was finished stands") from None
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[Any]:
+    """The module `ray`, connected: as the caller has it, else for this block."""
+    try:
+        import ray
+    except ImportError:
+        raise UserError(
+            f"workers at {address} need Ray: pip install 'defquant[ray]', here and on every node"
+        ) from None
+    if ray.is_initialized():
+        yield ray
+        return
+    _reach(address)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # Ray's, of its own versions to come
+            ray.init(None if address == "ray" else address, logging_level=logging.WARNING)
+    except Exception as error:  # Ray raises of many kinds
+        reason = shorten(str(error) or type(error).__name__, 300)
+        raise UserError(f"cannot join the Ray cluster at {address}: {reason}") from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise `UserError` unless something answers where `address` points; Ray would wait long."""
+    if address in ("auto", "ray"):
+        address = os.environ.get("RAY_ADDRESS", "auto")
+        if address in ("auto", "local"):
+            return
+    host, _, port = re.sub(r"^\w+://", "", address).rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"workers are at ray://HOST:10001, HOST:6379, auto or ray; found {address}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"nothing answers at {address} ({reason}): is the cluster up?") from None

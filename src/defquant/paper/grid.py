@@ -1,0 +1,352 @@
+"""What is asked of which network: presets, networks, measurements as plain data, and their results.
+
+A measurement is a `Cell`; its key, a hash of all that was asked, names its result. No torch.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from defquant.config import DataConfig, ModelConfig, TrainConfig, digest
+from defquant.errors import UserError
+from defquant.files import append_line, read_lines
+from defquant.paper.section import attack_text, eps_text
+from defquant.results import Measurement, append, read_jsonl
+from defquant.typed import from_mapping
+
+__all__ = [
+    "SCALES", "SCORES", "VALUES", "Cell", "Kind", "Network", "Results", "Scale", "Trial", "begin",
+    "by_network", "keep", "keep_values", "read",
+]  # fmt: skip
+
+Kind = Literal["accuracy", "layers", "first-block", "detector", "examples"]
+Split = Literal["test", "validation"]
+
+SCORES, VALUES = "results.jsonl", "probes.jsonl"
+_ONE_STEP = ("clean", "random", "fgsm", "rfgsm")
+
+
+# --- networks and cells -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network to train: all that `defquant train` is told but the folder."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+
+    @cached_property
+    def name(self) -> str:
+        """Its folder: what a reader looks for, then a hash of the whole configuration."""
+        model, train = self.model, self.train
+        words = [model.model, "float" if model.bits is None else f"{model.bits}bit"]
+        words += [f"beta{train.beta:g}"] * (train.beta > 0)
+        words += ["tanh"] * (model.activation == "tanh")
+        words += [f"relu{model.high:g}"] * (model.high != 6) + ["squeezed"] * bool(model.squeeze)
+        words += [train.attack] * (train.attack != "none") + [f"s{train.seed}", digest(self)[:8]]
+        return "_".join(words)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement of one network.
+
+    Attributes:
+        network: the network.
+        kind: `accuracy` under `attack`; `layers` and `first-block`, the distances of Figure 3
+            between clean and attacked images; `detector`, what feature squeezing detects;
+            `examples`, pictures with predictions (Figure 7).
+        attack: as the command line has it: `clean`, `fgsm`, `pgd-50x10`, ...
+        eps: its radius in [0, 1].
+        images: the first so many of the split; all when None.
+        split: `test`, or `validation` where something is chosen.
+        substitute: network whose adversarial examples are used (black box).
+        unaware: attack the network behind a feature squeezing as if that were not there.
+    """
+
+    network: Network
+    kind: Kind = "accuracy"
+    attack: str = "clean"
+    eps: float = 0.0
+    images: int | None = None
+    split: Split = "test"
+    substitute: Network | None = None
+    unaware: bool = False
+
+    @cached_property
+    def key(self) -> str:
+        """The name under which its result is kept: 16 hex digits."""
+        return digest(self)[:16]
+
+    @property
+    def family(self) -> tuple[object, ...]:
+        """Cells of one family differ in eps alone and are measured together."""
+        rest = (self.kind, self.attack, self.images, self.split, self.substitute, self.unaware)
+        return (self.network, *rest)
+
+
+def by_network(cells: Iterable[Cell]) -> dict[Network, list[Cell]]:
+    """Each network once, with its cells; substitutes before the networks they attack."""
+    groups: dict[Network, list[Cell]] = {}
+    every = list(dict.fromkeys(cells))
+    for substitute in (cell.substitute for cell in every):
+        if substitute is not None:
+            groups.setdefault(substitute, [])
+    for cell in every:
+        groups.setdefault(cell.network, []).append(cell)
+    return groups
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a network is put to, clean images or an attack at a radius: a `Cell` without network."""
+
+    attack: str = "clean"
+    eps: float = 0.0
+    images: int | None = None
+    through: Network | None = None
+    unaware: bool = False
+    split: Split = "test"
+
+    @property
+    def name(self) -> str:
+        """`clean`, `FGSM 8/255`, `FGSM(B) 8/255` through a substitute."""
+        words = "clean" if self.attack == "clean" else f"{self.column} {eps_text(self.eps)}"
+        return words + ", validation" * (self.split == "validation")
+
+    @property
+    def column(self) -> str:
+        """Without the radius: `Clean`, `FGSM`, `FGSM(B)`, `FGSM (unaware)`."""
+        black_box = "(B)" * (self.through is not None)
+        return attack_text(self.attack) + black_box + " (unaware)" * self.unaware
+
+    @property
+    def direct(self) -> "Trial":
+        """The same attack as a white box."""
+        return replace(self, through=None)
+
+    def cell(self, network: Network) -> Cell:
+        asked = (self.attack, self.eps, self.images, self.split, self.through, self.unaware)
+        return Cell(network, "accuracy", *asked)
+
+
+# --- presets ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a preset fixes for every experiment; the presets are in `presets.yaml`.
+
+    Attributes:
+        name: of the preset.
+        about: one line for people.
+        data, train: images and training of all but Table 2.
+        svhn, svhn_train: those of Table 2.
+        wrn, vgg, resnet, svhn_wrn: networks, as in `ModelConfig`.
+        table1_betas: the three weights of Table 1's DQ rows.
+        betas: those of Figure 6, without 0.
+        beta: the weight everywhere else, chosen on validation images.
+        defense_bits: activation bits of the DQ rows of Tables 2 and 3; the paper's are 1.
+        seeds: of the trainings of Table 1; all else has the first.
+        eps: radii of the tables and curves; 8/255, the paper's, among them.
+        hard_eps: radii of the strong attacks.
+        strong: the attacks reported beside the paper's: its own many times over, and the worst case
+            over losses and backward passes.
+        adversarial: what adversarial training changes in `train`.
+        madry: what the PGD training of Table 5 changes in `train`, with its fixed `attack_eps`.
+        many, few: test images of one-step and of long attacks; all when None.
+        surrogate_steps: of APGD through each backward pass.
+        standard_images: test images on which AutoAttack's worst case is measured.
+        standard_bits: of the Wide ResNets that it is measured on.
+    """
+
+    name: str
+    about: str
+    data: DataConfig
+    train: TrainConfig
+    svhn: DataConfig
+    svhn_train: TrainConfig
+    wrn: str
+    vgg: str
+    resnet: str
+    svhn_wrn: str
+    table1_betas: tuple[float, ...]
+    betas: tuple[float, ...]
+    beta: float
+    defense_bits: tuple[int | None, ...]
+    seeds: tuple[int, ...]
+    eps: tuple[float, ...]
+    hard_eps: tuple[float, ...]
+    adversarial: Mapping[str, float | int | str]
+    madry: Mapping[str, float | int | str]
+    many: int | None = None
+    few: int | None = 1000
+    strong: tuple[str, ...] = ("pgd-50x10", "adaptive")
+    bits: tuple[int | None, ...] = (None, 1, 2, 3, 4, 5)
+    surrogate_steps: int = 50
+    standard_images: int = 250
+    standard_bits: tuple[int | None, ...] = (None, 1, 2, 4)
+
+    @property
+    def paper_eps(self) -> float:
+        return 8 / 255
+
+    def network(
+        self,
+        model: str | None = None,
+        *,
+        bits: int | None = None,
+        beta: float = 0.0,
+        seed: int | None = None,
+        train: TrainConfig | None = None,
+        data: DataConfig | None = None,
+        high: float = 6.0,
+        tanh: bool = False,
+        squeeze: int | None = None,
+    ) -> Network:
+        """The `model`, `wrn` when None; DQ, with penalty and convex sums, where `beta` > 0."""
+        chosen = ModelConfig(
+            model or self.wrn, bits=bits, high=high, convex=beta > 0,
+            activation="tanh" if tanh else "relu", squeeze=squeeze,
+        )  # fmt: skip
+        first = self.seeds[0] if seed is None else seed
+        training = replace(train or self.train, beta=beta, seed=first)
+        return Network(chosen, data or self.data, training)
+
+    def by_seed(self, bits: int | None, beta: float) -> tuple[Network, ...]:
+        """The Wide ResNet of Table 1, once for each seed."""
+        return tuple(self.network(bits=bits, beta=beta, seed=seed) for seed in self.seeds)
+
+    def substitute(self, **changes: Any) -> Network:
+        """The full-precision VGG of section 5.1 through which black-box attacks go."""
+        return self.network(self.vgg, seed=1000, **changes)  # no seed of those it attacks
+
+    def trial(self, attack: str = "clean", eps: float = 0.0, **options: Any) -> Trial:
+        """One-step attacks on many images, others on few."""
+        images = self.many if attack in _ONE_STEP else self.few
+        return Trial(attack, eps, images, **options)
+
+    @property
+    def strong_trials(self) -> list[Trial]:
+        """Each strong attack at each of its radii."""
+        return [self.trial(attack, eps) for attack in self.strong for eps in self.hard_eps]
+
+    @property
+    def trials(self) -> list[Trial]:
+        """Clean, FGSM at the paper's radius and then the others, the strong attacks."""
+        radii = sorted(self.eps, key=lambda eps: eps != self.paper_eps)
+        return [self.trial(), *(self.trial("fgsm", eps) for eps in radii), *self.strong_trials]
+
+    def placed(self, data_root: str | None, svhn_root: str | None, device: str) -> "Scale":
+        """The same with its data sets at these places and its trainings on `device`.
+
+        On digits, Table 2 without `svhn_root` is made on the images of Table 3.
+        """
+        data = replace(self.data, data_root=data_root)
+        svhn = replace(self.svhn, data_root=svhn_root)
+        if data.data == "digits" and svhn_root is None:
+            svhn = data
+        trainings = [replace(train, device=device) for train in (self.train, self.svhn_train)]
+        return replace(self, data=data, svhn=svhn, train=trainings[0], svhn_train=trainings[1])
+
+
+_RADII = ("eps", "hard_eps", "attack_eps", "attack_sigma")
+
+
+def _in_unit(key: str, value: Any) -> Any:
+    """Radii in [0, 1], which the file has in 255ths."""
+    if isinstance(value, dict):
+        return {name: _in_unit(name, one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_in_unit(key, one) for one in value]
+    return value / 255 if key in _RADII else value
+
+
+def _presets() -> dict[str, Scale]:
+    path = Path(__file__).with_name("presets.yaml")
+    every = yaml.safe_load(path.read_text(encoding="utf-8"))
+    named = {name: {"name": name, **_in_unit("", entry)} for name, entry in every.items()}
+    return {name: from_mapping(Scale, entry, f"{name}: ") for name, entry in named.items()}
+
+
+SCALES: Mapping[str, Scale] = _presets()
+
+
+# --- results ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was measured, by the cells' keys: scores, and the values of the other kinds."""
+
+    scores: Mapping[str, Measurement] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    def __contains__(self, cell: Cell) -> bool:
+        return cell.key in (self.scores if cell.kind == "accuracy" else self.values)
+
+    def score(self, cell: Cell) -> Measurement | None:
+        return self.scores.get(cell.key)
+
+    def value(self, cell: Cell) -> Any | None:
+        """What a cell of another kind than `accuracy` found; see `paper.run`."""
+        return self.values.get(cell.key)
+
+    def missing(self, cells: Iterable[Cell]) -> list[Cell]:
+        return [cell for cell in dict.fromkeys(cells) if cell not in self]
+
+
+def begin(out: Path) -> None:
+    """Make the folder and its files: a file made later shows up late on a network disk.
+
+    Raises `UserError` where they cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in (SCORES, VALUES):
+            with (out / name).open("a"):
+                pass
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+
+
+def read(out: Path) -> Results:
+    """All results of the folder; the latest of each cell. Raises `UserError` for broken lines."""
+    scores, values = out / SCORES, out / VALUES
+    measured = read_jsonl(scores) if scores.exists() else []
+    found = _read_values(values) if values.exists() else {}
+    return Results({m.cell: m for m in measured if m.cell}, found)
+
+
+def keep(out: Path, cell: Cell, measurement: Measurement) -> None:
+    """Append the score of `cell`."""
+    append(out / SCORES, replace(measurement, run=cell.network.name, cell=cell.key))
+
+
+def keep_values(out: Path, cell: Cell, values: Any, evidence: Mapping[str, Any]) -> None:
+    """Append what a cell of another kind found, with what was asked."""
+    asked = {"kind": cell.kind, "run": cell.network.name, "attack": cell.attack, "eps": cell.eps}
+    line = {"cell": cell.key, **asked, "network": asdict(cell.network), "values": values}
+    append_line(out / VALUES, line | {"evidence": dict(evidence)})
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A line of the values: what a cell found."""
+
+    cell: str
+    values: Any
+
+
+def _read_values(path: Path) -> dict[str, Any]:
+    found = {}
+    for where, record in read_lines(path):
+        value = from_mapping(_Value, record, where)
+        found[value.cell] = value.values
+    return found

@@ -1,0 +1,602 @@
+"""Verdicts on the paper's claims: their intervals cover, their rules hold, and they can turn."""
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from defquant.paper.claims import CLAIMS, cells, verdicts
+from defquant.paper.contrasts import (
+    ALONE,
+    Interval,
+    Sample,
+    Spread,
+    accuracy,
+    decide,
+    exact,
+    interval,
+    pooled,
+    trend,
+)
+from defquant.paper.figures import EXPERIMENTS, cells_of
+from defquant.paper.grid import SCALES, Cell, Network, Results
+from defquant.paper.section import Reading, Verdict
+from defquant.paper.tables import NUMBERS, defense
+from defquant.paper.verdict import Evidence, Question, evidence_of, stratum, versus
+from synthetic_results import fake_measurement
+
+Rule = Callable[[Cell], float | None]
+
+SMALL = replace(
+    SCALES["small"].placed(None, "svhn", "cpu"),
+    table1_betas=(0.01, 0.03, 0.1),
+    betas=(0.003, 0.01, 0.03, 0.1, 0.3),
+    beta=0.1,
+    seeds=(0, 1),
+    few=None,
+)
+PAPER = replace(SCALES["paper"].placed(None, "svhn", "cpu"), seeds=(0, 1))
+
+
+# --- intervals -------------------------------------------------------------------------------
+
+
+def test_trend_is_last_minus_first_of_the_fitted_line() -> None:
+    values = [3.0, 1.0, 4.0, 1.0, 5.0]
+    slope = np.polyfit(range(5), values, 1)[0]
+    assert sum(w * v for w, v in zip(trend(5), values, strict=True)) == pytest.approx(4 * slope)
+    assert trend(2) == (-1.0, 1.0)
+
+
+def test_pooled_spread() -> None:
+    groups = [[0.1, 0.3], [0.5], [0.2, 0.2, 0.5]]
+    df, squares = 3, 0.02 + 0.06
+    found = pooled(groups)
+    assert found is not None and found.df == 3
+    assert found.sd == pytest.approx((squares / df) ** 0.5)
+    assert pooled([[0.1], []]) is None
+
+
+def test_zero_of_n_is_no_certainty() -> None:
+    assert accuracy([0.0], 100, None).variance > 0
+    found = interval([(1.0, accuracy([0.5], 10_000, None))])
+    assert found.high - 0.5 == pytest.approx(1.96 * 0.005, rel=1e-3)
+
+
+def test_without_images_it_is_students_interval() -> None:
+    a, b = [0.31, 0.35, 0.30], [0.25, 0.21, 0.29]
+    spread = pooled([a, b])
+    terms = [(1.0, Sample(statistics.fmean(a), 0.0, 3, spread))]
+    terms += [(-1.0, Sample(statistics.fmean(b), 0.0, 3, spread))]
+    found = interval(terms)
+    oracle = stats.ttest_ind(a, b).confidence_interval(0.95)
+    assert [found.low, found.high] == pytest.approx([oracle.low, oracle.high])
+
+
+def test_unequal_spreads_are_welchs_interval() -> None:
+    a, b = [0.31, 0.35, 0.30, 0.37], [0.25, 0.11, 0.29]
+    terms = [(1.0, Sample(statistics.fmean(a), 0.0, 4, pooled([a])))]
+    terms += [(-1.0, Sample(statistics.fmean(b), 0.0, 3, pooled([b])))]
+    oracle = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    found = interval(terms)
+    assert [found.low, found.high] == pytest.approx([oracle.low, oracle.high])
+
+
+def test_exact_interval() -> None:
+    oracle = stats.binomtest(3, 8).proportion_ci(0.95)
+    assert [*exact(3, 8)] == pytest.approx([oracle.low, oracle.high])
+    assert exact(8, 8)[1] == 1.0 and exact(0, 8)[0] == 0.0
+
+
+N, NETWORKS, SEEDS = 400, 8, 2
+
+
+def simulated(
+    generator: np.random.Generator, sd: float, shared: float, seeds: int = SEEDS
+) -> list[list[float]]:
+    """Accuracies of networks that are equal but for the chance of training, on the same images.
+
+    An image is right where sqrt(shared) * its ease + noise + the training's quality > 0, so that
+    all are right on half of the images on average, whatever the chance in training.
+    """
+    ease = generator.standard_normal(N)
+    quality = generator.normal(0, sd, (NETWORKS, seeds, 1))
+    noise = generator.standard_normal((NETWORKS, seeds, N))
+    right = shared**0.5 * ease + (1 - shared) ** 0.5 * noise + quality > 0
+    return [[float(share) for share in row] for row in right.mean(2)]
+
+
+def covered(shares: list[list[float]], weights: dict[int, float], comparisons: int = 1) -> bool:
+    spread = pooled(shares)
+    terms = [(w, accuracy(shares[i], N, spread)) for i, w in weights.items()]
+    found = interval(terms, comparisons)
+    return found.low <= 0 <= found.high
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [{0: 1, 1: -1}, {0: 0.25, 1: 0.25, 2: 0.25, 3: 0.25, 4: -1}, {0: 1, 1: -1, 2: -1, 3: 1}],
+)
+@pytest.mark.parametrize(("sd", "shared"), [(0.0, 0.0), (0.1, 0.0), (0.1, 0.6), (0.3, 0.6)])
+def test_coverage(weights: dict[int, float], sd: float, shared: float) -> None:
+    generator = np.random.default_rng(7)
+    rounds = 500
+    hits = sum(covered(simulated(generator, sd, shared), weights) for _ in range(rounds))
+    assert hits / rounds > 0.93
+
+
+def test_coverage_is_not_bought_by_width() -> None:
+    """Where training is all the chance there is, 95 of 100 intervals cover, not all."""
+    generator = np.random.default_rng(3)
+    hits = 0
+    for _ in range(1000):
+        shares = generator.normal(0.5, 0.05, (NETWORKS, SEEDS)).tolist()
+        spread = pooled(shares)
+        terms = [
+            (w, Sample(statistics.fmean(shares[i]), 1e-9, 2, spread)) for i, w in ((0, 1), (1, -1))
+        ]
+        found = interval([(float(w), sample) for w, sample in terms])
+        hits += found.low <= 0 <= found.high
+    assert 0.93 < hits / 1000 < 0.97
+
+
+def test_simultaneous_coverage() -> None:
+    """All of seven intervals against one reference, at the same time."""
+    generator = np.random.default_rng(5)
+    rounds, alone, together = 300, 0, 0
+    for _ in range(rounds):
+        shares = simulated(generator, 0.2, 0.0)
+        contrasts = [{i: 1.0, 7: -1.0} for i in range(7)]
+        alone += all(covered(shares, c) for c in contrasts)
+        together += all(covered(shares, c, comparisons=7) for c in contrasts)
+    assert together / rounds > 0.93 > alone / rounds
+
+
+def test_more_seeds_do_not_replace_images() -> None:
+    """Networks that are right on the very same images: seeds say nothing of other images."""
+    generator = np.random.default_rng(11)
+    spread, rounds, hits = Spread(0.0, 8), 500, 0
+    for _ in range(rounds):
+        a, b = (generator.random((2, N)) < 0.5).mean(1)
+        terms = [(1.0, accuracy([a] * 4, N, spread)), (-1.0, accuracy([b] * 4, N, spread))]
+        found = interval(terms)
+        hits += found.low <= 0 <= found.high
+    assert hits / rounds > 0.93
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "margin", "trained", "verdict"),
+    [
+        (0.01, 0.03, 0.0, True, "holds"),
+        (-0.01, 0.03, 0.0, True, "not decided"),
+        (-0.03, -0.01, 0.0, True, "does not hold"),
+        (-0.005, 0.03, 0.01, True, "holds"),
+        (-0.015, 0.0, 0.01, True, "not decided"),
+        (-0.03, -0.015, 0.01, True, "does not hold"),
+        (0.06, 0.08, 0.0, False, "not decided"),
+        (-0.08, -0.06, 0.0, False, "not decided"),
+        (0.01, 0.3, 0.0, False, "holds"),
+        (-0.3, -0.01, 0.0, False, "does not hold"),
+    ],
+)
+def test_decide(low: float, high: float, margin: float, trained: bool, verdict: str) -> None:
+    assert decide(Interval((low + high) / 2, low, high, trained), margin) == verdict
+
+
+# --- rules -----------------------------------------------------------------------------------
+
+
+def made(rule: Rule, asked: Iterable[Cell], vanishing: Rule = lambda cell: 0.0) -> Results:
+    """Results with the accuracies of `rule`, none where it gives None."""
+    scores = {}
+    for cell in asked:
+        share = rule(cell) if cell.kind == "accuracy" else None
+        if share is not None:
+            m = fake_measurement(cell, accuracy=share, vanishing=vanishing(cell) or 0.0)
+            scores[cell.key] = m
+    return Results(scores, {})
+
+
+def fgsm(beta: float, place: int, seed: int = 0) -> Cell:
+    network = SMALL.network(bits=SMALL.bits[place], beta=beta, seed=seed)
+    return Cell(network, "accuracy", "fgsm", 2 / 255)
+
+
+def asked(shares: dict[Cell, float], question: Question, **options: Any) -> Reading:
+    """The answer where the spread between trainings is known to be 1 point."""
+    results = made(lambda cell: shares[cell], shares, **options)
+    evidence = evidence_of(SMALL, results)
+    known = {stratum(cell): Spread(0.01, 20) for cell in shares}
+    return question.answer(replace(evidence, spreads=known))
+
+
+A, B, C = fgsm(0.1, 0), fgsm(0.1, 3), fgsm(0.0, 3)
+
+
+def both(**options: Any) -> Question:
+    pairs = (versus("A", [(A,)], [(C,)], **options), versus("B", [(B,)], [(C,)], **options))
+    return Question("FGSM 2/255", "A and B minus C", pairs)
+
+
+def test_all_must_hold_and_the_worst_is_shown() -> None:
+    reading = asked({A: 0.6, B: 0.5, C: 0.3}, both())
+    assert (reading.verdict, round(reading.effect or 0, 3)) == ("holds", 0.2)
+    assert "worst: B" in reading.detail and "A and B minus C" in reading.detail
+    reading = asked({A: 0.6, B: 0.31, C: 0.3}, both())
+    assert (reading.verdict, round(reading.effect or 0, 3)) == ("not decided", 0.01)
+    reading = asked({A: 0.6, B: 0.2, C: 0.3}, both())
+    assert (reading.verdict, round(reading.effect or 0, 3)) == ("does not hold", -0.1)
+    assert reading.high is not None and reading.high < 0
+
+
+def test_several_contrasts_widen_each_interval() -> None:
+    one = Question("", "", (versus("B", [(B,)], [(C,)]),))
+    shares = {A: 0.9, B: 0.5, C: 0.3}
+    alone, together = asked(shares, one), asked(shares, both())
+    assert alone.effect == together.effect
+    assert (alone.low or 0) > (together.low or 0)
+
+
+def test_margin() -> None:
+    shares = {A: 0.5, B: 0.3, C: 0.3}
+    assert asked(shares, both()).verdict == "not decided"
+    reading = asked(shares, both(margin=0.1))
+    assert reading.verdict == "holds" and "margin 10 point" in reading.detail
+
+
+def test_what_is_missing() -> None:
+    reading = asked({A: 0.6, C: 0.3}, both())
+    assert reading.verdict == "not decided" and "1 of 2 not measured" in reading.detail
+    assert asked({A: 0.1, C: 0.3}, both()).verdict == "does not hold"
+    nothing = asked({A: 0.6, B: 0.3}, both())
+    assert (nothing.effect, nothing.low, nothing.high) == (None, None, None)
+    assert (nothing.verdict, nothing.detail) == ("not decided", "not measured")
+
+
+def test_one_seed_decides_only_large_effects() -> None:
+    question = Question("", "", (versus("", [(A,)], [(C,)]),))
+    for gap, verdict in ((ALONE - 0.02, "not decided"), (ALONE + 0.02, "holds")):
+        shares = {A: 0.3 + gap, C: 0.3}
+        results = made(shares.get, shares)
+        reading = question.answer(evidence_of(SMALL, results))
+        assert reading.verdict == verdict
+        assert "one seed: training not in the interval" in reading.detail
+
+
+def test_a_masked_network_supports_nothing() -> None:
+    def blind(who: Cell) -> Rule:
+        return lambda cell: 0.02 if cell == who else 0.01
+
+    shares = {A: 0.6, B: 0.6, C: 0.3}
+    reading = asked(shares, both(), vanishing=blind(B))
+    assert reading.verdict == "not decided" and "DQ at 3 bits" in reading.detail
+    assert "masked" in reading.detail and "worst: B" in reading.detail
+    assert asked(shares, both(), vanishing=blind(C)).verdict == "holds"
+    against = {A: 0.2, B: 0.2, C: 0.3}
+    assert asked(against, both(), vanishing=blind(C)).verdict == "not decided"
+    assert asked(against, both(), vanishing=blind(A)).verdict == "does not hold"
+    assert asked(shares, both(blind="any"), vanishing=blind(C)).verdict == "not decided"
+    assert asked(shares, both(blind="none"), vanishing=blind(B)).verdict == "holds"
+
+
+def test_a_network_that_learnt_nothing_supports_nothing() -> None:
+    shares = {A: 0.6, B: 0.6, C: 0.3}
+    for share, verdict in ((0.19, "not decided"), (0.21, "holds")):
+        clean = replace(B, attack="clean", eps=0.0)
+        reading = asked(shares | {clean: share}, both())
+        assert reading.verdict == verdict
+        assert ("DQ at 3 bits, hardly trained" in reading.detail) == (share < 0.2)
+
+
+def test_what_cannot_be_masked() -> None:
+    for change in ({"attack": "clean", "eps": 0.0}, {"substitute": C.network}):
+        row, other = (replace(A, **change),), (replace(C, **change),)
+        question = Question("", "", (versus("", [row], [other]),))
+        shares = {row[0]: 0.6, other[0]: 0.3}
+        assert asked(shares, question, vanishing=lambda cell: 0.5).verdict == "holds"
+
+
+def test_spreads_come_from_table_1_in_strata() -> None:
+    def rule(cell: Cell) -> float:
+        step = 0.08 if cell.network.model.bits == 1 else 0.02
+        return 0.3 + step * cell.network.train.seed * (cell.attack == "fgsm")
+
+    evidence = evidence_of(SMALL, made(rule, cells_of(["table1", "fig5"], SMALL)))
+    strong, elsewhere = replace(A, attack="pgd-20"), replace(A, eps=0.5)
+    one_bit = fgsm(0.0, 1)
+    worst, black = replace(A, attack="adaptive"), replace(A, substitute=C.network)
+    found = [evidence.spread(cell) for cell in (A, one_bit, elsewhere, strong, worst, black)]
+    sds = [round(spread.sd * 2**0.5, 4) for spread in found if spread is not None]
+    assert sds == [0.02, 0.08, 0.02, 0.0, 0.0, 0.02]  # elsewhere: the largest of its kind
+    assert [spread and spread.df for spread in found] == [20, 4, 20, 20, 20, 10]
+    single = replace(SMALL, seeds=(0,))
+    assert not evidence_of(single, made(rule, cells_of(["table1"], single))).spreads
+
+
+# --- claims ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCALES)
+@pytest.mark.parametrize("svhn", [None, "svhn"])
+def test_only_cells_of_experiments_are_read(name: str, svhn: str | None) -> None:
+    scale = SCALES[name].placed(None, svhn, "cpu")
+    assert set(cells(scale)) <= set(cells_of(EXPERIMENTS, scale))
+    for claim in CLAIMS:
+        own = set(cells_of(claim.made.split(), scale))
+        assert {cell for q in claim.questions(scale) for cell in q.cells} <= own, claim.slug
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_nothing_is_decided_by_nothing(name: str) -> None:
+    found = verdicts(SCALES[name], Results())
+    for verdict in found:
+        assert verdict.readings and verdict.command.endswith(f"--preset {name}")
+        assert len({reading.attack for reading in verdict.readings}) == len(verdict.readings)
+        for reading in verdict.readings:
+            assert (reading.effect, reading.verdict) == (None, "not decided")
+            assert reading.detail == "not measured"
+    assert [verdict.name for verdict in found] == [f"C{i + 1}" for i in range(len(CLAIMS))]
+
+
+BETAS = {0.003: 0.5, 0.01: 1, 0.03: 2, 0.1: 3, 0.3: 1}
+TRAINED = {  # white box, black box, strong
+    "Full-Precision": (0.50, 0.65, 0.50),
+    "Tanh Quantized": (0.80, 0.58, 0.75),
+    "ReLU6 Quantized": (0.45, 0.55, 0.45),
+}
+
+
+def supporting(cell: Cell) -> float:
+    """A world in which every claim on accuracies holds, at every eps alike."""
+    model, train = cell.network.model, cell.network.train
+    if cell.attack == "clean":
+        return _clean(cell.network)
+    if model.model == SMALL.resnet and train.attack == "pgd":
+        name = "Tanh Quantized" if model.activation == "tanh" else "ReLU6 Quantized"
+        white, black, strong = TRAINED["Full-Precision" if model.bits is None else name]
+        return black if cell.substitute else strong if "x" in cell.attack else white
+    if train.attack == "fgsm":
+        return 0.5 if cell.substitute else {"fgsm": 0.9}.get(cell.attack, 0.05)
+    if cell.attack == "random":
+        return 0.95
+    hard = dict.fromkeys(SMALL.strong, -0.12)
+    better = ({"fgsm": 0.0, "rfgsm": 0.1, "pgd": -0.1} | hard)[cell.attack]
+    if cell.substitute:
+        better = 0.3 if train.attack == "rfgsm" else 0.15 if cell.attack == "fgsm" else 0.17
+    return _robust(cell.network) + better
+
+
+def _clean(network: Network) -> float:
+    bits, beta = network.model.bits, network.train.beta
+    if network.model.model == SMALL.resnet:
+        return 0.95 if beta else 0.85 if network.model.high == 1 else 0.90
+    return 0.97 if beta else {None: 0.90, 5: 0.93, 4: 0.93}.get(bits, 0.5 + 0.1 * (bits or 0))
+
+
+def _robust(network: Network) -> float:
+    """Under FGSM in the white box."""
+    model, train = network.model, network.train
+    if model.squeeze or train.attack != "none":
+        plain = 0.35 if model.squeeze else 0.55
+        return plain + 0.08 * (train.beta > 0)
+    if not train.beta:
+        return 0.40 if model.bits is None else 0.16 + 0.04 * model.bits
+    level = BETAS[train.beta]
+    full = 0.40 + 0.05 * level
+    return full if model.bits is None else full + 0.03 * level + 0.02 * (3 - model.bits)
+
+
+def distance(mean: float) -> dict[str, Any]:
+    return {"mean": mean, "spread": mean / 10, "left_out": 0, "examples": 128}
+
+
+def probed(asked: Iterable[Cell], *, contrary: bool) -> dict[str, Any]:
+    """Values of the other kinds that support the claims, or say the contrary."""
+    found = {"layers": _layers, "first-block": _block, "examples": _examples}
+    others = [cell for cell in asked if cell.kind != "accuracy"]
+    return {cell.key: found[cell.kind](cell, contrary) for cell in others}
+
+
+def _block(cell: Cell, contrary: bool) -> dict[str, Any]:
+    plain = distance(0.01 * 255 * cell.eps)
+    quantized = distance(0.01 * 255 * cell.eps * (0.7 if 255 * cell.eps < 3.5 else 1.3))
+    sides = (quantized, plain) if contrary else (plain, quantized)
+    return dict(zip(("plain", "quantized"), sides, strict=True))
+
+
+def _layers(cell: Cell, contrary: bool) -> list[dict[str, Any]]:
+    bits = 6 if cell.network.model.bits is None else cell.network.model.bits
+    size = float(bits if contrary else 7 - bits)
+    growth = [1.0 - 0.1 * i if contrary else 0.1 + 0.1 * i for i in range(8)]
+    if (cell.network.train.beta > 0) != contrary:
+        size /= 3
+    return [{"index": i, "distance": distance(size * g)} for i, g in enumerate(growth)]
+
+
+def _examples(cell: Cell, contrary: bool) -> dict[str, Any]:
+    """Six pictures that fool VQ alone (or DQ), twelve that fool all, six that fool none."""
+    model, train = cell.network.model, cell.network.train
+    who = "DQ" if train.beta else "FP" if model.bits is None else "VQ"
+    fooled = [who == ("DQ" if contrary else "VQ")] * 6 + [True] * 12 + [False] * 6
+    sure_of_truth = who == ("FP" if contrary else "DQ")
+    unsure_of_error = who == ("VQ" if contrary else "DQ")
+    return {
+        "examples": [
+            {
+                "label": 0,
+                "adversarial": {
+                    "prediction": int(wrong),
+                    "confidence": 0.9
+                    if wrong != unsure_of_error and (wrong or sure_of_truth)
+                    else 0.5,
+                },
+            }
+            for wrong in fooled
+        ]
+    }
+
+
+def judged(rule: Rule, *, contrary: bool = False, **options: Any) -> dict[str, Verdict]:
+    asked = _all_cells()
+    results = made(rule, asked, **options)
+    values = probed(asked, contrary=contrary)
+    found = verdicts(SMALL, Results(results.scores, values))
+    return {claim.slug: verdict for claim, verdict in zip(CLAIMS, found, strict=True)}
+
+
+@cache
+def _all_cells() -> tuple[Cell, ...]:
+    return tuple(cells(SMALL) + cells_of(["fig1", "table1", "fig5"], SMALL))
+
+
+def wrong(verdict: Verdict, expected: str) -> list[Reading]:
+    return [reading for reading in verdict.readings if reading.verdict != expected]
+
+
+def test_every_claim_holds_in_a_world_made_for_it() -> None:
+    for slug, verdict in judged(supporting).items():
+        assert not wrong(verdict, "holds"), slug
+
+
+def test_every_claim_fails_in_the_contrary_world() -> None:
+    """1.2 - accuracy turns every contrast and leaves no guesses; what is equal or a range stays."""
+    found = judged(lambda cell: min(1.0, 1.2 - supporting(cell)), contrary=True)
+    for slug in found.keys() - {"relu1-gap-closed", "clean-more-stable"}:
+        assert not wrong(found[slug], "does not hold"), slug
+
+
+def test_the_gap_between_ranges_can_stay_open() -> None:
+    def rule(cell: Cell) -> float:
+        network = cell.network
+        relu1 = network.model.high == 1 and cell.attack == "clean"
+        return supporting(cell) - 0.05 * (relu1 and network.train.beta > 0)
+
+    assert not wrong(judged(rule)["relu1-gap-closed"], "does not hold")
+
+
+def test_clean_accuracy_can_be_the_less_stable() -> None:
+    def rule(cell: Cell) -> float:
+        beta = cell.network.train.beta
+        return 0.9 - 2 * beta if cell.attack == "clean" else 0.5 + 0.1 * beta
+
+    assert not wrong(judged(rule)["clean-more-stable"], "does not hold")
+
+
+def test_a_flat_curve_of_beta_has_no_peak() -> None:
+    found = judged(lambda cell: 0.5)
+    assert not wrong(found["beta-peak"], "not decided")
+    assert not wrong(found["clean-more-stable"], "not decided")
+
+
+def test_choosing_the_peak_costs_width() -> None:
+    """Four betas inside, two ends: the interval is one of eight."""
+    reading = judged(supporting)["beta-peak"].readings[0]
+    assert "worst: beta 0.1 minus 0.3" in reading.detail
+    ends = [accuracy([share], 10_000, None).variance for share in (0.62, 0.46)]
+    assert reading.high is not None and reading.effect is not None
+    half = (reading.high - reading.effect) / sum(ends) ** 0.5
+    assert half == pytest.approx(stats.norm.ppf(1 - 0.05 / (2 * 8)), rel=1e-6)
+
+
+def test_equal_networks_decide_nothing_but_equality() -> None:
+    equal = {"clean-kept", "relu1-gap-closed", "relu6-no-gain"}
+    probes = {"rounding-threshold", "noise-amplified", "fewer-bits-amplify"}
+    probes |= {"penalty-suppresses-noise", "surer"}
+    for slug, verdict in judged(lambda cell: 0.97).items():
+        if slug not in probes:
+            assert not wrong(verdict, "holds" if slug in equal else "not decided"), slug
+
+
+@pytest.mark.parametrize("contrary", [False, True])
+def test_distances_of_a_network_that_learnt_nothing_decide_nothing(contrary: bool) -> None:
+    def rule(cell: Cell) -> float:
+        hardly = cell.network.model.model == SMALL.vgg and cell.network.model.bits == 1
+        return 0.15 if hardly and cell.attack == "clean" else supporting(cell)
+
+    found = judged(rule, contrary=contrary)
+    alone = ("fewer-bits-amplify",)  # where noise fades at other bits too, they decide
+    for slug in alone if contrary else (*alone, "noise-amplified"):
+        assert not wrong(found[slug], "not decided"), slug
+        assert all("1 bit, hardly trained" in r.detail for r in found[slug].readings), slug
+    sound = judged(supporting, contrary=contrary)["fewer-bits-amplify"]
+    assert not wrong(sound, "does not hold" if contrary else "holds")
+
+
+def test_masked_dq_proves_nothing() -> None:
+    found = judged(supporting, vanishing=lambda cell: 0.3 * (cell.network.train.beta > 0))
+    for slug in ("dq-above-vanilla", "dq-above-float", "penalty-alone", "no-masking"):
+        assert not wrong(found[slug], "not decided"), slug
+        assert all("masked" in reading.detail for reading in found[slug].readings)
+    for slug in ("dq-clean", "dq-black-box", "vanilla-less-robust", "tanh-masks"):
+        assert not wrong(found[slug], "holds"), slug
+
+
+def test_the_gain_tells_the_paper_s_maximum_too() -> None:
+    detail = judged(supporting)["quantize-gain"].readings[0].detail
+    assert "biased upward" in detail
+    assert "+7.0 at beta 0.01" in detail and "+13.0 at beta 0.1" in detail
+
+
+# --- the paper's own tables -------------------------------------------------------------------
+
+
+def printed() -> dict[Cell, float]:
+    """Every cell of the claims that Tables 1 to 6 have a number for."""
+    asks = [ask for experiment in EXPERIMENTS.values() for ask in experiment.asks(PAPER)]
+    found = {cell: ask.paper for ask in asks for cell in ask.cells if ask.paper is not None}
+    return {cell: found[cell] for cell in cells(PAPER) if cell in found}
+
+
+def test_what_the_papers_own_tables_decide() -> None:
+    """On 10,000 images (SVHN 26,032), were the chance in training nil."""
+    numbers = printed()
+    sure = {stratum(c): Spread(0.0, 20) for c in cells_of(["table1", "fig5"], PAPER)}
+    evidence = Evidence(made(numbers.get, numbers), sure)
+    found = {
+        (claim.slug, question.answer(evidence).attack): question.answer(evidence).verdict
+        for claim in CLAIMS
+        for question in claim.questions(PAPER)
+        if numbers.keys() >= set(question.cells)
+    }
+    black, svhn = "helps-black-box", ", SVHN"
+    assert {key: verdict for key, verdict in found.items() if verdict != "holds"} == {
+        ("quantize-gain", "FGSM 8/255"): "not decided",  # -1.1, 0.0, +1.8
+        ("fewer-bits-better", "FGSM 8/255"): "not decided",  # -0.5 at the largest beta
+        ("dq-clean", "clean, ResNet-18"): "not decided",  # +0.68 with ReLU6
+        (black, "FGSM(B) 8/255, 1 bit"): "does not hold",  # 63 to 59
+        (black, "PGD(B) 8/255, 1 bit"): "does not hold",  # 64 to 50
+        (black, "FGSM(B) 2/255, 1 bit"): "does not hold",  # 88 to 84
+        (black, "PGD(B) 2/255, 1 bit"): "does not hold",  # 90 to 87
+        (black, f"FGSM(B) 8/255, 1 bit{svhn}"): "not decided",  # 62 to 63
+        (black, f"FGSM(B) 2/255, 1 bit{svhn}"): "not decided",  # 90 to 90
+        (black, f"PGD(B) 2/255, 1 bit{svhn}"): "not decided",  # 92 to 92
+        ("pgd-strongest", "PGD 2/255"): "not decided",  # FGSM 71.6, PGD 72.0
+        ("pgd-strongest", f"PGD 2/255{svhn}"): "does not hold",  # FGSM 77.8, PGD 80.5
+    }
+    assert len(found) == 47
+
+
+def test_the_means_in_the_notes_are_those_of_table_1() -> None:
+    rows = [NUMBERS["table1"][beta]["fgsm"] for beta in (3e-4, 6e-4, 1e-3)]
+    gains = [statistics.fmean(quantized) - full for full, *quantized in rows]
+    by_slug = {claim.slug: claim for claim in CLAIMS}
+    assert [round(gain, 1) for gain in gains] == [-1.1, 0.0, 1.8]
+    assert "-1.1, 0.0 and +1.8" in by_slug["quantize-gain"].note
+    assert [f"{statistics.fmean(row):.1f}" for row in rows] == ["40.9", "45.7", "50.6"]
+    assert "40.9% at beta 3e-4, 45.7 at 6e-4, 50.6" in by_slug["grows-with-beta"].paper
+
+
+def test_the_means_in_the_notes_are_those_of_tables_2_and_3() -> None:
+    claim = {claim.slug: claim for claim in CLAIMS}["pgd-strongest"]
+    rows = [defense(line)[1] for line in NUMBERS["table3"].values()]
+    for place, eps in ((1, 8), (0, 2)):
+        fgsm, pgd = (statistics.fmean(row[name][place] for row in rows) for name in ("fgsm", "pgd"))
+        assert f"{fgsm:.1f}" in claim.paper and f"{pgd:.1f}" in claim.paper, eps
+    assert sum(row["pgd"][0] > row["fgsm"][0] for row in rows) == 5
+    svhn = [defense(line)[1] for line in NUMBERS["table2"].values()]
+    assert all(row["pgd"][0] > row["fgsm"][0] for row in svhn)

@@ -1,0 +1,151 @@
+"""The verb `reproduce`: everything once, small; plans, mistakes and what is there already."""
+
+from pathlib import Path
+
+import pytest
+
+from defquant.cli import main
+from defquant.paper import estimate
+from defquant.paper.cost import passes_by_model
+from defquant.paper.figures import EXPERIMENTS, cells_of
+from defquant.paper.grid import SCALES, keep, read
+from defquant.paper.reproduce import cells_to_make, names_of
+from synthetic_results import fake_measurement
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    status = main(["reproduce", *words])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.mark.slow
+def test_all_of_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every table and figure at preset smoke; the second call makes nothing again."""
+    words = ("all", "--preset", "smoke", "--out", str(tmp_path))
+    status, out, _ = call(capsys, *words)
+    assert status == 0
+    assert out.splitlines()[-1] == str(tmp_path / "report.html")
+    cells = cells_of(EXPERIMENTS, SCALES["smoke"].placed(None, None, "cpu"))
+    assert not read(tmp_path).missing(cells)
+    assert str(tmp_path.parent) not in (tmp_path / "results.jsonl").read_text().replace(
+        f"--out {tmp_path}", ""
+    )
+    networks = {path.name for path in (tmp_path / "networks").iterdir()}
+    assert networks == {network.name for network in passes_by_model(cells)}
+    page = (tmp_path / "report.html").read_text()
+    for name in EXPERIMENTS:
+        assert (tmp_path / f"{name}.md").read_text().startswith("## ")
+        assert f"defquant reproduce {name} --preset smoke" in page
+    assert len(list(tmp_path.glob("*.png"))) == 5  # Figures 1, 3, 5 and 6, and surrogates
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    lines = (tmp_path / "results.jsonl").read_bytes()
+    assert call(capsys, *words, "--json")[0] == 0
+    assert lines == (tmp_path / "results.jsonl").read_bytes()
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+
+
+@pytest.mark.slow
+def test_a_plan_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = call(
+        capsys, "table4", "--preset", "smoke", "--dry-run", "--out", str(tmp_path), "--jobs", "3"
+    )
+    assert status == 0
+    cells = cells_of(["table4"], SCALES["smoke"].placed(None, None, "cpu"))
+    assert f"0 of {len(cells)} cells are there" in out
+    assert "image passes a second in one process" in out
+    assert "4 networks" in out
+    assert "with 3 processes" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_says_that_the_images_are_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "_rate", lambda network, seconds: 1e4)
+    status, out, _ = call(capsys, "table4", "--dry-run", "--out", str(tmp_path))
+    assert status == 0
+    assert "without its images nothing can be made: preset small needs CIFAR-10: give its" in out
+
+
+def test_a_probe_grows_to_the_batch_that_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Throughput of two images says nothing of that of a batch."""
+    monkeypatch.setattr(estimate, "_steps", lambda model, network, size, *_: 40.0 * size)
+    network = SCALES["small"].placed("x", None, "cpu").network()
+    assert estimate._rate(network, 5.0) == 40 * network.train.batch_size
+
+
+def test_list_names_everything_with_its_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = call(capsys, "--list")
+    assert status == 0
+    for name in (*EXPERIMENTS, *SCALES):
+        assert any(line.split()[:1] == [name] for line in out.splitlines()), name
+    # the costs that --dry-run counts, SVHN's among them
+    passes = passes_by_model(cells_of(["table2"], SCALES["smoke"].placed(None, None, "cpu")))
+    row = next(line for line in out.splitlines() if line.startswith("table2"))
+    assert f"{len(passes)} / {sum(map(sum, passes.values())) / 1e6:.2f} " in row
+
+
+def test_all_leaves_out_svhn_where_it_has_no_place() -> None:
+    for preset, svhn_root, there in (
+        ("small", None, False),
+        ("small", "x", True),
+        ("smoke", None, True),
+    ):
+        scale = SCALES[preset].placed("data", svhn_root, "cpu")
+        assert ("table2" in names_of(["all"], scale)) == there
+        assert names_of(["table2"], scale) == ["table2"]
+
+
+def test_what_is_there_is_shown_without_making_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("table1", "--preset", "paper", "--render-only", "--out", str(tmp_path))
+    status, out, _ = call(capsys, *words)
+    assert status == 0
+    assert "192 measurements are still missing" in out
+    assert not (tmp_path / "networks").exists()
+    status, out, _ = call(capsys, *words, "--json")
+    assert out == ""
+
+
+def test_a_cell_alone_is_made_with_the_smaller_radii_and_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scale = SCALES["smoke"].placed(None, None, "cpu")
+    cells = cells_of(["table1"], scale)
+    for cell in cells[:: len(cells) // 7]:
+        family = [c for c in cells if c.family == cell.family and c.eps <= cell.eps]
+        assert cells_to_make(["table1"], scale, [cell.key]) == family
+    assert cells_to_make(["table1"], scale) == cells
+    attacked = next(cell for cell in cells if cell.attack == "fgsm")
+    shown = fake_measurement(attacked)
+    keep(tmp_path, attacked, shown)
+    words = ("--preset", "smoke", "--cell", attacked.key, "--out", str(tmp_path), "--render-only")
+    status, out, _ = call(capsys, *words)
+    assert (status, len(out.splitlines())) == (0, 2)
+    assert str(shown.score) in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "reproduce needs a name: fig1"),
+        (("table9",), "unknown table or figure 'table9'"),
+        (("fig1", "--cell", "0" * 16), "no cell '0000000000000000' in fig1 at preset small: take"),
+        (("fig1", "--preset", "tiny"), "unknown preset 'tiny'"),
+        (("fig1", "--jobs", "0"), "--jobs must be 1 or more"),
+        (("fig1",), "preset small needs CIFAR-10: give its place with --data-root"),
+        (("table2", "--data-root", "nowhere"), "preset small needs SVHN: give its place"),
+        (("fig1", "--data-root", "nowhere"), "found no data at nowhere"),
+        (("fig1", "--jobs", "many"), "--jobs takes a whole number"),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = call(capsys, *words, "--out", str(tmp_path))
+    assert (status, out) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) == 1

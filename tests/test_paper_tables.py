@@ -1,0 +1,412 @@
+"""Tables and figures of the paper: the right numbers of ours and of its in the right places."""
+
+import hashlib
+import json
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from defquant.paper import tables
+from defquant.paper.figures import EXPERIMENTS, WORDS, cells_of, fig7_cells, render
+from defquant.paper.grid import SCALES, Cell, Network, Results, Scale, Trial
+from defquant.paper.section import Number, Section, listed, model_text
+from defquant.paper.tables import NUMBERS, ask_all, chosen_beta, defended, defense
+from synthetic_results import fake_measurement, fake_results
+
+SMALL = SCALES["small"].placed(None, "svhn", "cpu")
+PAPER = SCALES["paper"].placed(None, "svhn", "cpu")
+EVERY = {name: scale.placed(None, "svhn", "cpu") for name, scale in SCALES.items()}
+
+
+def scored(
+    scale: Scale, name: str, accuracy: Callable[[Cell], float | None], total: int = 10_000
+) -> Results:
+    """Results of the experiment's cells by a rule; without those for which it gives None."""
+    found = {cell: accuracy(cell) for cell in cells_of([name], scale) if cell.kind == "accuracy"}
+    return Results(
+        {
+            cell.key: replace(fake_measurement(cell), correct=round(share * total), total=total)
+            for cell, share in found.items()
+            if share is not None
+        }
+    )
+
+
+def entries(section: Section) -> Iterator[tuple[tuple[str, ...], Number]]:
+    """Every number of the tables with its place: caption's first word, row's names, column."""
+    for table in section.tables:
+        for row in table.rows:
+            names = tuple(entry for entry in row[:2] if isinstance(entry, str))
+            for head, entry in zip(table.head, row, strict=True):
+                if isinstance(entry, Number):
+                    yield (table.caption, *names, head), entry
+
+
+def stands(where: tuple[str, ...], place: tuple[str, ...]) -> bool:
+    """Whether `where` is `place`: its column, and the beginnings of its other words."""
+    *words, column = place
+    begun = (any(w == p or w.startswith((f"{p} (", f"{p};")) for w in where) for p in words)
+    return where[-1] == column and all(begun)
+
+
+def numbers(section: Section) -> list[Number]:
+    drawn = [n for panel in section.panels for line in panel.lines for _, n in line.points]
+    return [n for _, n in entries(section)] + drawn
+
+
+# --- every section, with any results ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("scale", EVERY.values(), ids=EVERY.keys())
+def test_renders_with_any_results(name: str, scale: Scale) -> None:
+    cells = cells_of([name], scale)
+    some = random.Random(0).sample(cells, len(cells) // 2)
+    for there in (cells, some, cells[:1], []):
+        section = render(name, scale, fake_results(there))
+        assert section.name == name
+        assert section.missing == len(cells) - len(there)
+        assert section.text and not re.search(r"[{}]|EPS", " ".join(section.text))
+        assert all(table.caption for table in section.tables)
+        assert not re.search(r"[{}]|EPS", "".join(table.caption for table in section.tables))
+        assert all(panel.drawn for panel in section.panels)
+        assert all(len(row) == len(t.head) for t in section.tables for row in t.rows)
+        assert all(n.mean is None or n.points or n.mean >= 0 for n in numbers(section))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_without_results_there_are_no_numbers_of_ours(name: str) -> None:
+    section = render(name, PAPER, Results())
+    assert all(n.mean is None for _, n in entries(section))
+    assert not section.pictures
+    assert all(
+        line.paper or n.mean is None
+        for panel in section.panels
+        for line in panel.lines
+        for _, n in line.points
+    )
+
+
+def test_sections_need_no_torch() -> None:
+    code = "import sys, defquant.paper.claims; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_section_has_its_words() -> None:
+    assert list(WORDS) == list(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("scale", EVERY.values(), ids=EVERY.keys())
+def test_strong_attacks_have_a_place_in_the_tables(scale: Scale) -> None:
+    assert set(scale.hard_eps) <= set(scale.eps) and scale.paper_eps in scale.eps
+
+
+@pytest.mark.parametrize("name", sorted(EXPERIMENTS.keys() - {"fig3", "fig7"}))
+@pytest.mark.parametrize("scale", [SMALL, PAPER], ids=["small", "paper"])
+def test_every_measurement_is_shown(name: str, scale: Scale) -> None:
+    """Each cell has an accuracy of its own; all of them stand in the tables."""
+    scale = replace(scale, seeds=scale.seeds[:1])
+    cells = [cell for cell in cells_of([name], scale) if cell.kind == "accuracy"]
+    own = {cell: (i + 1) / 100_000 for i, cell in enumerate(cells)}
+    section = render(name, scale, scored(scale, name, own.__getitem__, 100_000))
+    shown = {round(100_000 * n.mean) for _, n in entries(section) if n.mean is not None}
+    assert set(range(1, len(cells) + 1)) <= shown
+    drawn = {round(100_000 * n.mean) for n in numbers(section) if n.mean is not None}
+    printed = {round(100_000 * n.paper) for n in numbers(section) if n.paper is not None}
+    assert drawn <= shown | printed
+
+
+# --- the right cell in the right place --------------------------------------------------------
+
+
+def attack(network: Network, name: str, pixels: int, **options: Any) -> Cell:
+    return SMALL.trial(name, pixels / 255, **options).cell(network)
+
+
+def networks(asks: list[tables.Ask]) -> dict[str, Network]:
+    return {ask.at["name"]: ask.networks[0] for ask in asks}
+
+
+wrn4 = SMALL.network(bits=4)
+row3 = {at["name"]: network for at, network in defended(SMALL, 3)}
+t5, t6 = networks(tables.table5(SMALL)), networks(tables.table6(SMALL))
+BETA = SMALL.table1_betas[1]
+RELU1 = SMALL.network(SMALL.resnet, bits=4, beta=SMALL.beta, high=1.0)
+
+PLACES: list[tuple[str, Cell, tuple[str, ...]]] = [
+    ("fig1", SMALL.trial().cell(wrn4), ("Wide ResNet", "clean", "4 bits")),
+    (
+        "fig1",
+        attack(SMALL.network(SMALL.vgg, bits=2), "fgsm", 8),
+        ("VGG-16", "FGSM 8/255", "2 bits"),
+    ),
+    ("table1", attack(wrn4, "fgsm", 2), ("vanilla", "FGSM 2/255", "4 bits")),
+    (
+        "table1",
+        attack(SMALL.network(bits=3, beta=BETA), SMALL.strong[0], 2),
+        (f"DQ (β = {BETA:g})", "PGD-50x10 2/255", "3 bits"),
+    ),
+    (
+        "fig5",
+        attack(wrn4, "fgsm", 4, through=SMALL.substitute()),
+        ("vanilla", "FGSM(B) 4/255", "4 bits"),
+    ),
+    (
+        "table3",
+        attack(row3["Normal + DQ"], "pgd", 8),
+        ("Accuracy at ε = 8/255", "Normal + DQ", "PGD"),
+    ),
+    (
+        "table3",
+        attack(row3["Adversarial PGD"], "pgd", 2, through=SMALL.substitute()),
+        ("Accuracy at ε = 2/255", "Adversarial PGD", "PGD(B)"),
+    ),
+    (
+        "table3",
+        attack(row3["Feature Squeezing + DQ (4-bit)"], "fgsm", 8, unaware=True),
+        ("Feature Squeezing + DQ (4-bit)", "8/255", "FGSM (unaware)"),
+    ),
+    ("table4", SMALL.trial().cell(RELU1), ("DQ", "clean", "ReLU1")),
+    (
+        "table5",
+        attack(t5["Tanh Quantized"], "pgd-20", 8),
+        ("Tanh Quantized", "8/255", "White box PGD-20"),
+    ),
+    ("table6", attack(t6["Adversarial FGSM"], "pgd", 4), ("Adversarial FGSM", "4/255", "PGD")),
+    ("fig6", attack(wrn4, "fgsm", 4), ("0", "FGSM 4/255")),
+]
+
+
+@pytest.mark.parametrize(("name", "cell", "place"), PLACES)
+def test_one_cell_is_one_entry(name: str, cell: Cell, place: tuple[str, ...]) -> None:
+    """All others have 50 %, the cell 12.34 %."""
+    scale = replace(SMALL, seeds=SMALL.seeds[:1])
+    assert cell in cells_of([name], scale)
+    section = render(name, scale, scored(scale, name, lambda c: 0.1234 if c == cell else 0.5))
+    found = [where for where, n in entries(section) if n.mean == 0.1234]
+    assert len(found) == 1 and stands(found[0], place)
+
+
+def test_seeds_are_averaged() -> None:
+    own = zip(SMALL.by_seed(None, 0.0), (0.6, 0.8), strict=True)
+    shares = {SMALL.trial().cell(network): share for network, share in own}
+    section = render("table1", SMALL, scored(SMALL, "table1", shares.get))
+    (found,) = [n for _, n in entries(section) if n.mean is not None]
+    assert found.mean == pytest.approx(0.7) and found.seeds == 2 and found.spread > 0.14
+
+
+def test_the_first_seed_comes_first() -> None:
+    seeds = [cell.network.train.seed for cell in cells_of(["table1"], SMALL)]
+    assert seeds == sorted(seeds) and set(seeds) == set(SMALL.seeds)
+
+
+# --- the paper's numbers ----------------------------------------------------------------------
+
+TABLE1 = """
+94.8 42.0 84.9 92.8 93.9 94.7 | 39.3 9.0 8.5 14.1 19.0 30.2 -9.1 39.3
+95.3 95.2 95.3 95.1 95.1 95.1 | 41.8 43.2 41.1 40.1 39.8 39.3 +1.4 43.2
+95.6 95.7 95.2 95.4 95.6 95.5 | 45.7 48.3 47.9 43.8 43.9 44.6 +2.6 48.3
+95.9 95.8 95.6 95.6 95.8 95.8 | 49.1 51.3 50.4 51.3 49.8 51.8 +2.7 51.8
+"""
+
+
+def test_the_papers_numbers_do_not_change() -> None:
+    """All were read twice, from the paper; this is their digest."""
+    plain = json.dumps(NUMBERS, sort_keys=True)
+    assert hashlib.sha256(plain.encode()).hexdigest()[:16] == "fc9ce0de9dde4a06"
+
+
+def floats(text: str) -> list[float]:
+    return [float(word) for word in re.findall(r"[-+]?\d+(?:\.\d+)?", text)]
+
+
+def papers_own(cell: Cell) -> float | None:
+    """The paper's number for a cell of Table 1 at its own scale, by another way than the code's."""
+    row = list(NUMBERS["table1"]).index(cell.network.train.beta)
+    values = [floats(half) for half in TABLE1.strip().splitlines()[row].split(" | ")]
+    column = cell.network.model.bits or 0
+    if cell.attack == "clean":
+        return values[0][column] / 100
+    return values[1][column] / 100 if (cell.attack, round(255 * cell.eps)) == ("fgsm", 8) else 0.5
+
+
+def test_fed_with_the_papers_numbers_table_1_prints_its_gain_and_best() -> None:
+    section = render("table1", PAPER, scored(PAPER, "table1", papers_own))
+    compared = [n for _, n in entries(section) if n.paper is not None]
+    assert len(compared) == 4 * (6 + 6 + 2)
+    assert all(n.gap == pytest.approx(0, abs=1e-9) for n in compared)
+    gains = [n.paper for n in compared if n.points]
+    assert gains == pytest.approx([-0.091, 0.014, 0.026, 0.027])
+
+
+PRINTED: list[tuple[str, tuple[str, ...], float]] = [
+    ("fig1", ("Wide ResNet", "FGSM 8/255", "5 bits − full"), -0.092),
+    ("fig1", ("Wide ResNet", "FGSM 8/255", "2 bits"), 0.085),
+    ("table1", ("DQ (β = 0.0006)", "FGSM 8/255", "2 bits"), 0.479),
+    ("fig5", ("DQ", "FGSM 8/255", "1 bit"), 0.513),
+    ("table2", ("Accuracy at ε = 2/255", "Adversarial R+FGSM + DQ", "PGD(B)"), 0.95),
+    ("table3", ("Accuracy at ε = 16/255", "Normal + DQ", "FGSM(B)"), 0.40),
+    ("table3", ("Accuracy at ε = 8/255", "Adversarial PGD", "R+FGSM"), 0.63),
+    ("table4", ("vanilla", "clean", "Difference"), -0.0092),
+    ("table4", ("DQ", "clean", "ReLU1"), 0.9514),
+    ("table5", ("Tanh Quantized", "8/255", "White box PGD-20"), 0.7103),
+    ("table5", ("Tanh Quantized", "8/255", "White − black"), 0.0946),
+    ("table6", ("Adversarial FGSM", "8/255", "Black box FGSM"), 0.5165),
+    ("fig6", ("0.001", "FGSM 8/255"), 0.498),
+    ("fig6", ("0", "clean"), 0.939),
+]
+
+
+@pytest.mark.parametrize(("name", "place", "value"), PRINTED)
+def test_the_papers_number_stands_in_its_place(
+    name: str, place: tuple[str, ...], value: float
+) -> None:
+    section = render(name, PAPER, Results())
+    found = [n.paper for where, n in entries(section) if stands(where, place)]
+    assert found == [pytest.approx(value)]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_papers_numbers_stand_only_where_it_has_some(name: str) -> None:
+    section = render(name, SMALL, fake_results(cells_of([name], SMALL)))
+    two = name in ("table2", "table3")
+    printed = {"2", "8", "16"} if two else {"8"}
+    for where, n in entries(section):
+        radii = set(re.findall(r"(\d+)/255", " ".join(where if two else where[1:])))
+        if n.paper is not None and where[-1] not in ("Clean", "clean"):
+            assert radii <= printed, where
+        assert n.paper is None or not two or "4-bit" not in " ".join(where)
+        assert n.paper is None or "Feature squeezing" not in where[0]  # it does not say which
+
+
+def test_other_images_have_no_paper_beside_them() -> None:
+    digits = SCALES["smoke"].placed(None, None, "cpu")
+    for name in EXPERIMENTS:
+        section = render(name, digits, fake_results(cells_of([name], digits)))
+        assert all(n.paper is None for n in numbers(section))
+        assert not any(line.paper for panel in section.panels for line in panel.lines)
+        assert "not the paper's" in section.text[-1]
+
+
+def test_the_papers_own_slips_are_those_of_its_numbers() -> None:
+    """Black-box cells in which DQ has less than its technique alone, and white box above black."""
+    words = " ".join(WORDS["table3"].text)
+    rows = {name: defense(line)[1] for name, line in NUMBERS["table3"].items()}
+    falls = [
+        f"{name} {attack.upper()} at {eps} ({before} to {after})"
+        for name in rows
+        if not name.endswith(" + DQ")
+        for attack in ("fgsm(B)", "pgd(B)")
+        for eps, before, after in zip(
+            (2, 8, 16), rows[name][attack], rows[f"{name} + DQ"][attack], strict=True
+        )
+        if after < before
+    ]
+    masked = [
+        f"{name} at {eps} ({white} and {black})"
+        for name, row in rows.items()
+        for eps, white, black in zip((2, 8, 16), row["fgsm"], row["fgsm(B)"], strict=True)
+        if white > black
+    ]
+    assert f"these fall: {listed(falls)}." in words
+    assert f"for {listed(masked)}: by its own rule" in words
+
+
+def test_rows_are_named_as_in_the_paper() -> None:
+    assert [at["name"] for at, _ in defended(PAPER, 3)] == list(NUMBERS["table3"])
+    wide = replace(SMALL, defense_bits=(1, 4, None))
+    names = [at["name"] for at, _ in defended(wide, 2)][:4]
+    assert names == ["Normal", "Normal + DQ", "Normal + DQ (4-bit)", "Normal + DQ (full precision)"]
+
+
+# --- what is not an accuracy -------------------------------------------------------------------
+
+
+def test_distances_that_are_not_finite_are_nothing() -> None:
+    results = fake_results(cells_of(["fig3"], SMALL))
+    nothing = {"mean": None, "spread": 0.0, "whole": None, "left_out": 128, "examples": 128}
+    values = {
+        key: [{**layer, "distance": nothing} for layer in v]
+        if isinstance(v, list)
+        else v | {"plain": nothing, "quantized": nothing}
+        for key, v in results.values.items()
+    }
+    assert all(n.mean is None for n in numbers(render("fig3", SMALL, Results({}, values))))
+
+
+def test_only_the_blindness_of_attacks_that_see_the_gradient_counts() -> None:
+    for trial, seen in (
+        (SMALL.trial("fgsm", 0.1), 0.25), (SMALL.trial(), 0.0), (SMALL.trial("random", 0.1), 0.0),
+        (SMALL.trial("fgsm", 0.1, through=wrn4), 0.0), (Trial("fgsm", 0.1, unaware=True), 0.0),
+    ):  # fmt: skip
+        cell = trial.cell(wrn4)
+        results = Results({cell.key: fake_measurement(cell, vanishing=0.25)})
+        ((_, found),) = ask_all([tables.Ask({}, (wrn4,), trial)], results)
+        assert found.vanishing == seen
+
+
+def test_beta_is_chosen_on_validation_images() -> None:
+    def chosen(best: float, missing: float | None = None) -> float | None:
+        def rule(cell: Cell) -> float | None:
+            own = cell.network.train.beta
+            if cell.split == "test":
+                return 0.9 if own == SMALL.betas[0] else 0.1  # the test images do not choose
+            return None if own == missing else 0.6 if own == best else 0.5
+
+        results = scored(SMALL, "fig6", rule)
+        found = chosen_beta(ask_all(tables.fig6(SMALL), results))
+        shown = "none yet" if found is None else f"{found:g}"
+        assert f"choose: {shown}." in " ".join(render("fig6", SMALL, results).text)
+        return found
+
+    first, *_, last = SMALL.betas
+    assert chosen(last) == last and chosen(first) == first
+    assert chosen(0.0) == min(SMALL.betas), "vanilla is no choice"
+    assert chosen(first, missing=last) is None
+    whole = ask_all(tables.fig6(PAPER), fake_results(cells_of(["fig6"], PAPER)))
+    assert chosen_beta(whole) is None, "no images are held out"
+
+
+def test_fig7_counts() -> None:
+    def record(right: str) -> dict[str, Any]:
+        """`right` has a letter for each picture: y where the attacked one is classified rightly."""
+        made = fake_results(fig7_cells(SMALL)[:1]).values[fig7_cells(SMALL)[0].key]
+        pictures = [
+            e | {"adversarial": {"prediction": e["label"] if y == "y" else -1, "confidence": 0.6}}
+            for e, y in zip(made["examples"], right, strict=False)
+        ]
+        return {**made, "examples": pictures}
+
+    made = zip(fig7_cells(SMALL), ("yynn", "nynn", "yyyn"), strict=True)
+    section = render("fig7", SMALL, Results({}, {cell.key: record(r) for cell, r in made}))
+    assert [name for name, _ in section.pictures] == ["FP", "VQ", "DQ"]
+    shown = [(row[0], row[2]) for row in section.tables[0].rows]
+    assert shown == [("FP", "2 of 4"), ("VQ", "1 of 4"), ("DQ", "3 of 4")]
+
+
+def test_what_is_overstated_is_the_usual_attack_minus_the_worst_case() -> None:
+    two = SMALL.network(bits=2)
+    left = {"pgd-50x10": 0.3, "adaptive": 0.1}
+
+    def rule(cell: Cell) -> float:
+        return left.get(cell.attack, 0.5) if cell.network == two else 0.25
+
+    section = render("surrogates", SMALL, scored(SMALL, "surrogates", rule, 1000))
+    gaps = {row[0]: row[1:] for row in section.tables[1].rows}
+    at_2_bits = gaps["vanilla WRN-10-1"][2]
+    assert isinstance(at_2_bits, Number) and at_2_bits.mean == pytest.approx(0.2)
+    assert gaps["vanilla VGG-16 at 0.25 of its width"][6:] == (None,) * 3  # 6 to 8 bits
+    titles = [str(name).removesuffix(" at 0.25 of its width") for name in gaps]  # would not fit
+    assert [panel.title for panel in section.panels] == titles
+
+
+def test_words() -> None:
+    assert (listed([]), listed("a"), listed("abc")) == ("none", "a", "a, b and c")
+    assert model_text("resnet-18x0.25") == "ResNet-18 at 0.25 of its width"
+    assert model_text("wrn-10-1") == "WRN-10-1"
