@@ -106,7 +106,9 @@ def asks(width):
 
 
 def exported():
-    return torch.export.export(Net(), (torch.rand(60, 1, 8, 8),)).module()
+    batch = {0: torch.export.Dim("batch", min=1, max=4096)}
+    image = torch.rand(4, 1, 8, 8)
+    return torch.export.export(Net(), (image,), dynamic_shapes=(batch,)).module()
 
 
 def frozen():
@@ -275,6 +277,22 @@ def test_what_the_code_does_wrong(
     function: str, message: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in refused(capsys, *words(place, function, tmp_path / "out"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit's
+@pytest.mark.filterwarnings("ignore::defquant.DefquantWarning")  # untrained: it guesses
+@pytest.mark.parametrize("function", ["exported", "frozen"])
+def test_programs_that_know_no_modes_are_attacked(
+    function: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`torch.export` refuses `eval()`, and frozen TorchScript has no `training`."""
+    command = words(place, function, tmp_path / "out", "--examples", "0", "--json")
+    assert main(command) == 0
+    assert [json.loads(line)["total"] for line in capsys.readouterr().out.splitlines()] == [60] * 3
+    model = load_foreign(f"{place}/my.py:{function}", None, torch.device("cpu")).model
+    del vars(model)["training"]
+    data = dq.load("digits", split="test").first(60)
+    assert dq.robust_accuracy(model, data, dq.FGSM(8 / 255)).total == 60
 
 
 def test_files_that_do_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

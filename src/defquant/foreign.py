@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from defquant.attacks.base import lint_model, untouched
+from defquant.attacks.base import lint_model, to_eval, untouched
 from defquant.checkpoint import read_tensors
 from defquant.data import Dataset
 from defquant.errors import DefquantWarning, UserError
@@ -67,7 +67,7 @@ def load_foreign(spec: str, weights: str | None, device: torch.device) -> Foreig
     widths = {part.bits for part in model.modules() if isinstance(part, Quantizer)}
     bits = widths.pop() if len(widths) == 1 else None
     subject = Subject(method, f"{path.name}:{function}", bits, evidence=evidence)
-    return Foreign(model.to(device).eval(), subject, path)
+    return Foreign(to_eval(model.to(device)), subject, path)
 
 
 def probe(foreign: Foreign, data: Dataset, batch_size: int) -> None:

@@ -16,7 +16,7 @@ from defquant.errors import DefquantWarning, UserError
 __all__ = [
     "SAME", "Attack", "ById", "differentiable", "draw_seed", "generator_of", "gradient", "leaf",
     "lint_answer", "lint_attack", "lint_images", "lint_model", "made_by", "name_of", "seed_of",
-    "uniform", "untouched",
+    "to_eval", "uniform", "untouched",
 ]  # fmt: skip
 
 SAME = 1e-4  # of the largest logit: what rounding may change between identical calls
@@ -70,7 +70,7 @@ def untouched(model: nn.Module) -> Iterator[nn.Module]:
     params, buffers = list(model.parameters()), list(model.buffers())
     if any(map(nn.parameter.is_lazy, (*params, *buffers))):
         raise UserError("the model has lazy layers without a shape: run it once on an image before")
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, getattr(module, "training", False)) for module in model.modules()]
     flags = [(p, p.requires_grad and not p.is_inference(), p.grad) for p in params]
     bound = [(m, dict(m._buffers.items()), dict(vars(m))) for m in model.modules()]
     groups = [(group, _flat(group), [t.shape for t in group]) for group in _by_kind(buffers)]
@@ -90,7 +90,7 @@ def untouched(model: nn.Module) -> Iterator[nn.Module]:
 
     with torch.random.fork_rng(list(gpus)):
         try:
-            model.eval()
+            to_eval(model)
             for parameter, requires_grad, _ in flags:
                 if requires_grad:
                     parameter.requires_grad_(False)
@@ -122,6 +122,16 @@ def _fed(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def to_eval(model: nn.Module) -> nn.Module:
+    """`model` in eval mode; a program of `torch.export` has but one mode, and refuses the call."""
+    try:
+        model.eval()
+    except NotImplementedError:
+        for module in model.modules():
+            module.training = False
+    return model
 
 
 def _by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
@@ -395,7 +405,7 @@ def lint_model(model: nn.Module, x: Tensor, y: Tensor) -> None:
     mode, gives probabilities instead of logits, is random, lets an example's output depend on its
     batch, or answers NaN.
     """
-    if any(module.training for module in model.modules()):
+    if any(getattr(module, "training", False) for module in model.modules()):
         _warn("the model is in training mode: it is attacked in eval mode, and put back after")
     with untouched(model), torch.no_grad():
         logits = model(x)
