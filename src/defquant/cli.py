@@ -4,18 +4,19 @@ import re
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 
 from defquant.config import check_eps
-from defquant.errors import UserError
+from defquant.errors import UserError, shown, visible
+from defquant.files import read_text
 from defquant.flags import VERBS, parser_for
+from defquant.typed import check_sound, parse_yaml
 
 __all__ = ["eps", "main"]
 
@@ -24,6 +25,8 @@ _SWITCHES = (
     "detector", "list", "dry_run", "render_only", "deployable", "allow_float",
     "no_audit",
 )  # fmt: skip
+
+_MOVES = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
+    except (OSError, UnicodeError, OverflowError, RecursionError, MemoryError) as error:
+        print(f"defquant: {type(error).__name__}: {shown(str(error), 300)}", file=sys.stderr)
+        return 2
 
 
 def _dispatch(words: list[str]) -> int:
@@ -58,7 +64,7 @@ def _dispatch(words: list[str]) -> int:
         return 0
     verb, flags = words[0], words[1:]
     if verb not in VERBS:
-        raise UserError(f"unknown verb {verb!r}: use one of {', '.join(VERBS)}")
+        raise UserError(f"unknown verb {shown(verb)!r}: use one of {', '.join(VERBS)}")
     settings = _parse(verb, flags)
     if settings is None:
         return 0
@@ -72,7 +78,9 @@ def _dispatch(words: list[str]) -> int:
 
 def _parse(verb: str, flags: list[str]) -> Namespace | None:
     """The flags as a namespace; None where `--help` or `--print_config` has answered."""
-    parser = parser_for(verb, _preset(flags) if verb == "train" else None)
+    preset = _preset(flags)  # reads and checks what --config names
+    _check({"flags": [word for word in flags if "\n" not in word]})
+    parser = parser_for(verb, preset if verb == "train" else None)
     try:
         settings: Namespace = parser.parse_args(_spelled(flags))
     except ArgumentError as error:
@@ -81,6 +89,7 @@ def _parse(verb: str, flags: list[str]) -> Namespace | None:
         if stop.code:
             raise UserError(f"bad flags: see `defquant {verb} --help`") from None
         return None
+    _check({f"--{name}": value for name, value in settings.as_dict().items() if name != "config"})
     if verb in ("attack", "export"):
         settings.eps = [eps(text) for text in settings.eps]
     if verb in ("transfer", "diagnose"):
@@ -100,7 +109,7 @@ def eps(text: str | float) -> float:
     except (ValueError, ZeroDivisionError):
         value = float("nan")
     if value != value:
-        raise UserError(f"eps is a number in [0, 1], as 8/255 or 0.03; found {text!r}")
+        raise UserError(f"eps is a number in [0, 1], as 8/255 or 0.03; found '{shown(text)}'")
     return check_eps(value)
 
 
@@ -128,24 +137,38 @@ def _listed(text: str) -> str:
     return f"[{text}]" if re.fullmatch(r"\d+(,\d+)*", text) else text
 
 
+def _check(values: Mapping[str, Any]) -> None:
+    """Raise `UserError` for numbers beyond 64 bits, and texts that would move a cursor."""
+    for name, value in values.items():
+        check_sound(value, name)
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str) and _MOVES.search(text):
+                raise UserError(
+                    f"{name}: names hold no control or direction characters; found '{shown(text)}'"
+                )
+
+
 def _preset(flags: list[str]) -> str | None:
     """The preset that the flags name, or a `--config` file does."""
+    found = None
     for word, following in pairwise([*flags, ""]):
-        if word == "--preset":
-            return following
-        if word.startswith("--preset="):
-            return word.partition("=")[2]
-        if word == "--config" and Path(following).is_file():
-            return _preset_of(Path(following))
-    return None
+        name, equals, value = word.partition("=")
+        value = value if equals else following
+        if name == "--preset":
+            found = value
+        elif name == "--config":
+            settings = _read_config(value)
+            inner = settings.get("preset") if isinstance(settings, dict) else None
+            found = inner if found is None and isinstance(inner, str) else found
+    return found
 
 
-def _preset_of(config: Path) -> str | None:
-    try:
-        found = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None  # the parser will say what is wrong with it
-    return found.get("preset") if isinstance(found, dict) else None
+def _read_config(name: str) -> Any:
+    """Settings in a file, or in a text that begins with `{`; no file is the parser's to blame."""
+    if name.lstrip().startswith("{"):
+        return parse_yaml(name, "--config")
+    path = Path(name)
+    return parse_yaml(read_text(path, 1 << 20), name) if path.is_file() else None
 
 
 def _one_line(verb: str, message: str) -> str:
@@ -161,13 +184,14 @@ def _one_line(verb: str, message: str) -> str:
         if key[1] in ("bits", "squeeze"):
             off = "full precision" if key[1] == "bits" else "no squeezing"
             wanted = f"a whole number from 1 to 8, or none for {off}"
-        return f"--{key[1]} takes {wanted or 'another value'}; found {found[-1]!r}"
+        return f"--{key[1]} takes {wanted or 'another value'}; found '{shown(found[-1])}'"
     text = re.sub(r"\s+", " ", message).strip()
-    return f"{text}: see `defquant {verb} --help`"
+    return f"{shown(text, 300)}: see `defquant {verb} --help`"
 
 
 def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"defquant: warning: {message}", file=sys.stderr)
+    text = visible(" ".join(str(message).split("\n")))
+    print(f"defquant: warning: {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

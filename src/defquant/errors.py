@@ -4,8 +4,10 @@ __all__ = ["DefquantWarning", "UserError", "shown", "visible"]
 
 
 def visible(text: str) -> str:
-    """`text` on one line, without what would move a terminal's cursor or turn its direction."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else "�" for c in text)
+    """`text` on one line; what would move a cursor or turn the direction as its escape."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(value: object, limit: int = 80) -> str:

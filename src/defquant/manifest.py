@@ -4,16 +4,17 @@ The folder may come from anywhere: reading it runs no code and follows no path o
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from defquant.errors import UserError
+from defquant.errors import UserError, shown
+from defquant.files import read_lines
+from defquant.typed import from_mapping
 
 __all__ = ["KIND", "MANIFEST", "Manifest", "Saved", "fingerprint_of", "read_manifest"]
 
@@ -48,6 +49,15 @@ class Saved:
     sha256: str
 
 
+@dataclass(frozen=True)
+class _Head:
+    """What the reader needs of the first line."""
+
+    shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+    pictures: int
+
+
 def fingerprint_of(pixels: NDArray[np.uint8]) -> str:
     """SHA-256 over the shape (c, h, w) and the pixels."""
     digest = hashlib.sha256(repr(tuple(pixels.shape)).encode())
@@ -69,26 +79,17 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of `folder`. Raises `UserError` where it is missing, cut, or not ours."""
     path = folder / MANIFEST
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
+    if not path.exists():
         raise UserError(
             f"no {MANIFEST} in {folder}: give a folder that `defquant attack --save-images` wrote "
             "to the end"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    try:
-        records = [json.loads(line) for line in lines]
-        head = records[0]
-        if head["kind"] != KIND or head["format"] != 1:
-            raise ValueError(head["kind"])
-        channels, height, width = (int(side) for side in head["shape"])
-        classes, count = len(head["classes"]), int(head["pictures"])
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-        raise UserError(
-            f"{path} is no manifest of saved images, or was cut: copy it again"
-        ) from None
+        )
+    records = list(read_lines(path))
+    head = records[0][1] if records else None
+    if not isinstance(head, dict) or head.get("kind") != KIND or head.get("format") != 1:
+        raise UserError(f"{path} is no manifest of saved images, or was cut: copy it again")
+    about = from_mapping(_Head, head, records[0][0])
+    (channels, height, width), classes, count = about.shape, len(about.classes), about.pictures
     if channels not in (1, 3) or not 0 < max(height, width) <= _LARGEST or min(height, width) < 1:
         raise UserError(
             f"saved images have 1 or 3 channels and sides up to {_LARGEST}; found "
@@ -99,30 +100,27 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} must list its {count} pictures; found {len(records) - 1}: it was cut, copy it "
             "again"
         )
-    pictures = tuple(
-        _picture(r, classes, f"{path}, line {i}") for i, r in enumerate(records[1:], 2)
-    )
+    pictures = tuple(_picture(record, classes, where) for where, record in records[1:])
     return Manifest(folder, head, (channels, height, width), classes, pictures)
 
 
 def _picture(record: Any, classes: int, where: str) -> Saved:
     """A line of the manifest, checked field by field."""
-    wanted = {item.name: item.type for item in fields(Saved)}
-    if not isinstance(record, dict) or set(record) != set(wanted):
-        raise UserError(f"{where}: a picture has the fields {', '.join(wanted)}; found others")
-    for name, kind in wanted.items():
-        value = record[name]
-        kinds = (int, float) if kind is float else (kind,)
-        if type(value) not in kinds:
-            raise UserError(f"{where}: {name} cannot be {value!r}")
-    path = PurePosixPath(record["file"])
-    if path.is_absolute() or ".." in path.parts or "\\" in record["file"] or path.suffix != ".png":
+    found = from_mapping(Saved, record, where)
+    path = PurePosixPath(found.file)
+    if path.is_absolute() or ".." in path.parts or "\\" in found.file or path.suffix != ".png":
         raise UserError(
-            f"{where}: pictures are .png files inside the folder; found {record['file']!r}"
+            f"{where}pictures are .png files inside the folder; found '{shown(found.file)}'"
         )
-    if not 0 <= record["label"] < classes or not 0 <= record["eps"] <= 1:
+    answers = (found.label, found.clean, found.adversarial)
+    if not all(0 <= answer < classes for answer in answers) or not 0 <= found.eps <= 1:
         raise UserError(
-            f"{where}: labels lie in 0..{classes - 1} and eps in [0, 1]; found label "
-            f"{record['label']} and eps {record['eps']}"
+            f"{where}labels and answers lie in 0..{classes - 1} and eps in [0, 1]; found "
+            f"{answers} and eps {found.eps:g}"
         )
-    return Saved(**record)
+    if found.id < 0 or not 0 <= found.distance <= 255:
+        raise UserError(
+            f"{where}id must not be negative and distance lie in 0..255; found {found.id} and "
+            f"{found.distance}"
+        )
+    return found

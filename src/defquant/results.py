@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from defquant.config import check_bits, check_eps
-from defquant.errors import UserError
+from defquant.errors import UserError, visible
 from defquant.files import append_line, read_lines
 from defquant.typed import from_mapping
 
@@ -281,7 +281,7 @@ def read_folder(folder: Path) -> list[Measurement]:
 
 def run_name(run: Path, folder: Path) -> str:
     """A run's name among those below `folder`: its path from there, or its own name."""
-    return run.resolve().name if run == folder else str(run.relative_to(folder))
+    return visible(run.resolve().name if run == folder else str(run.relative_to(folder)))
 
 
 def told_apart(measurements: Iterable[Measurement]) -> list[Measurement]:

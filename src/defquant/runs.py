@@ -16,7 +16,7 @@ from defquant.checkpoint import Checkpoint, Facts
 from defquant.config import DataConfig, ModelConfig, TrainConfig
 from defquant.data import Dataset, load
 from defquant.distributed import leads, pick_device
-from defquant.errors import DefquantWarning, UserError
+from defquant.errors import DefquantWarning, UserError, shown
 from defquant.files import owned_folder
 from defquant.models import build
 from defquant.training import History, train
@@ -69,7 +69,21 @@ def train_run(
             if leads():
                 checkpoint.write_companions(out, before.facts)
             checkpoint.restore(model, before.weights, str(out))
+            if config.momentum and len(facts.history) < config.epochs:
+                _check_momentum(model, momentum, out)
         return _train(model, data, facts, momentum, out, show, check)
+
+
+def _check_momentum(model: nn.Module, momentum: Mapping[str, Tensor], out: Path) -> None:
+    """Raise `UserError` unless there is one for each parameter: other weights would come of it."""
+    wanted = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    found = {name: buffer.shape for name, buffer in momentum.items()}
+    if wanted != found:
+        name = min(n for n in wanted | found if wanted.get(n) != found.get(n))
+        raise UserError(
+            f"cannot resume {out}: the momentum of {shown(name)} is missing or of another shape, "
+            "so that other weights would come of it: train again, from the start"
+        )
 
 
 def _train(

@@ -18,7 +18,15 @@ import yaml
 
 from defquant.errors import UserError, shown
 
-__all__ = ["check_fields", "convert", "decode", "from_mapping", "parse_json", "parse_yaml"]
+__all__ = [
+    "check_fields",
+    "check_sound",
+    "convert",
+    "decode",
+    "from_mapping",
+    "parse_json",
+    "parse_yaml",
+]
 
 DEEPEST = 60  # lists and mappings within each other
 _LARGEST = 1 << 63
@@ -64,7 +72,7 @@ def _parse(text: str, where: str, kind: str, load: Callable[[], Any]) -> Any:
         ) from None
     brackets = text.count("[") + text.count("{")
     if kind != "JSON" or brackets > DEEPEST or _SUSPECT.search(text):
-        _check_sound(found, where)
+        check_sound(found, where)
     return found
 
 
@@ -91,7 +99,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _check_sound(value: Any, where: str) -> None:
+def check_sound(value: Any, where: str) -> None:
+    """Raise `UserError`: too deep, a number beyond 64 bits, a text with NUL or half a character."""
     layer = [value]
     for _ in range(DEEPEST):
         inner: list[Any] = []
@@ -102,7 +111,7 @@ def _check_sound(value: Any, where: str) -> None:
                 raise UserError(f"{where}: numbers have 64 bits; found {shown(item, 40)}")
             elif isinstance(item, Mapping):
                 inner += [*item.keys(), *item.values()]
-            elif isinstance(item, list):
+            elif isinstance(item, list | tuple):
                 inner += item
         layer = inner
         if not layer:

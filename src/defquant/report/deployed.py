@@ -4,19 +4,19 @@ As all that the folders hold it is untrusted: a number of a wrong type, or one t
 makes a file a broken one.
 """
 
-import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from defquant.errors import UserError
-from defquant.files import read_bytes
+from defquant.config import check_bits, check_eps
+from defquant.errors import UserError, shown, visible
+from defquant.files import read_text
 from defquant.report.names import Family, Series, attack_order, bits_text
 from defquant.report.sources import BROKEN
 from defquant.results import Score
+from defquant.typed import convert, from_mapping, parse_json
 
 __all__ = [
     "INTEGER",
@@ -70,8 +70,8 @@ class Parity:
     flipped_codes: float
     logit_error: float
     reference_mismatches: int
-    unoptimised_agreement: float | None
-    openvino_agreement: float | None
+    unoptimised_agreement: float | None = None
+    openvino_agreement: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,10 @@ class Latency:
     median_ms: float
     low_ms: float
     high_ms: float
+
+    def __post_init__(self) -> None:
+        if not self.median_ms > 0:
+            raise UserError(f"a latency must be positive; found {self.median_ms:g} ms")
 
 
 @dataclass(frozen=True)
@@ -153,17 +157,17 @@ def read_deployed(folder: Path) -> tuple[list[Deployed], list[str]]:
     """
     models, notes = [], []
     for path in sorted(folder.rglob("*.json")):
-        place = str(path.relative_to(folder))
+        place, text = visible(str(path.relative_to(folder))), ""
         try:
-            text = read_bytes(path).decode()
+            text = read_text(path)
             if KIND not in text and not path.with_suffix(".onnx").exists():
                 continue
-            record = json.loads(text)
+            record = parse_json(text, place)
             if isinstance(record, dict) and record.get("kind") == KIND:
                 models.append(_deployed(record, place))
         except (UserError, *BROKEN) as error:
-            if path.with_suffix(".onnx").exists() or not isinstance(error, OSError | UnicodeError):
-                notes.append(f"{place}: left out ({type(error).__name__}: {error})")
+            if text or path.with_suffix(".onnx").exists():
+                notes.append(f"{place}: left out ({shown(str(error), 200)})")
     return sorted(models, key=lambda model: model.order), notes
 
 
@@ -175,33 +179,25 @@ def _deployed(record: Mapping[str, Any], place: str) -> Deployed:
     integer, every = (_whole(value) for value in record["convolutions"])
     return Deployed(
         place=place,
-        **{name: str(record[name]) for name in texts},
-        bits=_whole(record["bits"]),
-        weight_bits=_whole(record["weight_bits"]),
-        beta=_finite(record["beta"]),
-        seed=_whole(record["seed"]),
+        **{name: convert(str, record[name], name) for name in texts},
+        bits=check_bits(_whole(record["bits"])) or 0,
+        weight_bits=check_bits(_whole(record["weight_bits"]), "weight_bits") or 0,
+        beta=convert(float, record["beta"], "beta"),
+        seed=convert(int, record["seed"], "seed"),
         calibrated=None if calibrated is None else _whole(calibrated),
         convolutions=(integer, every),
-        parity=_parity(record["parity"]),
+        parity=from_mapping(Parity, record["parity"], "parity."),
         scores=sorted(map(_pair, record["scores"]), key=lambda pair: pair.order),
         cost=_cost(record["cost"]),
         versions={str(name): str(value) for name, value in record["versions"].items()},
     )
 
 
-def _parity(record: Mapping[str, Any]) -> Parity:
-    counts = {name: _whole(record[name]) for name in ("images", "reference_mismatches")}
-    shares = {name: _finite(record[name]) for name in ("agreement", "flipped_codes", "logit_error")}
-    others = {name: record.get(name) for name in ("unoptimised_agreement", "openvino_agreement")}
-    engines = {name: None if v is None else _finite(v) for name, v in others.items()}
-    return Parity(**counts, **shares, **engines)  # type: ignore[arg-type]
-
-
 def _pair(record: Mapping[str, Any]) -> Pair:
     trained = record.get("trained")
     return Pair(
         attack=str(record["attack"]),
-        eps=_finite(record["eps"]),
+        eps=check_eps(convert(float, record["eps"], "eps")),
         settings=str(record.get("settings", "")),
         trained=None if trained is None else _score(trained),
         deployed=_score(record["deployed"]),
@@ -209,8 +205,7 @@ def _pair(record: Mapping[str, Any]) -> Pair:
 
 
 def _score(record: Sequence[Any]) -> Score:
-    correct, total = (_whole(value) for value in record)
-    return Score(correct, total)
+    return Score(*convert(tuple[int, int], record, "a score"))
 
 
 def _cost(record: dict[str, Any]) -> Cost:
@@ -220,12 +215,15 @@ def _cost(record: dict[str, Any]) -> Cost:
     )  # fmt: skip
     timed = record.get("latency") or {}
     latency = {
-        int(batch): {ENGINES.get(name, str(name)): _latency(own) for name, own in engines.items()}
+        int(batch): {
+            ENGINES.get(name, str(name)): from_mapping(Latency, own, "latency.")
+            for name, own in engines.items()
+        }
         for batch, engines in timed.get("batches", timed).items()
     }
     around = record | timed
     return Cost(
-        **{name: _amount(record[name]) for name in counts},
+        **{name: _amount(record[name], name) for name in counts},
         float_macs=_whole(record.get("float_macs", 0)),
         latency=dict(sorted(latency.items())),
         threads=_whole(around.get("threads", 0)),
@@ -233,27 +231,16 @@ def _cost(record: dict[str, Any]) -> Cost:
     )
 
 
-def _latency(record: Mapping[str, Any]) -> Latency:
-    median, low, high = (_finite(record[name]) for name in ("median_ms", "low_ms", "high_ms"))
-    if median <= 0:
-        raise ValueError(f"a latency of {median} ms")
-    return Latency(median, low, high)
+def _whole(value: object, name: str = "a count") -> int:
+    number: int = convert(int, value, name)
+    if number < 0:
+        raise UserError(f"{name} must not be negative; found {number}")
+    return number
 
 
-def _whole(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{value!r:.40} is no count")
-    return value
-
-
-def _amount(value: object) -> int:
+def _amount(value: object, name: str) -> int:
     """Of bytes or operations: packed codes may end within a byte."""
-    if (amount := _finite(value)) <= 0:
-        raise ValueError(f"{value!r:.40} is no amount")
+    amount: float = convert(float, value, name)
+    if amount <= 0:
+        raise UserError(f"{name} must be positive; found {amount:g}")
     return round(amount)
-
-
-def _finite(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{value!r:.40} is no finite number")
-    return float(value)

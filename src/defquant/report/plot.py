@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from defquant.errors import UserError
 from defquant.files import write_bytes
-from defquant.report.names import attack_order, distinct, series_of
+from defquant.report.names import Series, attack_order, distinct, series_of
 from defquant.report.tables import band, chosen
 from defquant.results import Cell, Measurement, aggregate
 
@@ -43,6 +43,12 @@ def plot_curves(measurements: Sequence[Measurement], out: Path) -> Path:
     return save(figure, out)
 
 
+def _label(network: Series) -> str:
+    """Its name; matplotlib leaves names that begin with _ out of the legend."""
+    name = str(network)
+    return f" {name}" if name.startswith("_") else name
+
+
 def check_name(out: Path) -> str:
     """The format that the file's name asks for. Raises `UserError` for others than the three."""
     kind = out.suffix.removeprefix(".").lower()
@@ -54,11 +60,14 @@ def check_name(out: Path) -> str:
 def save(figure: "Figure", out: Path) -> Path:
     """Write `figure` to `out`, whole; the same figure makes the same bytes."""
     from matplotlib import rc_context
+    from matplotlib.text import Text
 
     kind = check_name(out)
+    for text in figure.findobj(Text):  # a name with $ is no formula
+        text.set_parse_math(False)
     stamp = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "defquant"}):
+    with rc_context({"svg.hashsalt": "defquant", "text.parse_math": False}):
         figure.savefig(buffer, format=kind, dpi=160, metadata=stamp)
     return write_bytes(out, buffer.getvalue())
 
@@ -74,7 +83,7 @@ def _panel(axis: "Axes", cells: Sequence[Cell], attack: str) -> None:
         colour = "#666666" if index is None else _COLOURS[index % len(_COLOURS)]
         pixels = [c.eps * 255 for c in mine]
         axis.plot(
-            pixels, [100 * c.mean for c in mine], color=colour, label=str(network), marker="o",
+            pixels, [100 * c.mean for c in mine], color=colour, label=_label(network), marker="o",
             markersize=3, linestyle="--" if network.bits is None else "-",
         )  # fmt: skip
         axis.fill_between(
