@@ -36,7 +36,8 @@ STRIP = {
 }  # fmt: skip
 TOKENS = [
     b"1e400", b"NaN", b"-1", b"99999999999999999999", b"5.5", b'"x"', b"null", b"[]", b"{}",
-    b"[" * 99, b'"\\ud800"', b'"\\u0000"', b"\xff", b"true", b'"' + b"n" * 5000 + b'"', b"&a", b"*a", b"\n",
+    b"[" * 99, b'"\\ud800"', b'"\\u0000"', b"\xff", b"true", b'"' + b"n" * 5000 + b'"',
+    b"&a", b"*a", b"\n",
 ]  # fmt: skip
 
 
@@ -146,7 +147,8 @@ def test_settings_that_cannot_be(
 @pytest.mark.parametrize(
     "words",
     [["report", "a\udcff"], ["report", "a\x1b[2J"], ["report", "x" * 5000],
-     ["train", "--seed", "9" * 20], ["train", "--milestones", "[" * 10_000], ["z\u202e" * 500], ["attack", "x", "--eps", "1e400"]],
+     ["train", "--seed", "9" * 20], ["train", "--milestones", "[" * 10_000],
+     ["z\u202e" * 500], ["attack", "x", "--eps", "1e400"]],
 )  # fmt: skip
 def test_flags_that_cannot_be(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
