@@ -12,8 +12,8 @@ from defquant.checkpoint import Facts, _facts
 from defquant.cli import main
 from defquant.config import DataConfig, ModelConfig, TrainConfig
 from defquant.errors import UserError, shown
-from defquant.experiments import store
 from defquant.manifest import KIND, MANIFEST, Saved, read_manifest
+from defquant.paper import grid
 from defquant.report import build_report, plot_curves
 from defquant.report.deployed import read_deployed
 from defquant.results import Measurement, read_folder, read_jsonl
@@ -57,7 +57,7 @@ def flags(folder: Path) -> Any:
 
 READERS: dict[str, tuple[str, Callable[[Path], Any], bytes]] = {
     "results": ("results.jsonl", results, text(asdict(LINE)) * 2),
-    "probes": (store.VALUES, store.read, text({"cell": "a", "values": [1, 2]})),
+    "probes": (grid.VALUES, grid.read, text({"cell": "a", "values": [1, 2]})),
     "manifest": (MANIFEST, read_manifest, text(HEAD) + text(asdict(PICTURE))),
     "config": ("f.yaml", flags, b"model: wrn-10-1\nbits: 4\nlr: 0.1\nmilestones: [1, 2]\n"),
     "header": (
