@@ -144,6 +144,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mine")
     (folder / "my.py").write_text(CODE)
     (folder / "helper.py").write_text("WIDTH = 8\n")
+    torch.manual_seed(0)
     net = load_foreign(f"{folder}/my.py:make_model", None, torch.device("cpu")).model
     data = dq.load("digits").first(512)
     dq.train(net, data, dq.TrainConfig(epochs=6, batch_size=32, lr=0.02, device="cpu"))
@@ -224,6 +225,7 @@ def test_the_report_names_it(
     assert "As<br>given" in text
 
 
+@pytest.mark.filterwarnings("ignore::defquant.DefquantWarning")  # negated: it may guess
 def test_two_weight_files_of_one_name_in_one_folder_are_two_networks(
     place: Path, tmp_path: Path
 ) -> None:
