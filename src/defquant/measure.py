@@ -19,7 +19,7 @@ from defquant.config import digest
 from defquant.data import Dataset
 from defquant.data.pictures import encode
 from defquant.evaluate import Scored, Watch, device_of, sweep
-from defquant.files import write_json
+from defquant.files import make_folder, write_json
 from defquant.results import Measurement, append
 
 __all__ = [
@@ -85,14 +85,16 @@ def measure(
     `results.jsonl`. `black_box` holds attacks ready made, as `defquant.replay` keeps them. `watch`
     shows how far each attack is.
     """
-    write = partial(append, run / "results.jsonl") if write is None else write
+    keep = partial(append, run / "results.jsonl") if write is None else write
     subject = subject_of(facts)
     hashes = {"weights_sha256": weights_hash(model), "data_fingerprint": images.source}
     evidence = hashes | evidence_of(subject, device_of(model, images.images.device), batch_size)
     every = [*attacks, *black_box]
     for scored in sweep(model, images, every, batch_size=batch_size, seed=seed, watch=watch):
         measurement = _measurement(run, subject, images, scored, seed, evidence)
-        write(measurement)
+        if write is None and scored.attack is None:
+            make_folder(run)  # once: where it is removed later, that is said
+        keep(measurement)
         yield measurement
 
 

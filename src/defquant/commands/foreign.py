@@ -16,7 +16,6 @@ def attack_foreign(settings: Namespace) -> int:
     from defquant.attacks.names import parse_attack
     from defquant.data import load
     from defquant.distributed import pick_device
-    from defquant.files import make_folder
     from defquant.foreign import blamed, load_foreign, probe, warn_of_chance
     from defquant.manifest import MANIFEST
     from defquant.measure import write_examples
@@ -29,7 +28,6 @@ def attack_foreign(settings: Namespace) -> int:
     foreign = load_foreign(settings.model_file, settings.weights, device)
     model, subject = foreign.model, foreign.subject
     probe(foreign, images, settings.batch_size)
-    make_folder(out)
     saved = Path(settings.save_images) if settings.save_images else None
     with blamed(foreign.path):
         measurements = measure_and_save(
