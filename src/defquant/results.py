@@ -10,6 +10,7 @@ import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -171,12 +172,12 @@ class Measurement:
         attack = (self.attack, self.eps, _ONE_STEP.sub(_PACE, self.settings), self.attack_seed)
         return (*identity, self.fingerprint, *attack, self.total)
 
-    @property
+    @cached_property
     def network(self) -> tuple[str, str]:
         """Hashes of the weights and of the user's file; empty where unknown."""
         return self._hash("weights_sha256"), self._hash("file_sha256")
 
-    @property
+    @cached_property
     def make(self) -> tuple[str, str]:
         """Hashes of what all seeds of one network share: its configuration and training images.
 
@@ -188,7 +189,7 @@ class Measurement:
             first, second = self._hash("config_sha256"), self._hash("train_fingerprint")
         return (first, second) if first else ("", "")
 
-    @property
+    @cached_property
     def source(self) -> tuple[str]:
         """Fingerprint of the whole data set, of which the first images are measured."""
         return (self._hash("data_fingerprint"),)

@@ -106,13 +106,14 @@ def check_sound(value: Any, where: str) -> None:
         inner: list[Any] = []
         for item in layer:
             if isinstance(item, str):
-                _check_text(item, where)
-            elif isinstance(item, int) and abs(item) >= _LARGEST:
-                raise UserError(f"{where}: numbers have 64 bits; found {shown(item, 40)}")
-            elif isinstance(item, Mapping):
+                if "\0" in item or not item.isascii():
+                    _check_text(item, where)
+            elif isinstance(item, dict):
                 inner += [*item.keys(), *item.values()]
             elif isinstance(item, list | tuple):
                 inner += item
+            elif isinstance(item, int) and abs(item) >= _LARGEST:
+                raise UserError(f"{where}: numbers have 64 bits; found {shown(item, 40)}")
         layer = inner
         if not layer:
             return
@@ -120,7 +121,7 @@ def check_sound(value: Any, where: str) -> None:
 
 
 def _check_text(text: str, where: str) -> None:
-    if "\0" in text or (not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)):
+    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
         raise UserError(f"{where}: a text cannot hold NUL or half a character; found {shown(text)}")
 
 
@@ -155,7 +156,10 @@ def convert(kind: Any, value: Any, name: str) -> Any:
 
     Numbers are finite and have 64 bits. Raises `UserError`: `name` must be this, that was found.
     """
-    if type(value) is kind and kind in (str, bool):
+    if type(value) is kind and (
+        kind in (str, bool) or (kind is float and math.isfinite(value))
+        or (kind is int and abs(value) < _LARGEST)
+    ):  # fmt: skip
         return value
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any or (kind in (None, type(None)) and value is None):
