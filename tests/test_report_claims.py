@@ -120,7 +120,7 @@ def test_sections_without_scores_make_a_page(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no results"):
         build_report(tmp_path, out)
     (tmp_path / "results.jsonl").write_text("broken\n")
-    with pytest.raises(UserError, match="not a measurement"):
+    with pytest.raises(UserError, match="line 1 is not JSON"):
         build_report(tmp_path, out, verdicts=(C1,))
 
 
