@@ -21,7 +21,7 @@ from defquant.distributed import Workers
 from defquant.errors import DefquantWarning, UserError
 from defquant.files import owned_folder, write_bytes
 from defquant.lipschitz import ConvexSum
-from defquant.runs import train_run
+from defquant.runs import _check_momentum, train_run
 from defquant.training import learning_rate, train, training_attack
 from defquant.typed import from_mapping
 
@@ -423,3 +423,13 @@ def test_a_foreign_attack_in_training_is_checked(corners: Dataset) -> None:
 
     with pytest.raises(dq.UserError, match="must return float images"):
         train(network(), corners, replace(CONFIG, epochs=1), attack=broken)
+
+
+def test_momentum_that_is_missing_or_of_another_shape_is_refused() -> None:
+    """Resuming without it would give other weights, and say nothing."""
+    model = nn.Linear(2, 3)
+    whole = {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}
+    _check_momentum(model, whole, Path("run"))
+    for found in ({}, whole | {"bias": torch.zeros(1)}, whole | {"more": torch.zeros(1)}):
+        with pytest.raises(UserError, match="cannot resume run: the momentum of"):
+            _check_momentum(model, found, Path("run"))

@@ -124,7 +124,7 @@ class _Unpickler(pickle.Unpickler):
             return _Part
         raise UserError(
             f"{self.where} must be a pickle of plain arrays; found a call for "
-            f"{module + '.' + name!r}, which is not run: remove the file and {_AGAIN}"
+            f"{shown(module + '.' + name)!r}, which is not run: remove the file and {_AGAIN}"
         )
 
 

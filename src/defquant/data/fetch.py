@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from defquant.data.archive import read_tar
-from defquant.errors import UserError
+from defquant.errors import UserError, shown
 from defquant.files import write_bytes, write_whole
 
 __all__ = ["fetch"]
@@ -127,7 +127,7 @@ def _chunks(
                 yield chunk, total
     except (OSError, http.client.HTTPException) as error:
         reason = _reason(error)
-        raise UserError(f"cannot download {url} ({reason}): {remedy}") from None
+        raise UserError(f"cannot download {url} ({shown(reason)}): {remedy}") from None
     if total is not None and received < total:
         raise UserError(f"the download was cut after {received:,} of {total:,} bytes: {remedy}")
 
