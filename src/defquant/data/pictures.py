@@ -101,7 +101,8 @@ def read_folder(root: Path, split: str) -> Dataset:
     unknown = [name for name in test if name not in train]
     if unknown and split == "test":
         raise UserError(
-            f"{root / split} must hold classes of the training set only; found {shown(unknown[0])!r}"
+            f"{root / split} must hold classes of the training set only; found "
+            f"{shown(unknown[0])!r}"
         )
     said = "; ".join(
         f"{len(names)} {what} ({names[0]}{', ...' * (len(names) > 1)})"
