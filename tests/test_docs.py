@@ -359,3 +359,15 @@ def test_the_source_archive_has_all_that_the_tests_read() -> None:
     taken += ["src/*", "README.md", "LICENSE", "pyproject.toml", "MANIFEST.in"]  # by itself
     left = [f for f in listed.stdout.splitlines() if not any(fnmatch(f, name) for name in taken)]
     assert left in ([".gitignore"], [])  # none: no clone, but the archive
+
+
+def test_every_field_case_has_its_test() -> None:
+    text = (ROOT / "docs" / "field-cases.md").read_text(encoding="utf-8")
+    cases = [line for line in text.splitlines() if line.startswith("| ")][2:]
+    assert len(cases) > 70
+    for case in cases:
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", case)
+        assert named, case
+        for file, name in named:
+            code = (ROOT / "tests" / file).read_text(encoding="utf-8")
+            assert f"\ndef {name}(" in code, f"no {name} in tests/{file}"
