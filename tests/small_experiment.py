@@ -12,7 +12,7 @@ import torch
 from defquant.config import DataConfig, ModelConfig, TrainConfig
 from defquant.paper import grid
 from defquant.paper.grid import Cell, Network, by_network
-from defquant.paper.work import work
+from defquant.paper.run import work
 
 DATA = DataConfig("digits", train_images=96, validation_images=20)
 TRAIN = TrainConfig(epochs=3, batch_size=32, lr=0.1, clip=1.0, device="cpu")

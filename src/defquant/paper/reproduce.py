@@ -9,7 +9,7 @@ from rich.table import Table
 
 from defquant.errors import UserError
 from defquant.paper import grid
-from defquant.paper.cost import passes_by_model
+from defquant.paper.cost import hours, passes_by_model, rates
 from defquant.paper.figures import EXPERIMENTS, WORDS, cells_of
 from defquant.paper.grid import SCALES, Cell, Scale
 from defquant.paper.pool import cores
@@ -84,8 +84,6 @@ def cells_to_make(names: Sequence[str], scale: Scale, keys: Sequence[str] = ()) 
 
 def print_plan(cells: Sequence[Cell], scale: Scale, out: Path, jobs: int | None) -> None:
     """The missing cells by network and what they cost here, after a probe of ten seconds."""
-    from defquant.paper.estimate import estimate
-
     missing = grid.read(out).missing(cells)
     passes = passes_by_model(missing)
     for network, (training, measuring) in passes.items():
@@ -100,15 +98,16 @@ def print_plan(cells: Sequence[Cell], scale: Scale, out: Path, jobs: int | None)
         _check_data(scale, missing)
     except UserError as error:
         print(f"without its images nothing can be made: {error}")
-    found = estimate(missing, jobs or cores())
-    for kind, rate in found.rates.items():
+    found = rates(passes)
+    for (model, data), rate in found.items():
         shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-        print(f"{kind}: {shown} image passes a second in one process")
-    total = found.training + found.measuring
+        print(f"{model} on {data}: {shown} image passes a second in one process")
+    training, measuring = map(sum, zip(*passes.values(), strict=True))
+    processes = jobs or cores()
     print(
-        f"{found.networks} networks, {found.cells} cells: {total:,.0f} image passes "
-        f"({found.training:,.0f} of them training), about {_duration(found.hours)} "
-        f"with {found.jobs} processes"
+        f"{len(passes)} networks, {len(missing)} cells: {training + measuring:,.0f} image passes "
+        f"({training:,.0f} of them training), about {_duration(hours(passes, found, processes))} "
+        f"with {processes} processes"
     )
 
 

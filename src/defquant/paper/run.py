@@ -1,18 +1,41 @@
-"""Train and measure what is missing of some cells, over processes or a cluster."""
+"""Train and measure what is missing of some cells, over processes or a cluster.
+
+A network is one job: trained where it is missing, then measured, by one process that claims it.
+"""
 
 import sys
-from collections.abc import Generator, Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import nn
+
+from defquant.attacks import Attack, Composition, Single
+from defquant.attacks.names import parse_attack, parse_first_order
+from defquant.checkpoint import Facts, versions
+from defquant.defenses import Unaware
+from defquant.detection import CALIBRATION, detection
+from defquant.diagnose import first_block_distances, layer_distances
+from defquant.distributed import pick_device
 from defquant.errors import UserError
+from defquant.files import claimed
+from defquant.measure import examples, load_on, measure
 from defquant.paper import grid
-from defquant.paper.grid import Cell, Network, by_network
+from defquant.paper.grid import Cell, Kind, Network, by_network
 from defquant.paper.pool import Job, cores, each
-from defquant.paper.work import work
+from defquant.replay import replay
+from defquant.results import Measurement
+from defquant.runs import load_images, test_images, train_run
 
-__all__ = ["run"]
+__all__ = ["run", "work"]
+
+DISTANCE_IMAGES = 128  # as section 3 of the paper
+PICTURES = 8
 
 
 def run(
@@ -78,3 +101,153 @@ def _each(
     devices = {network.train.device for network in networks}
     gpus = None if "auto" in devices else int(devices != {"cpu"})
     return each_on_cluster("reproduce", calls, workers, gpus=gpus)
+
+
+# --- one network --------------------------------------------------------------------------
+
+
+def work(out: Path, network: Network, cells: Sequence[Cell], *, wait: bool) -> str:
+    """Train `network` into `out/networks` and make those of its `cells` that are missing.
+
+    Returns "done"; "busy" where another process is at this network and `wait` is false; else, in
+    one line, why the network cannot be had. The claim dies with its process, and what was
+    finished before stands: a checkpoint each epoch, a line each cell.
+    """
+    with claimed(_claim(out, network), wait=wait) as mine:
+        if not mine:
+            return "busy"
+        try:
+            missing = grid.read(out).missing(cells)
+            if missing or not cells:
+                _train(out, network)
+            for group in _together(cells, missing):
+                _measure(out, network, group, set(missing))
+        except UserError as error:
+            return f"{network.name}: {error}"
+    return "done"
+
+
+def _claim(out: Path, network: Network) -> Path:
+    return out / "locks" / f"{network.name}.lock"
+
+
+def _train(out: Path, network: Network) -> Path:
+    run = out / "networks" / network.name
+    train_run(network.model, network.data, network.train, run, resume=True, show=False)
+    return run
+
+
+def _together(cells: Sequence[Cell], missing: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells to measure in one go: scores on the same images in one sweep, all others alone.
+
+    A family goes as a whole: what fell at a smaller eps must be known at a larger one. Black
+    boxes come last: their substitute may be in training, or impossible.
+    """
+    families = {cell.family for cell in missing}
+    groups: dict[object, list[Cell]] = {}
+    for cell in (cell for cell in cells if cell.family in families):
+        if cell.kind == "accuracy":
+            groups.setdefault((cell.images, cell.split, cell.substitute), []).append(cell)
+        elif cell in missing:
+            groups[cell] = [cell]
+    return sorted(groups.values(), key=lambda group: group[0].substitute is not None)
+
+
+def _measure(out: Path, network: Network, cells: list[Cell], missing: set[Cell]) -> None:
+    run = out / "networks" / network.name
+    device = pick_device(network.train.device)
+    model, facts = load_on(run, device)
+    first = cells[0]
+    facts = replace(facts, data=replace(facts.data, data_root=network.data.data_root))
+    if first.kind == "accuracy":
+        _scores(out, run, model, facts, cells, missing)
+        return
+    start = time.perf_counter()
+    values = _PROBES[first.kind](model, facts, first)
+    seconds = round(time.perf_counter() - start, 3)
+    grid.keep_values(out, first, values, {"versions": versions(device), "seconds": seconds})
+
+
+def _scores(
+    out: Path, run: Path, model: nn.Module, facts: Facts, cells: list[Cell], missing: set[Cell]
+) -> None:
+    device = next(model.parameters()).device
+    images = test_images(facts, None, cells[0].images, cells[0].split)
+    asked = {_label(cell): cell for cell in cells}
+    attacks: list[Single | Composition] = []
+    others: list[Attack] = []
+    for cell in cells:
+        if cell.attack == "clean":
+            continue
+        attack = parse_attack(cell.attack, cell.eps)
+        if cell.substitute is not None:
+            with claimed(_claim(out, cell.substitute), wait=True):
+                substitute = _train(out, cell.substitute)
+                name, first = cell.substitute.name, parse_first_order(cell.attack, cell.eps)
+                others.append(replay(first, substitute, images, device=device, source=name))
+        elif cell.unaware:
+            others.append(Unaware(parse_first_order(cell.attack, cell.eps)))
+        else:
+            attacks.append(attack)
+
+    def write(m: Measurement) -> None:
+        cell = asked.get((m.attack, m.eps))
+        if cell in missing:  # not asked for: the clean pass, or a smaller eps that stood already
+            grid.keep(out, cell, m)
+
+    for _ in measure(run, model, facts, images, attacks, black_box=others, write=write):
+        pass
+
+
+def _label(cell: Cell) -> tuple[str, float]:
+    """How the measurement of `cell` will be called: attack and eps."""
+    if cell.attack == "clean":
+        return "clean", 0.0
+    name = parse_attack(cell.attack, cell.eps).name
+    black_box, unaware = cell.substitute is not None, cell.unaware
+    return name + "(B)" * black_box + " (unaware)" * unaware, cell.eps
+
+
+def _layers(model: nn.Module, facts: Facts, cell: Cell) -> list[dict[str, Any]]:
+    """Records of Figure 3b: layer, index, bits, distance."""
+    x, x_adv = _attacked(model, facts, cell)
+    return [asdict(layer) for layer in layer_distances(model, x, x_adv)]
+
+
+def _first_block(model: nn.Module, facts: Facts, cell: Cell) -> dict[str, Any]:
+    """One eps of Figure 3a: eps, bits, plain, quantized."""
+    x, x_adv = _attacked(model, facts, cell)
+    (found,) = first_block_distances(model, x, [(cell.eps, x_adv)])
+    return asdict(found)
+
+
+def _attacked(model: nn.Module, facts: Facts, cell: Cell) -> tuple[torch.Tensor, torch.Tensor]:
+    images = test_images(facts, None, None, cell.split)
+    device = next(model.parameters()).device
+    x, y = images.to(device).take(torch.arange(min(cell.images or DISTANCE_IMAGES, len(images))))
+    attack = parse_first_order(cell.attack, cell.eps)
+    return x, attack.last(model, x, y, generator=torch.Generator().manual_seed(0))
+
+
+def _detector(model: nn.Module, facts: Facts, cell: Cell) -> dict[str, Any]:
+    """Detected of the fooling images and false positives of the clean: [correct, total] each."""
+    images = test_images(facts, None, cell.images, cell.split)
+    train = load_images(facts.data, "train")
+    calibration = train.first(min(len(train), CALIBRATION))
+    found = detection(model, images, calibration, parse_first_order(cell.attack, cell.eps))
+    scores = {"detected": found.detected, "false_positives": found.false_positives}
+    return {name: score and [score.correct, score.total] for name, score in scores.items()}
+
+
+def _pictures(model: nn.Module, facts: Facts, cell: Cell) -> dict[str, Any]:
+    """Figure 7: the pictures and predictions of `defquant.measure.examples`."""
+    images = test_images(facts, None, cell.images, cell.split)
+    return examples(model, facts, images, parse_attack(cell.attack, cell.eps), PICTURES)
+
+
+_PROBES: dict[Kind, Callable[[nn.Module, Facts, Cell], Any]] = {
+    "layers": _layers,
+    "first-block": _first_block,
+    "detector": _detector,
+    "examples": _pictures,
+}
