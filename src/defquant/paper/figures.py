@@ -19,6 +19,7 @@ from defquant.paper.section import (
     Table,
     attack_text,
     bits_text,
+    eps_number,
     eps_text,
     listed,
     method_text,
@@ -354,4 +355,4 @@ def _images(images: int | None) -> str:
 
 
 def _radii(eps: Sequence[float]) -> str:
-    return listed(eps_text(radius).removesuffix("/255") for radius in eps) + "/255"
+    return listed(map(eps_number, eps)) + "/255"

@@ -9,8 +9,8 @@ from defquant.results import MASKED, Measurement, Score, blind
 
 __all__ = [
     "Answer", "Entry", "Line", "Number", "Panel", "Reading", "Section", "Table", "Verdict",
-    "attack_text", "bits_text", "difference", "eps_text", "listed", "method_text", "model_text",
-    "number", "percent", "rate", "signed", "without_paper",
+    "attack_text", "bits_text", "difference", "eps_number", "eps_text", "listed", "method_text",
+    "model_text", "number", "percent", "rate", "signed", "without_paper",
 ]  # fmt: skip
 
 
@@ -249,10 +249,14 @@ def listed(words: Iterable[object]) -> str:
 
 
 def eps_text(eps: float) -> str:
-    """`8/255` for 0.03137; a stored radius may be rounded in its fourth digit."""
+    """`8/255` for 0.03137."""
+    return f"{eps_number(eps)}/255"
+
+
+def eps_number(eps: float) -> str:
+    """`8` for 8/255, `0.5` for 0.5/255; a stored radius may be rounded in its fourth digit."""
     scaled = 255 * eps
-    near = abs(scaled - round(scaled)) < 0.02
-    return f"{round(scaled)}/255" if near else f"{scaled:.3g}/255"
+    return f"{round(scaled)}" if abs(scaled - round(scaled)) < 0.02 else f"{scaled:.3g}"
 
 
 def attack_text(attack: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from defquant.errors import visible
-from defquant.paper.section import percent, signed
+from defquant.paper.section import eps_number, eps_text, percent, signed
 from defquant.results import BLACK, EIGHT_BIT, FOREIGN, UNAWARE, Cell
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "attack_order",
     "bits_text",
     "distinct",
+    "eps_number",
     "eps_text",
     "is_validation",
     "is_white_box",
@@ -130,17 +131,6 @@ def attack_order(attack: str) -> tuple[int, int, str]:
     kind = attack.endswith(UNAWARE) + 2 * attack.endswith(BLACK)
     stem = attack.removesuffix(EIGHT_BIT).removesuffix(UNAWARE).removesuffix(BLACK).split("-")[0]
     return (kind, ATTACKS.index(stem) if stem in ATTACKS else len(ATTACKS), attack)
-
-
-def eps_text(eps: float) -> str:
-    """`8/255` for 0.03137."""
-    return f"{eps_number(eps)}/255"
-
-
-def eps_number(eps: float) -> str:
-    """`8` for 8/255, `0.5` for 0.5/255; a stored radius may be rounded in its fourth digit."""
-    scaled = 255 * eps
-    return f"{round(scaled)}" if abs(scaled - round(scaled)) < 0.02 else f"{scaled:.3g}"
 
 
 def distinct(items: Iterable[T]) -> list[T]:
