@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from defquant.paper import tables
+from defquant.paper.ask import Ask, ask_all
 from defquant.paper.figures import EXPERIMENTS, WORDS, cells_of, fig7_cells, render
 from defquant.paper.grid import SCALES, Cell, Network, Results, Scale, Trial
 from defquant.paper.section import Number, Section, listed, model_text
-from defquant.paper.tables import NUMBERS, ask_all, chosen_beta, defended, defense
+from defquant.paper.tables import NUMBERS, chosen_beta, defended, defense
 from synthetic_results import fake_measurement, fake_results
 
 SMALL = SCALES["small"].placed(None, "svhn", "cpu")
@@ -129,7 +130,7 @@ def attack(network: Network, name: str, pixels: int, **options: Any) -> Cell:
     return SMALL.trial(name, pixels / 255, **options).cell(network)
 
 
-def networks(asks: list[tables.Ask]) -> dict[str, Network]:
+def networks(asks: list[Ask]) -> dict[str, Network]:
     return {ask.at["name"]: ask.networks[0] for ask in asks}
 
 
@@ -347,7 +348,7 @@ def test_only_the_blindness_of_attacks_that_see_the_gradient_counts() -> None:
     ):  # fmt: skip
         cell = trial.cell(wrn4)
         results = Results({cell.key: fake_measurement(cell, vanishing=0.25)})
-        ((_, found),) = ask_all([tables.Ask({}, (wrn4,), trial)], results)
+        ((_, found),) = ask_all([Ask({}, (wrn4,), trial)], results)
         assert found.vanishing == seen
 
 

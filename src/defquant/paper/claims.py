@@ -10,11 +10,12 @@ from typing import Any, Literal, cast
 
 import yaml
 
+from defquant.paper.ask import Ask
 from defquant.paper.contrasts import Sample, Spread, trend
 from defquant.paper.figures import EXPERIMENTS, fig3_cells, fig7_cells
 from defquant.paper.grid import Cell, Results, Scale, Trial
 from defquant.paper.section import Verdict, bits_text, eps_text, listed, signed
-from defquant.paper.tables import Ask, fig6
+from defquant.paper.tables import fig6
 from defquant.paper.verdict import (
     MARGIN,
     Asked,

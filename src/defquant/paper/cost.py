@@ -12,7 +12,7 @@ from statistics import NormalDist
 
 from defquant.paper.grid import Cell, Network, by_network
 
-__all__ = ["cell_passes", "hours", "passes_by_model", "rates", "training_passes"]
+__all__ = ["hours", "passes_by_model", "rates"]
 
 PROBE_SECONDS = 10.0
 STEPS = 4  # of a probe, in two epochs: the first also pays for what is made once

@@ -4,17 +4,16 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from defquant.config import DataConfig, TrainConfig
 from defquant.paper import tables
-from defquant.paper.grid import Cell, Network, Results, Scale
+from defquant.paper.ask import Ask, Found, Shown, ask_all, panel, pivot
+from defquant.paper.grid import Cell, Network, Results, Scale, Trial
 from defquant.paper.section import (
-    Entry,
-    Line,
     Number,
-    Panel,
     Section,
     Table,
     attack_text,
@@ -27,9 +26,10 @@ from defquant.paper.section import (
     rate,
     without_paper,
 )
-from defquant.paper.tables import Ask, Found, Shown, ask_all, chosen_beta
+from defquant.paper.surrogates import show_surrogates, surrogates
+from defquant.paper.tables import chosen_beta
 
-__all__ = ["EXPERIMENTS", "WORDS", "Experiment", "cells_of", "fig3_cells", "fig7_cells", "render"]
+__all__ = ["EXPERIMENTS", "WORDS", "cells_of", "fig3_cells", "fig7_cells", "render"]
 
 IMAGES = 128  # of Figure 3
 
@@ -58,86 +58,55 @@ def _cell(kind: Any, eps: float, network: Network) -> Cell:
 
 def show_fig3(scale: Scale, results: Results) -> Shown:
     cells = fig3_cells(scale)
+    first = [pair for cell in cells["first"] for pair in _sides(cell, results.value(cell))]
     few_last = sorted(cells["vgg"], key=lambda cell: -(cell.network.model.bits or 99))
-    vgg = {bits_text(c.network.model.bits): _keyed(results, c, []) for c in few_last}
-    wrn = {
-        f"{method_text(c.network.train.beta)} at 4 bits": _keyed(results, c, [])
-        for c in cells["wrn"]
-    }
-    layers = {"(b) VGG-16": vgg, "Wide ResNet (not in the paper)": wrn}
-    there = {title: every for title, every in layers.items() if any(every.values())}
-    first = {f"{255 * c.eps:.3g}": _keyed(results, c, {}) for c in cells["first"]}
+    vgg = {bits_text(cell.network.model.bits): cell for cell in few_last}
+    wrn = {f"{method_text(cell.network.train.beta)} at 4 bits": cell for cell in cells["wrn"]}
+    title, x = "(a) first activation, Wide ResNet", "ε · 255"
+    means = [pair for pair in first if "batch" not in pair[0].at["name"]]
+    shown = [(first, means, title, x, "eps", "side")]
+    for title, every in {"(b) VGG-16": vgg, "Wide ResNet (not in the paper)": wrn}.items():
+        found = [pair for name, cell in every.items() for pair in _layers(name, cell, results)]
+        shown += [(found, found, title, "Layer", "index", "name")] * bool(found)
+    tables = [pivot(found, {x: _at("row")}, _at("name")) for found, _, _, x, _, _ in shown]
+    panels = [
+        panel(title, x.lower(), drawn, _at(line), _at(place), _at("kind"))
+        for _, drawn, title, x, place, line in shown
+    ]
     return (
-        [_first_table(first), *(_layers_table(every) for every in there.values())],
-        [_first_panel(first), *(_layers_panel(t, every) for t, every in there.items())],
+        [replace(table, percent=False) for table in tables],
+        [replace(one, y="D", percent=False) for one in panels],
     )
 
 
-def _keyed(results: Results, cell: Cell, nothing: Any) -> Any:
-    """What the cell found, each record with its key."""
-
-    def keyed(found: Any) -> Any:
-        if isinstance(found, list):
-            return [keyed(part) for part in found]
-        if isinstance(found, dict):
-            return {"cell": cell.key} | {name: keyed(part) for name, part in found.items()}
-        return found
-
-    return keyed(results.value(cell)) or nothing
+def _at(label: str) -> Callable[[Ask], str]:
+    return lambda ask: str(ask.at[label])
 
 
-def _distance(found: Any, batch: bool = False) -> Number:
+def _sides(cell: Cell, found: Any) -> Iterator[tuple[Ask, Number]]:
+    """D after the first block at one eps, as it is and rounded: mean, and of the batch."""
+    eps = f"{255 * cell.eps:.3g}"
+    sides = (("plain", "As it is", "full precision"), ("quantized", "3 bits", "3 bits"))
+    for batch, (side, name, kind) in product((False, True), sides):
+        line = "as it is" if side == "plain" else "rounded to 3 bits"
+        at = {"row": eps, "eps": eps, "name": name + ", batch" * batch, "kind": kind, "side": line}
+        yield Ask(at, (), Trial()), _distance(cell, (found or {}).get(side), batch)
+
+
+def _layers(name: str, cell: Cell, results: Results) -> Iterator[tuple[Ask, Number]]:
+    """D at each layer's input."""
+    for i, record in enumerate(results.value(cell) or ()):
+        at = {"row": f"{i} {record['layer']}", "index": i, "name": name, "kind": name}
+        yield Ask(at, (), Trial()), _distance(cell, record["distance"])
+
+
+def _distance(cell: Cell, found: Any, batch: bool = False) -> Number:
     """D over the examples, with their standard deviation; of the `batch` as one vector."""
     if found is None:
         return Number(None)
-    count, cells = found["examples"] - found["left_out"], (found["cell"],)
-    if batch:
-        return Number(found["whole"], images=count, seeds=1, cells=cells)
-    return Number(found["mean"], spread=found["spread"], images=count, seeds=1, cells=cells)
-
-
-def _first_table(first: Mapping[str, Any]) -> Table:
-    heads = ("ε · 255", "As it is", "3 bits", "As it is, batch", "3 bits, batch")
-    sides = [(side, batch) for batch in (False, True) for side in ("plain", "quantized")]
-    rows: Iterator[tuple[Entry, ...]] = (
-        (e, *(_distance(v.get(side), batch) for side, batch in sides)) for e, v in first.items()
-    )
-    return Table(heads, tuple(rows), percent=False)
-
-
-def _first_panel(first: Mapping[str, Any]) -> Panel:
-    sides = (
-        ("plain", "as it is", "full precision"),
-        ("quantized", "rounded to 3 bits", "3 bits"),
-    )
-    lines = [
-        Line(label, tuple((eps, _distance(v.get(side))) for eps, v in first.items()), kind)
-        for side, label, kind in sides
-    ]
-    return Panel("(a) first activation, Wide ResNet", "ε · 255", "D", tuple(lines), percent=False)
-
-
-def _layers_table(every: Mapping[str, Sequence[Any]]) -> Table:
-    """A row for each layer, a column for each network."""
-    longest = max(every.values(), key=len)
-    rows: Iterator[tuple[Entry, ...]] = (
-        (f"{i} {record['layer']}", *(_layer(records, i) for records in every.values()))
-        for i, record in enumerate(longest)
-    )
-    return Table(("Layer", *every), tuple(rows), percent=False)
-
-
-def _layers_panel(title: str, every: Mapping[str, Sequence[Any]]) -> Panel:
-    depth = max(map(len, every.values()))
-    lines = (
-        Line(name, tuple((str(i), _layer(records, i)) for i in range(depth)), kind=name)
-        for name, records in every.items()
-    )
-    return Panel(title, "layer", "D", tuple(lines), percent=False)
-
-
-def _layer(records: Sequence[Any], index: int) -> Number:
-    return _distance(records[index]["distance"]) if index < len(records) else Number(None)
+    mean, spread = (found["whole"], 0.0) if batch else (found["mean"], found["spread"])
+    count = found["examples"] - found["left_out"]
+    return Number(mean, spread=spread, images=count, seeds=1, cells=(cell.key,))
 
 
 # --- feature squeezing as a detector: Tables 2 and 3 --------------------------------------
@@ -235,7 +204,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "table6": Experiment(tables.table6, tables.show_boxes),
     "fig6": Experiment(tables.fig6, tables.show_beta),
     "fig7": Experiment(probes=fig7_cells, show_probes=show_fig7),
-    "surrogates": Experiment(tables.surrogates, tables.show_surrogates),
+    "surrogates": Experiment(surrogates, show_surrogates),
 }
 
 
@@ -292,7 +261,7 @@ def render(name: str, scale: Scale, results: Results) -> Section:
         missing=len(results.missing(cells)),
     )
     section = whole if data.data == ("svhn" if svhn else "cifar10") else without_paper(whole)
-    return replace(section, panels=tuple(panel for panel in section.panels if panel.drawn))
+    return replace(section, panels=tuple(one for one in section.panels if one.drawn))
 
 
 def _captioned(shown: Sequence[Table], captions: Sequence[str], scale: Scale) -> tuple[Table, ...]:

@@ -4,132 +4,43 @@ To add a table: a list of `Ask` and how it is shown, here; a line in `EXPERIMENT
 its words in `text.md`, and the paper's numbers in `numbers.yaml`. No torch.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from defquant.paper.grid import Cell, Network, Results, Scale, Trial
+from defquant.paper.ask import (
+    Ask,
+    Found,
+    Shown,
+    bits_head,
+    bits_place,
+    by_bits,
+    named,
+    panel,
+    pivot,
+    select,
+    tried,
+)
+from defquant.paper.grid import Network, Scale, Trial
 from defquant.paper.section import (
-    Entry,
-    Line,
     Number,
     Panel,
-    Table,
     attack_text,
-    bits_text,
     difference,
     eps_text,
     listed,
     method_text,
-    model_text,
-    number,
 )
 
 __all__ = [
-    "NUMBERS", "SQUEEZED", "Ask", "Found", "Shown", "ask_all", "by_bits", "chosen_beta",
-    "defended", "defense", "fig1", "fig5", "fig6", "panel", "pivot", "select", "show_beta",
-    "show_boxes", "show_defended", "show_fig1", "show_fig5", "show_ranges", "show_surrogates",
-    "show_table1", "surrogates", "table1", "table2", "table3", "table4", "table5", "table6",
+    "NUMBERS", "chosen_beta", "defended", "defense", "fig1", "fig5", "fig6", "show_beta",
+    "show_boxes", "show_defended", "show_fig1", "show_fig5", "show_ranges",
+    "show_table1", "table1", "table2", "table3", "table4", "table5", "table6",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One number: its place by labels, the networks (one a seed), their trial, the paper's."""
-
-    at: Mapping[str, Any]
-    networks: tuple[Network, ...]
-    trial: Trial
-    paper: float | None = None
-
-    @property
-    def cells(self) -> tuple[Cell, ...]:
-        return tuple(self.trial.cell(network) for network in self.networks)
-
-
-Found = Sequence[tuple[Ask, Number]]
-Shown = tuple[Sequence[Table], Sequence[Panel]]
-Label = Callable[[Ask], str]
-
-
-def ask_all(asks: Iterable[Ask], results: Results) -> Found:
-    """Each question with its answer; seeds that are missing are left out."""
-    found = []
-    for ask in asks:
-        there = [m for m in map(results.score, ask.cells) if m is not None]
-        found.append((ask, number(there, ask.paper)))
-    return found
-
-
-def select(found: Iterable[tuple[Ask, Number]], **at: Any) -> list[tuple[Ask, Number]]:
-    """Those with these labels; `trial` is one, too."""
-    return [
-        (a, n) for a, n in found if all({**a.at, "trial": a.trial}[k] == v for k, v in at.items())
-    ]
-
-
-def pivot(
-    found: Found,
-    rows: Mapping[str, Label],
-    column: Label,
-    ends: Mapping[str, Callable[[Found], Entry]] | None = None,
-) -> Table:
-    """A row for each of the labels `rows`, a column for each label `column`; `ends` are made of
-    each row.
-    """
-    heads = list(dict.fromkeys(column(ask) for ask, _ in found))
-    body: dict[tuple[str, ...], list[tuple[Ask, Number]]] = {}
-    for ask, answer in found:
-        body.setdefault(tuple(label(ask) for label in rows.values()), []).append((ask, answer))
-    lines = []
-    for names, row in body.items():
-        by_head = {column(ask): answer for ask, answer in row}
-        made = [end(row) for end in (ends or {}).values()]
-        lines.append((*names, *(by_head.get(head) for head in heads), *made))
-    return Table((*rows, *heads, *(ends or {})), tuple(lines))
-
-
-def panel(title: str, x: str, found: Found, line: Label, place: Label, kind: Label) -> Panel:
-    """A line for each label `line` and the paper's beside it, where it has two numbers or more."""
-    lines: dict[str, list[tuple[Ask, Number]]] = {}
-    for ask, answer in found:
-        lines.setdefault(line(ask), []).append((ask, answer))
-    drawn = []
-    for label, own in lines.items():
-        points = tuple((place(ask), answer) for ask, answer in own)
-        printed = tuple((at, Number(n.paper)) for at, n in points if n.paper is not None)
-        colour = kind(own[0][0])
-        drawn.append(Line(label, points, colour))
-        drawn += [Line(f"{label} (paper)", printed, colour, paper=True)] * (len(printed) > 1)
-    return Panel(title, x, "accuracy", tuple(drawn))
-
-
-# --- labels -------------------------------------------------------------------------------
-
-
-def _name(ask: Ask) -> str:
-    return str(ask.at["name"])
-
-
-def _trial(ask: Ask) -> str:
-    return ask.trial.name
-
-
-def _bits(ask: Ask) -> str:
-    return "Full prec." if ask.at["bits"] is None else bits_text(ask.at["bits"])
-
-
-def _on_axis(ask: Ask) -> str:
-    return "full" if ask.at["bits"] is None else str(ask.at["bits"])
-
-
-def by_bits(found: Found) -> Found:
-    """Few bits first, full precision last."""
-    return sorted(found, key=lambda pair: pair[0].at["bits"] or 99)
 
 
 # --- the paper's numbers ------------------------------------------------------------------
@@ -194,8 +105,8 @@ def fig1(scale: Scale) -> list[Ask]:
 
 
 def show_fig1(scale: Scale, found: Found) -> Shown:
-    rows = {"Network": _name, "Images": _trial}
-    return [pivot(found, rows, _bits, {"5 bits − full": _fifth})], _bit_panels(found)
+    rows = {"Network": named, "Images": tried}
+    return [pivot(found, rows, bits_head, {"5 bits − full": _fifth})], _bit_panels(found)
 
 
 def _fifth(row: Found) -> Number:
@@ -211,7 +122,7 @@ def _bit_panels(found: Found) -> list[Panel]:
     """One for each trial."""
     trials = dict.fromkeys(ask.trial for ask, _ in found)
     per_trial = ((trial.name, by_bits(select(found, trial=trial))) for trial in trials)
-    return [panel(t, "activation bits", own, _name, _on_axis, _name) for t, own in per_trial]
+    return [panel(t, "activation bits", own, named, bits_place, named) for t, own in per_trial]
 
 
 def table1(scale: Scale) -> list[Ask]:
@@ -229,7 +140,7 @@ def _method(row: int, beta: float, bits: int | None) -> dict[str, Any]:
 
 def show_table1(scale: Scale, found: Found) -> Shown:
     ends = {"Quantize Gain": _gain, "Best": _best}
-    return [pivot(found, {"Network": _name, "Images": _trial}, _bits, ends)], []
+    return [pivot(found, {"Network": named, "Images": tried}, bits_head, ends)], []
 
 
 def _gain(row: Found) -> Number | None:
@@ -270,7 +181,7 @@ def fig5(scale: Scale) -> list[Ask]:
 
 
 def show_fig5(scale: Scale, found: Found) -> Shown:
-    return [pivot(found, {"Network": _name, "Images": _trial}, _bits)], _bit_panels(found)
+    return [pivot(found, {"Network": named, "Images": tried}, bits_head)], _bit_panels(found)
 
 
 # --- other defences: Tables 2 and 3 -------------------------------------------------------
@@ -341,7 +252,7 @@ def show_defended(scale: Scale, found: Found) -> Shown:
     tables = []
     for eps in scale.eps:
         here = [(a, n) for a, n in found if a.trial.eps in (0.0, eps) and not a.trial.unaware]
-        tables.append(pivot(here, {"Training technique": _name}, lambda ask: ask.trial.column))
+        tables.append(pivot(here, {"Training technique": named}, lambda ask: ask.trial.column))
     squeezed = [
         (a, replace(n, paper=None))  # it does not say which of the two it has
         for a, n in found
@@ -349,7 +260,7 @@ def show_defended(scale: Scale, found: Found) -> Shown:
         if a.trial.attack in ("fgsm", "pgd")
     ]
     columns = sorted(squeezed, key=lambda pair: (pair[0].at["name"], pair[0].trial.attack))
-    rows = {"Training technique": _name, "ε": lambda ask: eps_text(ask.trial.eps)}
+    rows = {"Training technique": named, "ε": lambda ask: eps_text(ask.trial.eps)}
     return [*tables, pivot(columns, rows, lambda ask: ask.trial.column)], []
 
 
@@ -381,7 +292,7 @@ def show_ranges(scale: Scale, found: Found) -> Shown:
         ask = row[0][0]
         return difference(row[0][1], row[1][1], _ranges(ask.at["dq"], ask.trial)[2])
 
-    rows = {"Quantisation": _name, "Images": _trial}
+    rows = {"Quantisation": named, "Images": tried}
     return [pivot(found, rows, lambda ask: f"ReLU{ask.at['high']:g}", {"Difference": gap})], []
 
 
@@ -443,7 +354,7 @@ def show_boxes(scale: Scale, found: Found) -> Shown:
         printed = None if white.paper is None or black.paper is None else white.paper - black.paper
         return difference(white, black, printed)
 
-    rows = {"Network": _name, "ε": lambda ask: eps_text(ask.at["eps"])}
+    rows = {"Network": named, "ε": lambda ask: eps_text(ask.at["eps"])}
     return [pivot(found, rows, lambda ask: str(ask.at["head"]), {"White − black": gap})], []
 
 
@@ -488,92 +399,5 @@ def show_beta(scale: Scale, found: Found) -> Shown:
     strong = [pair for pair in test if pair[0].trial.attack in scale.strong]
     usual = [pair for pair in test if pair not in strong]
     titles = {"clean and FGSM": usual, listed(map(attack_text, scale.strong)): strong}
-    panels = [panel(t, "β", own, _trial, _name, kind) for t, own in titles.items()]
-    return [pivot(found, {"β": _name}, _trial)], panels
-
-
-# --- beyond the paper: what the straight-through gradient overstates ----------------------
-
-PASSES = {
-    "": "straight-through, margin",
-    "@soft": "soft round, margin",
-    "@twin": "float twin, margin",
-    "@clipfree": "clip-free, margin",
-}
-
-
-def surrogates(scale: Scale) -> list[Ask]:
-    """By bits 1 to 8, the Wide ResNet vanilla and with DQ; the VGG of Figure 1."""
-    every: tuple[int | None, ...] = (None, *range(1, 9))
-    wrn, vgg = model_text(scale.wrn), model_text(scale.vgg)
-    kinds = (
-        (f"vanilla {wrn}", scale.wrn, 0.0, every),
-        (f"{wrn} with {method_text(scale.beta)}", scale.wrn, scale.beta, every),
-        (f"vanilla {vgg}", scale.vgg, 0.0, scale.bits),
-    )
-    return [
-        Ask(
-            {"name": name, "bits": bits, "eps": eps, "row": row},
-            (scale.network(model, bits=bits, beta=beta),),
-            trial,
-        )
-        for eps, (name, model, beta, widths) in product(scale.hard_eps, kinds)
-        for row, trial in {"clean": scale.trial(), **_passes(scale, eps)}.items()
-        for bits in widths
-        if trial.images == scale.few or row == "clean" or _checked(scale, eps, model, bits)
-    ]
-
-
-def _passes(scale: Scale, eps: float) -> dict[str, Trial]:
-    """By row: the strong attacks, APGD through each backward pass, AutoAttack on fewer images."""
-    steps, (usual, worst) = scale.surrogate_steps, scale.strong
-    names = {f"apgd-margin{name}-{steps}": text for name, text in PASSES.items()}
-    names[f"apgd-margin@soft-{steps}+{4 * steps}"] = f"soft round, then {4 * steps} queries"
-    fewer = f"the first {scale.standard_images:,} test images"
-    few = [replace(scale.trial(a, eps), images=scale.standard_images) for a in (worst, "standard")]
-    return {
-        f"straight-through, {attack_text(usual)}": scale.trial(usual, eps),
-        **{text: scale.trial(name, eps) for name, text in names.items()},
-        attack_text(worst): scale.trial(worst, eps),
-        **{f"{attack_text(trial.attack)}, {fewer}": trial for trial in few},
-    }
-
-
-def _checked(scale: Scale, eps: float, model: str, bits: int | None) -> bool:
-    return eps == scale.hard_eps[0] and bits in scale.standard_bits and model == scale.wrn
-
-
-def show_surrogates(scale: Scale, found: Found) -> Shown:
-    """For each radius the accuracies, and the usual attack minus the worst case; panels without
-    the clip-free pass, so weak here that it would set the axis.
-    """
-    usual, worst = scale.strong
-    tables, panels = [], []
-    for eps in scale.hard_eps:
-        here = select(found, eps=eps)
-        tables.append(pivot(here, {"Network": _name, "Attack": _row}, _bits))
-        ends = [p for p in here if p[0].trial in (scale.trial(usual, eps), scale.trial(worst, eps))]
-        tables.append(_overstated(ends))
-        for name in dict.fromkeys(ask.at["name"] for ask, _ in here):
-            own = [
-                p for p in select(here, name=name)
-                if p[0].trial.images == scale.few and _row(p[0]) != PASSES["@clipfree"]
-                if p[0].trial.attack != "clean"
-            ]  # fmt: skip
-            short = name.partition(" at ")[0]
-            title = short if len(scale.hard_eps) == 1 else f"{short}, {eps_text(eps)}"
-            panels.append(panel(title, "activation bits", by_bits(own), _row, _on_axis, _row))
-    return tables, panels
-
-
-def _row(ask: Ask) -> str:
-    return str(ask.at["row"])
-
-
-def _overstated(ends: Found) -> Table:
-    """The first of two attacks minus the second, for each network and bit width."""
-    pairs: dict[tuple[str, Any], list[tuple[Ask, Number]]] = {}
-    for ask, answer in ends:
-        pairs.setdefault((_name(ask), ask.at["bits"]), []).append((ask, answer))
-    gaps = [(pair[0][0], difference(pair[0][1], pair[1][1])) for pair in pairs.values()]
-    return pivot(gaps, {"Network": _name}, _bits)
+    panels = [panel(t, "β", own, tried, named, kind) for t, own in titles.items()]
+    return [pivot(found, {"β": named}, tried)], panels

@@ -21,7 +21,7 @@ from defquant.paper.section import Answer, Reading, bits_text
 from defquant.results import Measurement
 
 __all__ = [
-    "MARGIN", "UNTRAINED", "Asked", "Chosen", "Contrast", "Counts", "Evidence", "Question", "Row",
+    "MARGIN", "Asked", "Chosen", "Contrast", "Counts", "Evidence", "Question", "Row",
     "Term", "evidence_of", "fitted", "means", "stratum", "versus",
 ]  # fmt: skip
 
