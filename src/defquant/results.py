@@ -254,12 +254,18 @@ def record(measurement: Measurement) -> dict[str, Any]:
     return asdict(measurement) | derived | {"masked": measurement.masked}
 
 
-def read_jsonl(path: Path) -> list[Measurement]:
+def read_jsonl(path: Path, run: str | None = None) -> list[Measurement]:
     """The measurements of one file. A last line that a crash cut short is left out.
 
-    Raises `UserError`, naming file, line and field, where another line is not a measurement.
+    Lines of no cell are said to be of `run`, where it is given. Raises `UserError`, naming file,
+    line and field, where another line is not a measurement.
     """
-    return [from_mapping(Measurement, record, where) for where, record in read_lines(path)]
+    found = []
+    for where, line in read_lines(path):
+        if run is not None and isinstance(line, dict) and not line.get("cell"):
+            line = line | {"run": run}
+        found.append(from_mapping(Measurement, line, where))
+    return found
 
 
 def read_folder(folder: Path) -> list[Measurement]:
@@ -271,10 +277,9 @@ def read_folder(folder: Path) -> list[Measurement]:
         raise UserError(f"no folder {folder}: give the folder that holds the runs")
     latest: dict[tuple[object, ...], list[Measurement]] = {}
     for path in sorted(folder.rglob("results.jsonl")):
-        for m in read_jsonl(path):
-            named = m if m.cell else replace(m, run=run_name(path.parent, folder))
-            same = latest.setdefault(named.key, [])
-            same[:] = [old for old in same if not named.replaces(old)] + [named]
+        for m in read_jsonl(path, run_name(path.parent, folder)):
+            same = latest.setdefault(m.key, [])
+            same[:] = [old for old in same if not m.replaces(old)] + [m]
     if not latest:
         raise UserError(f"no results.jsonl below {folder}: run `defquant attack` on a run first")
     return [m for same in latest.values() for m in same]

@@ -10,7 +10,7 @@ import re
 import types
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -30,7 +30,7 @@ __all__ = [
 
 DEEPEST = 60  # lists and mappings within each other
 _LARGEST = 1 << 63
-_SUSPECT = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)|\d{19}")
+_SUSPECT = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
 
 _T = TypeVar("_T")
 
@@ -52,7 +52,8 @@ def parse_json(text: str, where: str) -> Any:
     Raises `UserError`, which begins with `where`: no JSON, a key that stands twice, lists in lists
     more than 60 deep, a whole number beyond 64 bits, a text with NUL or half a character.
     """
-    return _parse(text, where, "JSON", lambda: json.loads(text, object_pairs_hook=_once))
+    load = partial(json.loads, text, object_pairs_hook=_once, parse_int=_whole)
+    return _parse(text, where, "JSON", load)
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -71,9 +72,15 @@ def _parse(text: str, where: str, kind: str, load: Callable[[], Any]) -> Any:
             f"{where} is not {kind} ({shown(str(reason))}): it may be cut or edited; make it again"
         ) from None
     brackets = text.count("[") + text.count("{")
-    if kind != "JSON" or brackets > DEEPEST or _SUSPECT.search(text):
+    if kind != "JSON" or brackets > DEEPEST or ("\\u" in text and _SUSPECT.search(text)):
         check_sound(found, where)
     return found
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 18 and not -_LARGEST < int(digits[:21]) < _LARGEST:
+        raise ValueError(f"numbers have 64 bits; found {shown(digits, 40)}")
+    return int(digits)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -136,7 +143,9 @@ def from_mapping(kind: type[_T], values: object, where: str = "") -> _T:
     known: dict[str, Any] = {}
     for name, annotation, required in _fields(cast(Hashable, kind)):
         if name in values:
-            known[name] = convert(annotation, values[name], where + name)
+            value = values[name]
+            plain = annotation is str and type(value) is str  # most of all, and quick
+            known[name] = value if plain else convert(annotation, value, where + name)
         elif required:
             raise UserError(f"{where}{name} is missing")
     try:
