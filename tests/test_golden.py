@@ -42,8 +42,7 @@ def shown(n: Number) -> str:
 def of_section(section: Section) -> Iterator[Line]:
     """Every entry by table, row and column, every point by panel, line and place."""
     yield "missing", str(section.missing)
-    numbers = [table for table in section.tables if "White box" not in table.head]  # that is words
-    for index, table in enumerate(numbers):
+    for index, table in enumerate(section.tables):
         for row in table.rows:
             labels = [entry for entry, at in zip(row, table.head, strict=True) if at in LABELS]
             for head, entry in zip(table.head, row, strict=True):

@@ -43,9 +43,9 @@ class Comparison:
     """Rows of one table against others, asked under several trials; a line of `claims.yaml`.
 
     Attributes:
+        what: what is compared, in words.
         of: the tables whose questions it reads.
         trials: sets of trials by name, as in `_trials`.
-        what: what is compared, in words.
         suffix: of the readings' names.
         each: a label: a contrast for each of its values; `every LABEL` with none (full precision).
         pairs: with `each`, a contrast for each pair of values; `next` for each and its successor.
@@ -58,9 +58,9 @@ class Comparison:
         maximum: tell the paper's Quantize Gain, too.
     """
 
-    of: Sequence[str]
-    trials: Sequence[str]
     what: str
+    of: Sequence[str] = ("table1",)
+    trials: Sequence[str] = ("fgsm", "strong")
     suffix: str = ""
     each: str = ""
     pairs: Sequence[Sequence[Any]] | Literal["next"] = ()

@@ -1,4 +1,8 @@
-"""Many jobs over processes of this machine, one thread each; Ctrl-C ends them all."""
+"""Many jobs over processes of this machine, one thread each; Ctrl-C ends them all.
+
+Not joblib's: its workers were still at work 25 s after their parent had been killed, and with them
+stand their claims.
+"""
 
 import multiprocessing
 import os
