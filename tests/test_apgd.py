@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import defquant as dq
 from defquant.attacks import APGD, losses
-from defquant.attacks.ascent import checkpoints
-from defquant.attacks.base import uniform
+from defquant.attacks.apgd import checkpoints
+from defquant.attacks.contract import uniform
 from defquant.attacks.losses import LossName
 from defquant.evaluate import robust
 from linear_scenes import middle_eps, scene

@@ -19,15 +19,14 @@ from defquant.attacks import (
     Random,
     RandomEps,
     Transfer,
-    engine,
     untouched,
 )
-from defquant.attacks.base import uniform
-from defquant.attacks.engine import Walk, perturb, unbroken
-from defquant.attacks.gradient import paper_steps
+from defquant.attacks.contract import Target, uniform
+from defquant.attacks.engine import look, perturb, rank, rows_of, unbroken
+from defquant.attacks.first_order import paper_steps
 from defquant.attacks.names import parse_attack
 from defquant.diagnose import Effort
-from defquant.evaluate import vanishing
+from defquant.evaluate import robust, vanishing
 
 MAKE: list[Callable[[float], FirstOrder]] = [
     lambda eps: Random(eps, samples=3),
@@ -118,25 +117,18 @@ def test_the_active_set_agrees_with_the_plain_loop(make: Callable[[float], First
     """An example falls in the refilled batch exactly if some iterate of its own fools."""
     model, x, y = scene(60)
     attack = make(0.03)
-    n = len(x)
-    fell = torch.zeros(n, dtype=torch.bool)
-    walk = attack.walk
-    for restart in range(walk.restarts):
-        one = Walk(walk.start, walk.steps, walk.rate, 1, walk.reach)
-        for steps in range(walk.steps + 1):
-            partial = Walk(one.start, steps, one.rate, restart + 1, one.reach)
-            at = x  # iterate `steps` of restart `restart`, by walking afresh
-            ids = torch.arange(n)
-            at = engine._start(partial, x, attack.eps, 7, ids, torch.full_like(ids, restart))
-            for _ in range(steps):
-                _, _, grad = engine._look(model, at, y)
-                at = engine._advance(partial, at, x, attack.eps, grad)
-            fell |= model(at).argmax(1) != y
-    for batch_size in (1, 7, 256):
-        standing = unbroken(
-            model, x, y, walk, attack.eps, ids=torch.arange(n), seed=7, batch_size=batch_size
-        )
-        assert torch.equal(standing, ~fell), batch_size
+    everyone = torch.ones_like(y, dtype=torch.bool)
+    fell, ids, plan = ~everyone, torch.arange(len(x)), attack.plan
+    for restart in range(plan.restarts):
+        rows = rows_of(ids + restart * len(x), x, y, ids, y[:, None])
+        rows = attack.begin(rows, attack.eps, 7)
+        for step in range(plan.steps + 1):
+            fell |= model(rows["at"]).argmax(1) != y
+            if step < plan.steps:
+                rows = attack.advance(rows, look((model,), rows, plan), attack.eps, 7)
+    for size in (1, 7, 256):
+        found = robust(model, (x, y), attack, seed=7, batch_size=size, standing=everyone)
+        assert torch.equal(found, ~fell), size
 
 
 @pytest.mark.parametrize("make", MAKE)
@@ -144,12 +136,11 @@ def test_same_answer_whatever_the_batch_size_and_order(
     make: Callable[[float], FirstOrder],
 ) -> None:
     model, x, y = scene(50)
-    walk, ids = make(0.03).walk, torch.arange(50)
-    whole = unbroken(model, x, y, walk, 0.03, ids=ids, seed=3, batch_size=50)
-    small = unbroken(model, x, y, walk, 0.03, ids=ids, seed=3, batch_size=3)
-    assert torch.equal(whole, small)
+    attack = make(0.03)
+    whole = robust(model.eval(), (x, y), attack, seed=3)
+    assert torch.equal(whole, robust(model, (x, y), attack, seed=3, batch_size=3))
     order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
-    mixed = unbroken(model, x[order], y[order], walk, 0.03, ids=order, seed=3, batch_size=8)
+    mixed = unbroken(Target(model, x, y, 3, 8), attack, order)
     assert torch.equal(mixed, whole[order])
 
 
@@ -338,9 +329,9 @@ def test_an_iterate_that_fools_beats_one_of_higher_loss() -> None:
     y = torch.zeros(4, dtype=torch.int64)
     loss = nn.functional.cross_entropy(logits, y, reduction="none")
     assert loss[1] > loss[0]
-    rank = engine._rank(loss, logits.argmax(1) != y)
-    assert torch.argsort(rank).tolist() == [2, 1, 0, 3]
-    assert engine._rank(torch.tensor([torch.inf, 1e9]), torch.tensor([False, True])).diff() > 0
+    order = rank(loss, logits.argmax(1) != y)
+    assert torch.argsort(order).tolist() == [2, 1, 0, 3]
+    assert rank(torch.tensor([torch.inf, 1e9]), torch.tensor([False, True])).diff() > 0
 
 
 def test_nan_in_one_example_leaves_its_neighbours_alone() -> None:
@@ -355,9 +346,11 @@ def test_nan_in_one_example_leaves_its_neighbours_alone() -> None:
     x[0, 0, 0, 0] = 0.99
     dirty = PGD(0.02)(poisoned, x, y)
     torch.testing.assert_close(dirty[1:], clean[1:])
-    kwargs = {"ids": torch.arange(20), "seed": 0, "batch_size": 6}
-    mine = unbroken(poisoned, x, y, PGD(0.02).walk, 0.02, **kwargs)  # type: ignore[arg-type]
-    other = unbroken(sound, x, y, PGD(0.02).walk, 0.02, **kwargs)  # type: ignore[arg-type]
+    everyone = torch.ones_like(y, dtype=torch.bool)
+    mine, other = (
+        robust(model.eval(), (x, y), PGD(0.02), batch_size=6, standing=everyone)
+        for model in (poisoned, sound)
+    )
     assert not mine[0]
     assert torch.equal(mine[1:], other[1:])
 
@@ -449,5 +442,5 @@ def test_gradients_are_straight_through() -> None:
     """A 2-bit network's gradient at its images is alive: nearly every pixel moves."""
     model = trained(bits=2)
     x, y = torch.rand(6, 1, 8, 8), torch.arange(6) % 4
-    moved = perturb(model, x, y, FGSM(0.1).walk, 0.1, seed=0, keep="last") - x
+    moved = perturb(model, x, y, FGSM(0.1), seed=0, keep="last") - x
     assert (moved.abs() > 0.01).float().mean() > 0.9

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import defquant as dq
 from defquant.attacks import FGSM, PGD, Attack, Random, Transfer
-from defquant.attacks.kernel import Ask
+from defquant.attacks.contract import Ask
 from defquant.data import Dataset
 from defquant.evaluate import correct, robust, sweep, vanishing
 

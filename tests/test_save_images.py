@@ -130,7 +130,7 @@ def test_only_empty_folders_and_no_half_manifest(model: nn.Module, tmp_path: Pat
 
     class Stop(dq.FGSM):
         @property
-        def kernel(self):  # type: ignore[no-untyped-def]
+        def plan(self):  # type: ignore[no-untyped-def]
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -100,4 +100,3 @@ def test_mistakes_and_names() -> None:
     attack = APGD(0.1, 50, loss="margin", surrogate=SoftRound(), queries=200)
     assert attack.name == "APGD-MARGIN-50+200 (SoftRound())"
     assert repr(attack).endswith("surrogate=SoftRound(), queries=200)")
-    assert APGD(0.1, 9, queries=0).kernel == APGD(0.1, 9).kernel

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import defquant as dq
 from defquant.attacks import PGD
-from defquant.attacks.pixels import to_pixels
+from defquant.attacks.contract import to_pixels
 from defquant.cli import main
 from defquant.config import ModelConfig
 from defquant.data import Dataset

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import defquant as dq
 from defquant.attacks import Square
-from defquant.attacks.square import Squares, _with_square
+from defquant.attacks.square import _with_square, side_of
 from defquant.evaluate import robust
 from linear_scenes import middle_eps, scene
 
@@ -21,12 +21,11 @@ def rows(n: int, step: int, size: int = 32) -> dict[str, Tensor]:
 
 def test_the_side_follows_the_papers_schedule() -> None:
     for queries in (10_000, 5_000, 500):
-        kernel = Squares(queries, 0.8)
         for step in range(0, queries, 7):
             passed = int(step / queries * 10_000)
             halvings = sum(passed > count for count in (10, 50, 200, 500, 1e3, 2e3, 4e3, 6e3, 8e3))
             side = max(1, round((0.8 / 2**halvings * 32 * 32) ** 0.5))
-            assert kernel._side(rows(1, step)).item() == side, (queries, step)
+            assert side_of(rows(1, step), queries, 0.8).item() == side, (queries, step)
 
 
 def test_a_square_lies_anywhere_and_changes_something() -> None:

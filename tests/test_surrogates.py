@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 import defquant as dq
 from defquant.attacks import APGD
-from defquant.attacks.kernel import Surrogate
-from defquant.attacks.look import look
+from defquant.attacks.engine import Plan, Surrogate, look
 from defquant.attacks.surrogates import (
     EOT,
     ClipFree,
@@ -174,7 +173,7 @@ def test_eot_averages_a_random_network() -> None:
     spread = []
     for passes in (1, 100):
         with EOT(passes)(Noisy()) as forwards:
-            spread.append(float(look(forwards, x, y).grad.std()))
+            spread.append(float(look(forwards, {"at": x, "y": y, "target": y}, Plan(1)).grad.std()))
     assert spread[1] < 0.3 * spread[0]
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "check_bits",
     "check_eps",
     "digest",
+    "positive",
 ]
 
 Activation = Literal["relu", "tanh"]
@@ -49,6 +50,13 @@ def check_eps(eps: float) -> float:
             else f"eps must lie in [0, 1]; found {eps:g}"
         )
     return eps
+
+
+def positive(**values: int) -> None:
+    """Raise `UserError` for the first of `values` that is below 1, by its name."""
+    for name, value in values.items():
+        if value < 1:
+            raise UserError(f"{name} must be 1 or more; found {value}")
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from defquant.attacks import Attack, untouched
-from defquant.attacks.base import made_by, name_of
+from defquant.attacks import untouched
+from defquant.attacks.compose import Elsewhere
+from defquant.attacks.contract import Draws, Ids, made_by
 from defquant.data import as_labels, in_unit, to_unit
 from defquant.errors import UserError
 from defquant.models.squeezing import (
@@ -22,7 +23,7 @@ from defquant.models.squeezing import (
     reduce_depth,
     squeeze,
 )
-from defquant.results import Score
+from defquant.results import UNAWARE, Score
 
 __all__ = [
     "Detection", "Detector", "FeatureSqueezing", "Squeezer", "Unaware", "median_2x2",
@@ -34,43 +35,21 @@ Squeezer = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Unaware:
+class Unaware(Elsewhere):
     """`attack` on the network inside a `FeatureSqueezing`, by someone who ignores the squeezing.
 
     Standing up to it shows little: print the score of `attack` itself beside it. As in `Transfer`,
     the last iterate is used.
     """
 
-    by_id: ClassVar[bool] = True
+    where: ClassVar[str] = UNAWARE
 
-    attack: Attack
-
-    @property
-    def eps(self) -> float:
-        return float(self.attack.eps)  # type: ignore[attr-defined]
-
-    @property
-    def name(self) -> str:
-        return f"{name_of(self.attack)} (unaware)"
-
-    def __call__(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        *,
-        generator: torch.Generator | None = None,
-        ids: Tensor | None = None,
-    ) -> Tensor:
-        """As every `Attack`; `ids` as in `perturb`.
-
-        Raises `UserError` where `model` is no `FeatureSqueezing`.
-        """
+    def made(self, model: nn.Module, x: Tensor, y: Tensor, draws: Draws, ids: Ids) -> Tensor:
+        """Raises `UserError` where `model` is no `FeatureSqueezing`."""
         if not isinstance(model, FeatureSqueezing):
             found = type(model).__name__
             raise UserError(f"Unaware attacks a FeatureSqueezing; found {found}: drop Unaware")
-        x = to_unit(x)
-        return made_by(self.attack, model.model, x, y, generator=generator, ids=ids, last=True)
+        return made_by(self.attack, model.model, x, y, generator=draws, ids=ids, last=True)
 
 
 def squeezing_distance(

@@ -4,14 +4,15 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from defquant.attacks import FirstOrder, untouched
-from defquant.attacks.engine import perturb
+from defquant.attacks.contract import Target, attacked
 from defquant.checkpoint import Facts, versions
 from defquant.data import Dataset
 from defquant.defenses import Detection, Detector, Squeezer
@@ -20,7 +21,7 @@ from defquant.files import write_json
 from defquant.models.squeezing import FeatureSqueezing, median_2x2, reduce_depth
 from defquant.results import Score
 
-__all__ = ["CALIBRATION", "adversarial", "detect", "detection"]
+__all__ = ["CALIBRATION", "detect", "detection"]
 
 CALIBRATION = 1000  # training images on which the threshold is fitted
 RATE = 0.05  # of them, flagged at most
@@ -60,28 +61,15 @@ def detection(
     data = data.to(device)
     detector = Detector("distance", tuple(SQUEEZERS.values()))
     detector = detector.fit(network, calibration.to(device).images, RATE, batch_size)
-    images = adversarial(network, data, attack, seed=seed, batch_size=batch_size)
+    target = Target(network, data.images, data.labels, seed, batch_size)
+    made = partial(attack.made, network, seed=seed)  # the draws of `evaluate.robust`
+    images = torch.cat([part for _, part in attacked(made, target)])
     with untouched(network):
         right = correct(network, data, batch_size=batch_size)
     if not right.any():
         flagged = detector.flags(network, data.images, batch_size)
         return Detection(None, Score(int(flagged.sum()), len(flagged)))
     return detector.rates(network, data.images, images[right], data.labels[right], batch_size)
-
-
-def adversarial(
-    model: nn.Module, data: Dataset, attack: FirstOrder, *, seed: int = 0, batch_size: int = 256
-) -> Tensor:
-    """The best iterate of `attack` for every image of `data`: float (n, c, h, w) in [0, 1].
-
-    `data` lies on the model's device. The draws are those of `defquant.evaluate.robust` with this
-    `seed`: they depend on an image's place in `data`, not on `batch_size`.
-    """
-    made = []
-    for ids in torch.arange(len(data), device=data.images.device).split(batch_size):
-        x, y = data.take(ids)
-        made.append(perturb(model, x, y, attack.walk, attack.eps, seed=seed, ids=ids))
-    return torch.cat(made)
 
 
 def detect(

@@ -11,25 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from defquant.attacks.base import (
-    Attack,
-    differentiable,
-    generator_of,
-    gradient,
-    lint_answer,
-    lint_attack,
-    lint_images,
-    lint_model,
-    made_by,
-    name_of,
-    seed_of,
-    untouched,
-)
-from defquant.attacks.engine import unbroken
-from defquant.attacks.kernel import Ask, Tick
-from defquant.attacks.single import Single, positive
-from defquant.attacks.suspicion import suspect
-from defquant.attacks.worst import Composition
+from defquant.attacks import contract
+from defquant.attacks.access import differentiable, gradient, untouched
+from defquant.attacks.contract import Attack, Target, Tick, eps_of, name_of
+from defquant.attacks.lint import lint_answer, lint_attack, lint_images, lint_model, suspect
+from defquant.config import positive
 from defquant.data import Dataset, to_unit
 from defquant.errors import UserError
 from defquant.results import MASKED, Score, blind
@@ -43,7 +29,6 @@ __all__ = [
     "correct",
     "device_of",
     "linted",
-    "right",
     "robust",
     "robust_accuracy",
     "sweep",
@@ -103,8 +88,8 @@ def robust_accuracy(
         UserError: images outside [0, 1], labels or logits of the wrong shape, no attack.
     """
     lint_attack(attack)
-    standing = _checked(model, data, batch_size, dead=True)
-    return _score(robust(model, data, attack, batch_size=batch_size, seed=seed, standing=standing))
+    clean = _checked(model, data, batch_size, dead=True)
+    return _score(robust(model, data, attack, batch_size=batch_size, seed=seed, standing=clean))
 
 
 def correct(model: nn.Module, data: Images, *, batch_size: int = 256) -> Tensor:
@@ -141,46 +126,12 @@ def robust(
     attacked. Without it the clean pass is made here. `tick` is told how far the attack is.
     """
     lint_attack(attack)
-    images, labels = _on_device(model, data)
-    if standing is None:
-        standing = correct(model, data, batch_size=batch_size)
-    ids = standing.nonzero().squeeze(1)
-    if not len(ids):
-        return standing
-    result = standing.clone()
-    if isinstance(attack, Composition):
-        for place, part in enumerate(attack.attacks):
-            result = robust(
-                model, data, part, batch_size=batch_size, seed=seed_of(seed, place),
-                standing=result, tick=tick and _share(tick, place, len(attack.attacks)),
-            )  # fmt: skip
-    elif isinstance(attack, Single):
-        result[ids] = unbroken(
-            model, images[ids], labels[ids], attack.kernel, attack.eps, ids=ids, seed=seed,
-            batch_size=batch_size, tick=tick,
-        )  # fmt: skip
-    else:
-        for place, some in enumerate(ids.split(batch_size)):
-            if tick is not None:
-                done = place * batch_size / len(ids)
-                tick(lambda done=done: (done, int(result.sum())))  # type: ignore[misc]
-            result[some] = _withstands(
-                model, to_unit(images[some]), labels[some], attack, some, seed
-            )
-    return result
-
-
-def _share(tick: Tick, place: int, places: int) -> Tick:
-    """`tick` for one of several parts, as if each took as long."""
-
-    def tell(ask: Ask) -> None:
-        def whole() -> tuple[float, int]:
-            done, stand = ask()
-            return (place + done) / places, stand
-
-        tick(whole)
-
-    return tell
+    target = Target(model, *_on_device(model, data), seed, batch_size, tick)
+    found = correct(model, data, batch_size=batch_size) if standing is None else standing.clone()
+    ids = found.nonzero().squeeze(1)
+    if len(ids):
+        found[ids] = contract.standing(attack, target, ids)
+    return found
 
 
 def vanishing(
@@ -235,7 +186,7 @@ def sweep(
         families.setdefault(name_of(attack), []).append(attack)
     for family in families.values():
         standing, carried = clean, tuple[float, ...]()
-        for attack in sorted(family, key=_eps):
+        for attack in sorted(family, key=eps_of):
             start = time.perf_counter()
             with nullcontext() if watch is None else watch(attack) as tick:
                 standing = robust(
@@ -244,7 +195,7 @@ def sweep(
                 )  # fmt: skip
             seconds = time.perf_counter() - start
             yield Scored(attack, _score(standing), seconds, standing, carried, flat)
-            carried += (_eps(attack),)
+            carried += (eps_of(attack),)
 
 
 def _checked(model: nn.Module, data: Images, batch_size: int, *, dead: bool) -> Tensor:
@@ -253,26 +204,6 @@ def _checked(model: nn.Module, data: Images, batch_size: int, *, dead: bool) -> 
     images, labels = _on_device(model, data)
     suspect(model, images, labels, right, dead=dead, batch_size=batch_size)
     return right
-
-
-def _withstands(
-    model: nn.Module, x: Tensor, y: Tensor, attack: Attack, ids: Tensor, seed: int
-) -> Tensor:
-    """`robust` for one batch of an attack that is no walk on the model itself."""
-    draw = generator_of(attack, seed, ids)
-    adversarial = made_by(attack, model, x, y, generator=draw, ids=ids)
-    with untouched(model), torch.no_grad():
-        return right(model, adversarial, y)
-
-
-def right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Which answers are right; one with a NaN among its logits is not, whatever argmax says."""
-    logits: Tensor = model(x)
-    return (logits.argmax(1) == y) & ~logits.isnan().any(1)
-
-
-def _eps(attack: Attack) -> float:
-    return float(getattr(attack, "eps", 0.0))
 
 
 def device_of(model: nn.Module, default: torch.device) -> torch.device:
@@ -286,7 +217,7 @@ def linted(model: nn.Module, data: Images, batch_size: int) -> tuple[Tensor, Ten
 
     Also for a model that cannot be scored on them; warns of one that is easily misread.
     """
-    positive("batch_size", batch_size)
+    positive(batch_size=batch_size)
     images, labels = _on_device(model, data)
     lint_model(model, to_unit(images[: min(8, batch_size)]), labels)
     return images, labels

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from defquant.attacks.base import lint_model, to_eval, untouched
+from defquant.attacks.access import to_eval, untouched
+from defquant.attacks.lint import lint_model
 from defquant.checkpoint import read_tensors
 from defquant.data import Dataset
 from defquant.errors import DefquantWarning, UserError

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from defquant.attacks import Attack, Composition, Single, untouched
+from defquant.attacks.contract import Target, attacked, called, eps_of
 from defquant.checkpoint import Facts, load_on, versions
 from defquant.config import digest
 from defquant.data import Dataset
@@ -117,7 +118,7 @@ def _measurement(
         data=images.name,
         fingerprint=images.fingerprint,
         attack="clean" if attack is None else str(getattr(attack, "name", attack)),
-        eps=0.0 if attack is None else float(getattr(attack, "eps", 0.0)),
+        eps=0.0 if attack is None else eps_of(attack),
         settings="clean" if attack is None else repr(attack),
         correct=scored.score.correct,
         total=scored.score.total,
@@ -180,14 +181,9 @@ def examples(
     clean, labels = images.take(ids)
     device = device_of(model, clean.device)
     clean, labels = clean.to(device), labels.to(device)
-    adversarial = torch.cat([
-        attack(
-            model, clean[some], labels[some], ids=some,
-            generator=torch.Generator().manual_seed(seed),
-        )
-        for some in torch.arange(len(ids), device=device).split(batch_size)
-    ])  # fmt: skip
-    adversarial = adversarial.mul(255).round().div(255)  # what a saved picture can hold
+    target = Target(model, clean, labels, seed, batch_size)
+    moved = torch.cat([made for _, made in attacked(called(attack, target), target)])
+    adversarial = moved.mul(255).round().div(255)  # what a saved picture can hold
     answers = [
         [answer for part in x.split(batch_size) for answer in _answers(model, part)]
         for x in (clean, adversarial)

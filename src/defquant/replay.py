@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from defquant.attacks import FirstOrder, Replay
+from defquant.attacks.contract import Target, attacked, called
 from defquant.checkpoint import find, load_on
 from defquant.data import Dataset
 from defquant.errors import DefquantWarning, UserError
@@ -92,11 +93,10 @@ def _make(
 ) -> Tensor:
     """Last iterates on the network of `run`, float32 on the CPU, drawn as `evaluate` draws them."""
     substitute, _ = load_on(run, device)
-    images = torch.empty(data.images.shape)
-    for ids in torch.arange(len(data)).split(batch_size):
-        x, y = (part.to(device) for part in data.take(ids))
-        whole = torch.Generator().manual_seed(seed)
-        images[ids] = attack.last(substitute, x, y, generator=whole, ids=ids.to(device)).cpu()
+    there, images = data.to(device), torch.empty(data.images.shape)
+    target = Target(substitute, there.images, there.labels, seed, batch_size)
+    for ids, made in attacked(called(attack, target, last=True), target):
+        images[ids.cpu()] = made.cpu()
     return images
 
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from defquant.attacks.base import lint_model, untouched
+from defquant.attacks.access import untouched
+from defquant.attacks.lint import lint_model
 from defquant.data import to_unit
 from defquant.data.pictures import decode
 from defquant.errors import UserError

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from defquant.attacks import Attack, Composition, Single
-from defquant.attacks.base import seed_of
-from defquant.attacks.engine import perturb
-from defquant.attacks.pixels import to_pixels
+from defquant.attacks.contract import Target, attacked, eight_bit, eps_of, name_of
 from defquant.checkpoint import Facts
-from defquant.data import Dataset, to_unit
+from defquant.data import Dataset
 from defquant.data.pictures import encode
 from defquant.errors import UserError
 from defquant.evaluate import Watch, answers, device_of
@@ -146,9 +145,9 @@ class Saver:
     ) -> tuple[Tensor, Tensor]:
         """uint8 pictures (n, c, h, w) and the network's answers to them, (n,)."""
         made, labels = self.images.images.clone(), self.images.labels
-        for ids in (clean == labels).nonzero().squeeze(1).split(batch_size):
-            x, y = to_unit(self.images.images[ids]), labels[ids]
-            found = _eight_bit(self.model, x, y, attack, self.seed, ids)
+        target = Target(self.model, self.images.images, labels, self.seed, batch_size)
+        make = partial(eight_bit, attack, self.model, seed=self.seed)
+        for ids, found in attacked(make, target, (clean == labels).nonzero().squeeze(1)):
             made[ids] = found.mul(255).round().to(torch.uint8)
         given = answers(self.model, (made, labels), batch_size=batch_size)
         if before is not None:
@@ -164,7 +163,7 @@ class Saver:
         about = (
             ("clean", 0.0, "clean")
             if attack is None
-            else (getattr(attack, "name", ""), float(getattr(attack, "eps", 0.0)), repr(attack))
+            else (name_of(attack), eps_of(attack), repr(attack))
         )
         rows = zip(self.images.labels.tolist(), clean.tolist(), found.tolist(), far, strict=True)
         try:
@@ -184,29 +183,3 @@ class Saver:
         if eight_bit is not None:
             record |= {"eight_bit": eight_bit.correct}
         self.scores.append(record)
-
-
-def _eight_bit(
-    model: nn.Module, x: Tensor, y: Tensor, attack: Attack, seed: int, ids: Tensor
-) -> Tensor:
-    """The best iterate of each example as 8 bits, of the draws that the score has.
-
-    Of a composition: the first 8-bit picture that fools; where none does, the last attack's.
-    """
-    if isinstance(attack, Single):
-        made = perturb(model, x, y, attack.kernel, attack.eps, seed=seed, ids=ids)
-        if not attack.kernel.bounded:
-            far = (made - x).abs().amax((1, 2, 3), keepdim=True) > attack.eps
-            made = torch.where(far, x, made)
-        return to_pixels(made, x, attack.eps)
-    if not isinstance(attack, Composition):
-        raise UserError(f"only attacks of this library are saved; found {attack!r}")
-    made, left = x.clone(), torch.arange(len(x), device=x.device)
-    for place, part in enumerate(attack.attacks):
-        if len(left):
-            made[left] = _eight_bit(
-                model, x[left], y[left], part, seed_of(seed, place), ids[left]
-            )  # fmt: skip
-            given = answers(model, (made[left], y[left]), batch_size=len(left))
-            left = left[given == y[left]]
-    return made

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from defquant.attacks import FGSM, PGD, RFGSM, Attack, RandomEps
-from defquant.attacks.base import lint_answer, made_by
-from defquant.attacks.gradient import FirstOrder
+from defquant.attacks.contract import made_by
+from defquant.attacks.first_order import FirstOrder
+from defquant.attacks.lint import lint_answer
 from defquant.config import TrainConfig
 from defquant.data import Dataset, batches, num_batches
 from defquant.deploy.calibrate import snap_biases_

@@ -1,30 +1,24 @@
 """DIVA: images that fool a quantised network and not its float twin (Hao et al. 2022)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from defquant.attacks.base import (
-    differentiable,
-    draw_seed,
-    gradient,
-    leaf,
-    lint_answer,
-    lint_images,
-    uniform,
-    untouched,
-)
-from defquant.config import check_eps
-from defquant.data import to_unit
+from defquant.attacks.access import differentiable, gradient, leaf, untouched
+from defquant.attacks.contract import InBall, pixels, uniform
+from defquant.attacks.engine import better, stepped
+from defquant.attacks.lint import lint_answer
+from defquant.config import positive
 from defquant.errors import UserError
 
 __all__ = ["DIVA"]
 
 
 @dataclass(frozen=True, repr=False)
-class DIVA:
+class DIVA(InBall):
     """Signed steps up L(x') = p_twin(y | x') - c p_model(y | x'), in the L-infinity ball.
 
     "A Tale of Two Models: Constructing Evasive Attacks on Edge Models" (Hao et al., MLSys 2022),
@@ -44,63 +38,39 @@ class DIVA:
         UserError: values out of range, images outside [0, 1], or networks of other classes.
     """
 
-    by_id: ClassVar[bool] = True
-    name: ClassVar[str] = "DIVA"
-
-    eps: float
     twin: nn.Module = field(repr=False)
     c: float = 1.0
     steps: int = 20
     alpha: float | None = None
 
     def __post_init__(self) -> None:
-        check_eps(self.eps)
-        if self.steps < 1:
-            raise UserError(f"steps must be 1 or more; found {self.steps}")
+        super().__post_init__()
+        positive(steps=self.steps)
         if not self.c > 0:
             raise UserError(f"c weighs the quantised network and must be positive; found {self.c}")
         if self.alpha is not None and not 0 < self.alpha <= 1:
             raise UserError(f"alpha is a step size in (0, 1], as 1/255; found {self.alpha:g}")
 
-    def __repr__(self) -> str:
-        alpha = 2.5 * self.eps / self.steps if self.alpha is None else self.alpha
-        radius, pace = (f"{round(value * 255, 3):g}/255" for value in (self.eps, alpha))
-        return f"DIVA(eps={radius}, c={self.c:g}, steps={self.steps}, alpha={pace})"
+    @property
+    def _size(self) -> float:
+        return 2.5 * self.eps / self.steps if self.alpha is None else self.alpha
 
-    def __call__(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        *,
-        generator: torch.Generator | None = None,
-        ids: Tensor | None = None,
-    ) -> Tensor:
-        """Images (n, c, h, w) in the ball around `x` and in [0, 1]; `model` is the quantised one.
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {"c": self.c, "steps": self.steps, "alpha": pixels(self._size)}
 
-        `ids`, int64 (n,), name the examples' draws; else 0, 1, ...
-        """
-        x, y = lint_images(x, y)
-        x, seed = to_unit(x), draw_seed(generator)
-        ids = torch.arange(len(x), device=x.device) if ids is None else ids
-        low, high = (x - self.eps).clamp(0, 1), (x + self.eps).clamp(0, 1)
+    def made(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, *, seed: int) -> Tensor:
         noise = uniform(seed, ids, torch.zeros_like(ids), x.shape[1:]).to(x) * 2 - 1
-        at, best, best_rank = (
-            (x + self.eps * noise).clamp(0, 1),
-            x,
-            x.new_full((len(x),), -torch.inf),
-        )
-        alpha = 2.5 * self.eps / self.steps if self.alpha is None else self.alpha
+        at = (x + self.eps * noise).clamp(0, 1)
+        best, best_rank = x, x.new_full((len(x),), -torch.inf)
         with (
             untouched(model), untouched(self.twin),
             torch.autocast(x.device.type, enabled=False),
         ):  # fmt: skip
             for step in range(self.steps + 1):
                 rank, grad = self._look(model, at, y, climb=step < self.steps)
-                gains = rank > best_rank
-                best = torch.where(gains[:, None, None, None], at, best)
-                best_rank = torch.where(gains, rank, best_rank)
-                at = torch.minimum(torch.maximum(at + alpha * grad.sign(), low), high)
+                best, best_rank = better(best, best_rank, at, rank)
+                at = stepped(at, x, grad, self._size, self.eps)
         return best
 
     def _look(

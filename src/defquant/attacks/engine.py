@@ -1,84 +1,139 @@
-"""First-order L-infinity attacks as one walk, and the loop that works only on the unbroken."""
+"""The engine of the L-infinity attacks. `Single` is one of them; `perturb` and `unbroken` run it.
 
+An attack moves rows, one for each start of each example: `begin` gives a row its first image `at`,
+the engine looks at the model there, and `advance` moves `at` by what was seen, until `plan` ends.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from defquant.attacks.base import uniform
-from defquant.attacks.kernel import Forward, Kernel, Look, Loss, State, Tick, into_ball
-from defquant.attacks.look import better, distance, look, opened, rank, rank_of
-from defquant.attacks.losses import cross_entropy
-from defquant.attacks.rows import (
-    both,
-    count,
-    cut,
-    refill,
-    rivals_of,
-    round_up,
-    rows_of,
-    where,
-)
+from defquant.attacks.access import differentiable, untouched
+from defquant.attacks.access import gradient as gradient_at
+from defquant.attacks.contract import Ids, InBall, Target, to_pixels
+from defquant.attacks.lint import lint_answer
+from defquant.attacks.losses import Loss, cross_entropy
+from defquant.data import to_unit
 
-__all__ = ["Walk", "perturb", "unbroken"]
+__all__ = [
+    "Forward", "Look", "Plan", "Radius", "Single", "State", "Surrogate", "better", "column",
+    "into_ball", "look", "perturb", "rank", "stepped", "unbroken",
+]  # fmt: skip
 
-_look, _rank = look, rank
+Radius = float | Tensor
+"""Of the ball: one, or one for each example, (n, 1, 1, 1)."""
+
+State = dict[str, Tensor]
+"""The rows in play; every tensor has one row for each.
+
+The engine gives `x` (clean images), `y`, `target` (the label itself where the attack has no
+targets), `id`, `start` (one number for each target and restart), `restart`, `row`, `step` (0). An
+attack adds `at`, where the model is looked at next, and what else it must remember; `step` rises
+to `Plan.steps`.
+"""
+
+Forward = Callable[[Tensor], Tensor]
+"""Images to logits."""
+
+Surrogate = Callable[[nn.Module], AbstractContextManager[tuple[Forward, ...]]]
+"""Opens a model to attack: forwards that give its logits, and gradients that need not be its own.
+
+Where there are several, logits and gradients are averaged over them.
+"""
 
 
-@dataclass(frozen=True)
-class Walk:
-    """How an attack moves: x₀ from `start`, then `steps` times x + rate·eps·sign(∇ₓL), projected.
+class Look(NamedTuple):
+    """What the model answers at the rows' `at`: loss (n,), fooled (n,), gradient, shaped as `at`.
 
-    A `Kernel` on the cross-entropy L.
-
-    Attributes:
-        start: `clean` at x; `uniform` in the ball; `sign` at x + reach·eps·sign(N(0, I)).
-        steps: gradient steps.
-        rate: step size over eps.
-        restarts: independent starts.
-        reach: share of eps that the start covers.
+    The loss is not NaN (it is inf there), nor is the gradient (0 there).
     """
 
-    targets: ClassVar[int] = 0
-    bounded: ClassVar[bool] = True
-    surrogate: ClassVar[None] = None
+    loss: Tensor
+    fooled: Tensor
+    grad: Tensor
 
-    start: Literal["clean", "uniform", "sign"]
-    steps: int
-    rate: float = 1.0
+
+class Plan(NamedTuple):
+    """How the engine runs an attack.
+
+    Attributes:
+        climbs: steps that need the gradient.
+        queries: steps after them for which logits are enough, as they are for the look at the end.
+        loss: what the attack raises.
+        restarts: independent starts (of each target).
+        targets: attack so many classes in turn, those of the highest clean logits; 0 for none.
+        surrogate: how the model is opened; None for the model as it is.
+        bounded: whether every iterate lies in the ball; else only those that do count.
+        retreats: calls of `advance` that raise no `step`, at most.
+    """
+
+    climbs: int
+    queries: int = 0
+    loss: Loss = cross_entropy
     restarts: int = 1
-    reach: float = 1.0
+    targets: int = 0
+    surrogate: Surrogate | None = None
+    bounded: bool = True
+    retreats: int = 0
+
+    @property
+    def steps(self) -> int:
+        """A row has ended when its `step` has come so far and its `at` was looked at."""
+        return self.climbs + self.queries
 
     @property
     def looks(self) -> int:
-        return self.steps
+        return self.steps + self.retreats
+
+
+@dataclass(frozen=True, repr=False)
+class Single(InBall):
+    """An L-infinity attack on rows that do not know of each other. `eps` 0 returns the images.
+
+    Calling it returns the best iterate of every example (see `perturb`), in the ball of radius
+    `eps` around `x` and in [0, 1]. Raises `UserError` for images outside [0, 1].
+    """
 
     @property
-    def climbs(self) -> int:
-        return self.steps
+    def plan(self) -> Plan:
+        raise TypeError(f"{type(self).__name__} is abstract: use FGSM, PGD, APGD, ...")
 
-    @property
-    def loss(self) -> Loss:
-        return cross_entropy
+    def begin(self, rows: State, eps: Radius, seed: int) -> State:
+        """The rows with `at`, the start, and the attack's own state."""
+        raise NotImplementedError
 
-    def begin(self, rows: State, eps: float | Tensor, seed: int) -> State:
-        return rows | {"at": _start(self, rows["x"], eps, seed, rows["id"], rows["start"])}
+    def advance(self, rows: State, look: Look, eps: Radius, seed: int) -> State:
+        """The rows after a look at `at`: a new `at`, and `step` risen.
 
-    def advance(self, rows: State, look: Look, eps: float | Tensor, seed: int) -> State:
-        at = _advance(self, rows["at"], rows["x"], eps, look.grad)
-        return rows | {"at": at, "step": rows["step"] + 1}
+        All rows of a call need the gradient, or none does.
+        """
+        raise NotImplementedError
+
+    def made(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, *, seed: int) -> Tensor:
+        return perturb(model, x, y, self, seed=seed, ids=ids)
+
+    def standing(self, target: Target, ids: Tensor) -> Tensor:
+        return unbroken(target, self, ids)
+
+    def eight_bit(
+        self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, *, seed: int
+    ) -> Tensor:
+        return to_pixels(self.made(model, x, y, ids, seed=seed), x, self.eps)
 
 
 def perturb(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    kernel: Kernel,
-    eps: float | Tensor,
+    attack: Single,
     *,
     seed: int,
-    ids: Tensor | None = None,
+    ids: Ids = None,
+    eps: Radius | None = None,
     keep: Literal["best", "last"] = "best",
 ) -> Tensor:
     """Adversarial examples of one batch, every example attacked to the end.
@@ -87,109 +142,106 @@ def perturb(
         model: returns logits; left as it was found.
         x: images in [0, 1], (n, c, h, w).
         y: labels, (n,).
-        kernel: the attack.
-        eps: radius in [0, 1], or one per example, (n, 1, 1, 1).
+        attack: gives the plan and moves the rows.
         seed: of the draws.
         ids: int64 (n,), the names under which the examples draw; else 0, 1, ...
+        eps: radius in [0, 1], or one per example, (n, 1, 1, 1); else the attack's.
         keep: `best`: of all iterates and starts the one with the highest loss among those
             that fool the model, else the highest loss (a start counts only if it fools); for a
-            kernel that is not bounded, the one that fools nearest to `x`, else `x`.
+            plan that is not bounded, the one that fools nearest to `x` within eps, else `x`.
             `last`: the final iterate, a forward pass cheaper.
     """
-    ids = torch.arange(len(x), device=x.device) if ids is None else ids
+    plan, eps = attack.plan, attack.eps if eps is None else eps
+    every = torch.arange(len(x), device=x.device)
+    ids = every if ids is None else ids
     # on a GPU training waits for no label: those of a `Dataset` are known to be right
     top = -1 if not len(y) or (y.is_cuda and keep == "last") else int(y.max())
-    with opened(model, kernel, x) as forwards:
-        best, best_rank = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
-        rivals = rivals_of(forwards, x, y, kernel.targets, len(x))
-        starts = kernel.restarts * rivals.shape[1]
-        climbs = kernel.looks - (kernel.steps - kernel.climbs)
+    with opened(model, plan, x) as forwards:
+        best, best_rank = x, torch.full((len(x),), -torch.inf, device=x.device)
+        rivals = rivals_of(forwards, x, y, plan.targets, len(x))
+        starts = plan.restarts * rivals.shape[1]
         for start in range(starts):
-            fresh = torch.arange(len(x), device=x.device) + start * len(x)
-            rows = kernel.begin(rows_of(fresh, x, y, ids, rivals), eps, seed)
-            for step in range(kernel.looks):
-                seen = _see(forwards, rows, kernel, gradient=step < climbs, top=top)
-                if keep == "best":
-                    order = rank_of(kernel, rows, seen)
-                    if step == 0:
+            rows = attack.begin(rows_of(every + start * len(x), x, y, ids, rivals), eps, seed)
+            for step in range(plan.looks + 1):
+                ended = step == plan.looks
+                if ended and keep == "last" and starts == 1:
+                    return rows["at"]
+                climb = step < plan.looks - plan.queries
+                seen = look(forwards, rows, plan, gradient=climb, top=top)
+                if ended or keep == "best":
+                    order = rank_of(plan, rows, seen, eps)
+                    if step == 0 and not ended:
                         order = torch.where(seen.fooled, order, -torch.inf)
                     best, best_rank = better(best, best_rank, rows["at"], order)
-                rows = kernel.advance(rows, seen, eps, seed)
-            if keep == "last" and starts == 1:
-                return rows["at"]
-            seen = _see(forwards, rows, kernel, gradient=False)
-            best, best_rank = better(best, best_rank, rows["at"], rank_of(kernel, rows, seen))
+                if not ended:
+                    rows = attack.advance(rows, seen, eps, seed)
     return best
 
 
-def unbroken(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    kernel: Kernel,
-    eps: float,
-    *,
-    ids: Tensor,
-    seed: int,
-    batch_size: int,
-    tick: Tick | None = None,
-) -> Tensor:
-    """Which examples no iterate of any start fools: bool (n,).
+def stepped(at: Tensor, x: Tensor, grad: Tensor, size: Radius, eps: Radius) -> Tensor:
+    """at + size · sign(∇ₓL), projected: the step of FGSM, BIM and PGD."""
+    return into_ball(at + grad.sign().mul_(size), x, eps)
+
+
+def into_ball(at: Tensor, x: Tensor, eps: Radius) -> Tensor:
+    """The nearest image of [0, 1] within `eps` of `x`."""
+    return torch.minimum(torch.maximum(at, x - eps), x + eps).clamp_(0, 1)
+
+
+def unbroken(target: Target, attack: Single, ids: Tensor) -> Tensor:
+    """Which of the examples `ids` no iterate of any start fools: bool (len(ids),).
 
     The batch is kept full: a fallen or finished example leaves it at once and the next one of
     the queue takes its place. The queue holds every example's first start, then every second
-    start, so that late starts stack in the batch; starts of fallen examples are skipped.
-
-    Args:
-        model: returns logits; left as it was found.
-        images: uint8, or float in [0, 1]; (n, c, h, w), on the model's device.
-        labels: int64 (n,).
-        kernel: the attack.
-        eps: radius in [0, 1].
-        ids: int64 (n,), the names under which the examples draw.
-        seed: of the draws.
-        batch_size: rows at a time; the answer does not depend on it (beyond rounding).
-        tick: told after each look how far it is, if it asks.
+    start, so that late starts stack in the batch; starts of fallen examples are skipped. The answer
+    does not depend on the batch size (beyond rounding).
     """
-    n, device, top = len(images), images.device, int(labels.max())
-    none = torch.empty(0, dtype=torch.int64, device=device)
-    with opened(model, kernel, images) as forwards:
-        standing = torch.ones(n, dtype=torch.bool, device=device)
+    model, images, labels, seed, batch_size, tick = target
+    images, labels = images[ids], labels[ids]
+    n, plan, eps, top = len(ids), attack.plan, attack.eps, int(labels.max())
+    with opened(model, plan, images) as forwards:
+        standing = torch.ones(n, dtype=torch.bool, device=ids.device)
+
+        def begun(row: Tensor) -> State:
+            return attack.begin(rows_of(row, images, labels, ids, rivals), eps, seed)
 
         def moved(rows: State, *, gradient: bool) -> State:
+            """The rows after a look, less those that had ended; what it fools stands no more."""
             room = min(round_up(count(rows)), batch_size)
-            return _moved(
-                forwards, rows, kernel, standing, eps, seed, gradient=gradient, room=room, top=top
-            )
+            seen = look(forwards, rows, plan, gradient=gradient, room=room, top=top)
+            standing[rows["row"][hits(plan, rows, seen, eps)] % n] = False
+            if not gradient:
+                going = rows["step"] < plan.steps
+                rows, seen = where(rows, going), Look(*(part[going] for part in seen))
+            return attack.advance(rows, seen, eps, seed) if count(rows) else rows
 
         def ask() -> tuple[float, int]:
             stand = int(standing.sum())
-            left = (total - position) * kernel.looks * stand / n
+            left = (total - position) * plan.looks * stand / n
             for rows in (active, waiting):
-                left += max(0, kernel.looks * count(rows) - int(rows["step"].sum()))
+                left += max(0, plan.looks * count(rows) - int(rows["step"].sum()))
             return spent / max(1.0, spent + left), stand
 
-        rivals = rivals_of(forwards, images, labels, kernel.targets, batch_size)
+        rivals = rivals_of(forwards, images, labels, plan.targets, batch_size)
         spent = 0  # looks at rows
-        position, total = 0, n * kernel.restarts * rivals.shape[1]
-        most = 2 * batch_size if kernel.climbs else batch_size
-        active = kernel.begin(rows_of(none, images, labels, ids, rivals), eps, seed)
-        waiting = active
+        position, total = 0, n * plan.restarts * rivals.shape[1]
+        most = 2 * batch_size if plan.climbs else batch_size
+        active = waiting = begun(ids[:0])
         while True:
             active = where(active, standing[active["row"] % n])
             room = min(batch_size, most - count(waiting)) - count(active)
             position, fresh = refill(position, total, room, standing)
             if len(fresh):
-                rows = rows_of(fresh, images, labels, ids, rivals)
-                active = both(active, kernel.begin(rows, eps, seed))
+                active = both(active, begun(fresh))
             # rows that need no gradient wait until a batch of their kind is together
-            climbs = active["step"] < kernel.climbs
+            climbs = active["step"] < plan.climbs
             waiting, active = both(waiting, where(active, ~climbs)), where(active, climbs)
             if count(waiting) >= batch_size or not count(active):
                 waiting = where(waiting, standing[waiting["row"] % n])
-                some, later = cut(waiting, batch_size)
+                some, waiting = cut(waiting, batch_size)
                 spent += count(some)
-                waiting = both(later, moved(some, gradient=False))
+                if count(some):
+                    waiting = both(waiting, moved(some, gradient=False))
             if tick is not None:
                 tick(ask)
             if count(active):
@@ -199,56 +251,149 @@ def unbroken(
                 return standing
 
 
-def _moved(
-    forwards: tuple[Forward, ...],
-    rows: State,
-    kernel: Kernel,
-    standing: Tensor,
-    eps: float,
-    seed: int,
-    *,
-    gradient: bool,
-    room: int,
-    top: int,
-) -> State:
-    """The rows after a look, less those that had ended; strikes from `standing` what it fools."""
-    if not count(rows):
-        return rows
-    seen = _see(forwards, rows, kernel, gradient=gradient, room=room, top=top)
-    fell = seen.fooled if kernel.bounded else seen.fooled & (distance(rows) <= eps)
-    standing[rows["row"][fell] % len(standing)] = False
-    if gradient:
-        return kernel.advance(rows, seen, eps, seed)
-    going = rows["step"] < kernel.steps
-    rows, seen = where(rows, going), Look(*(part[going] for part in seen))
-    return kernel.advance(rows, seen, eps, seed) if count(rows) else rows
+@contextmanager
+def opened(model: nn.Module, plan: Plan, x: Tensor) -> Iterator[tuple[Forward, ...]]:
+    """The model's forwards as the plan wants them; it is left as it was found.
+
+    Nothing outside of `look` is differentiated.
+    """
+    through = nullcontext((model,)) if plan.surrogate is None else plan.surrogate(model)
+    exact = torch.autocast(x.device.type, enabled=False)
+    with untouched(model), torch.no_grad(), exact, through as forwards:
+        yield forwards
 
 
-def _see(
-    forwards: tuple[Forward, ...],
+def look(
+    forwards: Sequence[Forward],
     rows: State,
-    kernel: Kernel,
+    plan: Plan,
     *,
-    gradient: bool,
-    room: int | None = None,
+    gradient: bool = True,
+    room: int = 0,
     top: int = -1,
 ) -> Look:
-    return look(
-        forwards, rows["at"], rows["y"], gradient=gradient, rows=room, loss=kernel.loss,
-        target=rows["target"], top=top,
-    )  # fmt: skip
+    """Loss, whether the model is fooled, and the gradient, at the rows' `at`.
+
+    The model sees `room` rows at least. Over several forwards loss and gradient are averaged, and
+    the mean of the logits decides. `top`: the highest label, if it is known.
+    """
+    y, n, at = rows["y"], len(rows["y"]), rows["at"].detach()
+    if room > n:
+        at = torch.cat([at, at.new_zeros(room - n, *at.shape[1:])])
+    logits, losses, grads = [], [], []
+    with differentiable() if gradient else torch.no_grad():
+        at = at.requires_grad_(gradient)
+        for forward in forwards:
+            given = forward(at)
+            lint_answer(given, len(at), top)
+            answer = given[:n].float()
+            value = plan.loss(answer, y, rows["target"])
+            if gradient:
+                grads.append(gradient_at(value, at)[:n])
+            logits.append(answer.detach())
+            losses.append(value.detach())
+    grad = _mean(grads) if gradient else torch.zeros_like(at[:n])
+    mean = _mean(logits)
+    # a NaN among the logits is an answer as wrong as any, and must not stop its neighbours
+    fooled = (mean.argmax(1) != y) | mean.isnan().any(1)
+    return Look(_mean(losses).nan_to_num(torch.inf), fooled, grad.nan_to_num(0.0))
 
 
-def _start(
-    walk: Walk, x: Tensor, eps: float | Tensor, seed: int, ids: Tensor, restart: Tensor
+def _mean(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(list(parts)).mean(0)
+
+
+def hits(plan: Plan, rows: State, seen: Look, eps: Radius) -> Tensor:
+    """Which rows fool the model, within eps."""
+    return seen.fooled if plan.bounded else seen.fooled & (distance(rows) <= eps)
+
+
+def distance(rows: State) -> Tensor:
+    """||at - x||_inf of each row, (n,)."""
+    return (rows["at"] - rows["x"]).abs().amax((1, 2, 3))
+
+
+def rank(loss: Tensor, fooled: Tensor) -> Tensor:
+    """Orders iterates: all that fool above all that do not, by loss within each."""
+    share = loss / (1 + loss.abs())  # in [-1, 1]; inf / inf is caught below
+    return torch.where(fooled, 1 + share.clamp_min(0).nan_to_num(1.0), share.nan_to_num(1.0))
+
+
+def rank_of(plan: Plan, rows: State, seen: Look, eps: Radius) -> Tensor:
+    """`rank`; where the plan is not bounded, all that hit by distance, and no others."""
+    if plan.bounded:
+        return rank(seen.loss, seen.fooled)
+    return torch.where(hits(plan, rows, seen, eps), 2 - distance(rows), -torch.inf)
+
+
+def better(best: Tensor, best_rank: Tensor, at: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
+    gains = rank > best_rank
+    return torch.where(column(gains), at, best), torch.where(gains, rank, best_rank)
+
+
+def column(values: Tensor) -> Tensor:
+    """(n,) as (n, 1, 1, 1), to stand beside images."""
+    return values[:, None, None, None]
+
+
+def rows_of(row: Tensor, images: Tensor, labels: Tensor, ids: Tensor, rivals: Tensor) -> State:
+    """The starts numbered `row` = start * n + example, not yet begun."""
+    example, start, targets = row % len(images), row // len(images), rivals.shape[1]
+    return {
+        "row": row, "step": torch.zeros_like(row), "start": start, "restart": start // targets,
+        "id": ids[example], "x": to_unit(images[example]), "y": labels[example],
+        "target": rivals[example, start % targets],
+    }  # fmt: skip
+
+
+def rivals_of(
+    forwards: Sequence[Forward], images: Tensor, labels: Tensor, targets: int, batch_size: int
 ) -> Tensor:
-    if walk.start == "clean":
-        return x
-    noise = uniform(seed, ids, restart, x.shape[1:]).mul_(2).sub_(1)
-    if walk.start == "sign":
-        noise = torch.where(noise < 0, -1.0, 1.0)
-    return (x + noise * (walk.reach * eps)).clamp_(0, 1)
+    """The `targets` classes (all, where there are fewer) that the model prefers after the label.
+
+    int64 (n, targets); the labels themselves, (n, 1), where the attack has no targets.
+    """
+    if not targets:
+        return labels[:, None]
+    with torch.no_grad():
+        parts = [forwards[0](to_unit(part)).float() for part in images.split(batch_size)]
+    logits = torch.cat(parts).nan_to_num().scatter(1, labels[:, None], -torch.inf)
+    return logits.topk(min(targets, logits.shape[1] - 1), dim=1).indices
 
 
-def _advance(walk: Walk, at: Tensor, x: Tensor, eps: float | Tensor, grad: Tensor) -> Tensor:
-    return into_ball(at + grad.sign_().mul_(walk.rate * eps), x, eps)
+def count(rows: State) -> int:
+    return len(rows["row"])
+
+
+def where(rows: State, mask: Tensor) -> State:
+    return rows if bool(mask.all()) else {name: part[mask] for name, part in rows.items()}
+
+
+def both(a: State, b: State) -> State:
+    if not count(a) or not count(b):
+        return a if count(a) else b
+    return {name: torch.cat([part, b[name]]) for name, part in a.items()}
+
+
+def cut(rows: State, n: int) -> tuple[State, State]:
+    """The first `n` rows, and the others."""
+    first, others = ({k: part[s] for k, part in rows.items()} for s in (slice(n), slice(n, None)))
+    return first, others
+
+
+def refill(position: int, total: int, room: int, standing: Tensor) -> tuple[int, Tensor]:
+    """The next `room` unbroken rows from `position` on, fewer at the end, and where they end."""
+    found, taken = torch.empty(0, dtype=torch.int64, device=standing.device), position
+    while taken < total and (missing := room - len(found)) > 0:
+        rows = torch.arange(taken, min(taken + missing, total), device=standing.device)
+        found = torch.cat([found, rows[standing[rows % len(standing)]]])
+        taken += len(rows)
+    return taken, found
+
+
+def round_up(n: int) -> int:
+    """`n` up to the next of 1, 2, 4, 8, 16, 32, 48, 64, ...
+
+    A batch that shrinks row by row would have convolution kernels made for every size it has.
+    """
+    return 1 << (n - 1).bit_length() if n < 16 else -(-n // 16) * 16

@@ -1,18 +1,17 @@
 """FAB: the nearest image that fools, along the linearised boundary (Croce & Hein 2020a)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from defquant.attacks.base import uniform
-from defquant.attacks.kernel import Kernel, Look, Loss, State, Surrogate, column
+from defquant.attacks.contract import uniform
+from defquant.attacks.engine import Look, Plan, Radius, Single, State, Surrogate, column
 from defquant.attacks.losses import difference, margin
-from defquant.attacks.single import Single, pixels, positive
+from defquant.config import positive
 from defquant.errors import UserError
 
-__all__ = ["FAB", "Boundary", "to_plane"]
+__all__ = ["FAB", "to_plane"]
 
 ALPHA_MAX, ETA, BETA = 0.1, 1.05, 0.9  # bias to the clean image, overshoot, way kept after a hit
 
@@ -39,43 +38,59 @@ def to_plane(x: Tensor, w: Tensor, gap: Tensor) -> Tensor:
     return heading * torch.minimum(t, room)
 
 
-@dataclass(frozen=True)
-class Boundary:
-    """The kernel of `FAB`.
+@dataclass(frozen=True, repr=False)
+class FAB(Single):
+    """Fast adaptive boundary attack (Croce & Hein 2020a), L-infinity.
+
+    It looks for the nearest image that fools, wherever that lies; an example falls once one lies
+    within `eps`. Called, it returns the nearest found where that is within `eps`, else the clean
+    image.
 
     With f = z_t - z_y linearised at x_k, δ_k and δ_0 lead from x_k and from the clean image x to
     the plane f = 0; x_{k+1} = (1 - α)(x_k + η δ_k) + α (x + η δ_0), clipped to [0, 1], with
     α = min(|δ_k| / (|δ_k| + |δ_0|), 0.1) and η = 1.05. After an iterate that fools, the next
     starts from x + 0.9 (x_k - x).
+
+    Attributes:
+        steps: projections on the boundary, each one gradient (a retreat after an iterate that
+            fools costs one more).
+        restarts: starts (of each target), the first at the clean image, others within eps / 2.
+        targets: as AutoAttack has it, go for each of so many likeliest classes in turn; 0: for
+            the class of the highest logit at the time, one gradient where the paper takes one for
+            every class.
+        surrogate: the backward pass (`defquant.attacks.surrogates`); none for the model's own.
     """
 
-    bounded: ClassVar[bool] = False
+    steps: int = 100
+    restarts: int = 1
+    targets: int = 0
+    surrogate: Surrogate | None = None
 
-    steps: int
-    restarts: int
-    targets: int
-    surrogate: Surrogate | None
-
-    @property
-    def looks(self) -> int:
-        return 2 * self.steps
-
-    @property
-    def climbs(self) -> int:
-        return self.steps
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(steps=self.steps, restarts=self.restarts)
+        if self.targets < 0:
+            raise UserError(f"targets must be 0 (untargeted) or more; found {self.targets}")
 
     @property
-    def loss(self) -> Loss:
-        return difference if self.targets else margin
+    def plan(self) -> Plan:
+        return Plan(
+            self.steps, loss=difference if self.targets else margin, restarts=self.restarts,
+            targets=self.targets, surrogate=self.surrogate, bounded=False, retreats=self.steps,
+        )  # fmt: skip
 
-    def begin(self, rows: State, eps: float | Tensor, seed: int) -> State:
+    @property
+    def name(self) -> str:
+        return "FAB-T" if self.targets else "FAB"
+
+    def begin(self, rows: State, eps: Radius, seed: int) -> State:
         x, again = rows["x"], rows["restart"] > 0
         noise = uniform(seed, rows["id"], rows["start"], x.shape[1:]).mul_(2).sub_(1)
         noise /= column(noise.abs().amax((1, 2, 3)).clamp_min(1e-12))
         at = torch.where(column(again), (x + noise * (eps / 2)).clamp_(0, 1), x)
         return rows | {"at": at, "stepped": torch.zeros_like(again)}
 
-    def advance(self, rows: State, look: Look, eps: float | Tensor, seed: int) -> State:
+    def advance(self, rows: State, look: Look, eps: Radius, seed: int) -> State:
         at, x = rows["at"], rows["x"]
         retreat = rows["stepped"] & look.fooled
         ended = rows["step"] >= self.steps
@@ -97,49 +112,3 @@ def _crossed(at: Tensor, x: Tensor, look: Look) -> Tensor:
     alpha = (lengths[0] / (lengths[0] + lengths[1])).clamp_max(ALPHA_MAX)
     moved = (flat + ETA * near) * (1 - alpha) + (clean + ETA * far) * alpha
     return moved.clamp_(0, 1).view_as(at)
-
-
-@dataclass(frozen=True, repr=False)
-class FAB(Single):
-    """Fast adaptive boundary attack (Croce & Hein 2020a), L-infinity; see `Boundary`.
-
-    It looks for the nearest image that fools, wherever that lies; an example falls once one lies
-    within `eps`. Called, it returns the nearest found where that is within `eps`, else the clean
-    image.
-
-    Attributes:
-        steps: projections on the boundary, each one gradient (a retreat after an iterate that
-            fools costs one more).
-        restarts: starts (of each target), the first at the clean image, others within eps / 2.
-        targets: as AutoAttack has it, go for each of so many likeliest classes in turn; 0: for
-            the class of the highest logit at the time, one gradient where the paper takes one for
-            every class.
-        surrogate: the backward pass (`defquant.attacks.surrogates`); none for the model's own.
-    """
-
-    steps: int = 100
-    restarts: int = 1
-    targets: int = 0
-    surrogate: Surrogate | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("steps", self.steps)
-        positive("restarts", self.restarts)
-        if self.targets < 0:
-            raise UserError(f"targets must be 0 (untargeted) or more; found {self.targets}")
-
-    @property
-    def kernel(self) -> Kernel:
-        return Boundary(self.steps, self.restarts, self.targets, self.surrogate)
-
-    @property
-    def name(self) -> str:
-        return "FAB-T" if self.targets else "FAB"
-
-    def __repr__(self) -> str:
-        parts = [f"eps={pixels(self.eps)}", f"steps={self.steps}"]
-        parts += [f"restarts={self.restarts}"] * (self.restarts > 1)
-        parts += [f"targets={self.targets}"] * (self.targets > 0)
-        parts += [f"surrogate={self.surrogate!r}"] * (self.surrogate is not None)
-        return f"FAB({', '.join(parts)})"

@@ -1,18 +1,20 @@
 """What an attack raises: cross-entropy, and losses whose gradient does not vanish."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from defquant.attacks.kernel import Loss
-
 __all__ = [
-    "LOSSES", "LossName", "cross_entropy", "difference", "dlr", "dlr_targeted", "margin",
+    "LOSSES", "Loss", "LossName", "cross_entropy", "difference", "dlr", "dlr_targeted", "margin",
     "scaled_cross_entropy",
 ]  # fmt: skip
 
 LossName = Literal["ce", "scaled-ce", "margin", "dlr", "dlr-targeted"]
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(logits (n, classes), labels (n,), targets (n,)) to what the attack raises, (n,)."""
 
 
 def cross_entropy(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:

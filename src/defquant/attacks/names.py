@@ -1,4 +1,4 @@
-"""Attacks by the names of the command line."""
+"""Attacks by the names of the command line: one line of `_MAKE` for each."""
 
 import re
 from collections.abc import Callable
@@ -6,13 +6,12 @@ from functools import partial
 from typing import Any
 
 from defquant.attacks.apgd import APGD
+from defquant.attacks.compose import Adaptive, Composition, Standard
+from defquant.attacks.engine import Single, Surrogate
 from defquant.attacks.fab import FAB
-from defquant.attacks.gradient import BIM, FGSM, PGD, RFGSM, FirstOrder, Random
-from defquant.attacks.kernel import Surrogate
-from defquant.attacks.single import Single
+from defquant.attacks.first_order import BIM, FGSM, PGD, RFGSM, FirstOrder, Random
 from defquant.attacks.square import Square
 from defquant.attacks.surrogates import EOT, ClipFree, FloatTwin, Precisions, SoftRound
-from defquant.attacks.worst import Adaptive, Composition, Standard
 from defquant.errors import UserError
 
 __all__ = ["parse_attack", "parse_first_order"]
@@ -46,8 +45,7 @@ def parse_attack(text: str, eps: float) -> Single | Composition:
     Without STEPS, BIM and PGD take the paper's schedule. Raises `UserError` for anything else.
     """
     match = re.fullmatch(
-        r"([a-z]+(?:-(?:dlr|margin|t))?)(?:@([a-z]+))?(?:-(\d+)(?:x(\d+))?)?(?:\+(\d+))?",
-        text.lower(),
+        r"([a-z]+(?:-[a-z]+)*)(?:@([a-z]+))?(?:-(\d+)(?:x(\d+))?)?(?:\+(\d+))?", text.lower()
     )
     own = match and (match[2] or match[5])  # what only APGD takes
     if match and match[1] in _MAKE and (not own or match[1].startswith("apgd")):
@@ -60,10 +58,10 @@ def parse_attack(text: str, eps: float) -> Single | Composition:
             options["queries"] = int(match[5])
         if len(numbers) <= len(names) and match[2] in (None, *_SURROGATES):
             return make(eps, **options)
+    *known, last = _MAKE
     raise UserError(
-        f"unknown attack {text!r}: use random, fgsm, rfgsm, bim, pgd, apgd, apgd-dlr, apgd-margin, "
-        "apgd-t, fab, fab-t, square, standard or adaptive, with steps, restarts, surrogate and "
-        "queries as in pgd-20, apgd-50x10 or apgd@soft-50+200"
+        f"unknown attack {text!r}: use {', '.join(known)} or {last}, with steps, restarts, "
+        "surrogate and queries as in pgd-20, apgd-50x10 or apgd@soft-50+200"
     )
 
 

@@ -1,77 +1,102 @@
 """Square attack: random squares, judged by the logits alone (Andriushchenko et al. 2020)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from defquant.attacks.base import uniform
-from defquant.attacks.kernel import Kernel, Look, Loss, State, column, draws, into_ball
+from defquant.attacks.contract import uniform
+from defquant.attacks.engine import Look, Plan, Radius, Single, State, column, into_ball
 from defquant.attacks.losses import margin
-from defquant.attacks.single import Single, pixels, positive
+from defquant.config import positive
 from defquant.errors import UserError
 
-__all__ = ["Square", "Squares"]
+__all__ = ["Square", "searched"]
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries
 
 
-@dataclass(frozen=True)
-class Squares:
-    """The kernel of `Square`: `at` is the image asked about, `best` the one kept."""
+@dataclass(frozen=True, repr=False)
+class Square(Single):
+    """Random search for an image that fools, by squares of ±eps (Andriushchenko et al. 2020).
 
-    restarts: ClassVar[int] = 1
-    targets: ClassVar[int] = 0
-    climbs: ClassVar[int] = 0
-    bounded: ClassVar[bool] = True
-    surrogate: ClassVar[None] = None
+    From vertical stripes on; a square is kept where the margin max_{i≠y} z_i - z_y grows. It asks
+    for logits only: the model may be a module without parameters or gradients, such as a wrapper
+    of another runtime.
 
-    steps: int
-    p: float
-    after: int = 0  # steps of another kernel before the first
+    Attributes:
+        queries: squares tried on each example (after the stripes).
+        p: share of the image that the first squares cover, in (0, 1]; halved after 0.1, 0.5, 2, 5,
+            10, 20, 40, 60 and 80 % of the queries.
+    """
+
+    queries: int = 5000
+    p: float = 0.8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(queries=self.queries)
+        if not 0 < self.p <= 1:
+            raise UserError(f"p is a share of the image, in (0, 1]; found {self.p:g}")
 
     @property
-    def looks(self) -> int:
-        return self.steps
+    def plan(self) -> Plan:
+        return Plan(0, self.queries, margin)
 
-    @property
-    def loss(self) -> Loss:
-        return margin
-
-    def begin(self, rows: State, eps: float | Tensor, seed: int) -> State:
+    def begin(self, rows: State, eps: Radius, seed: int) -> State:
         x, stripe = rows["x"], torch.Size([rows["x"].shape[1], 1, rows["x"].shape[3]])
         stripes = _signs(uniform(seed, rows["id"], rows["start"], stripe))
         at = (x + stripes * eps).clamp_(0, 1)
-        return rows | {
-            "at": at,
-            "best": at,
-            "best_loss": torch.full_like(at[:, 0, 0, 0], -torch.inf),
-        }
+        low = torch.full_like(at[:, 0, 0, 0], -torch.inf)
+        return rows | {"at": at, "best": at, "best_loss": low}
 
-    def advance(self, rows: State, look: Look, eps: float | Tensor, seed: int) -> State:
-        better = look.loss > rows["best_loss"]
-        best = torch.where(column(better), rows["at"], rows["best"])
-        at = _with_square(best, rows, self._side(rows), eps, seed)
-        best_loss = torch.where(better, look.loss, rows["best_loss"])
-        return rows | {"at": at, "best": best, "best_loss": best_loss, "step": rows["step"] + 1}
+    def advance(self, rows: State, look: Look, eps: Radius, seed: int) -> State:
+        return searched(rows, look, eps, seed, self.queries, self.p)
 
-    def _side(self, rows: State) -> Tensor:
-        """Side of each row's square, (n,): round(sqrt(p h w)), p halved as the queries pass."""
-        height, width = rows["x"].shape[2:]
-        passed = (rows["step"] - self.after) * 10_000 // self.steps
-        halved = (passed[:, None] > passed.new_tensor(HALVINGS)).sum(1)
-        side = (self.p * 0.5**halved * height * width).sqrt().round()
-        return side.clamp_(1, min(height, width)).long()
+    @property
+    def name(self) -> str:
+        return "Square" if self.queries == 5000 else f"Square-{self.queries}"
 
 
-def _with_square(best: Tensor, rows: State, side: Tensor, eps: float | Tensor, seed: int) -> Tensor:
+def searched(
+    rows: State,
+    look: Look,
+    eps: Radius,
+    seed: int,
+    queries: int,
+    p: float,
+    *,
+    after: int = 0,
+) -> State:
+    """The rows after a query: `at` is the next image to ask about, `best` the one kept.
+
+    `after`: steps of another attack before the first of the `queries`.
+    """
+    better = look.loss > rows["best_loss"]
+    best = torch.where(column(better), rows["at"], rows["best"])
+    at = _with_square(best, rows, side_of(rows, queries, p, after), eps, seed)
+    best_loss = torch.where(better, look.loss, rows["best_loss"])
+    return rows | {"at": at, "best": best, "best_loss": best_loss, "step": rows["step"] + 1}
+
+
+def side_of(rows: State, queries: int, p: float, after: int = 0) -> Tensor:
+    """Side of each row's square, (n,): round(sqrt(p h w)), p halved as the queries pass."""
+    height, width = rows["x"].shape[2:]
+    passed = (rows["step"] - after) * 10_000 // queries
+    halved = (passed[:, None] > passed.new_tensor(HALVINGS)).sum(1)
+    side = (p * 0.5**halved * height * width).sqrt().round()
+    return side.clamp_(1, min(height, width)).long()
+
+
+def _with_square(best: Tensor, rows: State, side: Tensor, eps: Radius, seed: int) -> Tensor:
     """`best` with a square anywhere in it moved to x ± eps, one sign for each channel.
 
-    Where that changes nothing the signs are turned, so that the query is not wasted.
+    Where that changes nothing the signs are turned, so that the query is not wasted. Draws depend
+    on (seed, example id, start, step) alone.
     """
     _, channels, height, width = best.shape
-    u = draws(rows, seed, torch.Size([2 + channels]))
+    draw = rows["start"] + ((rows["step"] + 1) << 32)
+    u = uniform(seed, rows["id"], draw, torch.Size([2 + channels]))
     top = (u[:, 0] * (height - side + 1)).long()
     left = (u[:, 1] * (width - side + 1)).long()
     square = (
@@ -94,38 +119,3 @@ def _within(length: int, start: Tensor, side: Tensor) -> Tensor:
 
 def _signs(u: Tensor) -> Tensor:
     return torch.where(u < 0.5, -1.0, 1.0)
-
-
-@dataclass(frozen=True, repr=False)
-class Square(Single):
-    """Random search for an image that fools, by squares of ±eps (Andriushchenko et al. 2020).
-
-    From vertical stripes on; a square is kept where the margin max_{i≠y} z_i - z_y grows. It asks
-    for logits only: the model may be a module without parameters or gradients, such as a wrapper
-    of another runtime.
-
-    Attributes:
-        queries: squares tried on each example (after the stripes).
-        p: share of the image that the first squares cover, in (0, 1]; halved after 0.1, 0.5, 2, 5,
-            10, 20, 40, 60 and 80 % of the queries.
-    """
-
-    queries: int = 5000
-    p: float = 0.8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("queries", self.queries)
-        if not 0 < self.p <= 1:
-            raise UserError(f"p is a share of the image, in (0, 1]; found {self.p:g}")
-
-    @property
-    def kernel(self) -> Kernel:
-        return Squares(self.queries, self.p)
-
-    @property
-    def name(self) -> str:
-        return "Square" if self.queries == 5000 else f"Square-{self.queries}"
-
-    def __repr__(self) -> str:
-        return f"Square(eps={pixels(self.eps)}, queries={self.queries}, p={self.p:g})"

@@ -9,20 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from defquant.attacks.kernel import Forward
-from defquant.config import check_bits
+from defquant.attacks.engine import Forward
+from defquant.config import check_bits, positive
 from defquant.errors import UserError
 from defquant.quantize import Quantizer, QuantReLU, QuantTanh, set_bits
 
 __all__ = [
-    "EOT",
-    "ClipFree",
-    "FloatTwin",
-    "Precisions",
-    "SoftRound",
-    "StraightThrough",
-    "staircase_slope",
-]
+    "EOT", "ClipFree", "FloatTwin", "Precisions", "SoftRound", "StraightThrough", "staircase_slope",
+]  # fmt: skip
 
 
 def staircase_slope(bits: int) -> float:
@@ -128,8 +122,7 @@ class EOT:
     passes: int = 10
 
     def __post_init__(self) -> None:
-        if self.passes < 1:
-            raise UserError(f"passes must be 1 or more; found {self.passes}")
+        positive(passes=self.passes)
 
     @contextmanager
     def __call__(self, model: nn.Module) -> Iterator[tuple[Forward, ...]]:

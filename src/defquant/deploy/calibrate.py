@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from defquant.attacks.base import untouched
+from defquant.attacks.access import untouched
 from defquant.deploy.lower import follow
 from defquant.deploy.tracing import trace
 from defquant.errors import UserError

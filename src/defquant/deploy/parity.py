@@ -9,7 +9,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from defquant.attacks.base import untouched
+from defquant.attacks.access import untouched
 from defquant.data import Dataset, to_unit
 from defquant.deploy.program import Program
 from defquant.deploy.reference import rounded, run, steps, value

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from defquant.attacks import untouched
-from defquant.attacks.base import differentiable, gradient, leaf
+from defquant.attacks.access import differentiable, gradient, leaf
 from defquant.data import to_unit
 from defquant.diagnose.bound import BatchNormCall, LayerCall, reach
 from defquant.diagnose.norms import kernel_matrix

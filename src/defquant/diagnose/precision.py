@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from defquant.attacks import Attack, untouched
-from defquant.attacks.base import differentiable, generator_of, gradient, leaf, lint_attack, made_by
+from defquant.attacks.access import differentiable, gradient, leaf
+from defquant.attacks.contract import Target, attacked, called
 from defquant.attacks.diva import DIVA
+from defquant.attacks.lint import lint_attack
 from defquant.config import check_bits
 from defquant.data import to_unit
 from defquant.errors import UserError
@@ -169,11 +171,8 @@ def _same_images(
 def _attacked(
     model: nn.Module, x: Tensor, y: Tensor, attack: Attack, batch_size: int, seed: int
 ) -> Tensor:
-    parts = []
-    for ids in torch.arange(len(x), device=x.device).split(batch_size):
-        draw = generator_of(attack, seed, ids)
-        parts.append(made_by(attack, model, x[ids], y[ids], generator=draw, ids=ids, last=True))
-    return torch.cat(parts)
+    target = Target(model, x, y, seed, batch_size)
+    return torch.cat([made for _, made in attacked(called(attack, target, last=True), target)])
 
 
 def _right(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tensor:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from defquant.attacks import APGD, BIM, FGSM, PGD, RFGSM, Adaptive, Attack, Square, Transfer
-from defquant.attacks.base import SAME, differentiable, gradient, leaf, untouched
+from defquant.attacks.access import differentiable, gradient, leaf, untouched
 from defquant.attacks.engine import perturb
+from defquant.attacks.lint import SAME
 from defquant.attacks.losses import margin
 from defquant.evaluate import answers, robust
 from defquant.quantize import Quantizer
@@ -172,7 +173,7 @@ def _paths(scene: _Scene) -> dict[str, Tensor]:
     seed, eps, everyone = scene.effort.seed, scene.eps, torch.ones_like(scene.y, dtype=torch.bool)
     path = PGD(eps, steps=scene.effort.steps)
     ends = [
-        perturb(scene.model, x, y, path.kernel, eps, seed=seed, ids=ids, keep="last")
+        perturb(scene.model, x, y, path, seed=seed, ids=ids, keep="last")
         for x, y, ids in _parts(scene)
     ]
     whole = ~scene.wrong(torch.cat(ends))
@@ -181,10 +182,10 @@ def _paths(scene: _Scene) -> dict[str, Tensor]:
 
 def _noise(scene: _Scene) -> Tensor:
     """Where FGSM raises the margin of error less than random signs of the same size on average."""
-    kernel, found = FGSM(scene.eps).kernel, []
+    attack, found = FGSM(scene.eps), []
     draws = torch.Generator().manual_seed(scene.effort.seed)
     for x, y, ids in _parts(scene):
-        moved = perturb(scene.model, x, y, kernel, scene.eps, seed=0, ids=ids, keep="last")
+        moved = perturb(scene.model, x, y, attack, seed=0, ids=ids, keep="last")
         with untouched(scene.model), torch.no_grad():
             total = torch.zeros(len(x), device=x.device)
             for _ in range(scene.effort.draws):

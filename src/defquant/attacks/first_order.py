@@ -1,19 +1,23 @@
 """The paper's white-box attacks (section 2.2.1): Random, FGSM, R+FGSM, BIM, PGD."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from defquant.attacks.base import draw_seed, lint_images
-from defquant.attacks.engine import Walk, perturb
-from defquant.attacks.kernel import Kernel
-from defquant.attacks.single import Single, pixels, positive
+from defquant.attacks.contract import Draws, Ids, draw_seed, pixels, uniform
+from defquant.attacks.engine import Look, Plan, Radius, Single, State, perturb, stepped
+from defquant.attacks.lint import lint_images
+from defquant.config import positive
 from defquant.data import to_unit
 from defquant.errors import UserError
 
-__all__ = ["BIM", "FGSM", "PGD", "RFGSM", "FirstOrder", "Random", "RandomEps", "paper_steps"]
+__all__ = [
+    "BIM", "FGSM", "PGD", "RFGSM", "FirstOrder", "Random", "RandomEps", "Walk", "paper_steps",
+]  # fmt: skip
 
 
 def paper_steps(eps: float) -> int:
@@ -25,6 +29,25 @@ def paper_steps(eps: float) -> int:
     return math.floor(min(pixels + 4, 1.25 * pixels) + 1e-6)
 
 
+@dataclass(frozen=True)
+class Walk:
+    """x₀ from `start`, then `steps` times x + rate·eps·sign(∇ₓL), projected; L the cross-entropy.
+
+    Attributes:
+        start: `clean` at x; `uniform` in the ball; `sign` at x + reach·eps·sign(N(0, I)).
+        steps: gradient steps.
+        rate: step size over eps.
+        restarts: independent starts.
+        reach: share of eps that the start covers.
+    """
+
+    start: Literal["clean", "uniform", "sign"]
+    steps: int
+    rate: float = 1.0
+    restarts: int = 1
+    reach: float = 1.0
+
+
 @dataclass(frozen=True, repr=False)
 class FirstOrder(Single):
     """An attack that is one `Walk`."""
@@ -34,17 +57,24 @@ class FirstOrder(Single):
         raise TypeError(f"{type(self).__name__} is abstract: use FGSM, PGD, ...")
 
     @property
-    def kernel(self) -> Kernel:
-        return self.walk
+    def plan(self) -> Plan:
+        return Plan(self.walk.steps, restarts=self.walk.restarts)
+
+    def begin(self, rows: State, eps: Radius, seed: int) -> State:
+        x, walk = rows["x"], self.walk
+        if walk.start == "clean":
+            return rows | {"at": x}
+        noise = uniform(seed, rows["id"], rows["start"], x.shape[1:]).mul_(2).sub_(1)
+        if walk.start == "sign":
+            noise = torch.where(noise < 0, -1.0, 1.0)
+        return rows | {"at": (x + noise * (walk.reach * eps)).clamp_(0, 1)}
+
+    def advance(self, rows: State, look: Look, eps: Radius, seed: int) -> State:
+        at = stepped(rows["at"], rows["x"], look.grad, self.walk.rate * eps, eps)
+        return rows | {"at": at, "step": rows["step"] + 1}
 
     def last(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        *,
-        generator: torch.Generator | None = None,
-        ids: Tensor | None = None,
+        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: Draws = None, ids: Ids = None
     ) -> Tensor:
         """The last iterate instead of the best: for adversarial training and for transfer.
 
@@ -53,16 +83,7 @@ class FirstOrder(Single):
         """
         x, y = lint_images(x, y)
         seed = draw_seed(generator)
-        return perturb(model, to_unit(x), y, self.walk, self.eps, seed=seed, ids=ids, keep="last")
-
-    def __repr__(self) -> str:
-        walk = self.walk
-        parts = [f"eps={pixels(self.eps)}"]
-        if walk.steps > 1 or isinstance(self, BIM):  # the schedule's one step, too
-            parts += [f"steps={walk.steps}", f"alpha={pixels(walk.rate * self.eps)}"]
-        if walk.restarts > 1:
-            parts.append(f"{'restarts' if walk.steps else 'samples'}={walk.restarts}")
-        return f"{type(self).__name__}({', '.join(parts)})"
+        return perturb(model, to_unit(x), y, self, seed=seed, ids=ids, keep="last")
 
 
 @dataclass(frozen=True, repr=False)
@@ -73,7 +94,7 @@ class Random(FirstOrder):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("samples", self.samples)
+        positive(samples=self.samples)
 
     @property
     def walk(self) -> Walk:
@@ -124,7 +145,7 @@ class BIM(FirstOrder):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps is not None:
-            positive("steps", self.steps)
+            positive(steps=self.steps)
         if self.alpha is not None and not 0 < self.alpha <= 1:
             raise UserError(f"alpha is a step size in (0, 1], as 1/255; found {self.alpha:g}")
 
@@ -145,6 +166,11 @@ class BIM(FirstOrder):
     def name(self) -> str:
         return type(self).__name__ + ("" if self.steps is None else f"-{self.steps}")
 
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        steps, rate = self._pace()
+        return {"steps": steps, "alpha": pixels(rate * self.eps), "restarts": self.walk.restarts}
+
 
 @dataclass(frozen=True, repr=False)
 class PGD(BIM):
@@ -157,7 +183,7 @@ class PGD(BIM):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("restarts", self.restarts)
+        positive(restarts=self.restarts)
 
     @property
     def walk(self) -> Walk:
@@ -184,7 +210,7 @@ class RandomEps:
     sigma: float = 8 / 255
 
     def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: Draws = None
     ) -> Tensor:
         per_batch = isinstance(self.attack, BIM)
         draws = torch.randn(1 if per_batch else len(x), generator=generator)
@@ -193,4 +219,4 @@ class RandomEps:
             return replace(self.attack, eps=float(eps)).last(model, x, y, generator=generator)
         radius = eps.to(x.device, non_blocking=True)[:, None, None, None]
         seed = draw_seed(generator)
-        return perturb(model, x, y, self.attack.walk, radius, seed=seed, keep="last")
+        return perturb(model, x, y, self.attack, seed=seed, eps=radius, keep="last")
