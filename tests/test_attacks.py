@@ -1,16 +1,17 @@
-"""Attacks against a linear model, whose exact answer is known, and against their own rules."""
+"""Every attack of `names.py` keeps the contract, and first-order ones reach a linear optimum."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import defquant as dq
 from defquant.attacks import (
+    APGD,
     BIM,
+    FAB,
     FGSM,
     PGD,
     RFGSM,
@@ -18,52 +19,117 @@ from defquant.attacks import (
     FirstOrder,
     Random,
     RandomEps,
+    Single,
+    Square,
     Transfer,
-    untouched,
 )
-from defquant.attacks.contract import Target, uniform
-from defquant.attacks.engine import look, perturb, rank, rows_of, unbroken
+from defquant.attacks.contract import Target, eight_bit, uniform
+from defquant.attacks.engine import look, perturb, rank, rivals_of, rows_of
 from defquant.attacks.first_order import paper_steps
-from defquant.attacks.names import parse_attack
+from defquant.attacks.names import ATTACKS, parse_attack, parse_first_order
+from defquant.attacks.surrogates import EOT, ClipFree, FloatTwin, Precisions, SoftRound
 from defquant.diagnose import Effort
 from defquant.evaluate import robust, vanishing
+from linear_scenes import Linear, LinearNet, linear_scene, middle_eps, network, scene
 
-MAKE: list[Callable[[float], FirstOrder]] = [
-    lambda eps: Random(eps, samples=3),
-    FGSM,
-    RFGSM,
-    BIM,
-    PGD,
-    lambda eps: PGD(eps, steps=5, restarts=2),
-]
+NUMBERS = {("steps", "restarts"): "-4x2", ("steps",): "-4", ("samples",): "-3", ("queries",): "-8"}
+EVERY = [name + NUMBERS.get(numbers, "") for name, (_, numbers) in ATTACKS.items()]
+EVERY = [*EVERY, "bim", "pgd", "apgd-margin@soft-4x2+8", "apgd-t-3+5"]
+EVERY.remove("standard")  # thousands of queries; its parts are here
 
 
-class Linear(nn.Module):
-    """Two classes, logits ±(w·x + b)/2, so that the margin moves by exactly eps·||w||_1."""
+@pytest.mark.parametrize("eps", [0.0, 1 / 255, 0.1, 1.0])
+@pytest.mark.parametrize("name", EVERY)
+def test_ball_and_range_hold(name: str, eps: float) -> None:
+    model, x, y = LinearNet(), torch.rand(8, 3, 4, 4), torch.arange(8) % 5
+    attack, ids = parse_attack(name, eps), torch.arange(8)
+    made = [attack(model, x, y, generator=torch.Generator().manual_seed(5))]
+    made += [attack.last(model, x, y)] if isinstance(attack, FirstOrder) else []
+    saved = eight_bit(attack, model, (x * 255).round() / 255, y, ids, seed=5)
+    assert ((saved * 255).round() / 255 - saved).abs().max() < 1e-6
+    for adversarial in made:
+        assert (adversarial - x).abs().max() <= eps + 1e-6
+        assert adversarial.min() >= 0
+        assert adversarial.max() <= 1
+        assert eps > 0 or torch.equal(adversarial, x)
 
-    def __init__(self, size: int, seed: int = 0) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.w = nn.Parameter(torch.randn(size, generator=generator))
 
-    def margin(self, x: Tensor) -> Tensor:
-        return (x.flatten(1) - 0.5) @ self.w
+@pytest.mark.parametrize("name", EVERY)
+def test_same_answer_whatever_the_batch_size_and_order(name: str) -> None:
+    model, x, y = scene(30)
+    attack, everyone = parse_attack(name, middle_eps(model, x, y)[0]), torch.ones(30).bool()
+    whole = robust(model, (x, y), attack, seed=3, standing=everyone)
+    for size in (1, 7):
+        assert torch.equal(robust(model, (x, y), attack, seed=3, batch_size=size), whole)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(attack.standing(Target(model, x, y, 3, 8), order), whole[order])
+    made, mixed = (
+        attack(model, x[i], y[i], generator=torch.Generator().manual_seed(3), ids=i)
+        for i in (torch.arange(30), order)
+    )
+    torch.testing.assert_close(mixed, made[order], rtol=0, atol=1e-5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        margin = self.margin(x)
-        return torch.stack([-margin, margin], 1) / 2
+
+@pytest.mark.parametrize("name", EVERY)
+def test_what_was_found_is_returned_and_an_effort_more_loses_nothing(name: str) -> None:
+    """The best iterates of the score's draws fool exactly where the example fell."""
+    model, x, y = scene(30)
+    attack = parse_attack(name, middle_eps(model, x, y)[0])
+    fell = ~robust(model, (x, y), attack, seed=3)
+    if isinstance(attack, Single):
+        made = attack.made(model, x, y, torch.arange(30), seed=3)
+        assert torch.equal(model(made).argmax(1) != y, fell)
+        assert attack.plan.bounded or torch.equal(made[~fell], x[~fell])
+    if name.endswith("x2"):
+        once = parse_attack(name.removesuffix("x2"), attack.eps)
+        assert not (robust(model, (x, y), once, seed=3) < ~fell).any()
 
 
-def scene(n: int = 40, seed: int = 0) -> tuple[Linear, Tensor, Tensor]:
-    model = Linear(3 * 4 * 4)
-    generator = torch.Generator().manual_seed(seed)
-    x = 0.3 + 0.4 * torch.rand(n, 3, 4, 4, generator=generator)  # eps 0.1 never leaves [0, 1]
-    return model, x, (model.margin(x) > 0).long().detach()
+@pytest.mark.parametrize("name", EVERY)
+def test_nan_in_one_example_leaves_its_neighbours_alone(name: str) -> None:
+    class Poisoned(LinearNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x[:, :1, 0, 0] > 0.95, torch.nan, super().forward(x))
+
+    sound, x, y = scene(20)
+    poisoned, everyone = Poisoned().eval(), torch.ones(20).bool()
+    attack = parse_attack(name, 0.02)
+    clean = attack(sound, x, y)
+    other = robust(sound, (x, y), attack, batch_size=6, standing=everyone)
+    x[0, 0, 0, 0] = 0.99
+    dirty = attack(poisoned, x, y)
+    torch.testing.assert_close(dirty[1:], clean[1:])
+    assert dirty.isfinite().all()
+    mine = robust(poisoned, (x, y), attack, batch_size=6, standing=everyone)
+    assert not mine[0]
+    assert torch.equal(mine[1:], other[1:])
+
+
+ANY: list[Attack] = [
+    *(parse_attack(name, 0.05) for name in EVERY if "@" not in name), RandomEps(RFGSM(0.0)),
+    dq.Worst((FGSM(0.05), FAB(0.05, 3))), Transfer(FGSM(0.05), Linear(48)),
+    dq.DIVA(0.05, Linear(48), steps=2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", ANY, ids=str)
+def test_no_graph_goes_in_or_comes_out_and_inference_mode_changes_nothing(attack: Attack) -> None:
+    model, x, y = linear_scene(6)
+
+    def made(x: Tensor) -> Tensor:
+        return attack(model, x, y.clone(), generator=torch.Generator().manual_seed(0))
+
+    plain = made(x)
+    assert not made(x.clone().requires_grad_()).requires_grad
+    with torch.inference_mode():
+        torch.testing.assert_close(made(x.clone()), plain, rtol=0, atol=0)
+        again = dq.robust_accuracy(model.eval(), (x.clone(), y.clone()), attack)
+    assert again == dq.robust_accuracy(model, (x, y), attack)
 
 
 @pytest.mark.parametrize("attack", [FGSM(0.05), BIM(0.05), PGD(0.05, steps=3)])
 def test_on_a_linear_model_the_optimum_is_reached(attack: FirstOrder) -> None:
-    model, x, y = scene()
+    model, x, y = linear_scene()
     adversarial = attack(model, x, y)
     sign = 2 * y - 1
     fall = ((model.margin(x) - model.margin(adversarial)) * sign).detach()
@@ -76,7 +142,7 @@ def test_on_a_linear_model_the_optimum_is_reached(attack: FirstOrder) -> None:
 
 
 def test_rfgsm_takes_the_gradient_after_its_random_step() -> None:
-    model, x, y = scene()
+    model, x, y = linear_scene()
     moved = RFGSM(0.08)(model, x, y) - x
     step = 0.04 * torch.sign(-(2 * y[:, None] - 1) * model.w).view(-1, 3, 4, 4)
     start = moved - step
@@ -84,64 +150,23 @@ def test_rfgsm_takes_the_gradient_after_its_random_step() -> None:
     assert 0.4 < (start > 0).float().mean() < 0.6
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    make=st.sampled_from(MAKE),
-    eps=st.sampled_from([0.0, 1 / 255, 8 / 255, 0.3, 1.0]),
-    seed=st.integers(0, 1000),
-)
-def test_ball_and_range_hold(make: Callable[[float], FirstOrder], eps: float, seed: int) -> None:
-    model = Linear(3 * 4 * 4, seed)
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.rand(8, 3, 4, 4, generator=generator)
-    y = torch.randint(0, 2, (8,), generator=generator)
-    attack = make(eps)
-    for adversarial in (attack(model, x, y), attack.last(model, x, y)):
-        assert (adversarial - x).abs().max() <= eps + 1e-6
-        assert adversarial.min() >= 0
-        assert adversarial.max() <= 1
-        if eps == 0:
-            assert torch.equal(adversarial, x)
-
-
-def trained(seed: int = 0, bits: int | None = 4) -> nn.Module:
-    torch.manual_seed(seed)
-    model = dq.wide_resnet(10, 1, bits=bits, in_channels=1, num_classes=4)
-    for _ in range(20):  # batch norm's statistics
-        model(torch.rand(32, 1, 8, 8))
-    return model.eval()
-
-
-@pytest.mark.parametrize("make", MAKE)
-def test_the_active_set_agrees_with_the_plain_loop(make: Callable[[float], FirstOrder]) -> None:
+@pytest.mark.parametrize("name", [n for n in EVERY if n[:2] != "ad" and "@" not in n])
+def test_the_active_set_agrees_with_the_plain_loop(name: str) -> None:
     """An example falls in the refilled batch exactly if some iterate of its own fools."""
-    model, x, y = scene(60)
-    attack = make(0.03)
-    everyone = torch.ones_like(y, dtype=torch.bool)
-    fell, ids, plan = ~everyone, torch.arange(len(x)), attack.plan
-    for restart in range(plan.restarts):
-        rows = rows_of(ids + restart * len(x), x, y, ids, y[:, None])
-        rows = attack.begin(rows, attack.eps, 7)
-        for step in range(plan.steps + 1):
-            fell |= model(rows["at"]).argmax(1) != y
-            if step < plan.steps:
-                rows = attack.advance(rows, look((model,), rows, plan), attack.eps, 7)
+    model, x, y = scene(40)
+    attack = parse_attack(name, middle_eps(model, x, y)[0])
+    assert isinstance(attack, Single)
+    fell, ids, plan = torch.zeros(40).bool(), torch.arange(40), attack.plan
+    rivals = rivals_of((model,), x, y, plan.targets, 40)
+    for start in range(plan.restarts * rivals.shape[1]):
+        rows = attack.begin(rows_of(ids + 40 * start, x, y, ids, rivals), attack.eps, 7)
+        for done in range(plan.looks + 1):
+            seen = look((model,), rows, plan)
+            fell |= seen.fooled & ((rows["at"] - x).abs().amax((1, 2, 3)) <= attack.eps + 1e-7)
+            rows = attack.advance(rows, seen, attack.eps, 7) if done < plan.looks else rows
     for size in (1, 7, 256):
-        found = robust(model, (x, y), attack, seed=7, batch_size=size, standing=everyone)
+        found = robust(model, (x, y), attack, seed=7, batch_size=size)
         assert torch.equal(found, ~fell), size
-
-
-@pytest.mark.parametrize("make", MAKE)
-def test_same_answer_whatever_the_batch_size_and_order(
-    make: Callable[[float], FirstOrder],
-) -> None:
-    model, x, y = scene(50)
-    attack = make(0.03)
-    whole = robust(model.eval(), (x, y), attack, seed=3)
-    assert torch.equal(whole, robust(model, (x, y), attack, seed=3, batch_size=3))
-    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
-    mixed = unbroken(Target(model, x, y, 3, 8), attack, order)
-    assert torch.equal(mixed, whole[order])
 
 
 def test_draws_depend_on_seed_id_and_restart_alone() -> None:
@@ -178,135 +203,6 @@ def test_uniform_matches_splitmix64_in_python() -> None:
     assert got[0].tolist() == expected
 
 
-def test_model_is_left_as_it_was_even_after_an_error() -> None:
-    model = trained().train()
-    model.get_submodule("blocks.0.bn1").eval()  # a frozen batch norm must stay frozen
-    first, second = list(model.parameters())[:2]
-    first.requires_grad_(False)
-    second.grad = torch.full_like(second, 3.0)
-    kept = second.grad
-    modes = [m.training for m in model.modules()]
-    counter = torch.zeros(1)
-    model.register_buffer("counter", counter)
-    buffers = [b.clone() for b in model.buffers()]
-    random_state = torch.get_rng_state()
-    x, y = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
-    torch.set_rng_state(random_state)
-    PGD(8 / 255)(model, x, y)
-    with pytest.raises(RuntimeError, match="boom"), untouched(model):
-        model.get_buffer("counter").add_(1)  # a model may count its own calls
-        first.grad, second.grad = torch.zeros_like(first), torch.zeros_like(second)
-        model(x)
-        torch.rand(3)
-        raise RuntimeError("boom")
-    assert [m.training for m in model.modules()] == modes
-    assert not first.requires_grad
-    assert first.grad is None
-    assert counter.item() == 0
-    assert second.grad is kept
-    assert torch.equal(kept, torch.full_like(second, 3.0))
-    assert all(p.grad is None for p in model.parameters() if p is not second)
-    assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
-    assert torch.equal(random_state, torch.get_rng_state())
-
-
-def test_only_buffers_that_changed_are_written_back() -> None:
-    """Each with its own values, of every type and shape; the others may belong to a graph."""
-    model = nn.Module()
-    for name, value in {
-        "map": torch.rand(2, 3, 2, 2).contiguous(memory_format=torch.channels_last),
-        "scalar": torch.tensor(7), "steps": torch.arange(4), "nan": torch.tensor([1.0, torch.nan]),
-        "empty": torch.empty(0), "wide": torch.rand(3, 2, dtype=torch.float64).t(),
-        "swapped": torch.rand(3, 2),
-    }.items():  # fmt: skip
-        model.register_buffer(name, value)
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    versions = {name: buffer._version for name, buffer in model.named_buffers()}
-    with untouched(model):
-        model.get_buffer("map")[1, 2] = 5.0
-        model.get_buffer("steps").add_(1)
-        model.get_buffer("swapped").data = torch.zeros(3, 2)
-    for name, buffer in model.named_buffers():
-        torch.testing.assert_close(buffer, before[name], rtol=0, atol=0, equal_nan=True)
-    assert model.get_buffer("map").is_contiguous(memory_format=torch.channels_last)
-    for name in ("scalar", "empty", "wide"):
-        assert model.get_buffer(name)._version == versions[name]
-
-
-class Observed(Linear):
-    """Buffers that grow, that appear and that are bound anew, and a flag that tells of them."""
-
-    cache: Tensor | None
-    calls: Tensor
-
-    def __init__(self) -> None:
-        super().__init__(3 * 4 * 4)
-        self.register_buffer("low", torch.empty(0))
-        self.register_buffer("cache", None)
-        self.register_buffer("calls", torch.zeros(()))
-        self.ready = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.get_buffer("low").resize_(3).copy_(x.amin((0, 2, 3)).detach())
-        if not self.ready:
-            self.register_buffer("scale", torch.ones(()))
-            self.cache, self.ready = torch.ones(()), True
-        self.calls = self.calls + 1
-        return super().forward(x) * self.get_buffer("scale") * self.get_buffer("cache")
-
-
-def test_buffers_come_back_by_name_and_the_first_error_is_the_one_seen() -> None:
-    model, (_, x, y) = Observed(), scene(4)
-    calls = model.get_buffer("calls")
-    for _ in range(2):  # it runs again: flag and buffers agree
-        PGD(0.1)(model, x, y)
-        with pytest.raises(ValueError, match="mine"), untouched(model):
-            model(x)
-            raise ValueError("mine")
-        assert model.calls is calls
-        assert [(n, b.numel()) for n, b in model.named_buffers()] == [("low", 0), ("calls", 1)]
-        assert model.cache is None and not model.ready
-    lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(2)).eval()
-    with pytest.raises(dq.UserError, match="run it once"):
-        dq.accuracy(lazy, (x, y))
-
-
-ANY: list[Attack] = [
-    *(make(0.05) for make in MAKE), RandomEps(RFGSM(0.0)), dq.APGD(0.05, 3), dq.FAB(0.05, 3),
-    dq.Square(0.05, 9), dq.Worst((FGSM(0.05), dq.FAB(0.05, 3))), Transfer(FGSM(0.05), Linear(48)),
-    dq.DIVA(0.05, Linear(48), steps=2),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("attack", ANY, ids=str)
-def test_no_graph_goes_in_or_comes_out_and_inference_mode_changes_nothing(attack: Attack) -> None:
-    model, x, y = scene(6)
-
-    def made(x: Tensor) -> Tensor:
-        return attack(model, x, y.clone(), generator=torch.Generator().manual_seed(0))
-
-    plain = made(x)
-    assert not made(x.clone().requires_grad_()).requires_grad
-    with torch.inference_mode():
-        torch.testing.assert_close(made(x.clone()), plain, rtol=0, atol=0)
-        again = dq.robust_accuracy(model.eval(), (x.clone(), y.clone()), attack)
-    assert again == dq.robust_accuracy(model, (x, y), attack)
-
-
-def test_attacks_run_in_eval_mode_without_parameter_gradients() -> None:
-    seen: list[tuple[bool, bool]] = []
-
-    class Spy(Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            seen.append((self.training, self.w.requires_grad))
-            return super().forward(x)
-
-    spy = Spy(3 * 4 * 4)
-    _, x, y = scene(4)
-    FGSM(0.1)(spy, x, y)
-    assert set(seen) == {(False, False)}
-
-
 def test_best_iterate_prefers_one_that_fools() -> None:
     """A model that is fooled only near x - 0.02: PGD passes through it and must not lose it."""
 
@@ -334,27 +230,6 @@ def test_an_iterate_that_fools_beats_one_of_higher_loss() -> None:
     assert rank(torch.tensor([torch.inf, 1e9]), torch.tensor([False, True])).diff() > 0
 
 
-def test_nan_in_one_example_leaves_its_neighbours_alone() -> None:
-    class Poisoned(Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            logits = super().forward(x)
-            return torch.where(x[:, :1, 0, 0] > 0.9, torch.nan, logits)
-
-    sound, x, y = scene(20)
-    poisoned = Poisoned(3 * 4 * 4)
-    clean = PGD(0.02)(sound, x, y)
-    x[0, 0, 0, 0] = 0.99
-    dirty = PGD(0.02)(poisoned, x, y)
-    torch.testing.assert_close(dirty[1:], clean[1:])
-    everyone = torch.ones_like(y, dtype=torch.bool)
-    mine, other = (
-        robust(model.eval(), (x, y), PGD(0.02), batch_size=6, standing=everyone)
-        for model in (poisoned, sound)
-    )
-    assert not mine[0]
-    assert torch.equal(mine[1:], other[1:])
-
-
 def test_a_gradient_that_is_one_number_expanded_is_followed() -> None:
     """The backward pass of a sum hands out a view of stride 0, which nothing may write into."""
 
@@ -371,29 +246,8 @@ def test_a_gradient_that_is_one_number_expanded_is_followed() -> None:
     assert verdict.usual.correct == 0
 
 
-def test_paper_schedule() -> None:
-    assert [paper_steps(e / 255) for e in (1, 2, 4, 8, 16)] == [1, 2, 5, 10, 20]
-    assert PGD(8 / 255).walk.steps == 10
-    assert abs(PGD(8 / 255).walk.rate * 8 - 1) < 1e-9
-    assert repr(PGD(8 / 255)) == "PGD(eps=8/255, steps=10, alpha=1/255)"
-    assert repr(PGD(8 / 255, steps=50, restarts=10)) == (
-        "PGD(eps=8/255, steps=50, alpha=0.4/255, restarts=10)"
-    )
-
-
-def test_names_are_read_back() -> None:
-    for text, name in [
-        ("random", "Random"), ("fgsm", "FGSM"), ("rfgsm", "R+FGSM"), ("bim-7", "BIM-7"),
-        ("pgd", "PGD"), ("PGD-50x10", "PGD-50x10"), ("random-5", "Random-5"),
-    ]:  # fmt: skip
-        assert parse_attack(text, 0.1).name == name
-    for text in ("pgd-", "fgsm-3", "cw", "", "pgdx3", "bim-3x2", "pgd-0"):
-        with pytest.raises(dq.UserError):
-            parse_attack(text, 0.1)
-
-
 def test_random_eps_is_drawn_per_example_or_per_batch() -> None:
-    model, x, y = scene(400)
+    model, x, y = linear_scene(400)
     generator = torch.Generator().manual_seed(0)
     moved = (RandomEps(RFGSM(0.0))(model, x, y, generator=generator) - x).abs().amax((1, 2, 3))
     eps = moved * 255
@@ -404,43 +258,87 @@ def test_random_eps_is_drawn_per_example_or_per_batch() -> None:
     assert one.max() - one.min() < 1.01  # one radius for the batch, reached within a step
 
 
-def test_transfer_never_asks_the_target() -> None:
-    class Silent(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            raise AssertionError("asked")
+def test_gradients_are_straight_through() -> None:
+    """A 2-bit network's gradient at its images is alive: nearly every pixel moves."""
+    model = network(bits=2)
+    x, y = torch.rand(6, 1, 8, 8), torch.arange(6) % 4
+    moved = perturb(model, x, y, FGSM(0.1), seed=0, keep="last") - x
+    assert (moved.abs() > 0.01).float().mean() > 0.9
 
-    model, x, y = scene()
-    attack = Transfer(FGSM(0.05), model)
-    assert attack.name == "FGSM(B)"
-    assert attack.eps == 0.05
-    torch.testing.assert_close(attack(Silent(), x, y), FGSM(0.05).last(model, x, y))
-    assert dq.robust_accuracy(model.eval(), (x, y), attack) == dq.robust_accuracy(
-        model, (x, y), FGSM(0.05)
-    )
+
+def test_paper_schedule() -> None:
+    assert [paper_steps(e / 255) for e in (1, 2, 4, 8, 16)] == [1, 2, 5, 10, 20]
+    assert PGD(8 / 255).walk.steps == 10
+    assert abs(PGD(8 / 255).walk.rate * 8 - 1) < 1e-9
+
+
+def test_names_are_read_and_reprs_are_those_of_the_results() -> None:
+    for text, attack, name, shown in (
+        ("random", Random(0.1), "Random", "Random(eps=25.5/255)"),
+        ("random-5", Random(0.1, 5), "Random-5", "Random(eps=25.5/255, samples=5)"),
+        ("fgsm", FGSM(0.1), "FGSM", "FGSM(eps=25.5/255)"),
+        ("rfgsm", RFGSM(0.1), "R+FGSM", "RFGSM(eps=25.5/255)"),
+        ("bim-7", BIM(0.1, 7), "BIM-7", "BIM(eps=25.5/255, steps=7, alpha=9.107/255)"),
+        ("pgd", PGD(0.1), "PGD", "PGD(eps=25.5/255, steps=29, alpha=1/255)"),
+        ("PGD-50x10", PGD(0.1, 50, restarts=10), "PGD-50x10",
+         "PGD(eps=25.5/255, steps=50, alpha=1.275/255, restarts=10)"),
+        ("apgd", APGD(0.1), "APGD-CE", "APGD(eps=25.5/255, steps=100, loss=ce)"),
+        ("APGD-20x3", APGD(0.1, 20, 3), "APGD-CE-20x3",
+         "APGD(eps=25.5/255, steps=20, restarts=3, loss=ce)"),
+        ("apgd-t-30", APGD(0.1, 30, loss="dlr-targeted"), "APGD-T-30",
+         "APGD(eps=25.5/255, steps=30, loss=dlr-targeted, targets=9)"),
+        ("apgd-margin@soft-50+200", APGD(0.1, 50, 1, "margin", 9, SoftRound(), 200),
+         "APGD-MARGIN-50+200 (SoftRound())",
+         "APGD(eps=25.5/255, steps=50, loss=margin, surrogate=SoftRound(), queries=200)"),
+        ("apgd@twin-9x2", APGD(0.1, 9, 2, surrogate=FloatTwin()), None, None),
+        ("apgd-dlr@clipfree", APGD(0.1, loss="dlr", surrogate=ClipFree()), None, None),
+        ("apgd@eot", APGD(0.1, surrogate=EOT()), None, None),
+        ("apgd@bits-5", APGD(0.1, 5, surrogate=Precisions()), None, None),
+        ("fab", FAB(0.1), "FAB", "FAB(eps=25.5/255, steps=100)"),
+        ("fab-t-5x2", FAB(0.1, 5, 2, 9), "FAB-T",
+         "FAB(eps=25.5/255, steps=5, restarts=2, targets=9)"),
+        ("square", Square(0.1), "Square", "Square(eps=25.5/255, queries=5000, p=0.8)"),
+        ("square-99", Square(0.1, 99), "Square-99", "Square(eps=25.5/255, queries=99, p=0.8)"),
+        ("standard", dq.Standard(0.1), "Standard", "Standard(eps=25.5/255)"),
+        ("adaptive-20", dq.Adaptive(0.1, 20), "Adaptive-20", "Adaptive(eps=25.5/255, steps=20)"),
+    ):  # fmt: skip
+        found = parse_attack(text, 0.1)
+        assert found == attack
+        assert name is None or (found.name, repr(found)) == (name, shown)
+    with pytest.raises(dq.UserError, match="last iterate"):
+        parse_first_order("standard", 0.1)
+
+
+@pytest.mark.parametrize("text", [
+    "", "cw", "pgd-", "fgsm-3", "pgdx3", "bim-3x2", "pgd-0", "apgd-x", "apgd-dlr-", "square-1x2",
+    "standard-3", "adaptive-2x2", "apgd-ce", "pgd@soft", "apgd@", "apgd@hard", "apgd-9@soft",
+    "pgd-20+5", "apgd+", "apgd@soft-5+x", "square+9",
+])  # fmt: skip
+def test_other_names_are_refused(text: str) -> None:
+    with pytest.raises(dq.UserError, match=r"unknown attack|must be 1 or more"):
+        parse_attack(text, 0.1)
 
 
 @pytest.mark.parametrize("eps", [8, 255.0, -0.1, float("nan")])
 def test_eps_in_pixels_is_refused(eps: float) -> None:
-    with pytest.raises(dq.UserError, match="eps") as error:
-        FGSM(eps)
+    for make in (FGSM, dq.Standard, APGD):
+        with pytest.raises(dq.UserError, match="eps") as error:
+            make(eps)
+        assert "\n" not in str(error.value)
+        assert eps != 8 or "write 8/255" in str(error.value)
+
+
+MISTAKES: list[tuple[Callable[..., object], dict[str, Any]]] = [
+    (APGD, {"steps": 0}), (APGD, {"restarts": 0}), (APGD, {"targets": 0}), (APGD, {"loss": "l2"}),
+    (APGD, {"queries": -1}), (FAB, {"steps": 0}), (FAB, {"restarts": 0}), (FAB, {"targets": -1}),
+    (Square, {"queries": 0}), (Square, {"p": 0.0}), (Square, {"p": 1.5}), (Random, {"samples": 0}),
+    (BIM, {"alpha": 8}), (PGD, {"restarts": 0}), (dq.Adaptive, {"steps": 0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "wrong"), MISTAKES)
+def test_settings_that_cannot_be(make: Callable[..., object], wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(dq.UserError, match=name) as error:
+        make(0.1, **wrong)
     assert "\n" not in str(error.value)
-    if eps == 8:
-        assert "write 8/255" in str(error.value)
-
-
-def test_images_outside_the_range_are_refused() -> None:
-    model, x, y = scene()
-    with pytest.raises(dq.UserError, match=r"images must lie in \[0, 1\]"):
-        FGSM(0.1)(model, x * 255, y)
-    with pytest.raises(dq.UserError, match=r"images must lie in \[0, 1\]"):
-        FGSM(0.1)(model, torch.full_like(x, float("nan")), y)
-    with pytest.raises(dq.UserError, match=r"of shape \(40,\)"):
-        FGSM(0.1)(model, x, y[:3])
-
-
-def test_gradients_are_straight_through() -> None:
-    """A 2-bit network's gradient at its images is alive: nearly every pixel moves."""
-    model = trained(bits=2)
-    x, y = torch.rand(6, 1, 8, 8), torch.arange(6) % 4
-    moved = perturb(model, x, y, FGSM(0.1), seed=0, keep="last") - x
-    assert (moved.abs() > 0.01).float().mean() > 0.9

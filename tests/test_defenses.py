@@ -30,7 +30,7 @@ from defquant.defenses import (
 )
 from defquant.detection import detection
 from defquant.errors import UserError
-from defquant.evaluate import correct, robust, vanishing
+from defquant.evaluate import correct, vanishing
 from defquant.models import build
 
 Array = NDArray[np.float64]
@@ -396,21 +396,6 @@ def adversarial(
 ) -> Tensor:
     target = Target(model, data.images, data.labels, seed, batch_size)
     return torch.cat([made for _, made in attacked(partial(attack.made, model, seed=seed), target)])
-
-
-@pytest.mark.parametrize("attack", [Random(0.1), PGD(0.1, steps=2, restarts=2)])
-def test_adversarial_images_are_the_best_iterates_whatever_the_batch(attack: FirstOrder) -> None:
-    model, data = network(), tiny_images(24)
-    whole = adversarial(model, data, attack, seed=7)
-    for size in (5, 24):
-        parts = adversarial(model, data, attack, seed=7, batch_size=size)
-        torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
-    assert not torch.equal(adversarial(model, data, attack, seed=8), whole)
-    wrong = model(whole).argmax(1) != data.labels
-    broken = ~robust(model, data, attack, seed=7)  # the same starts, every iterate
-    clean = model(to_unit(data.images)).argmax(1) != data.labels
-    assert torch.equal(wrong | clean, broken)
-    assert (broken & ~clean).any()
 
 
 def test_detection_draws_from_its_seed() -> None:

@@ -1,15 +1,11 @@
 """Square: its schedule and squares, the exact answer of a linear network, logits alone."""
 
-import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import defquant as dq
 from defquant.attacks import Square
 from defquant.attacks.square import _with_square, side_of
-from defquant.evaluate import robust
 from linear_scenes import middle_eps, scene
 
 
@@ -50,31 +46,6 @@ def test_on_a_linear_network_it_comes_near_the_optimum_and_never_below() -> None
     assert found[1] <= stand + 1
 
 
-@settings(max_examples=15, deadline=None)
-@given(
-    eps=st.sampled_from([0.0, 1 / 255, 0.1, 1.0]),
-    seed=st.integers(0, 100),
-    batch_size=st.sampled_from([1, 3, 7]),
-)
-def test_ball_range_batch_size_and_order(eps: float, seed: int, batch_size: int) -> None:
-    model, _, y = scene(12)
-    x = torch.rand(12, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
-    attack = Square(eps, queries=8)
-    made = attack(model, x, y, generator=torch.Generator().manual_seed(seed))
-    assert (made - x).abs().max() <= eps + 1e-6
-    assert made.min() >= 0
-    assert made.max() <= 1
-    standing = torch.ones(12, dtype=torch.bool)
-    whole = robust(model, (x, y), attack, seed=seed, standing=standing)
-    parts = robust(model, (x, y), attack, seed=seed, standing=standing, batch_size=batch_size)
-    assert torch.equal(whole, parts)
-    order = torch.randperm(12)
-    mixed = attack(
-        model, x[order], y[order], generator=torch.Generator().manual_seed(seed), ids=order
-    )
-    torch.testing.assert_close(mixed, made[order])
-
-
 class Foreign(nn.Module):
     """As a wrapper of another runtime: no parameters, float32 numpy inside, never a gradient."""
 
@@ -111,10 +82,3 @@ def test_no_query_after_the_fall() -> None:
     dq.robust_accuracy(model, (x, y), Square(0.3, queries=3000), batch_size=16)
     handle.remove()
     assert asked < 3000
-
-
-def test_a_users_mistakes() -> None:
-    for queries, p in ((0, 0.8), (10, 0.0), (10, 1.5)):
-        with pytest.raises(dq.UserError):
-            Square(0.1, queries=queries, p=p)
-    assert repr(Square(8 / 255)) == "Square(eps=8/255, queries=5000, p=0.8)"

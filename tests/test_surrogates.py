@@ -24,19 +24,12 @@ from defquant.attacks.surrogates import (
 )
 from defquant.evaluate import robust
 from defquant.quantize import Quantizer, QuantReLU, QuantTanh
+from linear_scenes import network
 
 ALL: list[Surrogate] = [
     StraightThrough(), ClipFree(), SoftRound(), SoftRound(4), FloatTwin(), EOT(2),
     Precisions((2, None)),
 ]  # fmt: skip
-
-
-def network(bits: int | None = 2) -> nn.Module:
-    torch.manual_seed(0)
-    model = dq.wide_resnet(10, 1, bits=bits, in_channels=1, num_classes=4)
-    for _ in range(20):
-        model(torch.rand(32, 1, 8, 8))
-    return model.eval()
 
 
 def gradient(surrogate: Surrogate, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +51,7 @@ def test_the_answers_stay_exact(surrogate: Surrogate, bits: int | None) -> None:
 
 @pytest.mark.parametrize("surrogate", ALL)
 def test_the_model_is_put_back(surrogate: Surrogate) -> None:
-    model, x = network(), torch.rand(4, 1, 8, 8)
+    model, x = network(2), torch.rand(4, 1, 8, 8)
     before = gradient(StraightThrough(), model, x)[1]
     state = {name: value.clone() for name, value in model.state_dict().items()}
     keys = [set(module.__dict__) for module in model.modules()]
@@ -153,7 +146,7 @@ def test_clip_free_is_the_identity_and_straight_through_is_not() -> None:
 
 
 def test_the_float_twin_is_the_network_at_full_precision() -> None:
-    model, x = network(), torch.rand(8, 1, 8, 8)
+    model, x = network(2), torch.rand(8, 1, 8, 8)
     got = gradient(FloatTwin(), model, x)[1]
     expected = gradient(StraightThrough(), dq.set_bits(model, None), x)[1]
     assert torch.equal(got, expected)
@@ -180,13 +173,13 @@ def test_eot_averages_a_random_network() -> None:
 def test_the_slope_by_bits() -> None:
     assert [round(staircase_slope(bits), 1) for bits in (1, 2, 3, 4)] == [15.8, 12.0, 9.7, 8.0]
     soft, named = SoftRound(), SoftRound(staircase_slope(2))
-    model, x = network(), torch.rand(4, 1, 8, 8)
+    model, x = network(2), torch.rand(4, 1, 8, 8)
     assert torch.equal(gradient(soft, model, x)[1], gradient(named, model, x)[1])
 
 
 def test_soft_round_finds_what_straight_through_misses() -> None:
     """Attacks under each surrogate keep the rules, and on 2 bits they do not agree."""
-    model = network()
+    model = network(2)
     x = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         y = model(x).argmax(1)

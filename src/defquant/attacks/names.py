@@ -1,4 +1,4 @@
-"""Attacks by the names of the command line: one line of `_MAKE` for each."""
+"""Attacks by the names of the command line: one line of `ATTACKS` for each."""
 
 import re
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from defquant.attacks.square import Square
 from defquant.attacks.surrogates import EOT, ClipFree, FloatTwin, Precisions, SoftRound
 from defquant.errors import UserError
 
-__all__ = ["parse_attack", "parse_first_order"]
+__all__ = ["ATTACKS", "parse_attack", "parse_first_order"]
 
 _STEPS, _BOTH = ("steps",), ("steps", "restarts")
-_MAKE: dict[str, tuple[Callable[..., Single | Composition], tuple[str, ...]]] = {
+ATTACKS: dict[str, tuple[Callable[..., Single | Composition], tuple[str, ...]]] = {
     "random": (Random, ("samples",)), "fgsm": (FGSM, ()), "rfgsm": (RFGSM, ()),
     "bim": (BIM, _STEPS), "pgd": (PGD, _BOTH),
     "apgd": (APGD, _BOTH), "apgd-dlr": (partial(APGD, loss="dlr"), _BOTH),
@@ -48,8 +48,8 @@ def parse_attack(text: str, eps: float) -> Single | Composition:
         r"([a-z]+(?:-[a-z]+)*)(?:@([a-z]+))?(?:-(\d+)(?:x(\d+))?)?(?:\+(\d+))?", text.lower()
     )
     own = match and (match[2] or match[5])  # what only APGD takes
-    if match and match[1] in _MAKE and (not own or match[1].startswith("apgd")):
-        make, names = _MAKE[match[1]]
+    if match and match[1] in ATTACKS and (not own or match[1].startswith("apgd")):
+        make, names = ATTACKS[match[1]]
         numbers = [int(number) for number in match.groups()[2:4] if number]
         options: dict[str, Any] = dict(zip(names, numbers, strict=False))
         if match[2] in _SURROGATES:
@@ -58,7 +58,7 @@ def parse_attack(text: str, eps: float) -> Single | Composition:
             options["queries"] = int(match[5])
         if len(numbers) <= len(names) and match[2] in (None, *_SURROGATES):
             return make(eps, **options)
-    *known, last = _MAKE
+    *known, last = ATTACKS
     raise UserError(
         f"unknown attack {text!r}: use {', '.join(known)} or {last}, with steps, restarts, "
         "surrogate and queries as in pgd-20, apgd-50x10 or apgd@soft-50+200"

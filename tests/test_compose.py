@@ -5,11 +5,9 @@ import torch
 from torch import Tensor, nn
 
 import defquant as dq
-from defquant.attacks import APGD, FAB, PGD, Attack, Composition, Random, Square
-from defquant.attacks.names import parse_attack, parse_first_order
-from defquant.attacks.surrogates import EOT, ClipFree, FloatTwin, Precisions, SoftRound
+from defquant.attacks import APGD, FAB, FGSM, PGD, Attack, Composition, Square, Transfer
 from defquant.evaluate import robust, sweep
-from linear_scenes import middle_eps, scene
+from linear_scenes import linear_scene, middle_eps, scene
 
 
 class Breaks:
@@ -134,40 +132,22 @@ def test_eps_rises_within_a_family() -> None:
     assert [s.attack.eps for s in scored if isinstance(s.attack, Composition)] == [0.005, 0.02, 0.3]
 
 
-WRONG = (
-    "apgd-x", "apgd-dlr-", "square-1x2", "standard-3", "adaptive-2x2", "apgd-ce", "pgd@soft",
-    "apgd@", "apgd@hard", "apgd-9@soft", "pgd-20+5", "apgd+", "apgd@soft-5+x", "square+9",
-)  # fmt: skip
+def test_transfer_never_asks_the_target() -> None:
+    class Silent(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise AssertionError("asked")
+
+    model, x, y = linear_scene()
+    attack = Transfer(FGSM(0.05), model)
+    assert attack.name == "FGSM(B)"
+    assert attack.eps == 0.05
+    torch.testing.assert_close(attack(Silent(), x, y), FGSM(0.05).last(model, x, y))
+    assert dq.robust_accuracy(model.eval(), (x, y), attack) == dq.robust_accuracy(
+        model, (x, y), FGSM(0.05)
+    )
 
 
-def test_names_are_read() -> None:
-    for text, expected in {
-        "apgd": APGD(0.1), "apgd-20": APGD(0.1, 20), "APGD-20x3": APGD(0.1, 20, 3),
-        "apgd-dlr": APGD(0.1, loss="dlr"),
-        "apgd-margin@soft-50": APGD(0.1, 50, loss="margin", surrogate=SoftRound()),
-        "apgd@twin-9x2": APGD(0.1, 9, 2, surrogate=FloatTwin()),
-        "apgd-margin-50+200": APGD(0.1, 50, loss="margin", queries=200),
-        "apgd@soft-5x2+8": APGD(0.1, 5, 2, surrogate=SoftRound(), queries=8),
-        "apgd-dlr@clipfree": APGD(0.1, loss="dlr", surrogate=ClipFree()),
-        "apgd@eot": APGD(0.1, surrogate=EOT()), "apgd@bits-5": APGD(0.1, 5, surrogate=Precisions()),
-        "apgd-t": APGD(0.1, loss="dlr-targeted"),
-        "apgd-t-30": APGD(0.1, 30, loss="dlr-targeted"), "fab": FAB(0.1),
-        "fab-t": FAB(0.1, targets=9), "square": Square(0.1), "square-99": Square(0.1, 99),
-        "standard": dq.Standard(0.1), "adaptive": dq.Adaptive(0.1),
-        "adaptive-20": dq.Adaptive(0.1, 20), "random-5": Random(0.1, 5),
-    }.items():  # fmt: skip
-        assert parse_attack(text, 0.1) == expected, text
-    for text in WRONG:
-        with pytest.raises(dq.UserError, match="unknown attack"):
-            parse_attack(text, 0.1)
-    with pytest.raises(dq.UserError, match="last iterate"):
-        parse_first_order("standard", 0.1)
-
-
-def test_a_users_mistakes() -> None:
+def test_parts_of_one_eps() -> None:
     for parts in ((), (PGD(0.1), Square(0.2))):
         with pytest.raises(dq.UserError, match="one eps"):
             dq.Worst(parts)
-    for make in (lambda: dq.Standard(8), lambda: dq.Adaptive(0.1, 0)):
-        with pytest.raises(dq.UserError):
-            make()
