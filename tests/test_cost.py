@@ -13,7 +13,6 @@ from torch import nn
 
 import defquant as dq
 from defquant.deploy import reference
-from defquant.deploy.calibrate import calibrate
 from defquant.deploy.cost import (
     REST,
     WARM_UP,
@@ -25,22 +24,20 @@ from defquant.deploy.cost import (
     static_cost,
 )
 from defquant.deploy.graph import graph
-from defquant.deploy.lower import lower
+from defquant.deploy.lower import calibrate, lower
 from defquant.deploy.program import (
-    PIXELS,
     Add,
     Affine,
     Conv,
     Flatten,
-    Grid,
     Linear,
     MaxPool,
     Op,
     Program,
     Quantize,
-    Weight,
 )
 from defquant.errors import UserError
+from defquant.integers import PIXELS, Grid, Weight
 from defquant.quantize import QuantBranch, Quantizer
 from defquant.weights import QuantConv2d, QuantLinear
 

@@ -16,11 +16,10 @@ from onnx import helper
 from torch import Tensor, nn
 
 import defquant as dq
-from defquant.deploy.calibrate import calibrate
 from defquant.deploy.graph import METADATA, graph, packed, unpacked
-from defquant.deploy.lower import lower
+from defquant.deploy.lower import calibrate, lower
 from defquant.deploy.parity import _openvino
-from defquant.deploy.program import PIXELS, Conv, Grid, Linear, Mean, Program, Quantize, Weight
+from defquant.deploy.program import Conv, Linear, Mean, Program, Quantize
 from defquant.deploy.reference import rounded, run, steps, value
 from defquant.deploy.runtime import (
     OnnxModel,
@@ -30,6 +29,7 @@ from defquant.deploy.runtime import (
     session,
     tensors,
 )
+from defquant.integers import PIXELS, Grid, Weight
 from test_lower import CONVOLUTIONS, NETWORKS, SHAPE, Net, conv, network, on_grid, pixels
 
 PRECISIONS = [(1, 8), (2, 2), (4, 4), (7, 8), (8, 8)]  # of activations and weights

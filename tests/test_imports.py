@@ -11,10 +11,10 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "defquant"
 ORDER = (
     "errors", "typed", "files", "config", "results", "quantize", "weights", "lipschitz", "data",
-    "models", "attacks", "defenses", "progress", "distributed", "evaluate", "deploy", "diagnose",
-    "monitor", "training_state", "training", "checkpoint", "runs", "replay", "measure",
-    "manifest", "saved", "rescored", "foreign", "transfers", "diagnoses", "detection",
-    "shipping", "paper", "report", "commands", "flags_anyone", "flags", "cli", "__main__",
+    "models", "attacks", "integers", "defenses", "progress", "distributed", "evaluate", "monitor",
+    "training_state", "training", "checkpoint", "runs", "replay", "measure", "manifest", "saved",
+    "rescored", "foreign", "detection", "deploy", "diagnose", "paper", "report", "commands",
+    "flags_anyone", "flags", "cli", "__main__",
 )  # fmt: skip
 TORCHLESS = ("flags", "errors", "typed", "files", "config", "results", "report", "cli", "commands")
 

@@ -13,13 +13,12 @@ from torch import Tensor, fx, nn
 
 import defquant as dq
 from defquant.config import ModelConfig
-from defquant.deploy.calibrate import calibrate, snap_biases_
 from defquant.deploy.graph import graph
-from defquant.deploy.lower import lower
+from defquant.deploy.lower import calibrate, lower, trace
 from defquant.deploy.program import Affine, Conv, MaxPool, Program, Quantize
 from defquant.deploy.reference import rounded, run, steps, value
 from defquant.deploy.runtime import OnnxModel
-from defquant.deploy.tracing import trace
+from defquant.integers import snap_biases_
 from defquant.models import build
 from defquant.quantize import QuantBranch, QuantTanh
 from defquant.weights import QuantConv2d, QuantLinear, effective_weight, weight_grid
@@ -216,14 +215,14 @@ def test_biases_on_their_grid_are_exact(name: str, bits: int) -> None:
     """Then nothing is left but float32, beside a ResNet's coarse units, too; nor is it far."""
     model = network(name, bits, 8)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    snap_biases_(model)
+    snap_biases_(model, pixels(1))
     moved = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
     assert moved and all(k.endswith("bias") for k in moved)
     program = lower(model, SHAPE)
     found = deviations(model, program, pixels(), half=1e-3)
     assert all(d.largest <= 1 and d.flipped < 2e-3 for d in found)
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    snap_biases_(model)
+    snap_biases_(model, pixels(1))
     assert all(torch.allclose(v, state[k], rtol=1e-5) for k, v in model.state_dict().items())
 
 
@@ -234,7 +233,7 @@ def test_biases_stay_where_weights_are_floats_or_nothing_can_be_exported() -> No
                  num_classes=4, in_channels=3)  # fmt: skip
     for model in (network("wrn-10-1", 4, None), untrained, tanh, nn.Linear(2, 2)):
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        snap_biases_(model)
+        snap_biases_(model, pixels(1))
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 

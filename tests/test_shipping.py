@@ -20,8 +20,8 @@ from defquant.data import Dataset
 from defquant.deploy.graph import graph
 from defquant.deploy.lower import lower
 from defquant.deploy.parity import AGREEMENT, FLIPPED, parity
-from defquant.deploy.robustness import replayed
 from defquant.deploy.runtime import OnnxModel
+from defquant.deploy.ship import replayed
 from defquant.evaluate import robust_accuracy
 from defquant.models import build
 
@@ -169,7 +169,7 @@ def test_a_float_convolution_is_an_error_unless_allowed(
 ) -> None:
     """As an onnxruntime that fuses one convolution fewer would have it."""
     counted = "integer_convolutions"
-    monkeypatch.setattr(f"defquant.deploy.export.{counted}", lambda model: (8, 9))
+    monkeypatch.setattr(f"defquant.deploy.ship.{counted}", lambda model: (8, 9))
     monkeypatch.setattr(f"defquant.deploy.parity.{counted}", lambda model: (8, 9))
     file = tmp_path / "x.onnx"
     quick = ["--attacked", "10", "--queries", "0", "--repeats", "0", "--images", "50"]

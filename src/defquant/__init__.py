@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from defquant.config import TrainConfig as TrainConfig
     from defquant.data import Dataset as Dataset
     from defquant.data import load as load
-    from defquant.deploy.export import export_onnx as export_onnx
     from defquant.deploy.parity import parity as parity
+    from defquant.deploy.ship import export_onnx as export_onnx
     from defquant.diagnose import audit as audit
     from defquant.diagnose import masking_verdict as masking_verdict
     from defquant.diagnose import transfer_matrix as transfer_matrix
@@ -73,8 +73,8 @@ _HOMES = {
     "checkpoint": ("load_model",),
     "config": ("DataConfig", "ModelConfig", "TrainConfig"),
     "data": ("Dataset", "load"),
-    "deploy.export": ("export_onnx",),
     "deploy.parity": ("parity",),
+    "deploy.ship": ("export_onnx",),
     "diagnose": ("audit", "masking_verdict", "transfer_matrix"),
     "errors": ("DefquantWarning", "UserError"),
     "evaluate": ("accuracy", "robust_accuracy", "sweep"),

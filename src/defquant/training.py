@@ -13,10 +13,10 @@ from defquant.attacks.contract import made_by
 from defquant.attacks.first_order import FirstOrder
 from defquant.attacks.lint import lint_answer
 from defquant.config import TrainConfig
-from defquant.data import Dataset, batches, num_batches
-from defquant.deploy.calibrate import snap_biases_
+from defquant.data import Dataset, batches, num_batches, to_unit
 from defquant.distributed import pick_device, sum_over, watched, workers
 from defquant.evaluate import accuracy
+from defquant.integers import snap_biases_
 from defquant.lipschitz import project_simplex_
 from defquant.monitor import (
     History,
@@ -110,7 +110,7 @@ def train(
             for epoch in range(len(history), config.epochs):
                 record = _epoch(state, epoch, steps, progress)
                 if epoch + 1 == config.epochs:
-                    snap_biases_(model)
+                    snap_biases_(model, to_unit(state.data.images[:1]))
                 if eps is not None and me.leads:
                     rows = max(64, config.batch_size // me.world)  # what fits in training fits here
                     record |= monitor(model, state.data, eps, batch_size=rows)

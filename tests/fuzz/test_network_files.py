@@ -20,9 +20,9 @@ from defquant.data import load
 from defquant.deploy.graph import graph
 from defquant.deploy.lower import lower
 from defquant.deploy.runtime import OnnxModel, facts_of, open_model
+from defquant.deploy.ship import compared
 from defquant.errors import UserError
 from defquant.models import wide_resnet
-from defquant.shipping import compared
 from harness import SECONDS, Read, fuzz, outcome
 
 

@@ -18,7 +18,7 @@ def diagnose(settings: Namespace) -> int:
         if settings[name] < 1:
             raise UserError(f"--{name} must be 1 or more; found {settings[name]}")
     from defquant.diagnose import Effort
-    from defquant.diagnoses import diagnose_run
+    from defquant.diagnose.runs import diagnose_run
     from defquant.distributed import pick_device
     from defquant.files import write_json
 

@@ -17,10 +17,10 @@ def transfer(settings: Namespace) -> int:
         raise UserError(f"--batch_size must be 1 or more; found {settings.batch_size}")
     bits = [check_bits(width) for width in settings.bits]
     from defquant.attacks.names import parse_first_order
+    from defquant.diagnose.runs import transfer_runs
     from defquant.distributed import pick_device
     from defquant.files import write_json
     from defquant.report.matrix import plot_matrix, text_matrix
-    from defquant.transfers import transfer_runs
 
     out = Path(settings.out)
     record = transfer_runs(

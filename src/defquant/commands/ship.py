@@ -21,9 +21,10 @@ __all__ = ["export", "verify"]
 def export(settings: Namespace) -> int:
     """`defquant export`: a run as an integer ONNX file, with its card beside it."""
     _check(settings)
-    from defquant import shipping
     from defquant.attacks import Single
     from defquant.attacks.names import parse_attack
+    from defquant.deploy import cost as costs
+    from defquant.deploy import ship
     from defquant.files import write_json
     from defquant.runs import load_images, test_images
 
@@ -34,16 +35,15 @@ def export(settings: Namespace) -> int:
     run, path = Path(settings.run), Path(settings.model)
     model, facts = _loaded(run, settings.data_root)
     images = test_images(facts, settings.data_root, settings.images)
-    program, file = shipping.exported(
+    program, file = ship.exported(
         model, facts, load_images(facts.data, "train"), path, weight_bits=settings.weight_bits,
         input_type=settings.input, allow_float=settings.allow_float,
     )  # fmt: skip
-    card = shipping.about(run, facts, path, program, file, images)
-    found = shipping.compared(model, program, file, images)
-    card |= {"convolutions": list(found.convolutions), "parity": shipping.parity_facts(found)}
+    found = ship.compared(model, program, file, images)
+    card = ship.card_of(run, facts, path, file, images, found)
     card["scores"] = []
     _print_parity(card, found, settings.json)
-    for scores in shipping.attacked(
+    for scores in ship.attacked(
         model, file, images.first(min(settings.attacked, len(images))), attacks,
         settings.queries, settings.few,
         seed=settings.seed,
@@ -51,13 +51,13 @@ def export(settings: Namespace) -> int:
         card["scores"].append(scores)
         if not settings.json:
             print(_scores_row(run.name, scores), flush=True)
-    card["cost"] = shipping.cost(
+    card["cost"] = ship.cost(
         model, program, file, repeats=settings.repeats, threads=settings.threads
     )
     if settings.json:
         print_json(card)
     else:
-        print("\n".join(shipping.cost_rows(card["cost"])))
+        print("\n".join(costs.rows(card["cost"])))
     print(path)
     print(write_json(path.with_suffix(".json"), card))
     return _said(_expected(found, facts, settings.allow_float))
@@ -66,16 +66,15 @@ def export(settings: Namespace) -> int:
 def verify(settings: Namespace) -> int:
     """`defquant verify`: is the file the network of the run? 1 where a bound is broken."""
     _check(settings)
-    from defquant import shipping
+    from defquant.deploy import ship
     from defquant.runs import test_images
 
     run, path = Path(settings.run), Path(settings.model)
     model, facts = _loaded(run, settings.data_root)
-    program, file = shipping.read(path, model, facts)
+    program, file = ship.read(path, model, facts)
     images = test_images(facts, settings.data_root, settings.images)
-    found = shipping.compared(model, program, file, images)
-    card = shipping.about(run, facts, path, program, file, images)
-    card |= {"convolutions": list(found.convolutions), "parity": shipping.parity_facts(found)}
+    found = ship.compared(model, program, file, images)
+    card = ship.card_of(run, facts, path, file, images, found)
     if settings.json:
         print_json(card)
     _print_parity(card, found, settings.json)

@@ -7,14 +7,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 import torch
 from torch import nn
 
-from defquant.deploy.program import Add, Affine, Conv, Flatten, Linear, MaxPool, Mean, Op, Program
+from defquant.deploy.program import Add, Affine, Conv, Linear, Op, Program
+from defquant.deploy.reference import run
 from defquant.deploy.runtime import OnnxModel
 from defquant.errors import UserError
 from defquant.quantize import QuantBranch, Quantizer
@@ -52,7 +53,8 @@ def static_cost(program: Program, *, file_bytes: int, float_file_bytes: int) -> 
         file_bytes, float_file_bytes, file_ratio, bops, and all at 32 bits as float_weight_bytes,
         float_bops and float_peak_activation_bytes.
     """
-    layers, grids = _layers(program), program.grids
+    sizes = shapes(program)
+    layers, grids = _layers(program, sizes), program.grids
     weights = [op.weight for op in program.ops if isinstance(op, Conv | Linear)]
     count = sum(weight.integers.size for weight in weights)
     macs = sum(layer["macs"] for layer in layers)
@@ -68,49 +70,24 @@ def static_cost(program: Program, *, file_bytes: int, float_file_bytes: int) -> 
         "float_macs": floats,
         "bops": sum(layer["bops"] for layer in layers),
         "float_bops": macs * FLOAT * FLOAT,
-        "peak_activation_bytes": _peak(program, {name: grids[name].bits for name in grids}),
-        "uint8_peak_activation_bytes": _peak(program, dict.fromkeys(grids, 8)),
-        "float_peak_activation_bytes": _peak(program, {}),
+        "peak_activation_bytes": _peak(program, sizes, {name: grids[name].bits for name in grids}),
+        "uint8_peak_activation_bytes": _peak(program, sizes, dict.fromkeys(grids, 8)),
+        "float_peak_activation_bytes": _peak(program, sizes, {}),
         "layers": layers,
     }
 
 
 def shapes(program: Program) -> dict[str, tuple[int, ...]]:
     """Of every tensor for one image, without the batch: (c, h, w) or (c,)."""
-    found: dict[str, tuple[int, ...]] = {"image": program.shape}
-    for op in program.ops:
-        found[op.name] = _shape(op, found[_sources(op)[0]])
-    return found
+    tensors = run(program, torch.zeros(1, *program.shape))
+    return {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
 
 
-def _shape(op: Op, source: tuple[int, ...]) -> tuple[int, ...]:
-    if isinstance(op, Conv):
-        sides = zip(op.weight.integers.shape[2:], op.dilation, strict=True)
-        reach = [d * (k - 1) + 1 for k, d in sides]
-        return (len(op.bias), *map(_places, source[1:], reach, op.stride, op.padding))
-    if isinstance(op, MaxPool):
-        count = _ceil_places if op.ceil else _places
-        return (source[0], *map(count, source[1:], op.kernel, op.stride, op.padding))
-    if isinstance(op, Mean):
-        return source[:1]
-    if isinstance(op, Flatten):
-        return (math.prod(source),)
-    return (len(op.bias),) if isinstance(op, Linear) else source
+_Sizes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 
-def _places(size: int, kernel: int, stride: int, padding: int) -> int:
-    """How many a window has along one side."""
-    return (size + 2 * padding - kernel) // stride + 1
-
-
-def _ceil_places(size: int, kernel: int, stride: int, padding: int) -> int:
-    """The same with `ceil_mode`: the last window may reach out, but starts inside."""
-    last = -(-(size + 2 * padding - kernel) // stride)
-    return last if last * stride >= size + padding else last + 1
-
-
-def _layers(program: Program) -> list[dict[str, Any]]:
-    sizes, found = shapes(program), []
+def _layers(program: Program, sizes: _Sizes) -> list[dict[str, Any]]:
+    found = []
     for op in program.ops:
         if isinstance(op, Conv):
             macs = op.weight.integers.size * math.prod(sizes[op.name][1:])
@@ -123,10 +100,10 @@ def _layers(program: Program) -> list[dict[str, Any]]:
     return [dict(zip(keys, a, strict=True)) | {"bops": math.prod(a[1:])} for a in found]
 
 
-def _peak(program: Program, bits: Mapping[str, int]) -> int:
+def _peak(program: Program, sizes: _Sizes, bits: Mapping[str, int]) -> int:
     """The most bytes alive at once; tensors that are not in `bits` are floats."""
     last = {name: i for i, op in enumerate(program.ops) for name in _sources(op)}
-    sizes, live, peak = shapes(program), dict[str, int](), 0
+    live, peak = dict[str, int](), 0
     for i, op in enumerate(program.ops):
         live[op.name] = _bytes(math.prod(sizes[op.name]), bits.get(op.name, FLOAT))
         peak = max(peak, sum(live.values()))

@@ -2,18 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-import numpy as np
-import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
-from defquant.deploy.folding import bias_integers, finest, integers
-from defquant.deploy.program import PIXELS, Add, Affine, Conv, Floats64, Grid, Op, Program, Quantize
-from defquant.deploy.tracing import named, pair
+from defquant.deploy.program import Add, Affine, Conv, Op, Program, Quantize
 from defquant.errors import UserError
+from defquant.integers import PIXELS, Floats64, Grid, Sums, branch_grid, finest
 
-__all__ = ["Codes", "Emitter", "Scaled", "Stream", "Sums", "Value"]
+__all__ = ["Codes", "Emitter", "Scaled", "Stream", "Unfinished", "Value", "named", "pair"]
 
 
 @dataclass(frozen=True)
@@ -30,19 +27,12 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Sums:
-    """gain · (a convolution of the codes `source`) + shift, before it is given a grid.
-
-    `home` is the layer whose bias is added last.
-    """
+class Unfinished:
+    """`sums` of a convolution of the codes `source`."""
 
     node: fx.Node
-    layer: str
-    conv: nn.Conv2d
     source: str
-    gain: Floats64
-    shift: Floats64
-    home: nn.Conv2d | nn.BatchNorm2d | None
+    sums: Sums
 
 
 @dataclass(frozen=True)
@@ -55,26 +45,26 @@ class Scaled:
     shift: Floats64
 
 
-Value: TypeAlias = Codes | Stream | Sums | Scaled
+Value: TypeAlias = Codes | Stream | Unfinished | Scaled
 
 
 class Emitter:
     """Writes the operations of a `Program`, in order.
 
     Attributes:
-        peaks: max|output| of convolutions whose output gets a grid of its own.
+        peaks: max|output| of convolutions whose output gets a grid of its own; None where any range
+            will do, as `unranged`, the nodes that need one, is all that is asked.
         weight_bits: of layers without `weight_bits` of their own.
         ops, grids: the operations so far, and the grids of their codes by name.
-        missing: for each layer whose bias was rounded, what the rounded one has more.
         flat: tensors (n, c), among those of (n, c, h, w).
         activations: of each activation function, the name of its codes.
     """
 
-    def __init__(self, peaks: Mapping[str, float], weight_bits: int) -> None:
+    def __init__(self, peaks: Mapping[str, float] | None, weight_bits: int) -> None:
         self.peaks, self.weight_bits = peaks, weight_bits
+        self.unranged: list[fx.Node] = []
         self.ops: list[Op] = [Quantize("pixels", "image")]
         self.grids = {"pixels": PIXELS}
-        self.missing: list[tuple[nn.Conv2d | nn.BatchNorm2d, Tensor]] = []
         self.flat: set[str] = set()
         self.activations: dict[str, str] = {}
 
@@ -101,7 +91,7 @@ class Emitter:
         """`value` rounded onto `grid`: the end of a convolution, or an operation of its own."""
         name = named(node)
         self.grids[name] = grid
-        if isinstance(value, Sums):
+        if isinstance(value, Unfinished):
             self._finish_conv(name, value)
         else:
             source = self.tensor(self.finished(value))
@@ -112,34 +102,31 @@ class Emitter:
 
     def finished(self, value: Value) -> Codes | Stream:
         """As a tensor: sums of products rounded to their own range, affine maps written out."""
-        if isinstance(value, Sums):
-            if value.node.name not in self.peaks:
-                raise UserError(
-                    f"cannot export layer {value.layer!r} in integers: its output has no range; "
-                    "calibrate, or train with --deployable"
-                )
-            peak = self.peaks[value.node.name] or 1.0  # of a branch of zeros any will do
-            return self.onto(value.node, Grid(peak / 127, 128, 255), value)
+        if isinstance(value, Unfinished):
+            return self.onto(value.node, branch_grid(self._peak(value)), value)
         if isinstance(value, Scaled):
             factor = value.x.factor if isinstance(value.x, Stream) else 1.0
             scale, bias = (value.gain * factor).astype("f4"), value.shift.astype("f4")
             return self.emit(Affine(named(value.node), value.x.name, scale, bias))
         return value
 
-    def _finish_conv(self, name: str, sums: Sums) -> None:
-        conv, source, grid = sums.conv, self.grids[sums.source], self.grids[name]
-        bits = getattr(conv, "weight_bits", None) or min(self.weight_bits, finest(source.top))
-        weight = integers(conv.weight, bits, sums.gain, source, grid, sums.layer)
-        bias = bias_integers(weight, sums.shift, source, grid, sums.layer)
-        if sums.home is not None:
-            unit = np.float64(source.scale) * weight.scale
-            self.missing.append((sums.home, torch.from_numpy(bias * unit - sums.shift)))
-        stride, padding, dilation = (pair(v) for v in (conv.stride, conv.padding, conv.dilation))
-        self.ops.append(
-            Conv(
-                name, sums.source, sums.layer, weight, bias, stride, padding, dilation, conv.groups
+    def _peak(self, value: Unfinished) -> float:
+        self.unranged.append(value.node)
+        if self.peaks is not None and value.node.name not in self.peaks:
+            raise UserError(
+                f"cannot export layer {value.sums.layer!r} in integers: its output has no range; "
+                "calibrate, or train with --deployable"
             )
-        )
+        return (self.peaks or {}).get(value.node.name) or 1.0  # of a branch of zeros any will do
+
+    def _finish_conv(self, name: str, value: Unfinished) -> None:
+        sums, grid = value.sums, self.grids[name]
+        conv, most = sums.conv, min(self.weight_bits, finest(sums.source.top))
+        weight = sums.weight(getattr(conv, "weight_bits", None) or most, grid)
+        bias = sums.bias(weight, grid)
+        stride, padding, dilation = (pair(v) for v in (conv.stride, conv.padding, conv.dilation))
+        ends = stride, padding, dilation, conv.groups
+        self.ops.append(Conv(name, value.source, sums.layer, weight, bias, *ends))
 
     def tensor(self, value: Codes | Stream) -> str:
         """Its name, after a multiplication where a factor is left."""
@@ -164,3 +151,12 @@ class Emitter:
             raise UserError(f"cannot export the sum {node.name!r}: it must be of images")
         self.emit(Add(named(node), tuple((name, factor / unit) for name, factor in terms)))
         return Stream(named(node), unit)
+
+
+def named(node: fx.Node) -> str:
+    """The name of a node's result, which the ends of a `Program` leave free."""
+    return f"layer.{node.name}" if node.name in ("image", "pixels", "logits") else node.name
+
+
+def pair(value: Any) -> tuple[int, int]:
+    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))

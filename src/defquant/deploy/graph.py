@@ -26,8 +26,8 @@ from defquant.deploy.program import (
     Op,
     Program,
     Quantize,
-    Weight,
-)
+)  # fmt: skip
+from defquant.integers import Weight
 
 __all__ = ["METADATA", "OPERATORS", "OPSET", "Input", "graph", "packed", "unpacked"]
 

@@ -6,18 +6,17 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from defquant.config import check_bits
-from defquant.deploy.emit import Codes, Emitter, Scaled, Stream, Sums, Value
-from defquant.deploy.folding import fold_batch_norm, integers
-from defquant.deploy.program import Flatten, Grid, Linear, MaxPool, Mean, Program
-from defquant.deploy.tracing import named, over_image, pair, sources, trace
+from defquant.attacks.access import untouched
+from defquant.deploy.emit import Codes, Emitter, Scaled, Stream, Unfinished, Value, named, pair
+from defquant.deploy.program import Flatten, Linear, MaxPool, Mean, Program
 from defquant.errors import UserError
+from defquant.integers import Sums, fold_batch_norm, grid_of, integers
 from defquant.lipschitz import ConvexSum
-from defquant.quantize import QuantBranch, QuantReLU
+from defquant.quantize import QuantBranch, Quantizer, QuantReLU
 
-__all__ = ["follow", "lower"]
+__all__ = ["calibrate", "lower", "trace"]
 
 
 def lower(
@@ -45,19 +44,65 @@ def lower(
     """
     if weight_bits not in (2, 4, 8):
         raise UserError(f"weight bits must be 8, 4 or 2; found {weight_bits!r}")
-    return follow(model, {} if peaks is None else peaks, weight_bits).program(shape)
+    return _follow(model, {} if peaks is None else peaks, weight_bits).program(shape)
 
 
-def follow(model: nn.Module, peaks: Mapping[str, float], weight_bits: int) -> Emitter:
-    """One pass over the graph of `model`; arguments and errors as of `lower`."""
+def calibrate(model: nn.Module, images: Tensor, *, batch_size: int = 256) -> dict[str, float]:
+    """max|output| over `images`, float in [0, 1], of each convolution that needs a range.
+
+    Empty for a deployable network, which has learnt its ranges.
+    """
+    peaks = {node.name: 0.0 for node in _follow(model, None, 8).unranged}
+    if peaks:
+        with untouched(model), torch.no_grad():
+            for part in images.split(batch_size):
+                _Peaks(model, peaks).run(part)
+    return peaks
+
+
+class _Peaks(fx.Interpreter):
+    """Runs the graph of a model and keeps the largest magnitude of some of its nodes."""
+
+    def __init__(self, model: nn.Module, peaks: dict[str, float]) -> None:
+        super().__init__(fx.GraphModule(model, trace(model)))
+        self.peaks = peaks
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.name in self.peaks:
+            self.peaks[n.name] = max(self.peaks[n.name], float(result.abs().max()))
+        return result
+
+
+class _Tracer(fx.Tracer):
+    """Sees through containers and our networks, not into layers."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        layers = Quantizer | QuantBranch | ConvexSum | nn.Conv2d | nn.Linear
+        return isinstance(m, layers) or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(model: nn.Module) -> fx.Graph:
+    """The graph of the model's layers. Raises `UserError` where its forward has none."""
+    try:
+        return _Tracer().trace(model)
+    except Exception as error:  # whatever the model's own code raises under tracing
+        raise UserError(
+            f"cannot export {type(model).__name__}: its forward cannot be followed ({error})"
+        ) from None
+
+
+def _follow(model: nn.Module, peaks: Mapping[str, float] | None, weight_bits: int) -> Emitter:
+    """One pass over the graph of `model`; arguments and errors as of `lower` and `Emitter`."""
     out, values = Emitter(peaks, weight_bits), dict[fx.Node, Value]()
     for node in trace(model).nodes:
         if node.op == "placeholder":
             values[node] = Codes("pixels")
         elif node.op == "output":
             _check_end(out, node, values)
-        else:
-            value = _value(out, model, node, [values[n] for n in sources(node)])
+        else:  # a value that is taken twice is there twice
+            inputs = [values[arg] for arg in node.args if isinstance(arg, fx.Node)]
+            value = _value(out, model, node, inputs)
             shared = len(node.users) > 1 and not isinstance(value, Codes | Stream)
             values[node] = out.finished(value) if shared else value
     return out
@@ -84,9 +129,10 @@ def _value(out: Emitter, model: nn.Module, node: fx.Node, inputs: list[Value]) -
     sums = (operator.add, operator.iadd, torch.add)
     if node.target in sums and len(inputs) == 2 and not node.kwargs:
         return out.add(node, [1.0, 1.0], inputs)
-    if name == "mean" and over_image(node):
+    given = (*node.args[1:], *node.kwargs.values())
+    if name == "mean" and given in (((2, 3),), ([2, 3],), ((-2, -1),), ([-2, -1],)):
         return _flattened(out, Mean, node, inputs)
-    if name == "flatten" and (*node.args[1:], *node.kwargs.values()) == (1,):
+    if name == "flatten" and given == (1,):
         return _flattened(out, Flatten, node, inputs)
     raise UserError(f"cannot export the operation {name!r} ({node.name}): use a layer instead")
 
@@ -104,44 +150,34 @@ def _conv(out: Emitter, node: fx.Node, conv: nn.Conv2d, inputs: list[Value]) -> 
         )
     if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
         raise UserError(f"cannot export layer {layer!r}: its padding must be numbers of zeros")
-    bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
-    gain = torch.ones(conv.out_channels, dtype=torch.float64).numpy()
-    shift = bias.double().cpu().numpy()
-    home = None if conv.bias is None else conv
-    return Sums(node, layer, conv, source.name, gain, shift, home)
+    return Unfinished(node, source.name, Sums.of(layer, conv, out.grids[source.name]))
 
 
 def _batch_norm(out: Emitter, node: fx.Node, norm: nn.BatchNorm2d, inputs: list[Value]) -> Value:
-    gain, shift = fold_batch_norm(norm, str(node.target))
     x = inputs[0]
-    if isinstance(x, Sums):
-        home = norm if norm.affine else None
-        both = x.gain * gain, x.shift * gain + shift
-        return replace(x, node=node, gain=both[0], shift=both[1], home=home)
+    if isinstance(x, Unfinished):
+        return replace(x, node=node, sums=x.sums.normed(norm, str(node.target)))
+    gain, shift = fold_batch_norm(norm, str(node.target))
     if isinstance(x, Scaled):
         return replace(x, node=node, gain=x.gain * gain, shift=x.shift * gain + shift)
     return Scaled(node, x, gain, shift)
 
 
-def _quant_relu(out: Emitter, node: fx.Node, act: QuantReLU, inputs: list[Value]) -> Value:
-    bits = check_bits(act.bits)
-    if bits is None:
+def _quantizer(
+    out: Emitter, node: fx.Node, act: QuantReLU | QuantBranch, inputs: list[Value]
+) -> Value:
+    layer, grid = str(node.target), grid_of(act)
+    if grid is None and isinstance(act, QuantReLU):
         raise UserError(
-            f"cannot export layer {str(node.target)!r} in integers: its activations have full "
-            "precision; train with --bits, or set_bits"
+            f"cannot export layer {layer!r} in integers: its activations have full precision; "
+            "train with --bits, or set_bits"
         )
-    codes = out.onto(node, Grid(act.high / (2**bits - 1), 0, 2**bits - 1), inputs[0])
-    out.activations[str(node.target)] = codes.name
+    if grid is None:
+        raise UserError(f"cannot export layer {layer!r}: its range is 0, as before training")
+    codes = out.onto(node, grid, inputs[0])
+    if isinstance(act, QuantReLU):
+        out.activations[layer] = codes.name
     return codes
-
-
-def _quant_branch(out: Emitter, node: fx.Node, branch: QuantBranch, inputs: list[Value]) -> Value:
-    peak = float(branch.peak)
-    if peak == 0:
-        raise UserError(
-            f"cannot export layer {str(node.target)!r}: its range is 0, as before training"
-        )
-    return out.onto(node, Grid(peak / 127, 128, 255), inputs[0])
 
 
 def _max_pool(out: Emitter, node: fx.Node, pool: nn.MaxPool2d, inputs: list[Value]) -> Value:
@@ -201,8 +237,7 @@ _Make: TypeAlias = Callable[[Emitter, fx.Node, Any, list[Value]], Value]
 _MODULES: tuple[tuple[type | tuple[type, ...], _Make], ...] = (
     (nn.Conv2d, _conv),
     (nn.BatchNorm2d, _batch_norm),
-    (QuantReLU, _quant_relu),
-    (QuantBranch, _quant_branch),
+    ((QuantReLU, QuantBranch), _quantizer),
     (ConvexSum, _convex),
     (nn.MaxPool2d, _max_pool),
     (nn.AdaptiveAvgPool2d, _mean),

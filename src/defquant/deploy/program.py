@@ -7,48 +7,11 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from defquant.integers import Floats, Grid, Weight
+
 __all__ = [
-    "PIXELS", "Add", "Affine", "Conv", "Flatten", "Floats64", "Grid", "Linear", "MaxPool", "Mean",
-    "Op", "Program", "Quantize", "Weight",
+    "Add", "Affine", "Conv", "Flatten", "Linear", "MaxPool", "Mean", "Op", "Program", "Quantize",
 ]  # fmt: skip
-
-Floats: TypeAlias = NDArray[np.float32]
-Floats64: TypeAlias = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Values scale · (code - zero), code a whole number in [0, top], kept as uint8."""
-
-    scale: float
-    zero: int = 0
-    top: int = 255
-
-    @property
-    def bits(self) -> int:
-        """Of a code, packed."""
-        return self.top.bit_length()
-
-
-PIXELS = Grid(1 / 255)
-
-
-@dataclass(frozen=True)
-class Weight:
-    """The weight scale[c] · integers[c] of output channel c.
-
-    Attributes:
-        integers: int8 (c_out, ...), all multiples of `multiple`.
-        scale: float32 (c_out,), positive.
-        bits: of integers / multiple, symmetric and narrow: 8, 7, 4 or 2.
-        multiple: of the stored integers. A finer unit lets the bias, a whole number of units, be
-            exact where few bits make coarse sums.
-    """
-
-    integers: NDArray[np.int8]
-    scale: Floats
-    bits: int
-    multiple: int = 1
 
 
 @dataclass(frozen=True)

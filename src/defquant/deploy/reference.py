@@ -5,18 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from defquant.deploy.program import (
-    Add,
-    Affine,
-    Conv,
-    Flatten,
-    Grid,
-    Linear,
-    MaxPool,
-    Mean,
-    Op,
-    Program,
-)
+from defquant.deploy.program import Add, Affine, Conv, Flatten, Linear, MaxPool, Mean, Op, Program
+from defquant.integers import Grid
 
 __all__ = ["rounded", "run", "steps", "value"]
 

@@ -9,18 +9,19 @@ from defquant.diagnose.amplification import (
     normalized_distance,
 )
 from defquant.diagnose.audit import Audit, LayerAudit, Radius, audit, jacobian_norms, surrogate
-from defquant.diagnose.crossing import Crossing, crossing, smallest_broken
-from defquant.diagnose.masking import Sign, Verdict, judged, masking_verdict
+from defquant.diagnose.masking import Effort, Sign, Verdict, judged, masking_verdict
 from defquant.diagnose.precision import (
     Cosine,
+    Crossing,
     TransferMatrix,
     at_bits,
+    crossing,
     evasive,
     gradient_cosine,
     gradient_cosines,
+    smallest_broken,
     transfer_matrix,
 )
-from defquant.diagnose.signs import Effort
 
 __all__ = [
     "Audit",

@@ -10,40 +10,12 @@ from torch import Tensor, nn
 from defquant.attacks import untouched
 from defquant.attacks.access import differentiable, gradient, leaf
 from defquant.data import to_unit
-from defquant.diagnose.bound import BatchNormCall, LayerCall, reach
-from defquant.diagnose.norms import kernel_matrix
+from defquant.diagnose.bound import BatchNormCall, LayerAudit, reach
 from defquant.evaluate import Images, linted
 from defquant.models import FeatureSqueezing
 from defquant.quantize import Quantizer
 
 __all__ = ["Audit", "LayerAudit", "Radius", "audit", "jacobian_norms", "surrogate"]
-
-
-@dataclass(frozen=True)
-class LayerAudit:
-    """One call of a convolution or linear layer.
-
-    Attributes:
-        layer: its name.
-        size: of its input, (c, h, w) or (c,).
-        matrix_norm: largest singular value of the weight read as c_out x (c_in k k).
-        matrix_least: the smallest.
-        residual: ||Gram - I||_F on the smaller Gram (Eq. 8, reduced); 0 for an orthonormal kernel.
-        norm: of the true map on inputs of that size: up to 3 for an orthonormal 3x3 kernel.
-        batch_norm: the batch norm that takes the layer's output as it is, if any.
-        gain: norm of the layer and that batch norm as one map; `norm` without one.
-        upper: what the network's bound counts for it: `gain` is approached from below.
-    """
-
-    layer: str
-    size: tuple[int, ...]
-    matrix_norm: float
-    matrix_least: float
-    residual: float
-    norm: float
-    batch_norm: str | None
-    gain: float
-    upper: float
 
 
 @dataclass(frozen=True)
@@ -103,11 +75,12 @@ def audit(model: nn.Module, data: Images, *, batch_size: int = 64) -> Audit:
     found = reach(twin, x[:1])
     parts = [jacobian_norms(twin, some) for some in x.split(batch_size)]
     jacobians = torch.cat(parts).tolist()
-    margins = torch.cat([_margins(twin, *some) for some in _batches(x, y, batch_size)])
+    some = zip(x.split(batch_size), y.split(batch_size), strict=True)
+    margins = torch.cat([_margins(twin, *pair) for pair in some])
     radii = [_radius(margin, found.bound, x[0].numel()) for margin in margins.tolist()]
     return Audit(
-        tuple(_layer(call) for call in found.layers), found.batch_norms, found.bound,
-        max(jacobians), tuple(jacobians), tuple(radii),
+        found.layers, found.batch_norms, found.bound, max(jacobians), tuple(jacobians),
+        tuple(radii),
     )  # fmt: skip
 
 
@@ -136,10 +109,6 @@ def jacobian_norms(model: nn.Module, x: Tensor) -> Tensor:
     return norms
 
 
-def _batches(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(x.split(size), y.split(size), strict=True))
-
-
 def _margins(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """z_y - max_{j != y} z_j of each image, (n,)."""
     with untouched(model), torch.no_grad():
@@ -153,11 +122,3 @@ def _margins(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def _radius(margin: float, bound: float, pixels: int) -> Radius:
     l2 = max(margin, 0.0) / (math.sqrt(2) * bound) if bound else math.inf
     return Radius(margin, l2, l2 / math.sqrt(pixels))
-
-
-def _layer(call: LayerCall) -> LayerAudit:
-    matrix, effective = kernel_matrix(call.layer), call.composed or call.norm
-    return LayerAudit(
-        call.name, call.size, matrix.largest, matrix.smallest, matrix.residual, call.norm.value,
-        call.batch_norm, effective.value, effective.upper,
-    )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 
 from defquant.attacks import untouched
 from defquant.diagnose.norms import (
-    Norm,
     average_norm,
     batch_norm_scale,
+    kernel_matrix,
     layer_norm,
     max_pool_norm,
 )
@@ -21,7 +21,7 @@ from defquant.lipschitz import ConvexSum
 from defquant.models.squeezing import squeeze
 from defquant.quantize import Quantizer
 
-__all__ = ["BatchNormCall", "LayerCall", "Reach", "reach"]
+__all__ = ["BatchNormCall", "LayerAudit", "Reach", "reach"]
 
 _UNIT_MODULES = (
     Quantizer, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Sigmoid, nn.Identity, nn.Flatten,
@@ -36,19 +36,30 @@ _SHAPES = {"size", "getattr", "getitem", "dim"}
 
 
 @dataclass(frozen=True)
-class LayerCall:
-    """A convolution or linear layer, called on an input of `size` (without the batch).
+class LayerAudit:
+    """One call of a convolution or linear layer.
 
-    `norm` is that of the layer's linear part; `composed` that of the batch norm `batch_norm` after
-    the layer, where one takes its output as it is.
+    Attributes:
+        layer: its name.
+        size: of its input, (c, h, w) or (c,).
+        matrix_norm: largest singular value of the weight read as c_out x (c_in k k).
+        matrix_least: the smallest.
+        residual: ||Gram - I||_F on the smaller Gram (Eq. 8, reduced); 0 for an orthonormal kernel.
+        norm: of the true map on inputs of that size: up to 3 for an orthonormal 3x3 kernel.
+        batch_norm: the batch norm that takes the layer's output as it is, if any.
+        gain: norm of the layer and that batch norm as one map; `norm` without one.
+        upper: what the network's bound counts for it: `gain` is approached from below.
     """
 
-    name: str
-    layer: nn.Conv2d | nn.Linear
+    layer: str
     size: tuple[int, ...]
-    norm: Norm
-    batch_norm: str | None = None
-    composed: Norm | None = None
+    matrix_norm: float
+    matrix_least: float
+    residual: float
+    norm: float
+    batch_norm: str | None
+    gain: float
+    upper: float
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,7 @@ class Reach:
     """||f(a) - f(b)||_2 <= `bound` ||a - b||_2, and the calls that it was made of."""
 
     bound: float
-    layers: tuple[LayerCall, ...]
+    layers: tuple[LayerAudit, ...]
     batch_norms: tuple[BatchNormCall, ...]
 
 
@@ -122,7 +133,7 @@ class _Walk:
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
         self.reach: dict[fx.Node, float] = {}
-        self.layers: dict[fx.Node, LayerCall] = {}
+        self.layers: dict[fx.Node, LayerAudit] = {}
         self.batch_norms: list[BatchNormCall] = []
         self.end = 0.0
 
@@ -149,8 +160,11 @@ class _Walk:
             raise _unknown(node, type(module).__name__)
         source, before = sources[0], self.reach[sources[0]]
         if isinstance(module, nn.Conv2d | nn.Linear):
-            norm = layer_norm(module, _size(source), None)
-            self.layers[node] = LayerCall(str(node.target), module, _size(source), norm)
+            size, matrix = _size(source), kernel_matrix(module)
+            norm = layer_norm(module, size)
+            self.layers[node] = LayerAudit(
+                str(node.target), size, *matrix, norm.value, None, norm.value, norm.upper
+            )
             return norm.upper * before
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             return self._batch_norm(node, module, source)
@@ -171,10 +185,12 @@ class _Walk:
         call = self.layers.get(source)
         if call is None:
             return apart
-        composed = layer_norm(call.layer, call.size, scale)
-        if call.composed is None:
-            self.layers[source] = LayerCall(
-                call.name, call.layer, call.size, call.norm, str(node.target), composed
+        layer = self.modules[str(source.target)]
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        composed = layer_norm(layer, call.size, scale)
+        if call.batch_norm is None:
+            self.layers[source] = replace(
+                call, batch_norm=str(node.target), gain=composed.value, upper=composed.upper
             )
         (before,) = (self.reach[arg] for arg in source.args if isinstance(arg, fx.Node))
         return min(composed.upper * before, apart)

@@ -1,20 +1,29 @@
-"""The masking verdict: is the robustness real, or are gradients hidden from the attack?"""
+"""The masking verdict: is the robustness real, or are gradients hidden from the attack?
+
+Sign by sign and image by image: what each attack breaks and another leaves.
+"""
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from defquant.attacks import APGD, BIM, FGSM, PGD, RFGSM, Adaptive, Attack, Square, Transfer
+from defquant.attacks.access import differentiable, gradient, leaf, untouched
+from defquant.attacks.engine import perturb
+from defquant.attacks.lint import SAME
+from defquant.attacks.losses import margin
 from defquant.config import check_eps
 from defquant.data import to_unit
-from defquant.diagnose.signs import Effort, Evidence, evidence
-from defquant.diagnose.words import DO, MEANS
 from defquant.errors import DefquantWarning, UserError
-from defquant.evaluate import Images, linted
+from defquant.evaluate import Images, answers, linted, robust
+from defquant.quantize import Quantizer
 from defquant.results import MASKED, Score
 
-__all__ = ["Finding", "Sign", "Verdict", "judged", "masking_verdict"]
+__all__ = ["RULES", "Effort", "Finding", "Rule", "Sign", "Verdict", "judged", "masking_verdict"]
 
 Finding = Literal["PASS", "WARN", "FAIL", "not decided"]
 
@@ -25,33 +34,112 @@ EXAMPLES = 73  # of fewer images not even 0 has a Wilson interval that ends belo
 COLLAPSE = 0.20
 """Of the images that are right: what a network may lose to a better loss or backward pass. The
 straight-through attack overstates honest networks of 2 bits by 12 points (CIFAR-10, WRN-10-1)."""
-NOWHERE = 0.5  # the share of images on which the gradient may say nothing of the loss nearby
-MIDWAY = 0.10
-"""A walk with steps of one size circles the boundary: some of its last images are whole again."""
-LIMITS = {"zero gradient": MASKED, "jumps": NOWHERE, "mid-path": MIDWAY}
-ROUNDED: dict[str, float] = {"zero gradient": SHARE, "noise": 0.25, "mid-path": 1}
-"""Limits of a FAIL for quantised networks, which show these signs by rounding alone: `noise` on
-14 %
-of the images of an honest 2-bit network; a gradient worth no more than noise on a quarter is none.
-"""
-ADAPTIVE = ("loss", "more steps", "surrogate")  # signs that `Adaptive` is the answer to
-ORDER = (
-    "one step", "black box", "huge eps", "random search", "more steps", "zero gradient", "jumps",
-    "mid-path", "noise", "loss", "surrogate", "randomness",
-)  # fmt: skip
+HUGE = 0.5  # within it every image can become the same flat grey: no classifier can stand
+TINY = 1 / 16  # of eps: the noise under which the loss must follow its gradient
+CALLS = 3  # identical calls that must agree
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When a sign is raised, and what is said of it, as `docs/flags.md` explains it.
+
+    It WARNs above the share `warn` of the images, and `fails` where the interval lies above that:
+    `surely`, where the network `collapsed` (what `Adaptive` is the answer to), or never (None).
+    `rounded` is the share for a FAIL of quantised networks, which show some signs by rounding
+    alone: `noise` on 14 % of the images of an honest 2-bit network; a gradient worth no more than
+    noise on a quarter is none.
+    """
+
+    means: str
+    do: str
+    warn: float = SHARE
+    fails: Literal["surely", "collapsed"] | None = "surely"
+    rounded: float | None = None
+
+
+# `mid-path`: a walk with steps of one size circles the boundary, and some last images are whole
+# again. `jumps`: rounded colours with a straight-through gradient make it, and can be attacked.
+RULES: Mapping[str, Rule] = {
+    "one step": Rule(
+        "one step breaks what many steps leave: the walk is led astray",
+        "quote the worst case over attacks (standard, adaptive)",
+    ),
+    "black box": Rule(
+        "another network's images break what the white box leaves",
+        "quote the black box too, and attack through a surrogate",
+    ),
+    "huge eps": Rule(
+        "images stand within 0.5 of grey, where none can: the attack does not move",
+        "find where the gradient is lost, and attack through a surrogate there",
+    ),
+    "random search": Rule(
+        "search without gradients breaks what every gradient attack leaves",
+        "quote standard, with more queries",
+    ),
+    "more steps": Rule(
+        "twice the steps break much more: the attack had not converged",
+        "raise the steps until nothing changes, or use adaptive",
+        fails="collapsed",
+    ),
+    "zero gradient": Rule(
+        "the gradient is zero or no number: gradient attacks are blind",
+        "attack through a surrogate, or as a black box; see clip and high in training",
+        warn=MASKED,
+        rounded=SHARE,
+    ),
+    "jumps": Rule(
+        "the gradient says nothing of the loss nearby: the network is no smooth function",
+        "attack through a surrogate (adaptive) or without gradients (square)",
+        warn=0.5,
+        fails=None,
+    ),
+    "mid-path": Rule(
+        "the walk broke images and came back whole: its last iterate overstates",
+        "keep the best iterate, as all attacks of defquant do",
+        warn=0.10,
+        rounded=1,
+    ),
+    "noise": Rule(
+        "random noise raises the loss more than one gradient step: FGSM's number is void",
+        "quote PGD or standard; train with pgd",
+        rounded=0.25,
+    ),
+    "loss": Rule(
+        "losses that cannot underflow break what the cross-entropy leaves",
+        "quote apgd-dlr, standard or adaptive",
+        fails="collapsed",
+    ),
+    "surrogate": Rule(
+        "another backward pass breaks what the straight-through gradient leaves",
+        "quote adaptive",
+        fails="collapsed",
+    ),
+    "randomness": Rule(
+        "identical calls give other logits: a score is partly chance",
+        "fix the draws, or attack the average over many (EOT)",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard the attacks try.
+
+    `steps` and `restarts` of the usual attack, PGD (and twice the steps); `queries` of the random
+    search; `draws` of tiny noise for each image; `seed` of all; `batch_size` rows at a time.
+    """
+
+    steps: int = 40
+    restarts: int = 2
+    queries: int = 500
+    draws: int = 16
+    seed: int = 0
+    batch_size: int = 256
 
 
 @dataclass(frozen=True)
 class Sign:
-    """One sign of masked gradients.
-
-    Attributes:
-        name: as in `docs/flags.md`.
-        finding: images that show it (`correct`), of those that are classified rightly (`total`).
-        verdict: see `judged`.
-        means: what it says of the network or of the attack.
-        do: what to do about it.
-    """
+    """A sign: `finding` counts the images that show it, of those that are right."""
 
     name: str
     finding: Score
@@ -62,14 +150,11 @@ class Sign:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `masking_verdict` found.
+    """What `masking_verdict` found at `eps`, in [0, 1].
 
-    Attributes:
-        eps: in [0, 1].
-        usual: robust accuracy under PGD on the cross-entropy, of all images.
-        strongest: the same under every attack of the verdict together.
-        quantized: whether the network rounds its activations.
-        signs: in the order of `docs/flags.md`; those that cannot be asked are missing.
+    Robust accuracy of all images under PGD on the cross-entropy (`usual`) and under every attack
+    made here (`strongest`); whether the network rounds its activations (`quantized`); and the signs
+    in the order of `docs/flags.md`, without those that cannot be asked.
     """
 
     eps: float
@@ -94,7 +179,7 @@ def masking_verdict(
     substitute: nn.Module | None = None,
     effort: Effort | None = None,
 ) -> Verdict:
-    """Test `model` for each sign of masked gradients, image by image, at radius `eps`.
+    """Test `model` for each sign of masked gradients, image by image, at L-infinity radius `eps`.
 
     The usual attack is PGD on the cross-entropy through the network's own backward pass. Its
     robust accuracy is an upper bound; the signs show that it is a loose one (Athalye et al. 2018,
@@ -110,15 +195,9 @@ def masking_verdict(
     only where the robust accuracy collapses: all attacks together break more than 20 % of the
     images *and* more than half of what the usual one leaves.
 
-    Args:
-        model: any module that maps images in [0, 1] to logits; it is left as it was found.
-        data: images and labels. At least 73 of them must be right for a PASS.
-        eps: L-infinity radius, in (0, 1].
-        substitute: another network of the same data, for the black box.
-        effort: of the attacks; when none, `Effort()`.
-
-    Raises:
-        UserError: eps outside (0, 1], images outside [0, 1], labels or logits of a wrong shape.
+    At least 73 of `data` must be right for a PASS. `substitute`, another network of the same data,
+    makes the black box. The model is left as it was found. Raises `UserError` for eps outside
+    (0, 1], images outside [0, 1], labels or logits of a wrong shape.
     """
     if not check_eps(eps):
         raise UserError("the masking verdict needs an eps above 0; found 0: write 8/255")
@@ -127,51 +206,198 @@ def masking_verdict(
         for seen in ("an example's output depends", "two identical calls"):
             warnings.filterwarnings("ignore", seen, DefquantWarning)
         x, y = linted(model, data, effort.batch_size)
-    found = evidence(model, to_unit(x), y, eps, effort, substitute)
-    return Verdict(
-        eps, Score(int(found.usual.sum()), len(x)), Score(int(found.strongest.sum()), len(x)),
-        found.quantized, _signs(found),
-    )  # fmt: skip
+    known = any(isinstance(m, Quantizer) and m.bits is not None for m in model.modules())
+    connected, images = _Connected(model), to_unit(x)
+    right = answers(connected, (images, y), batch_size=effort.batch_size) == y
+    scene, total = _Scene(connected, images[right], y[right], eps, effort), int(right.sum())
+    usual, strongest, raised = _raised(scene, substitute, known) if total else (right, right, {})
+    left, best = int(usual.sum()), int(strongest.sum())
+    shown = {name: Score(int(raised[name].sum()), total) for name in RULES if name in raised}
+    fallen = bool(shown) and collapsed(left, best, total)
+    signs = tuple(
+        Sign(name, found, judged(name, found, known, fallen), RULES[name].means, RULES[name].do)
+        for name, found in shown.items()
+    )
+    return Verdict(eps, Score(left, len(x)), Score(best, len(x)), known, signs)
 
 
 def judged(name: str, finding: Score, quantized: bool = False, collapsed: bool = False) -> Finding:
     """FAIL where the interval lies wholly above the sign's limit, WARN where only the rate does.
 
-    The limit is 5 % of the images, for the signs of `LIMITS` what stands there. `not decided`
-    where neither holds and fewer than 73 images were tested. The signs of `ADAPTIVE` FAIL only
-    where the network `collapsed`; of a quantised one those that rounding alone makes have the
-    limits of `ROUNDED` for a FAIL, and keep theirs for a WARN. `jumps` never FAILs alone: rounded
-    colours with a straight-through gradient make it, too, and can be attacked.
+    The limits are those of the sign's `Rule`; `not decided` where neither holds and fewer than 73
+    images were tested.
     """
-    limit = LIMITS.get(name, SHARE)
-    low, _ = finding.interval
-    above = low > limit
-    if name == "jumps":
-        above = False
-    elif name in ADAPTIVE:
-        above = above and collapsed
-    elif quantized:
-        above = low > ROUNDED.get(name, limit)
-    if above:
+    rule, (low, _) = RULES[name], finding.interval
+    limit = rule.warn if rule.rounded is None or not quantized else rule.rounded
+    if low > limit and (rule.fails == "surely" or (rule.fails == "collapsed" and collapsed)):
         return "FAIL"
-    if finding.accuracy > limit:
+    if finding.accuracy > rule.warn:
         return "WARN"
     return "PASS" if finding.total >= EXAMPLES else "not decided"
 
 
-def _signs(found: Evidence) -> tuple[Sign, ...]:
-    signs: list[Sign] = []
-    collapsed = found.right > 0 and _collapsed(found)
-    for name in ORDER:
-        if name in found.raised:
-            finding = Score(int(found.raised[name].sum()), found.right)
-            verdict = judged(name, finding, found.quantized, collapsed)
-            signs.append(Sign(name, finding, verdict, MEANS[name], DO[name]))
-    return tuple(signs)
-
-
-def _collapsed(found: Evidence) -> bool:
+def collapsed(usual: int, strongest: int, right: int) -> bool:
     """Whether all attacks leave less than half of what the usual one does, and far less at that."""
-    usual, strongest = int(found.usual.sum()), int(found.strongest.sum())
-    lost = Score(usual - strongest, found.right)
-    return lost.interval[0] > COLLAPSE and 2 * strongest < usual
+    return Score(usual - strongest, right).interval[0] > COLLAPSE and 2 * strongest < usual
+
+
+class _Connected(nn.Module):
+    """The network, whose logits depend on the image for autograd too, with gradient 0 if need be.
+
+    A network that leaves torch, or detaches, has no gradient at all and would stop an attack.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return logits + (0 * x).flatten(1).sum(1, keepdim=True)
+        return logits
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """A network and images that it has right."""
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    eps: float
+    effort: Effort
+
+    def left(self, standing: Tensor, *attacks: Attack) -> Tensor:
+        """Which of `standing` none of `attacks` breaks."""
+        for place, attack in enumerate(attacks):
+            standing = robust(
+                self.model, (self.x, self.y), attack, standing=standing,
+                seed=self.effort.seed + place, batch_size=self.effort.batch_size,
+            )  # fmt: skip
+        return standing
+
+    def parts(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Images, labels and places, a batch at a time."""
+        size, ids = self.effort.batch_size, torch.arange(len(self.y), device=self.y.device)
+        return list(zip(self.x.split(size), self.y.split(size), ids.split(size), strict=True))
+
+
+def _raised(
+    scene: _Scene, substitute: nn.Module | None, known: bool
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Which images stand under the usual attack, and under all, and which show each sign: bool.
+
+    Signs that cannot be asked are missing. Draws go by the image's place among the right ones.
+    """
+    everyone = torch.ones_like(scene.y, dtype=torch.bool)
+    steps = scene.effort.steps
+    usual = scene.left(everyone, PGD(scene.eps, steps=steps, restarts=scene.effort.restarts))
+    beyond = _beyond(scene, usual, substitute, known)
+    strongest = usual & ~torch.stack(list(beyond.values())).any(0)
+    huge = {"huge eps": scene.left(everyone, BIM(HUGE, steps=steps))}
+    raised = beyond | huge | _paths(scene) | _gradients(scene) | {"randomness": _random(scene)}
+    return usual, strongest, raised
+
+
+def _beyond(
+    scene: _Scene, usual: Tensor, substitute: nn.Module | None, known: bool
+) -> dict[str, Tensor]:
+    """What other attacks break of the images that the usual one leaves.
+
+    Random search and transfer are held against all gradient attacks together: what a better
+    gradient finds too is that gradient's sign.
+    """
+    eps, steps = scene.eps, scene.effort.steps
+    losses = [APGD(eps, steps, loss=loss) for loss in ("margin", "dlr", "scaled-ce")]
+    straight = scene.left(usual, *losses)
+    # the parts of `Adaptive` through another backward pass, at full steps, unsearched
+    parts = [part for part in Adaptive(eps, steps).attacks if isinstance(part, APGD)]
+    through = [replace(p, steps=steps, queries=0) for p in parts if p.surrogate is not None]
+    white = scene.left(straight, *through) if known else straight
+    longer = PGD(eps, steps=2 * steps, restarts=scene.effort.restarts)
+    found = {
+        "one step": usual & ~scene.left(usual, FGSM(eps), RFGSM(eps)),
+        "more steps": usual & ~scene.left(usual, longer),
+        "loss": usual & ~straight,
+        "random search": white & ~scene.left(white, Square(eps, queries=scene.effort.queries)),
+    }
+    if known:
+        found["surrogate"] = straight & ~white
+    if substitute is not None:
+        box = Transfer(PGD(eps, steps=20), substitute)
+        found["black box"] = white & ~scene.left(white, box)
+    return found
+
+
+def _paths(scene: _Scene) -> dict[str, Tensor]:
+    """What fell on the way to an attack's last image, and not there."""
+    seed, eps, everyone = scene.effort.seed, scene.eps, torch.ones_like(scene.y, dtype=torch.bool)
+    path = PGD(eps, steps=scene.effort.steps)
+    ends = [
+        perturb(scene.model, x, y, path, seed=seed, ids=ids, keep="last")
+        for x, y, ids in scene.parts()
+    ]
+    found = answers(scene.model, (torch.cat(ends), scene.y), batch_size=scene.effort.batch_size)
+    whole = found == scene.y
+    return {"mid-path": whole & ~scene.left(everyone, path), "noise": _noise(scene)}
+
+
+def _noise(scene: _Scene) -> Tensor:
+    """Where FGSM raises the margin of error less than random signs of the same size on average."""
+    attack, found = FGSM(scene.eps), []
+    draws = torch.Generator().manual_seed(scene.effort.seed)
+    for x, y, ids in scene.parts():
+        moved = perturb(scene.model, x, y, attack, seed=0, ids=ids, keep="last")
+        with untouched(scene.model), torch.no_grad():
+            total = torch.zeros(len(x), device=x.device)
+            for _ in range(scene.effort.draws):
+                total += margin(scene.model(_near(x, scene.eps, draws)), y, y)
+            found.append(margin(scene.model(moved), y, y) < total / scene.effort.draws)
+    return torch.cat(found)
+
+
+def _near(x: Tensor, size: float, draws: torch.Generator) -> Tensor:
+    """`x` moved by ±size at every pixel at random, in [0, 1]."""
+    signs = torch.randint(2, x.shape, generator=draws).to(x).mul_(2).sub_(1)
+    return (x + signs * size).clamp_(0, 1)
+
+
+def _gradients(scene: _Scene) -> dict[str, Tensor]:
+    """Gradients that are zero or not numbers, and those that say nothing of the loss nearby."""
+    dead, jumps = [], []
+    draws = torch.Generator().manual_seed(scene.effort.seed)
+    for x, y, _ in scene.parts():
+        with untouched(scene.model), differentiable():
+            x, y = leaf(x).requires_grad_(), leaf(y)
+            logits = scene.model(x)
+            loss = nn.functional.cross_entropy(logits, y, reduction="sum")
+            grad = gradient(loss, x, keep=True).flatten(1)
+            dead.append(~grad.isfinite().all(1) | (grad == 0).all(1))
+            before = margin(logits, y, y)
+            slope = gradient(before, x).nan_to_num(0.0)
+            jumps.append(_jumps(scene, x.detach(), y, before.detach(), slope, draws))
+    return {"zero gradient": torch.cat(dead), "jumps": torch.cat(jumps)}
+
+
+@torch.no_grad()
+def _jumps(
+    scene: _Scene, x: Tensor, y: Tensor, before: Tensor, slope: Tensor, draws: torch.Generator
+) -> Tensor:
+    """Where sum (Δm - <g, δ>)² >= sum Δm² over tiny δ, some Δm not 0: g explains nothing of it."""
+    rest, whole = torch.zeros_like(before), torch.zeros_like(before)
+    for _ in range(scene.effort.draws):
+        near = _near(x, TINY * scene.eps, draws)
+        change = margin(scene.model(near), y, y) - before
+        rest += (change - (slope * (near - x)).flatten(1).sum(1)) ** 2
+        whole += change**2
+    return (rest >= whole) & (whole > 0)
+
+
+def _random(scene: _Scene) -> Tensor:
+    """Whose logits differ between identical calls."""
+    parts = scene.x.split(scene.effort.batch_size)
+    with untouched(scene.model), torch.no_grad():
+        calls = [torch.cat([scene.model(part) for part in parts]) for _ in range(CALLS)]
+    far = (torch.stack(calls[1:]) - calls[0]).abs().amax((0, 2))
+    return far > SAME * calls[0].abs().max()

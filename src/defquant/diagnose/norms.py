@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,7 @@ class Norm:
     upper: float
 
 
-@dataclass(frozen=True)
-class KernelMatrix:
+class KernelMatrix(NamedTuple):
     """Singular values of a weight read as (c_out, c_in/groups k k), all groups together.
 
     `residual` is the smaller of ||W'W - I||_F and ||WW' - I||_F (Eq. 8, reduced): 0 where the

@@ -14,7 +14,7 @@ def text_matrix(record: Mapping[str, Any]) -> list[str]:
 
     A cell is the share of images fooled, of those that both networks have right; `-` where there
     are none. Columns are numbered, as names are long. `record` is what
-    `defquant.transfers.transfer_runs` returns.
+    `defquant.diagnose.runs.transfer_runs` returns.
     """
     names = [network["name"] for network in record["networks"]]
     width = max(len(name) for name in names) + 5

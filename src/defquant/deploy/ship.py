@@ -1,0 +1,258 @@
+"""Export a run, check the file, attack it, and say what it costs: one JSON card beside it."""
+
+import hashlib
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from defquant.attacks import Single, Square
+from defquant.attacks.contract import Target, right
+from defquant.attacks.contract import attacked as made
+from defquant.checkpoint import Facts, versions
+from defquant.data import Dataset, to_unit
+from defquant.deploy.cost import latencies, static_cost
+from defquant.deploy.graph import Input, graph
+from defquant.deploy.lower import calibrate, lower
+from defquant.deploy.parity import Parity, parity
+from defquant.deploy.program import Conv, Linear, Program
+from defquant.deploy.runtime import OnnxModel, facts_of, integer_convolutions, open_model
+from defquant.errors import UserError, shown
+from defquant.evaluate import correct, device_of, robust_accuracy
+from defquant.files import write_bytes
+from defquant.results import Score
+
+__all__ = [
+    "CALIBRATION", "FORMAT", "attacked", "card_of", "compared", "cost", "digest", "export_onnx",
+    "exported", "read", "replayed",
+]  # fmt: skip
+
+FORMAT = 1
+CALIBRATION = 512
+"""Training images on which the ranges of branch outputs are measured where they are not trained."""
+
+
+def export_onnx(
+    model: nn.Module,
+    path: Path | str,
+    images: Tensor,
+    *,
+    weight_bits: int = 8,
+    input_type: Input = "float",
+    facts: Mapping[str, Any] | None = None,
+    allow_float: bool = False,
+) -> tuple[Program, onnx.ModelProto]:
+    """Write `model` to `path` as an ONNX file of opset 21 with a dynamic batch.
+
+    Every convolution runs in integers in onnxruntime; the optimised graph is read back to see that.
+
+    Args:
+        model: as `lower` takes it; left as it was found.
+        path: of the file, which is written whole or not at all.
+        images: float in [0, 1], (n, c, h, w): their shape is that of the input, and they calibrate
+            what the model does not quantise itself (`calibrate`).
+        weight_bits: of layers without bits of their own: 8, 4 or 2.
+        input_type: `float`, images in [0, 1], or `uint8`, pixels.
+        facts: kept in the file as JSON, `classes` among them for people.
+        allow_float: accept a file of which some convolutions run in float.
+
+    Raises:
+        UserError: a layer without an integer form, named; convolutions that run in float.
+    """
+    peaks = calibrate(model, images)
+    shape = int(images.shape[1]), int(images.shape[2]), int(images.shape[3])
+    program = lower(model, shape, peaks=peaks, weight_bits=weight_bits)
+    known = {
+        **(facts or {}), "format": FORMAT, "digest": digest(program), "peaks": peaks,
+        "weight_bits": weight_bits,
+    }  # fmt: skip
+    file = graph(program, input_type=input_type, facts=known)
+    integer, convolutions = integer_convolutions(file)
+    if integer < len(program.convolutions) and not allow_float:
+        raise UserError(
+            f"only {integer} of {convolutions} convolutions run in integers in this onnxruntime: "
+            "accept that with --allow-float"
+        )
+    write_bytes(Path(path), file.SerializeToString())
+    return program, file
+
+
+def digest(program: Program) -> str:
+    """16 hex digits of SHA-256 over everything that the program computes with."""
+    found = hashlib.sha256(repr((program.shape, sorted(program.grids.items()))).encode())
+    for op in program.ops:
+        plain = {k: v for k, v in vars(op).items() if not hasattr(v, "tobytes") and k != "weight"}
+        found.update(repr((type(op).__name__, sorted(plain.items()))).encode())
+        arrays = [v for v in vars(op).values() if hasattr(v, "tobytes")]
+        if isinstance(op, Conv | Linear):
+            found.update(repr((op.weight.bits, op.weight.multiple)).encode())
+            arrays += [op.weight.integers, op.weight.scale]
+        for array in arrays:
+            found.update(array.tobytes())
+    return found.hexdigest()[:16]
+
+
+def exported(
+    model: nn.Module,
+    facts: Facts,
+    train: Dataset,
+    path: Path,
+    *,
+    weight_bits: int = 8,
+    **options: Any,
+) -> tuple[Program, onnx.ModelProto]:
+    """`export_onnx` of a run, calibrated on training images where it must be."""
+    known = {"classes": facts.classes, "bits": facts.model.bits, "model": facts.model.model}
+    return export_onnx(
+        model, path, to_unit(train.images[:CALIBRATION]), facts=known,
+        weight_bits=facts.model.weight_bits or weight_bits, **options,
+    )  # fmt: skip
+
+
+def read(path: Path, model: nn.Module, facts: Facts) -> tuple[Program, onnx.ModelProto]:
+    """The file at `path` and the program of `model`, which it must hold.
+
+    Raises `UserError` for a file that is cut, another program's, or of another network.
+    """
+    file = open_model(path)
+    known = facts_of(file, path)
+    if known.get("bits") != facts.model.bits:
+        raise UserError(
+            f"{path} has {known.get('bits')}-bit activations, the run {facts.model.bits}-bit ones"
+        )
+    dims = file.graph.input[0].type.tensor_type.shape.dim[1:]
+    if dims[0].dim_value != facts.in_channels:
+        raise UserError(
+            f"{path} takes images of {dims[0].dim_value} channels, the run of {facts.in_channels}"
+        )
+    given = file.graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    if given != facts.num_classes:
+        raise UserError(f"{path} gives {given} logits, the run {facts.num_classes}")
+    shape = dims[0].dim_value, dims[1].dim_value, dims[2].dim_value
+    try:
+        program = lower(model, shape, peaks=known["peaks"], weight_bits=known["weight_bits"])
+        if digest(program) == known["digest"]:
+            return program, file
+    except (UserError, KeyError, TypeError):
+        pass  # ranges that the network does not ask for, or lacks: it is another one's file
+    raise UserError(f"{path} was exported from another network than this run")
+
+
+def compared(model: nn.Module, program: Program, file: onnx.ModelProto, images: Dataset) -> Parity:
+    """`parity` of the file and the network; `UserError` for a file of tensors of other shapes."""
+    try:
+        return parity(model, program, file, images)
+    except (RuntimeError, IndexError) as error:
+        raise UserError(
+            f"the file's tensors are not those of the network ({shown(str(error), 200)}): export "
+            "it again"
+        ) from None
+
+
+def card_of(
+    run: Path, facts: Facts, path: Path, file: onnx.ModelProto, data: Dataset, found: Parity
+) -> dict[str, Any]:
+    """Which network, from which run, in which file, and how near to it."""
+    known = facts_of(file, path)
+    floats = file.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    engines = {name: version(name) for name in ("onnx", "onnxruntime")}
+    return {
+        "format": 1, "kind": "defquant deployed model", "run": run.name, "method": facts.method,
+        "model": facts.model.model, "bits": facts.model.bits, "weight_bits": known["weight_bits"],
+        "beta": facts.train.beta, "seed": facts.train.seed, "data": data.name,
+        "fingerprint": data.fingerprint, "file": path.name,
+        "input": "float" if floats else "uint8",
+        "calibrated": CALIBRATION if known["peaks"] else None,
+        "versions": versions(torch.device("cpu")) | engines,
+        "command": shlex.join(["defquant", *sys.argv[1:]]),
+        "convolutions": list(found.convolutions),
+        "parity": {
+            "images": found.agreement.total, "agreement": found.agreement.accuracy,
+            "flipped_codes": found.flipped, "logit_error": found.logit_error,
+            "reference_mismatches": found.mismatches,
+            "unoptimised_agreement": found.unoptimised.accuracy,
+            "openvino_agreement": found.openvino and found.openvino.accuracy,
+        },
+    }  # fmt: skip
+
+
+def attacked(
+    model: nn.Module,
+    file: onnx.ModelProto,
+    images: Dataset,
+    attacks: Sequence[Single],
+    queries: int,
+    few: int,
+    *,
+    seed: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """Scores of the trained network and of the file, side by side, as the card holds them.
+
+    Clean; each of `attacks`, made on `model`, rounded to 8 bits and shown to both; and `Square`,
+    which needs answers alone, on the first `few` images of each directly, at each eps.
+    """
+    deployed = OnnxModel(file)
+    both = [correct(network, images) for network in (model, deployed)]
+    yield _scores("clean", 0.0, "clean", *(Score(int(s.sum()), len(s)) for s in both))
+    for attack in attacks:
+        trained, shipped = replayed(model, deployed, images, attack, seed=seed)
+        yield _scores(attack.name, attack.eps, repr(attack), trained, shipped)
+    for eps in sorted({attack.eps for attack in attacks}) if queries else ():
+        square, some = Square(eps, queries=queries), images.first(min(few, len(images)))
+        scores = [
+            robust_accuracy(network, some, square, seed=seed) for network in (model, deployed)
+        ]
+        yield _scores(square.name, eps, repr(square), *scores)
+
+
+def replayed(
+    trained: nn.Module,
+    deployed: nn.Module,
+    images: Dataset,
+    attack: Single,
+    *,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> tuple[Score, Score]:
+    """Robust accuracy of both networks against images that `attack` makes on `trained`.
+
+    The best iterate of every example, rounded to 8 bits inside its ball (`to_pixels`), is shown to
+    both; an example counts where the network is right on it and on its clean image. Both scores are
+    of the same images, so they differ only where the two networks do.
+    """
+    networks = trained, deployed
+    standing = [correct(network, images, batch_size=batch_size) for network in networks]
+    there = images.to(device_of(trained, images.images.device))
+    target = Target(trained, there.images, there.labels, seed, batch_size)
+    for ids, adversarial in made(partial(attack.eight_bit, trained, seed=seed), target):
+        for network, stands in zip(networks, standing, strict=True):
+            found = right(network, adversarial, there.labels[ids])
+            stands[ids.to(stands.device)] &= found.to(stands.device)
+    first, second = (Score(int(stands.sum()), len(stands)) for stands in standing)
+    return first, second
+
+
+def cost(
+    model: nn.Module, program: Program, file: onnx.ModelProto, *, repeats: int, threads: int
+) -> dict[str, Any]:
+    """The cost card: sizes, operations, memory, and the latency where `repeats` > 0."""
+    single = graph(program, integers=False)
+    card = static_cost(program, file_bytes=file.ByteSize(), float_file_bytes=single.ByteSize())
+    if repeats:
+        card["latency"] = latencies(
+            model, file, single, program.shape, repeats=repeats, threads=threads
+        )
+    return card
+
+
+def _scores(name: str, eps: float, settings: str, trained: Score, shipped: Score) -> dict[str, Any]:
+    counts = {"trained": list(astuple(trained)), "deployed": list(astuple(shipped))}
+    return {"attack": name, "eps": eps, "settings": settings, **counts}

@@ -1,0 +1,217 @@
+"""What a run's folder keeps of its diagnosis, and a folder of the transfer between several runs."""
+
+import math
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from defquant.attacks import PGD, Attack
+from defquant.checkpoint import Facts, load_on, versions
+from defquant.config import check_eps
+from defquant.data import Dataset
+from defquant.diagnose.amplification import layer_distances
+from defquant.diagnose.audit import Audit, audit
+from defquant.diagnose.masking import Effort, Verdict, masking_verdict
+from defquant.diagnose.precision import TransferMatrix, at_bits, last_made, transfer_matrix
+from defquant.errors import UserError
+from defquant.evaluate import device_of
+from defquant.results import Score
+from defquant.runs import test_images
+
+__all__ = ["AMPLIFIED", "diagnose_run", "transfer_runs"]
+
+AMPLIFIED = 128  # images of Figure 3, at most
+
+
+def diagnose_run(
+    run: Path,
+    eps: float,
+    *,
+    against: Sequence[Path] = (),
+    substitute: Path | None = None,
+    images: int | None = None,
+    audited: int = 8,
+    effort: Effort | None = None,
+    data_root: str | None = None,
+    device: torch.device | None = None,
+) -> dict[str, Any]:
+    """The diagnosis of `run` on its test images, as `diagnosis.json` holds it.
+
+    `amplification`: Eq. 4 at the input of each layer of the run and of the runs `against`, each
+    under PGD of 20 steps on itself, on the first 128 images. `audit`: of the first `audited`
+    images; None for 0. `masking`: the verdict's signs, on all `images`. `verdict` is its overall
+    one. Raises `UserError` for unknown runs, runs of other data, and as its three parts do.
+    """
+    if not check_eps(eps):
+        raise UserError("the masking verdict needs an eps above 0; found 0: write 8/255")
+    if audited < 0:
+        raise UserError(f"the audit takes 0 images (none) or more; found {audited}")
+    device = torch.device("cpu") if device is None else device
+    paths = [run, *against]
+    loaded = [load_on(path, device) for path in paths]
+    other = None if substitute is None else load_on(substitute, device)
+    others = [] if substitute is None or other is None else [(substitute, other[1])]
+    _check_alike([f for _, f in loaded] + [f for _, f in others], paths + [p for p, _ in others])
+    (model, facts), effort = loaded[0], effort or Effort()
+    shown = test_images(facts, data_root, images)
+    names = _names_of(paths)
+    verdict = masking_verdict(
+        model, shown, eps, substitute=None if other is None else other[0], effort=effort
+    )
+    return {
+        "format": 1, "kind": "defquant diagnosis", "run": names[0], "method": facts.method,
+        "bits": facts.model.bits, "data": shown.name, "fingerprint": shown.fingerprint,
+        "images": len(shown), "eps": eps, "effort": asdict(effort),
+        "substitute": None if substitute is None else str(substitute),
+        "verdict": verdict.overall,
+        "amplification": [
+            {"name": name, "method": f.method, "bits": f.model.bits,
+             "layers": _layers(m, shown.first(min(AMPLIFIED, len(shown))), eps, effort)}
+            for name, (m, f) in zip(names, loaded, strict=True)
+        ],
+        "audit": _audited(
+            audit(model, shown.first(min(audited, len(shown))), batch_size=effort.batch_size)
+        ) if audited else None,
+        "masking": _masking(verdict),
+        "evidence": _evidence(device),
+    }  # fmt: skip
+
+
+def _layers(model: nn.Module, data: Dataset, eps: float, effort: Effort) -> list[dict[str, Any]]:
+    data, size = data.to(device_of(model, data.images.device)), effort.batch_size
+    x, y = data.take(torch.arange(len(data)))
+    moved = last_made(model, x, y, PGD(eps, steps=20), size, effort.seed)
+    return [
+        {"layer": found.layer, "mean": found.distance.mean, "spread": found.distance.spread}
+        for found in layer_distances(model, x, moved, batch_size=size)
+    ]
+
+
+def _audited(found: Audit) -> dict[str, Any]:
+    return {
+        "images": len(found.jacobians),
+        "bound": _finite(found.bound),
+        "lower": _finite(found.lower),
+        "surrogate_radius_linf": max(_finite(r.linf) or 0.0 for r in found.surrogate_radii),
+        "layers": [
+            {name: _finite(value) if isinstance(value, float) else value
+             for name, value in asdict(layer).items()}
+            for layer in found.layers
+        ],
+    }  # fmt: skip
+
+
+def _masking(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "verdict": verdict.overall,
+        "quantized": verdict.quantized,
+        "usual": _counted(verdict.usual),
+        "strongest": _counted(verdict.strongest),
+        "signs": [
+            {"name": sign.name, "verdict": sign.verdict, **_counted(sign.finding),
+             "means": sign.means, "do": sign.do}
+            for sign in verdict.signs
+        ],
+    }  # fmt: skip
+
+
+def _counted(score: Score) -> dict[str, Any]:
+    return {"count": score.correct, "total": score.total, **_rate(score)}
+
+
+def _rate(score: Score | None) -> dict[str, float | None]:
+    low, high = score.interval if score else (None, None)
+    return {"rate": score.accuracy if score else None, "low": low, "high": high}
+
+
+def _evidence(device: torch.device) -> dict[str, Any]:
+    return {"versions": versions(device), "command": shlex.join(["defquant", *sys.argv[1:]])}
+
+
+def transfer_runs(
+    runs: Sequence[Path],
+    attack: Attack,
+    *,
+    bits: Sequence[int | None] = (),
+    images: int | None = None,
+    data_root: str | None = None,
+    device: torch.device | None = None,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The `transfer_matrix` of `runs` on the first run's test images, as `transfer.json` holds it.
+
+    With `bits` every run stands there once at each of them (its weights as trained), without at its
+    own. `networks` lists name, run, bits and trained bits, `cells` source, target, fooled, total,
+    rate, low and high (None where no image is right for both); attack, data, seed and versions are
+    the evidence. Raises `UserError` for unknown or unfinished runs and for runs of other data.
+    """
+    device = torch.device("cpu") if device is None else device
+    loaded = [load_on(run, device) for run in runs]
+    _check_alike([facts for _, facts in loaded], runs)
+    networks: dict[str, nn.Module] = {}
+    listed: list[dict[str, Any]] = []
+    for name, (model, facts) in zip(_names_of(runs), loaded, strict=True):
+        for width in dict.fromkeys(bits) if bits else (facts.model.bits,):
+            shown = f"{name} {'float' if width is None else f'{width}-bit'}"
+            networks[shown] = at_bits(model, width)
+            listed.append(
+                {"name": shown, "run": name, "bits": width, "trained_bits": facts.model.bits}
+            )
+    shown_images = test_images(loaded[0][1], data_root, images)
+    found = transfer_matrix(networks, shown_images, attack, batch_size=batch_size, seed=seed)
+    return {
+        "attack": found.attack, "eps": float(getattr(attack, "eps", 0.0)),
+        "data": shown_images.name, "fingerprint": shown_images.fingerprint,
+        "images": len(shown_images), "seed": seed, "networks": listed,
+        "cells": _cells(found),
+        "evidence": _evidence(device),
+    }  # fmt: skip
+
+
+def _cells(matrix: TransferMatrix) -> list[dict[str, Any]]:
+    return [
+        {"source": source, "target": target, "fooled": score.correct if score else 0,
+         "total": score.total if score else 0, **_rate(score)}
+        for source, row in zip(matrix.names, matrix.cells, strict=True)
+        for target, score in zip(matrix.names, row, strict=True)
+    ]  # fmt: skip
+
+
+def _names_of(runs: Sequence[Path]) -> list[str]:
+    """The runs' folder names; where two folders share one, their paths below a common folder."""
+    places = [run.resolve() for run in runs]
+    if len(set(places)) < len(places):
+        raise UserError(f"each run is named once; found {', '.join(map(str, runs))}")
+    names = [place.name for place in places]
+    if len(set(names)) == len(names):
+        return names
+    common = Path(os.path.commonpath(places))
+    return [str(place.relative_to(common)) for place in places]
+
+
+def _check_alike(facts: Sequence[Facts], runs: Sequence[Path]) -> None:
+    """Raise `UserError` unless all runs take the same images and know the same classes."""
+    for mine, run in zip(facts, runs, strict=True):
+        shape, first = ((f.in_channels, f.num_classes) for f in (mine, facts[0]))
+        if shape != first:
+            raise UserError(
+                f"runs must take the same images; {runs[0]} takes {first[0]} channels and knows "
+                f"{first[1]} classes, {run} {shape[0]} and {shape[1]}: name runs of one data set"
+            )
+        if (mine.data.data, mine.classes) != (facts[0].data.data, facts[0].classes):
+            raise UserError(
+                f"runs must be of one data set; {runs[0]} is of {facts[0].data_name}, {run} of "
+                f"{mine.data_name}: name runs of one data set"
+            )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
