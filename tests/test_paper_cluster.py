@@ -18,10 +18,10 @@ import pytest
 
 from defquant.errors import UserError
 from defquant.files import append_line, claimed
-from defquant.paper import cluster as cluster_module
-from defquant.paper.cluster import each_on_cluster
+from defquant.paper import workers
 from defquant.paper.grid import Cell
 from defquant.paper.run import run
+from defquant.paper.workers import each_on_cluster
 from small_experiment import CELLS, FLOAT, each_once, make_undisturbed, same, stamps, until
 
 JOBS = [("a", partial(str, "done"))]
@@ -61,7 +61,7 @@ def test_networks_of_gpus_ask_for_one(tmp_path: Path, monkeypatch: pytest.Monkey
         asked.append((address, gpus))
         yield from ((name, f"{name}: no") for name, _ in jobs)
 
-    monkeypatch.setattr(cluster_module, "each_on_cluster", cluster)
+    monkeypatch.setattr("defquant.paper.run.each_on_cluster", cluster)
     for device in ("auto", "cpu", "cuda", "cuda:0"):
         network = replace(FLOAT, train=replace(FLOAT.train, device=device))
         assert run([Cell(network)], tmp_path, workers="ray") == [f"{network.name}: no"]
@@ -89,7 +89,7 @@ def test_a_job_that_always_dies_is_given_up_and_others_go_on(
     )
     ray.is_initialized, ray.cluster_resources, ray.get = lambda: True, dict, lambda job: job()
     ray.wait = lambda references, timeout: (references[:1], references[1:])
-    monkeypatch.setattr(cluster_module, "_connected", lambda _: nullcontext(ray))
+    monkeypatch.setattr(workers, "_connected", lambda _: nullcontext(ray))
     jobs = [(name, partial(dies, n, name)) for name, n in {"a": 1000, "b": 9, "c": 0}.items()]
     found = dict(each_on_cluster("t", jobs, "auto"))
     assert found["b"] == found["c"] == "done"
@@ -204,7 +204,7 @@ def test_errors_on_a_cluster(nodes: Any, tmp_path: Path, monkeypatch: pytest.Mon
         list(each_on_cluster("t", [("a", refuse)], nodes.address))
     with pytest.raises(ValueError, match="invalid literal"):
         list(each_on_cluster("t", [("a", partial(int, "x"))], nodes.address))  # type: ignore[list-item]
-    monkeypatch.setattr(cluster_module, "DEATHS", 2)
+    monkeypatch.setattr(workers, "DEATHS", 2)
     found = dict(each_on_cluster("t", [("dies", die), *JOBS], nodes.address))
     assert found["a"] == "done"
     assert "dies: its worker died 2 times" in found["dies"]

@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 
 from defquant.cli import main
-from defquant.paper import cost
-from defquant.paper.cost import passes_by_model
+from defquant.paper import reproduce
 from defquant.paper.figures import EXPERIMENTS, cells_of
 from defquant.paper.grid import SCALES, keep, read
-from defquant.paper.reproduce import cells_to_make, names_of
+from defquant.paper.reproduce import cells_to_make, names_of, passes_by_model
 from synthetic_results import fake_measurement
 
 
@@ -63,7 +62,7 @@ def test_a_plan_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_a_plan_says_that_the_images_are_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cost, "_rate", lambda network, seconds: 1e4)
+    monkeypatch.setattr(reproduce, "_rate", lambda network, seconds: 1e4)
     status, out, _ = call(capsys, "table4", "--dry-run", "--out", str(tmp_path))
     assert status == 0
     assert "without its images nothing can be made: preset small needs CIFAR-10: give its" in out
@@ -71,9 +70,9 @@ def test_a_plan_says_that_the_images_are_missing(
 
 def test_a_probe_grows_to_the_batch_that_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     """Throughput of two images says nothing of that of a batch."""
-    monkeypatch.setattr(cost, "_steps", lambda network, size: 40.0 * size)
+    monkeypatch.setattr(reproduce, "_steps", lambda network, size: 40.0 * size)
     network = SCALES["small"].placed("x", None, "cpu").network()
-    assert cost._rate(network, 5.0) == 40 * network.train.batch_size
+    assert reproduce._rate(network, 5.0) == 40 * network.train.batch_size
 
 
 def test_list_names_everything_with_its_cost(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,8 +24,8 @@ from defquant.paper import grid
 from defquant.paper import run as run_module
 from defquant.paper.figures import EXPERIMENTS, cells_of
 from defquant.paper.grid import SCALES, Cell, Network
-from defquant.paper.pool import Job, each
 from defquant.paper.run import run
+from defquant.paper.workers import Job, each
 from small_experiment import (
     CELLS,
     DATA,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from defquant.config import DataConfig, ModelConfig, TrainConfig
 from defquant.files import owned_folder
-from defquant.paper.pool import cores, each
+from defquant.paper.workers import cores, each
 
 __all__ = ["Network", "networks", "run_demo"]
 

@@ -1,20 +1,38 @@
-"""The verb `reproduce`: names and presets in; lists, plans and measurements out."""
+"""The verb `reproduce`: names and presets in; lists, plans with their cost, measurements out.
 
+Costs are counted in image passes: an image forward and fully backward. A probe of a few training
+steps says how long one takes here.
+"""
+
+import math
+import re
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
 
 from rich.console import Console
 from rich.table import Table
 
 from defquant.errors import UserError
 from defquant.paper import grid
-from defquant.paper.cost import hours, passes_by_model, rates
 from defquant.paper.figures import EXPERIMENTS, WORDS, cells_of
-from defquant.paper.grid import SCALES, Cell, Scale
-from defquant.paper.pool import cores
+from defquant.paper.grid import SCALES, Cell, Network, Scale, by_network
+from defquant.paper.workers import cores
 
-__all__ = ["cells_to_make", "make", "names_of", "print_list", "print_plan", "scale_of"]
+__all__ = [
+    "cells_to_make", "make", "names_of", "passes_by_model", "print_list", "print_plan", "scale_of",
+]  # fmt: skip
+
+PROBE_SECONDS = 10.0
+STEPS = 4  # of a probe, in two epochs: the first also pays for what is made once
+FORWARD, INPUT_GRADIENT = 1 / 3, 2 / 3  # of a pass, whose backward is twice its forward
+WORST = {"adaptive": 2.2, "standard": 44.0}  # times the time of a PGD of its steps, or of 50
+STANDING = 0.5  # share of images that long attacks work on, for those that fell cost nothing
+_IMAGES = {"cifar10": (50_000, 10_000), "svhn": (73_257, 26_032), "digits": (1_347, 450)}
+_SHAPES = {"digits": (1, 8), "cifar10": (3, 32), "svhn": (3, 32)}  # channels, side
 
 
 def names_of(words: Sequence[str], scale: Scale) -> list[str]:
@@ -76,10 +94,8 @@ def cells_to_make(names: Sequence[str], scale: Scale, keys: Sequence[str] = ()) 
                 f"no cell {key!r} in {', '.join(names)} at preset {scale.name}: take its key from "
                 "`cell` in results.jsonl or probes.jsonl, or from the evidence on the page"
             )
-    largest = {known[key].family: 0.0 for key in keys}
-    for key in keys:
-        largest[known[key].family] = max(largest[known[key].family], known[key].eps)
-    return [c for c in cells if not keys or c.eps <= largest.get(c.family, -1.0)]
+    ends = [(known[key].family, known[key].eps) for key in keys]
+    return [c for c in cells if not keys or any(c.family == f and c.eps <= eps for f, eps in ends)]
 
 
 def print_plan(cells: Sequence[Cell], scale: Scale, out: Path, jobs: int | None) -> None:
@@ -98,20 +114,32 @@ def print_plan(cells: Sequence[Cell], scale: Scale, out: Path, jobs: int | None)
         _check_data(scale, missing)
     except UserError as error:
         print(f"without its images nothing can be made: {error}")
-    found = rates(passes)
-    for (model, data), rate in found.items():
+    kinds = {_kind(network): network for network in passes}
+    share = PROBE_SECONDS / len(kinds)
+    rates = {kind: _rate(network, share) for kind, network in kinds.items()}
+    for (model, data), rate in rates.items():
         shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
         print(f"{model} on {data}: {shown} image passes a second in one process")
     training, measuring = map(sum, zip(*passes.values(), strict=True))
     processes = jobs or cores()
     print(
         f"{len(passes)} networks, {len(missing)} cells: {training + measuring:,.0f} image passes "
-        f"({training:,.0f} of them training), about {_duration(hours(passes, found, processes))} "
+        f"({training:,.0f} of them training), about {_duration(passes, rates, processes)} "
         f"with {processes} processes"
     )
 
 
-def _duration(hours: float) -> str:
+def _duration(
+    passes: Mapping[Network, tuple[float, float]],
+    rates: Mapping[tuple[str, str], float],
+    processes: int,
+) -> str:
+    """On this machine, as if processes of the CPU did not slow each other down."""
+    from defquant.distributed import pick_device
+
+    on_gpu = any(pick_device(network.train.device).type == "cuda" for network in passes)
+    seconds = sum(sum(both) / rates[_kind(network)] for network, both in passes.items())
+    hours = seconds / (1 if on_gpu else min(processes, len(passes))) / 3600
     if hours < 1:
         return f"{max(1, round(60 * hours))} minutes"
     return f"{hours:,.1f} hours" if hours < 72 else f"{hours / 24:,.0f} days"
@@ -147,3 +175,98 @@ def _check_data(scale: Scale, cells: Sequence[Cell]) -> None:
 
         for data in needed:
             load_images(data, "train")
+
+
+# --- cost ---------------------------------------------------------------------------------
+
+
+def passes_by_model(cells: Iterable[Cell]) -> dict[Network, tuple[float, float]]:
+    """Image passes of each network that `cells` need: of its training, of its measurements."""
+    groups = by_network(cells)
+    return {n: (_training_passes(n), sum(map(_cell_passes, own))) for n, own in groups.items()}
+
+
+def _training_passes(network: Network) -> float:
+    """Image passes of a training, those of its attack among them."""
+    data, train = network.data, network.train
+    every = _IMAGES[data.data][0] - data.validation_images
+    images = min(every, data.train_images or every)
+    steps = float(train.attack in ("fgsm", "rfgsm"))
+    if train.attack == "pgd":
+        eps = train.attack_eps
+        steps = _mean_steps(train.attack_sigma) if eps is None else _paper_steps(255 * eps)
+    return images * train.epochs * (1 + INPUT_GRADIENT * steps * train.mix)
+
+
+def _cell_passes(cell: Cell) -> float:
+    """Image passes of one measurement; of a black box, only the answers."""
+    data = cell.network.data
+    split = data.validation_images if cell.split == "validation" else _IMAGES[data.data][1]
+    images = min(split, cell.images or split)
+    if cell.substitute is not None or cell.attack in ("clean", "random"):
+        return images * FORWARD
+    steps = _gradients(cell)
+    return images * (FORWARD + INPUT_GRADIENT * steps * (STANDING if steps > 1 else 1))
+
+
+def _gradients(cell: Cell) -> float:
+    """Gradients of one image that stands, two queries for one: of `pgd-50x10`, `apgd@soft-9+40`."""
+    kind, *numbers = re.split(r"-(?=\d)|[x+](?=\d)", cell.attack)
+    if kind in WORST:
+        return WORST[kind] * int(*numbers or [50])
+    if not numbers:
+        return 1.0 if kind in ("fgsm", "rfgsm") else _paper_steps(255 * cell.eps)
+    queries = int(numbers.pop()) if "+" in cell.attack else 0
+    return math.prod(map(int, numbers)) + queries * FORWARD / INPUT_GRADIENT
+
+
+def _paper_steps(pixels: float) -> int:
+    return max(1, math.floor(min(pixels + 4, 1.25 * pixels) + 1e-6))
+
+
+def _mean_steps(sigma: float) -> float:
+    """Mean of the paper's steps over eps = clip(|N(0, sigma)|, 0, 2 sigma), by 999 quantiles."""
+    draws = (abs(255 * NormalDist(0, sigma).inv_cdf(q / 1000)) for q in range(1, 1000))
+    return sum(_paper_steps(min(eps, 510 * sigma)) for eps in draws) / 999
+
+
+def _kind(network: Network) -> tuple[str, str]:
+    return network.model.model, network.data.data
+
+
+def _rate(network: Network, seconds: float) -> float:
+    """Image passes a second in one process of one thread or on the GPU, from training steps on
+    random images, at the batch size of the training where `seconds` allow for it.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        size, end = 2, float("inf")
+        while True:
+            rate = _steps(network, size)
+            end = min(end, time.perf_counter() + seconds)  # the first one pays for imports, too
+            larger = min(network.train.batch_size, int((end - time.perf_counter()) * rate / STEPS))
+            if larger <= size:
+                return rate
+            size = larger
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _steps(network: Network, size: int) -> float:
+    import torch
+
+    from defquant.data import Dataset
+    from defquant.models import build
+    from defquant.training import train
+
+    channels, side = _SHAPES[network.data.data]
+    generator = torch.Generator().manual_seed(0)
+    shape = (STEPS // 2 * size, channels, side, side)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    data = Dataset(images, torch.arange(len(images)) % 10, tuple("0123456789"), "probe")
+    config = replace(network.train, epochs=2, batch_size=size, attack="none")
+    history = train(build(network.model, num_classes=10, in_channels=channels), data, config)
+    return history[-1]["images_per_second"]

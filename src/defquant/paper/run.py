@@ -5,7 +5,7 @@ A network is one job: trained where it is missing, then measured, by one process
 
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
@@ -27,7 +27,7 @@ from defquant.files import claimed
 from defquant.measure import examples, load_on, measure
 from defquant.paper import grid
 from defquant.paper.grid import Cell, Kind, Network, by_network
-from defquant.paper.pool import Job, cores, each
+from defquant.paper.workers import cores, each, each_on_cluster
 from defquant.replay import replay
 from defquant.results import Measurement
 from defquant.runs import load_images, test_images, train_run
@@ -59,48 +59,39 @@ def run(
     if jobs is not None and jobs < 1:
         raise UserError(f"jobs must be 1 or more; found {jobs}")
     out = out.absolute()  # another machine has another working directory
-    todo = list(by_network(grid.read(out).missing(cells)))
     own = by_network(cells)
+    todo = {network.name: network for network in by_network(grid.read(out).missing(cells))}
     failed: list[str] = []
     if todo:
         grid.begin(out)
     for wait in (False, True):
-        if not todo:
+        calls = [(name, partial(work, out, n, own[n], wait=wait)) for name, n in todo.items()]
+        busy = {}
+        if not calls:
             break
-        calls = [(n.name, partial(work, out, n, own.get(n, []), wait=wait)) for n in todo]
-        names = {network.name: network for network in todo}
-        todo = []
-        with closing(_each(calls, list(names.values()), jobs, workers)) as states:
+        if workers == "local":
+            states = each("reproduce", calls, min(jobs or cores(), len(calls)))
+        else:
+            devices = {network.train.device for network in todo.values()}
+            gpus = None if "auto" in devices else int(devices != {"cpu"})
+            states = each_on_cluster("reproduce", calls, workers, gpus=gpus)
+        with closing(states):
             for name, state in states:
                 if state == "busy":
-                    todo.append(names[name])
-                    continue
-                if state == "done":
-                    state = _lost(out, names[name], own.get(names[name], []))
-                if state:
-                    failed.append(state)
-                    print(f"defquant: {state}", file=sys.stderr, flush=True)
+                    busy[name] = todo[name]
+                elif wrong := _lost(out, name, own[todo[name]]) if state == "done" else state:
+                    failed.append(wrong)
+                    print(f"defquant: {wrong}", file=sys.stderr, flush=True)
+        todo = busy
     return failed
 
 
-def _lost(out: Path, network: Network, cells: list[Cell]) -> str:
+def _lost(out: Path, name: str, cells: list[Cell]) -> str:
     """What is wrong where a network is done and its results are not here; else nothing."""
     lost = len(grid.read(out).missing(cells))
-    if not lost:
-        return ""
-    return f"{network.name}: done, but {lost} results are not in {out}: does every worker see it?"
-
-
-def _each(
-    calls: Sequence[Job[str]], networks: Sequence[Network], jobs: int | None, workers: str
-) -> Generator[tuple[str, str], None, None]:
-    if workers == "local":
-        return each("reproduce", calls, min(jobs or cores(), len(calls)))
-    from defquant.paper.cluster import each_on_cluster
-
-    devices = {network.train.device for network in networks}
-    gpus = None if "auto" in devices else int(devices != {"cpu"})
-    return each_on_cluster("reproduce", calls, workers, gpus=gpus)
+    return (
+        lost > 0
+    ) * f"{name}: done, but {lost} results are not in {out}: does every worker see it?"
 
 
 # --- one network --------------------------------------------------------------------------
@@ -154,10 +145,9 @@ def _together(cells: Sequence[Cell], missing: Sequence[Cell]) -> list[list[Cell]
 
 
 def _measure(out: Path, network: Network, cells: list[Cell], missing: set[Cell]) -> None:
-    run = out / "networks" / network.name
+    run, first = out / "networks" / network.name, cells[0]
     device = pick_device(network.train.device)
     model, facts = load_on(run, device)
-    first = cells[0]
     facts = replace(facts, data=replace(facts.data, data_root=network.data.data_root))
     if first.kind == "accuracy":
         _scores(out, run, model, facts, cells, missing)
@@ -177,9 +167,6 @@ def _scores(
     attacks: list[Single | Composition] = []
     others: list[Attack] = []
     for cell in cells:
-        if cell.attack == "clean":
-            continue
-        attack = parse_attack(cell.attack, cell.eps)
         if cell.substitute is not None:
             with claimed(_claim(out, cell.substitute), wait=True):
                 substitute = _train(out, cell.substitute)
@@ -187,8 +174,8 @@ def _scores(
                 others.append(replay(first, substitute, images, device=device, source=name))
         elif cell.unaware:
             others.append(Unaware(parse_first_order(cell.attack, cell.eps)))
-        else:
-            attacks.append(attack)
+        elif cell.attack != "clean":
+            attacks.append(parse_attack(cell.attack, cell.eps))
 
     def write(m: Measurement) -> None:
         cell = asked.get((m.attack, m.eps))
