@@ -11,23 +11,28 @@ import pytest
 from scipy import stats
 
 from defquant.paper.claims import CLAIMS, cells, verdicts
-from defquant.paper.contrasts import (
-    ALONE,
-    Interval,
-    Sample,
-    Spread,
-    accuracy,
-    decide,
-    exact,
-    interval,
-    pooled,
-    trend,
-)
 from defquant.paper.figures import EXPERIMENTS, cells_of
 from defquant.paper.grid import SCALES, Cell, Network, Results
 from defquant.paper.section import Reading, Verdict
 from defquant.paper.tables import NUMBERS, defense
-from defquant.paper.verdict import Evidence, Question, evidence_of, stratum, versus
+from defquant.paper.verdict import (
+    ALONE,
+    Evidence,
+    Interval,
+    Question,
+    Sample,
+    Spread,
+    accuracy,
+    decide,
+    evidence_of,
+    exact,
+    interval,
+    pooled,
+    question,
+    stratum,
+    trend,
+    versus,
+)  # fmt: skip
 from synthetic_results import fake_measurement
 
 Rule = Callable[[Cell], float | None]
@@ -207,12 +212,12 @@ def fgsm(beta: float, place: int, seed: int = 0) -> Cell:
     return Cell(network, "accuracy", "fgsm", 2 / 255)
 
 
-def asked(shares: dict[Cell, float], question: Question, **options: Any) -> Reading:
+def asked(shares: dict[Cell, float], one: Question, **options: Any) -> Reading:
     """The answer where the spread between trainings is known to be 1 point."""
     results = made(lambda cell: shares[cell], shares, **options)
     evidence = evidence_of(SMALL, results)
     known = {stratum(cell): Spread(0.01, 20) for cell in shares}
-    return question.answer(replace(evidence, spreads=known))
+    return one.answer(replace(evidence, spreads=known))
 
 
 A, B, C = fgsm(0.1, 0), fgsm(0.1, 3), fgsm(0.0, 3)
@@ -220,7 +225,7 @@ A, B, C = fgsm(0.1, 0), fgsm(0.1, 3), fgsm(0.0, 3)
 
 def both(**options: Any) -> Question:
     pairs = (versus("A", [(A,)], [(C,)], **options), versus("B", [(B,)], [(C,)], **options))
-    return Question("FGSM 2/255", "A and B minus C", pairs)
+    return question("FGSM 2/255", "A and B minus C", pairs)
 
 
 def test_all_must_hold_and_the_worst_is_shown() -> None:
@@ -235,7 +240,7 @@ def test_all_must_hold_and_the_worst_is_shown() -> None:
 
 
 def test_several_contrasts_widen_each_interval() -> None:
-    one = Question("", "", (versus("B", [(B,)], [(C,)]),))
+    one = question("", "", (versus("B", [(B,)], [(C,)]),))
     shares = {A: 0.9, B: 0.5, C: 0.3}
     alone, together = asked(shares, one), asked(shares, both())
     assert alone.effect == together.effect
@@ -259,11 +264,11 @@ def test_what_is_missing() -> None:
 
 
 def test_one_seed_decides_only_large_effects() -> None:
-    question = Question("", "", (versus("", [(A,)], [(C,)]),))
+    one = question("", "", (versus("", [(A,)], [(C,)]),))
     for gap, verdict in ((ALONE - 0.02, "not decided"), (ALONE + 0.02, "holds")):
         shares = {A: 0.3 + gap, C: 0.3}
         results = made(shares.get, shares)
-        reading = question.answer(evidence_of(SMALL, results))
+        reading = one.answer(evidence_of(SMALL, results))
         assert reading.verdict == verdict
         assert "one seed: training not in the interval" in reading.detail
 
@@ -296,9 +301,9 @@ def test_a_network_that_learnt_nothing_supports_nothing() -> None:
 def test_what_cannot_be_masked() -> None:
     for change in ({"attack": "clean", "eps": 0.0}, {"substitute": C.network}):
         row, other = (replace(A, **change),), (replace(C, **change),)
-        question = Question("", "", (versus("", [row], [other]),))
+        one = question("", "", (versus("", [row], [other]),))
         shares = {row[0]: 0.6, other[0]: 0.3}
-        assert asked(shares, question, vanishing=lambda cell: 0.5).verdict == "holds"
+        assert asked(shares, one, vanishing=lambda cell: 0.5).verdict == "holds"
 
 
 def test_spreads_come_from_table_1_in_strata() -> None:
@@ -558,10 +563,11 @@ def test_what_the_papers_own_tables_decide() -> None:
     sure = {stratum(c): Spread(0.0, 20) for c in cells_of(["table1", "fig5"], PAPER)}
     evidence = Evidence(made(numbers.get, numbers), sure)
     found = {
-        (claim.slug, question.answer(evidence).attack): question.answer(evidence).verdict
+        (claim.slug, reading.attack): reading.verdict
         for claim in CLAIMS
-        for question in claim.questions(PAPER)
-        if numbers.keys() >= set(question.cells)
+        for one in claim.questions(PAPER)
+        if numbers.keys() >= set(one.cells)
+        for reading in [one.answer(evidence)]
     }
     black, svhn = "helps-black-box", ", SVHN"
     assert {key: verdict for key, verdict in found.items() if verdict != "holds"} == {

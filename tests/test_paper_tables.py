@@ -14,7 +14,7 @@ import pytest
 
 from defquant.paper import tables
 from defquant.paper.ask import Ask, ask_all
-from defquant.paper.figures import EXPERIMENTS, WORDS, cells_of, fig7_cells, render
+from defquant.paper.figures import EXPERIMENTS, WORDS, cells_of, render
 from defquant.paper.grid import SCALES, Cell, Network, Results, Scale, Trial
 from defquant.paper.section import Number, Section, listed, model_text
 from defquant.paper.tables import NUMBERS, chosen_beta, defended, defense
@@ -375,16 +375,18 @@ def test_beta_is_chosen_on_validation_images() -> None:
 
 
 def test_fig7_counts() -> None:
+    cells = cells_of(["fig7"], SMALL)
+
     def record(right: str) -> dict[str, Any]:
         """`right` has a letter for each picture: y where the attacked one is classified rightly."""
-        made = fake_results(fig7_cells(SMALL)[:1]).values[fig7_cells(SMALL)[0].key]
+        made = fake_results(cells[:1]).values[cells[0].key]
         pictures = [
             e | {"adversarial": {"prediction": e["label"] if y == "y" else -1, "confidence": 0.6}}
             for e, y in zip(made["examples"], right, strict=False)
         ]
         return {**made, "examples": pictures}
 
-    made = zip(fig7_cells(SMALL), ("yynn", "nynn", "yyyn"), strict=True)
+    made = zip(cells, ("yynn", "nynn", "yyyn"), strict=True)
     section = render("fig7", SMALL, Results({}, {cell.key: record(r) for cell, r in made}))
     assert [name for name, _ in section.pictures] == ["FP", "VQ", "DQ"]
     shown = [(row[0], row[2]) for row in section.tables[0].rows]

@@ -1,6 +1,6 @@
 """The paper's claims, each with a verdict: rows of `claims.yaml`, evaluated. No torch."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -11,26 +11,28 @@ from typing import Any, Literal, cast
 import yaml
 
 from defquant.paper.ask import Ask
-from defquant.paper.contrasts import Sample, Spread, trend
-from defquant.paper.figures import EXPERIMENTS, fig3_cells, fig7_cells
+from defquant.paper.figures import EXPERIMENTS, fig3, fig7
 from defquant.paper.grid import Cell, Results, Scale, Trial
 from defquant.paper.section import Verdict, bits_text, eps_text, listed, signed
 from defquant.paper.tables import fig6
 from defquant.paper.verdict import (
     MARGIN,
-    Asked,
-    Chosen,
     Contrast,
-    Counts,
     Evidence,
     Question,
     Row,
+    Sample,
+    Spread,
     Term,
+    chosen,
+    counted,
     evidence_of,
     fitted,
     means,
+    question,
+    trend,
     versus,
-)
+)  # fmt: skip
 from defquant.typed import from_mapping
 
 __all__ = ["CLAIMS", "Claim", "cells", "verdicts"]
@@ -74,7 +76,8 @@ class Comparison:
     maximum: bool = False
 
     def questions(self, scale: Scale) -> Iterator[Question]:
-        asks = [ask for name in self.of for ask in EXPERIMENTS[name].asks(scale)]
+        every = [ask for name in self.of for ask in EXPERIMENTS[name].asks(scale)]
+        asks = [ask for ask in every if ask.trial.kind == "accuracy"]
         first, *rest = scale.defense_bits
         for bits in [None] if not self.widths else [first] if self.widths == "first" else rest:
             at = {"bits": bits} if self.widths else {}
@@ -83,9 +86,9 @@ class Comparison:
                 what = self.what.format(
                     eps=eps_text(trial.eps), attack=trial.column, bits=bits_text(bits)
                 )
-                contrasts = tuple(self._contrasts(_Rows(asks, trial, at)))
-                extra = _best_gains if self.maximum else None
-                yield Question(trial.name + more + self.suffix, what, contrasts, extra=extra)
+                contrasts = list(self._contrasts(_Rows(asks, trial, at)))
+                extra = partial(_best_gains, contrasts) if self.maximum else None
+                yield question(trial.name + more + self.suffix, what, contrasts, extra=extra)
 
     def _contrasts(self, rows: "_Rows") -> Iterator[Contrast]:
         options: dict[str, Any] = {"margin": MARGIN * self.margin, "blind": self.blind}
@@ -140,14 +143,9 @@ class _Rows:
         `box` is `white` or `black`: this attack as such, or what there is at its radius. `trial`
         is another one, or `this`.
         """
-        labels = {**labels, **(self.at if labels.get("dq") else {})}
         other = labels.get("trial", "this")
         trial = self._box(labels.get("box")) if other == "this" else other
-        wanted = {k: self._wanted(k, v) for k, v in labels.items() if k not in ("box", "trial")}
-        here = (a for a in self.asks if a.trial == trial)
-        found = dict.fromkeys(
-            a.cells for a in here if all(a.at.get(k) in v for k, v in wanted.items())
-        )
+        found = dict.fromkeys(a.cells for a in self._having(labels) if a.trial == trial)
         assert found, f"no row has {labels}"
         return list(found)
 
@@ -155,11 +153,14 @@ class _Rows:
         """Those of the rows that `plus` may be; without 0 and none, but for `whole`."""
         if label == "trial":
             return self._weaker()
-        fixed = {**plus, **(self.at if plus.get("dq") else {})}
-        fixed = {k: self._wanted(k, v) for k, v in fixed.items() if k not in (label, "box")}
-        there = (a for a in self.asks if all(a.at.get(k) in v for k, v in fixed.items()))
+        there = self._having({k: v for k, v in plus.items() if k != label})
         found = dict.fromkeys(a.at[label] for a in there if label in a.at)
         return [value for value in found if value or whole]
+
+    def _having(self, labels: Labels) -> list[Ask]:
+        labels = {**labels, **(self.at if labels.get("dq") else {})}
+        wanted = {k: self._wanted(k, v) for k, v in labels.items() if k not in ("box", "trial")}
+        return [a for a in self.asks if all(a.at.get(k) in v for k, v in wanted.items())]
 
     def _wanted(self, label: str, value: Any) -> list[Any]:
         every = [a.at[label] for a in self.asks if a.at.get(label)]
@@ -202,10 +203,10 @@ def _trials(scale: Scale, asks: Sequence[Ask], names: Sequence[str]) -> list[Tri
     return list(dict.fromkeys(trial for name in names for trial in sets[name]))
 
 
-def _best_gains(evidence: Evidence, question: Question) -> str:
+def _best_gains(contrasts: Sequence[Contrast], evidence: Evidence) -> str:
     """The paper's Quantize Gain of each contrast: the best bits minus full precision."""
     words = []
-    for contrast in question.contrasts:
+    for contrast in contrasts:
         samples = [term.sample(evidence) for term in contrast.terms]
         *quantized, full = [None if s is None else s.mean for s in samples]
         there = [mean for mean in quantized if mean is not None]
@@ -220,75 +221,67 @@ WITHIN = Spread(0.0, 1.0)  # all distances come from one network: its training p
 TOLD = "distances D, not accuracies"
 
 
-def _sample(
-    spread: Spread | None, pick: Callable[[Any], Sequence[Any]], value: Any
-) -> Sample | None:
-    """The only distance that `pick` finds, or last minus first of the line fitted to several.
+def _distance(part: str, spread: Spread | None = None) -> Callable[[Any], Sample | None]:
+    """Reads one side of the first block, the distance at the `last` layer, or last minus first of
+    the line fitted to all `layers`.
 
     The variance is that of means over examples: sum w^2 spread^2 / examples.
     """
-    found = pick(value)
-    weights = trend(len(found)) if len(found) > 1 else (1.0,)
-    if any(d["mean"] is None for d in found):
-        return None
-    pairs = list(zip(weights, found, strict=True))
-    squares = [(w * d["spread"]) ** 2 / (d["examples"] - d["left_out"]) for w, d in pairs]
-    return Sample(sum(w * d["mean"] for w, d in pairs), sum(squares), 1, spread)
+
+    def read(value: Any) -> Sample | None:
+        block = isinstance(value, dict)
+        found = [value[part]] if block else [layer["distance"] for layer in value]
+        found = found[-1:] if part == "last" else found
+        if any(d["mean"] is None for d in found):
+            return None
+        pairs = list(zip(trend(len(found)) if len(found) > 1 else (1.0,), found, strict=True))
+        squares = [(w * d["spread"]) ** 2 / (d["examples"] - d["left_out"]) for w, d in pairs]
+        return Sample(sum(w * d["mean"] for w, d in pairs), sum(squares), 1, spread)
+
+    return read
 
 
-def _side(name: str, value: Any) -> Sequence[Any]:
-    return [value[name]]
+def _rows(scale: Scale, part: str) -> list[tuple[Any, Row]]:
+    """Bits and cells."""
+    return [(ask.at["bits"], ask.cells) for ask in fig3(scale) if ask.at["part"] == part]
 
 
-def _layers(value: Any) -> Sequence[Any]:
-    return [layer["distance"] for layer in value]
+def _rounding(scale: Scale) -> Iterator[Question]:
+    rows = _rows(scale, "first")
+
+    def rounded(eps: int, sign: int) -> Contrast:
+        sides = (("quantized", sign), ("plain", -sign))
+        terms = (Term(w, rows[eps - 1][1], _distance(side, WITHIN)) for side, w in sides)
+        return Contrast(f"eps {eps}/255", tuple(terms))
+
+    yield question("FGSM 1/255", f"D minus D rounded to 3 bits; {TOLD}", [rounded(1, -1)])
+    large = [rounded(eps, 1) for eps in range(4, 9)]
+    yield question("FGSM 4/255 to 8/255", f"D rounded to 3 bits minus D; {TOLD}", large)
 
 
-def _last(value: Any) -> Sequence[Any]:
-    return _layers(value)[-1:]
-
-
-_at_the_end = partial(_sample, None, _last)
-
-
-def _rounding(scale: Scale) -> Iterator[Asked]:
-    by_eps = {round(255 * cell.eps): cell for cell in fig3_cells(scale)["first"]}
-    small = _rounded(by_eps[1], sign=-1)
-    yield Question("FGSM 1/255", f"D minus D rounded to 3 bits; {TOLD}", (small,))
-    large = tuple(_rounded(by_eps[eps], sign=1) for eps in range(4, 9))
-    yield Question("FGSM 4/255 to 8/255", f"D rounded to 3 bits minus D; {TOLD}", large)
-
-
-def _rounded(cell: Cell, sign: int) -> Contrast:
-    sides = (("quantized", sign), ("plain", -sign))
-    terms = (Term(w, (cell,), partial(_sample, WITHIN, partial(_side, name))) for name, w in sides)
-    return Contrast(f"eps {255 * cell.eps:.0f}/255", tuple(terms))
-
-
-def _amplified(scale: Scale) -> Iterator[Asked]:
-    read = partial(_sample, WITHIN, _layers)
-    contrasts = (
-        Contrast(bits_text(c.network.model.bits), (Term(1.0, (c,), read),), blind="either")
-        for c in fig3_cells(scale)["vgg"]
-    )
+def _amplified(scale: Scale) -> Iterator[Question]:
+    read = _distance("layers", WITHIN)
+    contrasts = [
+        Contrast(bits_text(bits), (Term(1.0, row, read),), blind="either")
+        for bits, row in _rows(scale, "vgg")
+    ]
     what = f"line fitted to D over the layers, last minus first, at each bit width; {TOLD}"
-    yield Question("FGSM 8/255", what, tuple(contrasts))
+    yield question("FGSM 8/255", what, contrasts)
 
 
-def _amplified_more(scale: Scale) -> Iterator[Asked]:
-    few = [cell for cell in fig3_cells(scale)["vgg"] if cell.network.model.bits]
-    few.sort(key=lambda cell: -(cell.network.model.bits or 0))
+def _amplified_more(scale: Scale) -> Iterator[Question]:
+    few = sorted(((b, row) for b, row in _rows(scale, "vgg") if b), key=lambda pair: -pair[0])
     weights = zip(trend(len(few)), few, strict=True)
-    terms = [Term(weight, (cell,), _at_the_end) for weight, cell in weights if weight]
+    terms = tuple(Term(w, row, _distance("last")) for w, (_, row) in weights if w)
     what = f"line fitted to D at the last layer over bits, its value at 1 minus at 5; {TOLD}"
-    yield Question("FGSM 8/255", what, (Contrast("trend", tuple(terms), blind="either"),))
+    yield question("FGSM 8/255", what, [Contrast("trend", terms, blind="either")])
 
 
-def _amplified_less(scale: Scale) -> Iterator[Asked]:
-    vanilla, dq = fig3_cells(scale)["wrn"]
-    terms = (Term(1.0, (vanilla,), _at_the_end), Term(-1.0, (dq,), _at_the_end))
+def _amplified_less(scale: Scale) -> Iterator[Question]:
+    (_, vanilla), (_, dq) = _rows(scale, "wrn")
+    terms = tuple(Term(w, row, _distance("last")) for w, row in ((1.0, vanilla), (-1.0, dq)))
     what = f"D at the last layer of the Wide ResNet at 4 bits, vanilla minus DQ; {TOLD}"
-    yield Question("FGSM 8/255", what, (Contrast("4 bits", terms, blind="either"),))
+    yield question("FGSM 8/255", what, [Contrast("4 bits", terms, blind="either")])
 
 
 # --- Figure 6: chosen on the same images, so the intervals allow for every choice ----------
@@ -298,29 +291,31 @@ def _by_beta(scale: Scale, trial: Trial) -> dict[str, Row]:
     return {ask.at["name"]: ask.cells for ask in fig6(scale) if ask.trial == trial}
 
 
-def _peak(scale: Scale) -> Iterator[Asked]:
+def _peak(scale: Scale) -> Iterator[Question]:
     what = "best beta that is neither the smallest nor the largest, minus both of these"
     for trial in _trials(scale, [], ["fgsm", "strong"]):
         rows = _by_beta(scale, trial)
-        yield Chosen(trial.name, what, rows, _inside, comparisons=2 * (len(rows) - 2))
+        choose = partial(_inside, rows)
+        yield chosen(trial.name, what, rows, choose, comparisons=2 * (len(rows) - 2))
 
 
-def _inside(found: Mapping[str, float], rows: Mapping[str, Row]) -> Sequence[Contrast]:
+def _inside(rows: Mapping[str, Row], found: Mapping[str, float]) -> list[Contrast]:
     first, *inner, last = rows
-    best = max(inner, key=lambda name: found[name])
+    best = max(inner, key=found.__getitem__)
     return [versus(f"beta {best} minus {end}", [rows[best]], [rows[end]]) for end in (first, last)]
 
 
-def _stable(scale: Scale) -> Iterator[Asked]:
+def _stable(scale: Scale) -> Iterator[Question]:
     clean = {f"clean {name}": row for name, row in _by_beta(scale, scale.trial()).items()}
     what = "range over beta under attack minus the clean range"
     for trial in _trials(scale, [], ["fgsm", "strong"]):
         rows = clean | _by_beta(scale, trial)
-        yield Chosen(trial.name, what, rows, _ranges, comparisons=comb(len(clean), 2) ** 2)
+        choices = comb(len(clean), 2) ** 2
+        yield chosen(trial.name, what, rows, partial(_ranges, rows), comparisons=choices)
 
 
-def _ranges(found: Mapping[str, float], rows: Mapping[str, Row]) -> Sequence[Contrast]:
-    ordered = sorted(rows, key=lambda name: found[name])
+def _ranges(rows: Mapping[str, Row], found: Mapping[str, float]) -> list[Contrast]:
+    ordered = sorted(rows, key=found.__getitem__)
     clean = [rows[name] for name in ordered if name.startswith("clean")]
     attacked = [rows[name] for name in ordered if not name.startswith("clean")]
     highs, lows = ([attacked[-1]], [clean[0]]), ([attacked[0]], [clean[-1]])
@@ -329,50 +324,47 @@ def _ranges(found: Mapping[str, float], rows: Mapping[str, Row]) -> Sequence[Con
 
 # --- Figure 7: pictures -------------------------------------------------------------------
 
-Picture = tuple[tuple[bool, float], ...]
-"""Under attack, of FP, VQ and DQ: whether it is right, and how sure of its answer."""
+Picture = Callable[[Sequence[bool], Sequence[float]], bool | None]
+"""Of FP, VQ and DQ under attack, which are right and how sure each is of its answer: what comes of
+a picture; None where it is not of those that are counted.
+"""
+
+PICTURES: Sequence[tuple[str, str, float, Picture]] = (
+    (
+        "VQ or DQ fooled", "of the pictures that fool one of VQ and DQ, VQ", 1 / 2,
+        lambda right, sure: None if right[1] == right[2] else not right[1],
+    ),
+    (
+        "all fooled", "of the pictures that fool all, DQ is least sure", 1 / 3,
+        lambda right, sure: None if any(right) else sure[2] < min(sure[:2]),
+    ),
+    (
+        "FP and DQ right", "of the pictures that fool neither, DQ is surer", 1 / 2,
+        lambda right, sure: sure[2] > sure[0] if right[0] and right[2] else None,
+    ),
+)  # fmt: skip
 
 
-def _confidence(scale: Scale) -> Iterator[Asked]:
-    row = tuple(fig7_cells(scale))
-    kinds = (
-        ("VQ or DQ fooled", "of the pictures that fool one of VQ and DQ, VQ", _vq_fooled, 1 / 2),
-        ("all fooled", "of the pictures that fool all, DQ is least sure", _least_sure, 1 / 3),
-        ("FP and DQ right", "of the pictures that fool neither, DQ is surer", _surer, 1 / 2),
-    )
-    for name, what, count, chance in kinds:
-        yield Counts(f"{Trial('fgsm', row[0].eps).name}, {name}", what, row, count, chance)
+def _confidence(scale: Scale) -> Iterator[Question]:
+    asks = fig7(scale)
+    row = tuple(ask.cells[0] for ask in asks)
+    for name, what, chance, rule in PICTURES:
+        attack = f"{asks[0].trial.name}, {name}"
+        yield counted(attack, what, row, partial(_outcomes, rule), chance)
 
 
-def _pictures(values: Sequence[Any]) -> list[Picture]:
-    shown = zip(*(value["examples"] for value in values), strict=True)
-    return [tuple(map(_answer, picture)) for picture in shown]
-
-
-def _answer(example: Any) -> tuple[bool, float]:
-    answer = example["adversarial"]
-    return answer["prediction"] == example["label"], float(answer["confidence"])
-
-
-def _vq_fooled(values: Sequence[Any]) -> tuple[int, int]:
-    lone = [vq for _, (vq, _), (dq, _) in _pictures(values) if vq != dq]
-    return lone.count(False), len(lone)
-
-
-def _least_sure(values: Sequence[Any]) -> tuple[int, int]:
-    fooled = [p for p in _pictures(values) if not any(right for right, _ in p)]
-    least = [dq < min(fp, vq) for (_, fp), (_, vq), (_, dq) in fooled]
-    return sum(least), len(least)
-
-
-def _surer(values: Sequence[Any]) -> tuple[int, int]:
-    both = [(fp[1], dq[1]) for fp, _, dq in _pictures(values) if fp[0] and dq[0]]
-    return sum(dq > fp for fp, dq in both), len(both)
+def _outcomes(rule: Picture, values: Sequence[Any]) -> list[bool]:
+    found = []
+    for picture in zip(*(value["examples"] for value in values), strict=True):
+        answers = [(example["label"], example["adversarial"]) for example in picture]
+        right = [label == answer["prediction"] for label, answer in answers]
+        found.append(rule(right, [float(answer["confidence"]) for _, answer in answers]))
+    return [outcome for outcome in found if outcome is not None]
 
 
 # --- all claims ---------------------------------------------------------------------------
 
-OTHERS: Mapping[str, Callable[[Scale], Iterable[Asked]]] = {
+OTHERS: Mapping[str, Callable[[Scale], Iterator[Question]]] = {
     "rounding-threshold": _rounding,
     "noise-amplified": _amplified,
     "fewer-bits-amplify": _amplified_more,
@@ -399,7 +391,7 @@ class Claim:
     note: str = ""
     asks: tuple[Comparison, ...] = ()
 
-    def questions(self, scale: Scale) -> list[Asked]:
+    def questions(self, scale: Scale) -> list[Question]:
         if not self.asks:
             return list(OTHERS[self.slug](scale))
         return [question for one in self.asks for question in one.questions(scale)]

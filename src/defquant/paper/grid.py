@@ -113,6 +113,7 @@ class Trial:
     through: Network | None = None
     unaware: bool = False
     split: Split = "test"
+    kind: Kind = "accuracy"
 
     @property
     def name(self) -> str:
@@ -133,7 +134,7 @@ class Trial:
 
     def cell(self, network: Network) -> Cell:
         asked = (self.attack, self.eps, self.images, self.split, self.through, self.unaware)
-        return Cell(network, "accuracy", *asked)
+        return Cell(network, self.kind, *asked)
 
 
 # --- presets ------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ To add a table: a list of `Ask` and how it is shown, here; a line in `EXPERIMENT
 its words in `text.md`, and the paper's numbers in `numbers.yaml`. No torch.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -12,35 +12,45 @@ from typing import Any
 
 import yaml
 
-from defquant.paper.ask import (
-    Ask,
-    Found,
-    Shown,
-    bits_head,
-    bits_place,
-    by_bits,
-    named,
-    panel,
-    pivot,
-    select,
-    tried,
-)
+from defquant.paper.ask import Ask, Found, Shown, by_bits, panel, pivot, select
 from defquant.paper.grid import Network, Scale, Trial
 from defquant.paper.section import (
+    Entry,
     Number,
-    Panel,
+    Table,
     attack_text,
     difference,
     eps_text,
     listed,
     method_text,
-)
+    model_text,
+    rate,
+)  # fmt: skip
 
 __all__ = [
     "NUMBERS", "chosen_beta", "defended", "defense", "fig1", "fig5", "fig6", "show_beta",
-    "show_boxes", "show_defended", "show_fig1", "show_fig5", "show_ranges",
-    "show_table1", "table1", "table2", "table3", "table4", "table5", "table6",
+    "show_boxes", "show_defended", "show_fig1", "show_fig5", "show_ranges", "show_surrogates",
+    "show_table1", "surrogates", "table1", "table2", "table3", "table4", "table5", "table6",
 ]  # fmt: skip
+
+Ends = Mapping[str, Callable[[Found], Entry]]
+Show = Callable[[Scale, Found], Shown]
+
+
+def _table(rows: Mapping[str, str], column: str, ends: Ends) -> Show:
+    return lambda scale, found: ([pivot(found, rows, column, ends)], [])
+
+
+def _over_bits(ends: Ends) -> Show:
+    """A table over bits, and a panel for each trial."""
+
+    def show(scale: Scale, found: Found) -> Shown:
+        trials = dict.fromkeys(ask.trial for ask, _ in found)
+        own = {trial.name: by_bits(select(found, trial=trial)) for trial in trials}
+        panels = [panel(t, "activation bits", f, "name", "width", "name") for t, f in own.items()]
+        return [pivot(found, {"Network": "name", "Images": "trial"}, "bits", ends)], panels
+
+    return show
 
 
 # --- the paper's numbers ------------------------------------------------------------------
@@ -49,26 +59,22 @@ NUMBERS: Mapping[str, Any] = yaml.safe_load(
     Path(__file__).with_name("numbers.yaml").read_text(encoding="utf-8")
 )
 _DEFENDED = ("random", "fgsm", "rfgsm", "pgd", "fgsm(B)", "pgd(B)")  # at eps 2, 8, 16
+_TABLE1 = list(NUMBERS["table1"].values())  # vanilla, then DQ in order of beta
 
 
 def _at(eps: float, pixels: float = 8) -> bool:
     return abs(255 * eps - pixels) < 0.02
 
 
-def _table1(row: int, trial: Trial, bits: int | None) -> float | None:
-    """`row` 0 is vanilla, 1 to 3 are DQ in order of beta; clean, or FGSM at 8 as a white box."""
-    rows = list(NUMBERS["table1"].values())
+def _table1(row: int, trial: Trial, place: int | str | None) -> float | None:
+    """Of Table 1 at these bits or one of its `ends`: clean, or FGSM at 8 as a white box."""
     known = trial.attack == "clean" or (trial.attack == "fgsm" and _at(trial.eps))
-    if row >= len(rows) or (bits or 0) > 5 or trial.through or not known:
+    if row >= len(_TABLE1) or trial.through or not known:
         return None
-    return float(rows[row][trial.attack][bits or 0]) / 100
-
-
-def _table1_end(row: int, trial: Trial, end: str) -> float | None:
-    rows = list(NUMBERS["table1"].values())
-    if row >= len(rows) or trial.attack != "fgsm" or not _at(trial.eps):
-        return None
-    return float(rows[row]["ends"][end]) / 100
+    if isinstance(place, str):
+        return float(_TABLE1[row]["ends"][place]) / 100
+    printed = dict(enumerate(_TABLE1[row][trial.attack]))
+    return printed[place or 0] / 100 if (place or 0) in printed else None
 
 
 def defense(line: str) -> tuple[float, dict[str, tuple[int, ...]]]:
@@ -104,11 +110,6 @@ def fig1(scale: Scale) -> list[Ask]:
     ]
 
 
-def show_fig1(scale: Scale, found: Found) -> Shown:
-    rows = {"Network": named, "Images": tried}
-    return [pivot(found, rows, bits_head, {"5 bits − full": _fifth})], _bit_panels(found)
-
-
 def _fifth(row: Found) -> Number:
     """5 bits minus full precision, beside the loss that the paper's section 3 gives."""
     ask = row[0][0]
@@ -118,29 +119,30 @@ def _fifth(row: Found) -> Number:
     return difference(five, full, -lost / 100 if known else None)
 
 
-def _bit_panels(found: Found) -> list[Panel]:
-    """One for each trial."""
-    trials = dict.fromkeys(ask.trial for ask, _ in found)
-    per_trial = ((trial.name, by_bits(select(found, trial=trial))) for trial in trials)
-    return [panel(t, "activation bits", own, named, bits_place, named) for t, own in per_trial]
+show_fig1 = _over_bits({"5 bits − full": _fifth})
 
 
 def table1(scale: Scale) -> list[Ask]:
     """Vanilla and DQ of three betas, over the seeds."""
     betas = enumerate((0.0, *scale.table1_betas))
+    return [ask for row, trial in product(betas, scale.trials) for ask in _row(scale, trial, *row)]
+
+
+def fig5(scale: Scale) -> list[Ask]:
+    """White box and black box, vanilla and DQ at the largest beta of Table 1: it names none."""
+    throughs = (None, scale.substitute())
+    both = [scale.trial("fgsm", e, through=t) for e, t in product(scale.eps, throughs)]
+    rows = ((0, 0.0), (3, max(scale.table1_betas)))
+    pairs = product((scale.trial(), *both), rows)
+    return [ask for trial, row in pairs for ask in _row(scale, trial, *row)]
+
+
+def _row(scale: Scale, trial: Trial, row: int, beta: float) -> list[Ask]:
+    at = {"name": method_text(beta), "row": row, "beta": beta}
     return [
-        Ask(_method(row, beta, bits), scale.by_seed(bits, beta), trial, _table1(row, trial, bits))
-        for (row, beta), trial, bits in product(betas, scale.trials, scale.bits)
+        Ask(at | {"bits": b}, scale.by_seed(b, beta), trial, _table1(row, trial, b))
+        for b in scale.bits
     ]
-
-
-def _method(row: int, beta: float, bits: int | None) -> dict[str, Any]:
-    return {"name": method_text(beta), "row": row, "beta": beta, "bits": bits}
-
-
-def show_table1(scale: Scale, found: Found) -> Shown:
-    ends = {"Quantize Gain": _gain, "Best": _best}
-    return [pivot(found, {"Network": named, "Images": tried}, bits_head, ends)], []
 
 
 def _gain(row: Found) -> Number | None:
@@ -148,7 +150,7 @@ def _gain(row: Found) -> Number | None:
     ask = row[0][0]
     if ask.trial.attack == "clean":
         return None
-    printed = _table1_end(ask.at["row"], ask.trial, "gain")
+    printed = _table1(ask.at["row"], ask.trial, "gain")
     if any(n.mean is None for _, n in row):
         return Number(None, points=True, paper=printed)
     full = next(n for a, n in row if a.at["bits"] is None)
@@ -162,26 +164,17 @@ def _best(row: Found) -> Number | None:
         return None
     whole = all(n.mean is not None for _, n in row)
     found = _highest(n for _, n in row) if whole else Number(None)
-    return replace(found, paper=_table1_end(ask.at["row"], ask.trial, "best"))
+    return replace(found, paper=_table1(ask.at["row"], ask.trial, "best"))
 
 
 def _highest(numbers: Iterable[Number]) -> Number:
     return max(numbers, key=lambda n: -1.0 if n.mean is None else n.mean)
 
 
-def fig5(scale: Scale) -> list[Ask]:
-    """White box and black box, vanilla and DQ at the largest beta of Table 1: it names none."""
-    throughs = (None, scale.substitute())
-    both = [scale.trial("fgsm", e, through=t) for e, t in product(scale.eps, throughs)]
-    betas = ((0, 0.0), (3, max(scale.table1_betas)))
-    return [
-        Ask(_method(row, beta, bits), scale.by_seed(bits, beta), trial, _table1(row, trial, bits))
-        for trial, (row, beta), bits in product((scale.trial(), *both), betas, scale.bits)
-    ]
-
-
-def show_fig5(scale: Scale, found: Found) -> Shown:
-    return [pivot(found, {"Network": named, "Images": tried}, bits_head)], _bit_panels(found)
+show_table1 = _table(
+    {"Network": "name", "Images": "trial"}, "bits", {"Quantize Gain": _gain, "Best": _best}
+)
+show_fig5 = _over_bits({})
 
 
 # --- other defences: Tables 2 and 3 -------------------------------------------------------
@@ -219,11 +212,13 @@ def defended(scale: Scale, table: int) -> list[tuple[dict[str, Any], Network]]:
 
 
 def _defended(scale: Scale, table: int) -> list[Ask]:
-    """The paper's columns at every radius, the strong attacks, and those blind to a squeezing."""
+    """The paper's columns at every radius, the strong attacks, and those blind to a squeezing;
+    last what a squeezing detects before the undefended network.
+    """
     on = {"train": scale.svhn_train, "data": scale.svhn} if table == 2 else {}
     through = scale.substitute(**on)
-    asks = []
-    for at, network in defended(scale, table):
+    asks, rows = [], defended(scale, table)
+    for at, network in rows:
         trials = [scale.trial()]
         for eps in scale.eps:
             trials += [scale.trial(attack, eps) for attack in ("random", "fgsm", "rfgsm", "pgd")]
@@ -234,7 +229,9 @@ def _defended(scale: Scale, table: int) -> list[Ask]:
         row = at["technique"] + " + DQ" * at["dq"]
         known = not at["dq"] or at["bits"] == 1  # the paper's bits
         asks += [Ask(at, (network,), t, _defense(table, row, t) if known else None) for t in trials]
-    return asks
+    probes = product(("fgsm", "pgd"), scale.eps)
+    trials = [Trial(a, eps, scale.few, kind="detector") for a, eps in probes]
+    return asks + [Ask({}, (rows[0][1],), trial) for trial in trials]
 
 
 def table2(scale: Scale) -> list[Ask]:
@@ -247,21 +244,29 @@ def table3(scale: Scale) -> list[Ask]:
     return _defended(scale, 3)
 
 
-def show_defended(scale: Scale, found: Found) -> Shown:
-    """A table for each radius, clean images beside it; then the squeezed rows, aware and not."""
+def show_defended(scale: Scale, found: Sequence[tuple[Ask, Any]]) -> Shown:
+    """A table for each radius, clean images beside it; then the squeezed rows, aware and not, and
+    what was detected.
+    """
+    scores, name = select(found, kind="accuracy"), {"Training technique": "name"}
     tables = []
     for eps in scale.eps:
-        here = [(a, n) for a, n in found if a.trial.eps in (0.0, eps) and not a.trial.unaware]
-        tables.append(pivot(here, {"Training technique": named}, lambda ask: ask.trial.column))
+        here = [(a, n) for a, n in scores if a.trial.eps in (0.0, eps) and not a.trial.unaware]
+        tables.append(pivot(here, name, "attack"))
     squeezed = [
         (a, replace(n, paper=None))  # it does not say which of the two it has
-        for a, n in found
-        if a.at["technique"] == "Feature Squeezing" and a.trial.through is None
-        if a.trial.attack in ("fgsm", "pgd")
+        for a, n in select(scores, technique="Feature Squeezing")
+        if a.trial.through is None and a.trial.attack in ("fgsm", "pgd")
     ]
     columns = sorted(squeezed, key=lambda pair: (pair[0].at["name"], pair[0].trial.attack))
-    rows = {"Training technique": named, "ε": lambda ask: eps_text(ask.trial.eps)}
-    return [*tables, pivot(columns, rows, lambda ask: ask.trial.column)], []
+    tables.append(pivot(columns, name | {"ε": "eps"}, "attack"))
+    rows = []
+    for ask, values in select(found, kind="detector"):
+        both = [(values or {}).get(which) for which in ("detected", "false_positives")]
+        pairs = ((rate(c, ask.cells[0].key), f"{c[0]:,} of {c[1]:,}" if c else None) for c in both)
+        rows.append((ask.trial.name, *(entry for pair in pairs for entry in pair)))
+    heads = ("Attack", "Detected", "of the fooling images", "False positives", "of clean images")
+    return [*tables, Table(heads, tuple(rows))], []
 
 
 # --- the range of activations: Table 4 ----------------------------------------------------
@@ -272,28 +277,27 @@ def table4(scale: Scale) -> list[Ask]:
     trials = [trial for trial in scale.trials if trial.attack not in scale.strong]
     return [
         Ask(
-            {"name": method_text(beta), "dq": beta > 0, "high": high},
+            {"name": method_text(beta), "dq": beta > 0, "high": high, "cut": f"ReLU{high:g}"},
             (scale.network(scale.resnet, bits=4, beta=beta, high=high),),
             trial,
-            _ranges(beta, trial)[i],
+            _ranges(beta > 0, trial)[i],
         )
         for trial, beta, (i, high) in product(trials, (0.0, scale.beta), enumerate((1.0, 6.0)))
     ]
 
 
-def _ranges(beta: float, trial: Trial) -> list[float | None]:
+def _ranges(dq: bool, trial: Trial) -> list[float | None]:
     """The paper's for ReLU1, ReLU6 and their difference."""
-    printed = NUMBERS["table4"]["DQ" if beta else "vanilla"]
+    printed = NUMBERS["table4"]["DQ" if dq else "vanilla"]
     return [value / 100 if trial.attack == "clean" else None for value in printed]
 
 
-def show_ranges(scale: Scale, found: Found) -> Shown:
-    def gap(row: Found) -> Number:
-        ask = row[0][0]
-        return difference(row[0][1], row[1][1], _ranges(ask.at["dq"], ask.trial)[2])
+def _lost_at_1(row: Found) -> Number:
+    (ask, relu1), (_, relu6) = row
+    return difference(relu1, relu6, _ranges(ask.at["dq"], ask.trial)[2])
 
-    rows = {"Quantisation": named, "Images": tried}
-    return [pivot(found, rows, lambda ask: f"ReLU{ask.at['high']:g}", {"Difference": gap})], []
+
+show_ranges = _table({"Quantisation": "name", "Images": "trial"}, "cut", {"Difference": _lost_at_1})
 
 
 # --- white box beside black box: Tables 5 and 6 -------------------------------------------
@@ -308,22 +312,20 @@ def _boxes(
     others: Sequence[str] = (),
 ) -> Iterator[Ask]:
     """Every network at every radius; the strong attacks where the scale asks for them."""
+    shown = attack_text(attack)
     for (name, network), eps in product(networks.items(), scale.eps):
         clean, white, black = (v / 100 for v in NUMBERS[f"table{table}"][name])
-        shown = attack_text(attack)
         boxes = [
             ("Clean", scale.trial(), clean),
-            (f"White box {shown}", scale.trial(attack, eps), white if _at(eps) else None),
-            (
-                f"Black box {shown}",
-                scale.trial(attack, eps, through=through),
-                black if _at(eps) else None,
-            ),
+            (f"White box {shown}", scale.trial(attack, eps), white),
+            (f"Black box {shown}", scale.trial(attack, eps, through=through), black),
         ]
         more = [*(scale.trial(o, eps) for o in others), *scale.strong_trials]
         boxes += [(trial.column, trial, None) for trial in more if trial.eps == eps]
         for head, trial, printed in boxes:
-            yield Ask({"name": name, "eps": eps, "head": head}, (network,), trial, printed)
+            known = trial.attack == "clean" or _at(eps)
+            at = {"name": name, "eps": eps, "head": head}
+            yield Ask(at, (network,), trial, printed if known else None)
 
 
 def table5(scale: Scale) -> list[Ask]:
@@ -348,14 +350,14 @@ def table6(scale: Scale) -> list[Ask]:
     return list(_boxes(scale, 6, networks, "fgsm", scale.substitute(), ["pgd"]))
 
 
-def show_boxes(scale: Scale, found: Found) -> Shown:
-    def gap(row: Found) -> Number:
-        white, black = row[1][1], row[2][1]
-        printed = None if white.paper is None or black.paper is None else white.paper - black.paper
-        return difference(white, black, printed)
+def _masked(row: Found) -> Number:
+    """White minus black box."""
+    white, black = row[1][1], row[2][1]
+    printed = None if white.paper is None or black.paper is None else white.paper - black.paper
+    return difference(white, black, printed)
 
-    rows = {"Network": named, "ε": lambda ask: eps_text(ask.at["eps"])}
-    return [pivot(found, rows, lambda ask: str(ask.at["head"]), {"White − black": gap})], []
+
+show_boxes = _table({"Network": "name", "ε": "eps"}, "head", {"White − black": _masked})
 
 
 # --- the weight of the penalty: Figure 6 --------------------------------------------------
@@ -367,9 +369,13 @@ def fig6(scale: Scale) -> list[Ask]:
     judge = Trial("pgd-20", scale.hard_eps[0], held_out, split="validation")
     trials = [*scale.trials, *[judge] * (held_out > 0)]
     rows = list(NUMBERS["table1"])
+
+    def radius(trial: Trial) -> str:
+        return eps_text(trial.eps) if trial.attack == "fgsm" else trial.name
+
     return [
         Ask(
-            {"name": f"{beta:g}", "beta": beta},
+            {"name": f"{beta:g}", "beta": beta, "colour": radius(trial)},
             (scale.network(bits=4, beta=beta),),
             trial,
             _table1(rows.index(beta), trial, 4) if beta in rows else None,
@@ -391,13 +397,84 @@ def chosen_beta(found: Found) -> float | None:
 
 def show_beta(scale: Scale, found: Found) -> Shown:
     """Clean and FGSM as in the paper, then the strong attacks; a colour for each radius."""
-
-    def kind(ask: Ask) -> str:
-        return eps_text(ask.trial.eps) if ask.trial.attack == "fgsm" else ask.trial.name
-
     test = [(a, n) for a, n in found if a.trial.split == "test"]
     strong = [pair for pair in test if pair[0].trial.attack in scale.strong]
     usual = [pair for pair in test if pair not in strong]
     titles = {"clean and FGSM": usual, listed(map(attack_text, scale.strong)): strong}
-    panels = [panel(t, "β", own, tried, named, kind) for t, own in titles.items()]
-    return [pivot(found, {"β": named}, tried)], panels
+    panels = [panel(t, "β", own, "trial", "name", "colour") for t, own in titles.items()]
+    return [pivot(found, {"β": "name"}, "trial")], panels
+
+
+# --- beyond the paper: what the straight-through gradient overstates ----------------------
+
+PASSES = {
+    "": "straight-through, margin",
+    "@soft": "soft round, margin",
+    "@twin": "float twin, margin",
+    "@clipfree": "clip-free, margin",
+}
+
+
+def surrogates(scale: Scale) -> list[Ask]:
+    """By bits 1 to 8, the Wide ResNet vanilla and with DQ; the VGG of Figure 1."""
+    every: tuple[int | None, ...] = (None, *range(1, 9))
+    wrn, vgg = model_text(scale.wrn), model_text(scale.vgg)
+    kinds = (
+        (f"vanilla {wrn}", scale.wrn, 0.0, every),
+        (f"{wrn} with {method_text(scale.beta)}", scale.wrn, scale.beta, every),
+        (f"vanilla {vgg}", scale.vgg, 0.0, scale.bits),
+    )
+    return [
+        Ask(
+            {"name": name, "bits": bits, "eps": eps, "row": row},
+            (scale.network(model, bits=bits, beta=beta),),
+            trial,
+        )
+        for eps, (name, model, beta, widths) in product(scale.hard_eps, kinds)
+        for row, trial in {"clean": scale.trial(), **_passes(scale, eps)}.items()
+        for bits in widths
+        if trial.images == scale.few or row == "clean" or _checked(scale, eps, model, bits)
+    ]
+
+
+def _passes(scale: Scale, eps: float) -> dict[str, Trial]:
+    """By row: the strong attacks, APGD through each backward pass, AutoAttack on fewer images."""
+    steps, (usual, worst) = scale.surrogate_steps, scale.strong
+    names = {f"apgd-margin{name}-{steps}": text for name, text in PASSES.items()}
+    names[f"apgd-margin@soft-{steps}+{4 * steps}"] = f"soft round, then {4 * steps} queries"
+    fewer = f"the first {scale.standard_images:,} test images"
+    few = [replace(scale.trial(a, eps), images=scale.standard_images) for a in (worst, "standard")]
+    return {
+        f"straight-through, {attack_text(usual)}": scale.trial(usual, eps),
+        **{text: scale.trial(name, eps) for name, text in names.items()},
+        attack_text(worst): scale.trial(worst, eps),
+        **{f"{attack_text(trial.attack)}, {fewer}": trial for trial in few},
+    }
+
+
+def _checked(scale: Scale, eps: float, model: str, bits: int | None) -> bool:
+    return eps == scale.hard_eps[0] and bits in scale.standard_bits and model == scale.wrn
+
+
+def show_surrogates(scale: Scale, found: Found) -> Shown:
+    """For each radius the accuracies, and the usual attack minus the worst case; panels without
+    the clip-free pass, so weak here that it would set the axis.
+    """
+    usual, worst = scale.strong
+    tables, panels = [], []
+    for eps in scale.hard_eps:
+        here = select(found, eps=eps)
+        tables.append(pivot(here, {"Network": "name", "Attack": "row"}, "bits"))
+        ends = (select(here, trial=scale.trial(attack, eps)) for attack in (usual, worst))
+        gaps = [(ask, difference(n, least)) for (ask, n), (_, least) in zip(*ends, strict=True)]
+        tables.append(pivot(gaps, {"Network": "name"}, "bits"))
+        for name in dict.fromkeys(ask.at["name"] for ask, _ in here):
+            own = [
+                (a, n) for a, n in select(here, name=name)
+                if a.trial.images == scale.few and a.trial.attack != "clean"
+                if a.at["row"] != PASSES["@clipfree"]
+            ]  # fmt: skip
+            short = name.partition(" at ")[0]
+            title = short if len(scale.hard_eps) == 1 else f"{short}, {eps_text(eps)}"
+            panels.append(panel(title, "activation bits", by_bits(own), "row", "width", "row"))
+    return tables, panels

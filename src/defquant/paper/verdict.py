@@ -1,30 +1,28 @@
-"""Questions to the results: contrasts of cells in, readings out. No torch."""
+"""Questions to the results: contrasts of cells in, readings out. No torch.
 
+Two kinds of chance stand between a measured difference of accuracies and the true one: which test
+images there are, and how each training happened to end. A 95 % interval here covers both.
+"""
+
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, replace
+from statistics import NormalDist, fmean, variance
+from typing import Any, Literal, NamedTuple
 
 from defquant.paper import tables
-from defquant.paper.contrasts import (
-    Interval,
-    Sample,
-    Spread,
-    accuracy,
-    decide,
-    exact,
-    interval,
-    pooled,
-    trend,
-)
 from defquant.paper.grid import Cell, Results, Scale
 from defquant.paper.section import Answer, Reading, bits_text
 from defquant.results import Measurement
 
 __all__ = [
-    "MARGIN", "Asked", "Chosen", "Contrast", "Counts", "Evidence", "Question", "Row",
-    "Term", "evidence_of", "fitted", "means", "stratum", "versus",
+    "ALONE", "MARGIN", "Contrast", "Evidence", "Interval", "Question", "Row", "Sample", "Spread",
+    "Term", "accuracy", "chosen", "counted", "decide", "evidence_of", "exact", "fitted", "interval",
+    "means", "pooled", "question", "stratum", "trend", "versus",
 ]  # fmt: skip
 
+LEVEL = 0.95
+ALONE = 0.10  # what a single training must show where nothing is known of the chance in training
 MARGIN = 0.01  # what "no loss" and "no gap" leave open
 UNTRAINED = 0.2  # clean accuracy: twice that of a guess among ten classes
 ONE_SEED = "one seed: training not in the interval"
@@ -33,13 +31,126 @@ HARDLY = ", hardly trained"
 _RANK: dict[Answer, int] = {"does not hold": 0, "not decided": 1, "holds": 2}
 _KINDS = {"fgsm": "one step", "rfgsm": "one step", "adaptive": "worst case"}
 
+
+# --- intervals ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Standard deviation between trainings that differ in their seed, `df` degrees of freedom."""
+
+    sd: float
+    df: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The mean over `seeds` trainings; its `variance` by the choice of test images, which are the
+    same for every seed, so that more do not reduce it; the `spread` between trainings, if known.
+    """
+
+    mean: float
+    variance: float
+    seeds: int = 1
+    spread: Spread | None = None
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An effect with its interval; `trained` where that covers the chance in training."""
+
+    effect: float
+    low: float
+    high: float
+    trained: bool
+
+
+def accuracy(shares: Sequence[float], images: int, spread: Spread | None) -> Sample:
+    """The accuracies of equal trainings on the same `images`.
+
+    Variance p (1 - p) / n at p = (correct + 1) / (n + 2), so that 0 of n is not taken for
+    certainty (Agresti and Caffo 2000).
+    """
+    mean = fmean(shares)
+    p = (mean * images + 1) / (images + 2)
+    return Sample(mean, p * (1 - p) / images, len(shares), spread)
+
+
+def pooled(groups: Iterable[Sequence[float]]) -> Spread | None:
+    """s^2 = sum (k - 1) s_g^2 / sum (k - 1) over groups of k seeds; None where all have one."""
+    several = [group for group in groups if len(group) > 1]
+    df = sum(len(group) - 1 for group in several)
+    squares = sum((len(group) - 1) * variance(group) for group in several)
+    return Spread(math.sqrt(squares / df), df) if df else None
+
+
+def interval(terms: Sequence[tuple[float, Sample]], comparisons: int = 1) -> Interval:
+    """sum w x with its interval, one of `comparisons` that hold together (Bonferroni).
+
+    V = sum w^2 v + sum w^2 s^2 / k: images, then trainings. Both sums take the terms as
+    independent. Networks that see the same images err on the same images; where the weights sum
+    to zero and any two networks agree about equally, that part cancels, so the interval is wider
+    than it must be. s^2 contains some of the images' chance, which then counts twice.
+
+    The quantile is Student's, its degrees of freedom V^2 / sum V_g^2 / df_g over the parts V_g of V
+    that share one estimated s (Welch 1947, Satterthwaite 1946). Where a term's s is unknown
+    the interval covers the images only.
+    """
+    effect = sum(w * x.mean for w, x in terms)
+    trained = all(x.spread is not None for _, x in terms)
+    parts: dict[Spread, float] = {}
+    for w, x in terms:
+        if trained and x.spread is not None:
+            parts[x.spread] = parts.get(x.spread, 0.0) + (w * x.spread.sd) ** 2 / x.seeds
+    total = sum(w * w * x.variance for w, x in terms) + sum(parts.values())
+    error = sum(part**2 / spread.df for spread, part in parts.items())
+    half = _quantile(comparisons, total**2 / error if error else math.inf) * math.sqrt(total)
+    return Interval(effect, effect - half, effect + half, trained)
+
+
+def _quantile(comparisons: int, df: float) -> float:
+    """Of Student's t, two-sided."""
+    from scipy.special import stdtrit
+
+    share = 1 - (1 - LEVEL) / (2 * comparisons)
+    return NormalDist().inv_cdf(share) if math.isinf(df) else float(stdtrit(df, share))
+
+
+def decide(found: Interval, margin: float = 0.0) -> Answer:
+    """Whether the effect is above -`margin`: holds, or fails, if the whole interval is.
+
+    Without the chance in training in the interval, the effect must also be `ALONE` away from
+    there: trainings of one setting were seen to differ by a few points, at 1 bit by ten.
+    """
+    if not found.trained and abs(found.effect + margin) <= ALONE:
+        return "not decided"
+    if found.low > -margin:
+        return "holds"
+    return "does not hold" if found.high < -margin else "not decided"
+
+
+def trend(count: int) -> tuple[float, ...]:
+    """Weights of `count` evenly spaced values: last minus first of the line fitted to them."""
+    centred = [i - (count - 1) / 2 for i in range(count)]
+    return tuple((count - 1) * c / sum(c * c for c in centred) for c in centred)
+
+
+def exact(successes: int, trials: int) -> tuple[float, float]:
+    """The 95 % interval of a share by the binomial's tails (Clopper and Pearson 1934)."""
+    from scipy.special import betaincinv
+
+    tail, k, n = (1 - LEVEL) / 2, successes, trials
+    low = 0.0 if k == 0 else float(betaincinv(k, n - k + 1, tail))
+    high = 1.0 if k == n else float(betaincinv(k + 1, n - k, 1 - tail))
+    return low, high
+
+
+# --- evidence -----------------------------------------------------------------------------
+
 Row = tuple[Cell, ...]
 """Cells that differ in their seed alone."""
 
 Stratum = tuple[str, float, bool]
-
-
-# --- evidence -----------------------------------------------------------------------------
 
 
 def stratum(cell: Cell) -> Stratum:
@@ -117,8 +228,7 @@ def evidence_of(scale: Scale, results: Results) -> Evidence:
 # --- contrasts ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Term:
+class Term(NamedTuple):
     """A weight and what it stands before: an accuracy, or what `read` makes of a cell's value."""
 
     weight: float
@@ -180,70 +290,49 @@ def fitted(name: str, rows: Sequence[Row]) -> Contrast:
 # --- questions ----------------------------------------------------------------------------
 
 
-class Asked(Protocol):
-    """Anything that reads `cells` and answers."""
-
-    @property
-    def cells(self) -> list[Cell]: ...
-
-    def answer(self, evidence: Evidence) -> Reading: ...
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What came of one contrast."""
-
-    name: str
-    interval: Interval
-    verdict: Answer
-    remarks: tuple[str, ...]
-
-
 @dataclass(frozen=True)
 class Question:
+    """Reads `cells` and answers."""
+
+    cells: Sequence[Cell]
+    answer: Callable[[Evidence], Reading]
+
+
+def question(
+    attack: str,
+    what: str,
+    contrasts: Sequence[Contrast],
+    comparisons: int = 0,
+    extra: Callable[[Evidence], str] | None = None,
+) -> Question:
     """Whether all `contrasts` are positive.
 
-    Their intervals hold together (Bonferroni over `comparisons`, by default their number). It
-    holds if all lower ends are positive, and fails if any upper end is negative. The reading has
-    the numbers of the worst contrast. With one of them missing it cannot hold.
-
-    Attributes:
-        attack: name of the reading.
-        what: what is compared.
-        contrasts: one or more.
-        comparisons: more than there are contrasts, where they were chosen among more.
-        extra: a remark computed from the evidence.
+    Their intervals hold together (Bonferroni over `comparisons`, where they were chosen among more
+    than their number). It holds if all lower ends are positive, and fails if any upper end is
+    negative. The reading, called `attack`, has the numbers of the worst contrast and says `what` is
+    compared and the remark `extra`. With one of them missing it cannot hold.
     """
 
-    attack: str
-    what: str
-    contrasts: tuple[Contrast, ...]
-    comparisons: int = 0
-    extra: Callable[[Evidence, "Question"], str] | None = None
-
-    @property
-    def cells(self) -> list[Cell]:
-        return [cell for c in self.contrasts for term in c.terms for cell in term.row]
-
-    def answer(self, evidence: Evidence) -> Reading:
-        count = self.comparisons or len(self.contrasts)
-        judged = [_judge(contrast, evidence, count) for contrast in self.contrasts]
-        found = [finding for finding in judged if finding is not None]
+    def answer(evidence: Evidence) -> Reading:
+        count = comparisons or len(contrasts)
+        judged = [_judge(contrast, evidence, count) for contrast in contrasts]
+        found = [reading for reading in judged if reading is not None]
         if not found:
-            return _unmeasured(self.attack)
-        worst = min(found, key=lambda f: (_RANK[f.verdict], f.interval.low))
+            return _unmeasured(attack)
+        worst = min(found, key=lambda r: (_RANK[r.verdict], r.low))
         missing = len(judged) - len(found)
-        held = worst.verdict == "holds"
-        verdict: Answer = "not decided" if missing and held else worst.verdict
-        words = [self.what, f"worst: {worst.name}" if len(judged) > 1 else "", *worst.remarks]
-        words += [f"{missing} of {len(judged)} not measured" if missing else ""]
-        words += [self.extra(evidence, self)] if self.extra else []
-        w = worst.interval
+        verdict: Answer = "not decided" if missing and worst.verdict == "holds" else worst.verdict
+        words = [what, (len(judged) > 1) * f"worst: {worst.attack}", worst.detail]
+        words += [(missing > 0) * f"{missing} of {len(judged)} not measured"]
+        words += [extra(evidence)] if extra else []
         detail = "; ".join(filter(None, words))
-        return Reading(self.attack, w.effect, w.low, w.high, verdict, detail)
+        return replace(worst, attack=attack, verdict=verdict, detail=detail)
+
+    return Question([cell for c in contrasts for term in c.terms for cell in term.row], answer)
 
 
-def _judge(contrast: Contrast, evidence: Evidence, comparisons: int) -> Finding | None:
+def _judge(contrast: Contrast, evidence: Evidence, comparisons: int) -> Reading | None:
+    """The reading of one contrast, called by its name; None where a term is missing."""
     pairs = [(term.weight, term.sample(evidence)) for term in contrast.terms]
     terms = [(weight, sample) for weight, sample in pairs if sample is not None]
     if len(terms) < len(pairs):
@@ -252,11 +341,11 @@ def _judge(contrast: Contrast, evidence: Evidence, comparisons: int) -> Finding 
     verdict = decide(found, contrast.margin)
     remarks = [_seeds([sample for _, sample in terms])]
     remarks += [f"margin {100 * contrast.margin:g} point"] if contrast.margin else []
-    masked = contrast.spoilt(evidence, verdict)
-    if masked:
+    if masked := contrast.spoilt(evidence, verdict):
         remarks.append(f"masked, which proves nothing: {', '.join(masked)}")
         verdict = "not decided"
-    return Finding(contrast.name, found, verdict, tuple(remarks))
+    ends = found.effect, found.low, found.high
+    return Reading(contrast.name, *ends, verdict, "; ".join(remarks))
 
 
 def _seeds(samples: Sequence[Sample]) -> str:
@@ -269,59 +358,51 @@ def _seeds(samples: Sequence[Sample]) -> str:
     return "1 seed, spread as between those of Table 1" if of_others else "1 seed"
 
 
-@dataclass(frozen=True)
-class Chosen:
+def chosen(
+    attack: str,
+    what: str,
+    rows: Mapping[str, Row],
+    choose: Callable[[Mapping[str, float]], Sequence[Contrast]],
+    comparisons: int,
+) -> Question:
     """A question whose contrasts are chosen, by the means that were found, among `comparisons`."""
 
-    attack: str
-    what: str
-    rows: Mapping[str, Row]
-    choose: Callable[[Mapping[str, float], Mapping[str, Row]], Sequence[Contrast]]
-    comparisons: int
-
-    @property
-    def cells(self) -> list[Cell]:
-        return [cell for row in self.rows.values() for cell in row]
-
-    def answer(self, evidence: Evidence) -> Reading:
-        samples = {name: evidence.sample(row) for name, row in self.rows.items()}
+    def answer(evidence: Evidence) -> Reading:
+        samples = {name: evidence.sample(row) for name, row in rows.items()}
         found = {name: sample.mean for name, sample in samples.items() if sample is not None}
         if len(found) < len(samples):
-            return _unmeasured(self.attack)
-        contrasts = tuple(self.choose(found, self.rows))
-        return Question(self.attack, self.what, contrasts, self.comparisons).answer(evidence)
+            return _unmeasured(attack)
+        return question(attack, what, choose(found), comparisons).answer(evidence)
+
+    return Question([cell for row in rows.values() for cell in row], answer)
+
+
+def counted(
+    attack: str,
+    what: str,
+    row: Row,
+    outcomes: Callable[[list[Any]], Sequence[bool]],
+    chance: float,
+) -> Question:
+    """Whether `outcomes`, made of the cells' values, are true more often than by `chance`.
+
+    The effect is a share minus `chance`; its interval is exact, over the pictures alone.
+    """
+
+    def answer(evidence: Evidence) -> Reading:
+        values = [evidence.results.value(cell) for cell in row]
+        if any(value is None for value in values):
+            return _unmeasured(attack)
+        found = outcomes(values)
+        if not found:
+            return _unmeasured(attack, f"{what}; no such picture")
+        low, high = (end - chance for end in exact(sum(found), len(found)))
+        whole = Interval(sum(found) / len(found) - chance, low, high, trained=False)
+        detail = f"{what}: {sum(found)} of {len(found)}, {chance:.0%} by chance; {ONE_SEED}"
+        return Reading(attack, whole.effect, low, high, decide(whole), detail)
+
+    return Question(row, answer)
 
 
 def _unmeasured(attack: str, why: str = "not measured") -> Reading:
     return Reading(attack, None, None, None, "not decided", why)
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Whether something comes about more often than by `chance`, counted by `count`.
-
-    `count` makes (successes, trials) of the cells' values. The effect is a share minus `chance`;
-    its interval is exact, over the pictures alone.
-    """
-
-    attack: str
-    what: str
-    row: Row
-    count: Callable[[list[Any]], tuple[int, int]]
-    chance: float = 0.5
-
-    @property
-    def cells(self) -> list[Cell]:
-        return list(self.row)
-
-    def answer(self, evidence: Evidence) -> Reading:
-        values = [evidence.results.value(cell) for cell in self.row]
-        if any(value is None for value in values):
-            return _unmeasured(self.attack)
-        successes, trials = self.count(values)
-        if not trials:
-            return _unmeasured(self.attack, f"{self.what}; no such picture")
-        low, high = (end - self.chance for end in exact(successes, trials))
-        found = Interval(successes / trials - self.chance, low, high, trained=False)
-        detail = f"{self.what}: {successes} of {trials}, {self.chance:.0%} by chance; {ONE_SEED}"
-        return Reading(self.attack, found.effect, low, high, decide(found), detail)
