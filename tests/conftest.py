@@ -1,9 +1,11 @@
 """Shared by all tests: few threads, small networks."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from defquant.data import Dataset
 
@@ -26,6 +28,11 @@ def tiny_images(n: int = 64, *, size: int = 8, channels: int = 1, seed: int = 0)
         row, column = corners[label]
         images[index, :, row : row + half, column : column + half] += 120
     return Dataset(images.to(torch.uint8), labels, ("nw", "ne", "sw", "se"), "corners")
+
+
+def alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """The same names and, bit for bit, the same tensors."""
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
 
 
 @pytest.fixture

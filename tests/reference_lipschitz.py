@@ -20,14 +20,15 @@ def literal_penalty(model: nn.Module, beta: float, scale: float = 1.0) -> Tensor
     return beta / 2 * total
 
 
-def missing_columns(model: nn.Module) -> int:
-    """sum of max(m - n, 0) over the n x m matrices: what the reduced value leaves out."""
-    return sum(
-        max(rows[0].numel() - len(rows), 0)
-        for layer in model.modules()
-        if isinstance(layer, nn.Conv2d | nn.Linear)
-        for rows in layer.weight.chunk(layer.groups if isinstance(layer, nn.Conv2d) else 1)
-    )
+def reduced_penalty(model: nn.Module, beta: float, scale: float = 1.0) -> float:
+    """Without what no n x m matrix can reach: beta/2 sum of max(m - n, 0)."""
+    missing = 0
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+            rows = len(layer.weight) // groups
+            missing += groups * max(layer.weight[0].numel() - rows, 0)
+    return literal_penalty(model, beta, scale).item() - beta / 2 * missing
 
 
 def nearest_on_simplex(v: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import defquant as dq
-from defquant.quantize import QuantTanh, fake_quantize
+from conftest import alike
+from defquant.quantize import QuantBranch, QuantTanh, fake_quantize
 
 BITS = st.integers(1, 8)
 HIGH = st.sampled_from([1.0, 2.5, 6.0])
@@ -32,8 +35,6 @@ def test_value_and_gradient_are_the_papers(bits: int, high: float, seed: int) ->
     (mine,) = torch.autograd.grad(ours, x, grad)
     (paper,) = torch.autograd.grad(theirs, x, grad)
     assert torch.equal(mine, paper)
-    clamp = nn.functional.hardtanh(x, 0.0, high)
-    assert torch.equal(mine, torch.autograd.grad(clamp, x, grad)[0])
 
 
 @settings(max_examples=40, deadline=None)
@@ -50,9 +51,10 @@ def test_output_is_on_the_grid_and_quantising_again_changes_nothing(bits: int, h
     assert (q.diff() >= 0).all()
 
 
-def test_ties_go_to_the_even_code() -> None:
+def test_ties_go_to_the_even_code_and_without_bits_it_is_the_clamp() -> None:
     x = torch.tensor([0.5, 1.5, 2.5, 3.5])
     assert fake_quantize(x, 3, 7.0).tolist() == [0.0, 2.0, 2.0, 4.0]
+    assert torch.equal(fake_quantize(4 * x - 5, None), nn.functional.relu6(4 * x - 5))
 
 
 def test_one_byte_per_element_is_saved() -> None:
@@ -68,32 +70,27 @@ def test_one_byte_per_element_is_saved() -> None:
     assert [t.element_size() * t.numel() for t in saved] == [x.numel()]
 
 
-def test_full_precision_is_the_clamp() -> None:
-    x = torch.randn(100) * 5
-    assert torch.equal(fake_quantize(x, None), nn.functional.relu6(x))
-
-
-def test_autocast_quantises_in_float32() -> None:
-    x = torch.full((4,), 2.7)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = dq.QuantReLU(8)(x.bfloat16())
-    assert y.dtype == torch.float32
-    assert torch.equal(y, fake_quantize(x.bfloat16().float(), 8))
-
-
-def test_gradient_reaches_half_precision_input() -> None:
-    x = torch.tensor([-1.0, 2.0, 7.0], dtype=torch.bfloat16, requires_grad=True)
-    fake_quantize(x, 4).sum().backward()
-    assert x.grad is not None
-    assert x.grad.tolist() == [0.0, 1.0, 0.0]
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("peak", [None, 0.0, 2.0])
+def test_half_precision_is_rounded_in_float32(dtype: torch.dtype, peak: float | None) -> None:
+    """By the quantisers of activations and of branches (`peak`), under autocast, too."""
+    modules = [dq.QuantReLU(8), QuantTanh(8)] if peak is None else [branch(peak)]
+    x = torch.randn(100).to(dtype).requires_grad_()
+    for module in modules:
+        for amp in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                y = module(x)
+            assert y.dtype == torch.float32
+            assert torch.equal(y, module(x.float()))
+        (grad,), (full,) = (torch.autograd.grad(module(z).sum(), z) for z in (x, x.float()))
+        assert torch.equal(grad, full.to(dtype))
 
 
 @pytest.mark.parametrize("bits", [0, 9, "four", 4.0, True, -1])
-def test_other_bits_are_refused_in_one_line(bits: object) -> None:
-    for call in (lambda: dq.QuantReLU(bits), lambda: fake_quantize(torch.zeros(1), bits)):  # type: ignore[arg-type]
-        with pytest.raises(dq.UserError, match="bits must be a whole number from 1 to 8") as error:
-            call()
-        assert "\n" not in str(error.value)
+def test_other_bits_are_refused(bits: Any) -> None:
+    for call in (dq.QuantReLU, QuantTanh, lambda bits: fake_quantize(torch.zeros(1), bits)):
+        with pytest.raises(dq.UserError, match="bits must be a whole number from 1 to 8"):
+            call(bits)
 
 
 @pytest.mark.parametrize("high", [0.0, -1.0, float("inf"), float("nan")])
@@ -103,20 +100,18 @@ def test_other_ranges_are_refused(high: float) -> None:
 
 
 def test_set_bits_changes_the_function_not_the_state() -> None:
-    model = dq.wide_resnet(10, 1, bits=4, in_channels=1)
+    model = dq.wide_resnet(10, 1, bits=4, in_channels=1).eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     x = torch.rand(2, 1, 8, 8)
-    four = model.eval()(x)
+    four = model(x)
     assert dq.set_bits(model, None) is model
-    full = model(x)
-    assert not torch.equal(four, full)
+    assert not torch.equal(four, model(x))
     assert torch.equal(dq.set_bits(model, 4)(x), four)
-    assert before.keys() == dq.wide_resnet(10, 1, in_channels=1).state_dict().keys()
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    with pytest.raises(dq.UserError):
+    assert alike(before, model.state_dict())
+    with pytest.raises(dq.UserError, match="bits must"):
         dq.set_bits(model, 9)
     with pytest.raises(dq.UserError, match="no activation quantiser"):
-        dq.set_bits(nn.Linear(2, 2), 4)
+        dq.set_bits(nn.Flatten(), 4)
 
 
 @settings(max_examples=20, deadline=None)
@@ -130,3 +125,45 @@ def test_tanh_quantiser(bits: int) -> None:
     (grad,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(grad, 1 - torch.tanh(x.detach()) ** 2)
     assert QuantTanh()(x).equal(torch.tanh(x))
+
+
+# ---------------------------------------------------------------------------- branches on a grid
+
+
+def branch(peak: float = 0.0) -> QuantBranch:
+    module = QuantBranch().eval()
+    module.peak.fill_(peak)
+    return module
+
+
+def test_a_branch_is_the_closed_form_and_its_gradient_ends_with_its_range() -> None:
+    x = torch.tensor([-500.0, -128.6, -128.4, -128, -127.5, -0.5, 0.5, 1.5, 2.5, 127.4, 127.6, 500])
+    codes = torch.tensor([-128.0, -128, -128, -128, -128, 0, 0, 2, 2, 127, 127, 127])
+    inside = torch.tensor([0.0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0])
+    for step in (1.0, 0.25, 2.0**-20):
+        y = branch(127 * step)(at := (x * step).requires_grad_())
+        assert torch.equal(y, codes * step)
+        assert torch.equal(torch.autograd.grad(3 * y.sum(), at)[0], 3 * inside)
+
+
+def test_before_the_first_batch_a_branch_passes_x() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    assert torch.equal(y := branch()(x), x)
+    assert (torch.autograd.grad(2 * y.sum(), x)[0] == 2).all()
+    training = QuantBranch().train()
+    assert torch.equal(training(torch.zeros(5)), torch.zeros(5))  # no range yet, and no NaN
+    assert training.peak == 0
+
+
+def test_the_range_is_a_moving_average_in_training_alone() -> None:
+    """From the first batch on, which is rounded onto its own range."""
+    module, seen = QuantBranch().train(), []
+    for largest in (4.0, -8.0, 2.0):
+        y = module(x := torch.tensor([0.5, largest, -1.0]))
+        step = module.peak / 127
+        torch.testing.assert_close(y, (x / step).round().clamp(-128, 127) * step)
+        seen.append(float(module.peak))
+    assert seen == pytest.approx([4.0, 4.4, 4.16])
+    module.eval()(torch.full((3,), 1e6))
+    assert float(module.peak) == seen[-1]
+    assert module.peak.shape == () and not module.peak.requires_grad

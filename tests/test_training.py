@@ -1,26 +1,29 @@
 import json
-import math
 import os
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import defquant as dq
-from conftest import tiny_images
-from defquant import checkpoint, distributed
+import reference_lipschitz as slow
+from conftest import alike, tiny_images
+from defquant import checkpoint
+from defquant.attacks import Attack
+from defquant.checkpoint import Facts
 from defquant.config import PRESETS, DataConfig, ModelConfig, TrainConfig
 from defquant.data import Dataset, batches
-from defquant.distributed import Workers
 from defquant.errors import DefquantWarning, UserError
-from defquant.files import owned_folder, write_bytes
+from defquant.evaluate import robust
+from defquant.files import write_bytes
 from defquant.lipschitz import ConvexSum
+from defquant.models import build
 from defquant.runs import _check_momentum, train_run
 from defquant.training import learning_rate, train, training_attack
 from defquant.typed import from_mapping
@@ -28,19 +31,25 @@ from defquant.typed import from_mapping
 CONFIG = TrainConfig(epochs=2, batch_size=16, lr=0.05, device="cpu")
 
 
-def network(bits: int | None = 4, *, convex: bool = False, seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return dq.wide_resnet(10, 1, bits=bits, convex=convex, in_channels=1, num_classes=4)
+def network(bits: int | None = 4, *, convex: bool = False, name: str = "wrn-10-1") -> nn.Module:
+    return build(ModelConfig(name, bits=bits, convex=convex), num_classes=4, in_channels=1)
+
+
+def trained(corners: Dataset, model: nn.Module | None = None, **changes: Any) -> nn.Module:
+    model = network() if model is None else model
+    train(model, corners, replace(CONFIG, epochs=1, **changes))
+    return model
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
-    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    return all(torch.equal(x, y) for x, y in pairs)
+    return alike(a.state_dict(), b.state_dict())
 
 
-def test_it_learns(corners: Dataset) -> None:
-    history = train(network(), corners, replace(CONFIG, epochs=10), test=tiny_images(seed=1))
-    assert history[-1]["test_accuracy"] > 0.95
+@pytest.mark.parametrize("amp", [False, True])
+def test_it_learns(corners: Dataset, amp: bool) -> None:
+    config = replace(CONFIG, epochs=10, amp=amp)
+    history = train(network(convex=amp), corners, config, test=tiny_images(seed=1))
+    assert history[-1]["test_accuracy"] > (0.9 if amp else 0.95)
     assert history[-1]["loss"] < history[0]["loss"]
     assert [h["epoch"] for h in history] == list(range(1, 11))
 
@@ -59,41 +68,35 @@ def test_the_loop_is_plain_sgd_on_the_papers_objective(corners: Dataset) -> None
     for epoch in range(2):
         for x, y in batches(corners, 16, seed=0, epoch=epoch):
             loss = nn.functional.cross_entropy(plain(x), y)
-            for module in plain.modules():
-                if isinstance(module, nn.Conv2d | nn.Linear):
-                    W = module.weight.flatten(1)
-                    loss = loss + beta / 2 * (W.T @ W - torch.eye(W.shape[1])).square().sum()
+            loss = loss + slow.literal_penalty(plain, beta)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             dq.project_simplex_(plain)
-    for (name, mine), theirs in zip(
-        model.state_dict().items(), plain.state_dict().values(), strict=True
-    ):
-        torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=2e-4, msg=name)
+    torch.testing.assert_close(
+        dict(model.state_dict()), dict(plain.state_dict()), rtol=2e-3, atol=2e-4
+    )
 
 
 def test_penalty_as_loss_and_fused_train_alike(corners: Dataset) -> None:
-    models = [network(None), network(None)]
-    for model, mode in zip(models, ("fused", "loss"), strict=True):
-        config = replace(CONFIG, epochs=1, beta=0.02, penalty=mode)  # type: ignore[arg-type]
-        record = train(model, corners, config)[-1]
-        assert record["penalty"] > 0
-    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    weights = []
+    for mode in ("fused", "loss"):
+        model = network(None)
+        config = replace(CONFIG, epochs=1, beta=0.02, penalty=mode)
+        assert train(model, corners, config)[-1]["penalty"] > 0
+        weights.append(list(model.parameters()))
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("penalty", ["fused", "parseval"])
 def test_penalties_pull_weights_towards_orthonormal(corners: Dataset, penalty: str) -> None:
-    config = replace(CONFIG, epochs=10, beta=0.1, penalty=penalty, weight_decay=0.0)  # type: ignore[arg-type]
-    pulled, free = network(None), network(None)
-    train(pulled, corners, config)
-    train(free, corners, replace(config, beta=0.0))
-
-    def distance(model: nn.Module) -> float:
-        return float(dq.OrthogonalPenalty(model, 1.0).penalty().detach())
-
-    assert distance(pulled) < 0.2 * distance(free)
+    found = []
+    for beta in (0.1, 0.0):
+        model = network(None)
+        settings: dict[str, Any] = {"epochs": 10, "weight_decay": 0.0, "penalty": penalty}
+        train(model, corners, replace(CONFIG, beta=beta, **settings))
+        found.append(dq.OrthogonalPenalty(model, 1.0).penalty().item())
+    assert found[0] < 0.2 * found[1]
 
 
 def test_convex_coefficients_stay_on_the_simplex_and_are_not_decayed(corners: Dataset) -> None:
@@ -106,49 +109,51 @@ def test_convex_coefficients_stay_on_the_simplex_and_are_not_decayed(corners: Da
 
 
 def test_same_seed_same_weights_other_seed_other_weights(corners: Dataset) -> None:
-    models = [network() for _ in range(3)]
-    for model, seed in zip(models, (0, 0, 1), strict=True):
+    models = []
+    for seed in (0, 0, 1):
         torch.rand(7)  # the global random state must not matter
-        train(model, corners, replace(CONFIG, epochs=1, seed=seed))
+        models.append(trained(corners, seed=seed))
     assert same(models[0], models[1])
     assert not same(models[0], models[2])
 
 
+class Spy:
+    """An attack of training that keeps what it makes."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        attack = training_attack(config)
+        assert attack is not None
+        self.attack, self.draws = attack, set[int]()
+        self.made: list[Tensor] = []
+        self.moved: list[float] = []
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        assert not model.training and not torch.is_autocast_enabled("cpu")
+        assert generator is not None
+        self.draws.add(generator.initial_seed())
+        self.made.append(self.attack(model, x, y, generator=generator))
+        self.moved.append(float((self.made[-1] - x).abs().max()))
+        return self.made[-1]
+
+
 @pytest.mark.parametrize("attack", ["fgsm", "rfgsm", "pgd"])
 def test_adversarial_training_sees_the_attacked_images(corners: Dataset, attack: str) -> None:
-    config = replace(CONFIG, epochs=1, attack=attack, attack_eps=8 / 255)  # type: ignore[arg-type]
-    made = training_attack(config)
-    assert made is not None
-    seen: list[float] = []
-    draws: set[int] = set()
-
-    def spy(
-        model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
-    ) -> Tensor:
-        assert not model.training
-        assert generator is not None
-        draws.add(generator.initial_seed())
-        adversarial = made(model, x, y, generator=generator)
-        seen.append(float((adversarial - x).abs().max()))
-        return adversarial
-
-    plain, attacked, again = network(), network(), network()
-    train(plain, corners, replace(config, attack="none"))
+    settings: dict[str, Any] = {"attack": attack, "attack_eps": 8 / 255}
+    config = replace(CONFIG, epochs=1, **settings)
+    spy, attacked, plain = Spy(config), network(), trained(corners)
     train(attacked, corners, config, attack=spy)
-    train(again, corners, config)
-    assert 0 < max(seen) <= 8 / 255 + 1e-6
-    assert len(draws) == len(seen) == 4  # each step draws anew
-    assert same(attacked, again)
+    assert 0 < max(spy.moved) <= 8 / 255 + 1e-6
+    assert len(spy.draws) == len(spy.moved) == 4  # each step draws anew
+    assert same(attacked, trained(corners, **settings))
     assert not same(attacked, plain)
-    halved = network()
-    train(halved, corners, replace(config, mix=0.0))
-    assert same(halved, plain)
+    assert same(trained(corners, **settings, mix=0.0), plain)
 
 
 def test_diverging_stops_with_a_clear_word(corners: Dataset) -> None:
-    with pytest.raises(dq.UserError, match="training diverged: the loss is") as error:
-        train(network(None), corners, replace(CONFIG, lr=1e30, schedule="constant"))
-    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="training diverged: the loss is"):
+        trained(corners, network(None), lr=1e30, schedule="constant")
 
 
 def test_impossible_settings_are_refused() -> None:
@@ -157,48 +162,104 @@ def test_impossible_settings_are_refused() -> None:
         {"clip": -1.0}, {"gamma": 0.0}, {"beta": 2.0, "penalty": "parseval"}, {"mix": 2.0},
         {"attack_eps": 8.0}, {"epochs": 0}, {"batch_size": 1}, {"lr": 0.0}, {"beta": -1.0},
     ):  # fmt: skip
-        with pytest.raises(dq.UserError, match=next(iter(wrong)).replace("attack_", "")):
+        with pytest.raises(UserError, match=next(iter(wrong)).replace("attack_", "")):
             TrainConfig(**wrong)
 
 
 def test_clipped_gradients_take_shorter_steps(corners: Dataset) -> None:
-    config = replace(CONFIG, epochs=1, weight_decay=0.0, momentum=0.0, schedule="constant")
-    start, far, near = network(), network(), network()
-    train(far, corners, config)
-    train(near, corners, replace(config, clip=1e-3))
-
-    def moved(model: nn.Module) -> float:
-        pairs = zip(model.parameters(), start.parameters(), strict=True)
-        return math.sqrt(sum(float((a - b).detach().square().sum()) for a, b in pairs))
-
-    assert 0 < moved(near) <= 0.05 * 1e-3 * 4 * 1.01  # lr times length times steps
-    assert moved(far) > 10 * moved(near)
+    settings: dict[str, Any] = {"weight_decay": 0.0, "momentum": 0.0, "schedule": "constant"}
+    start = nn.utils.parameters_to_vector(network().parameters())
+    far, near = (
+        float((nn.utils.parameters_to_vector(model.parameters()) - start).norm().detach())
+        for model in (trained(corners, **settings, clip=clip) for clip in (0.0, 1e-3))
+    )
+    assert 0 < near <= 0.05 * 1e-3 * 4 * 1.01  # lr times length times steps
+    assert far > 10 * near
 
 
 def test_learning_rates() -> None:
-    step = TrainConfig(
-        **{k: v for k, v in PRESETS["cifar10-paper"].items() if k in TrainConfig.__annotations__}
-    )
+    step = from_mapping(TrainConfig, PRESETS["cifar10-paper"])
     rates = [learning_rate(step, epoch * 391, 391) for epoch in (0, 59, 60, 119, 120, 160, 199)]
-    expected = [0.1, 0.1, 0.02, 0.02, 0.004, 0.0008, 0.0008]
-    assert all(math.isclose(a, b) for a, b in zip(rates, expected, strict=True))
-    cycle = TrainConfig(epochs=4, lr=0.2)
-    curve = [learning_rate(cycle, s, 10) for s in range(40)]
-    assert max(curve) == pytest.approx(0.2)
-    assert curve.index(max(curve)) == 9
+    assert rates == pytest.approx([0.1, 0.1, 0.02, 0.02, 0.004, 0.0008, 0.0008])
+    curve = [learning_rate(TrainConfig(epochs=4, lr=0.2), s, 10) for s in range(40)]
+    assert max(curve) == curve[9] == pytest.approx(0.2)
     assert 0 < curve[-1] < 0.01
     assert min(curve) > 0
 
 
 def test_presets_are_the_papers() -> None:
+    kinds: tuple[Any, ...] = (ModelConfig, DataConfig, TrainConfig)
+    known = {field for kind in kinds for field in kind.__annotations__}
     for name, values in PRESETS.items():
-        from_mapping(ModelConfig, values)
-        from_mapping(DataConfig, values)
-        from_mapping(TrainConfig, values)
-        known = {f for k in (ModelConfig, DataConfig, TrainConfig) for f in k.__annotations__}
+        assert all(from_mapping(kind, values) for kind in kinds)
         assert set(values) <= known, name
     paper = PRESETS["svhn-paper"]
     assert (paper["epochs"], paper["lr"], paper["gamma"], paper["beta"]) == (160, 0.01, 0.1, 2e-3)
+
+
+# --- amp: bfloat16 for the inner convolutions of training alone, never for pixels or attacks ------
+
+
+def convolutions(model: nn.Module) -> list[tuple[str, bool, torch.dtype]]:
+    """(name, whether the model trains, type of the output) of each convolution that runs."""
+    seen = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(
+                lambda _, x, y, name=name: seen.append((name, model.training, y.dtype))
+            )
+    return seen
+
+
+@pytest.mark.parametrize("name", ["wrn-10-1", "vgg-16x0.125", "resnet-18x0.125"])
+@pytest.mark.parametrize("convex", [False, True])
+def test_networks_train_under_autocast(corners: Dataset, name: str, convex: bool) -> None:
+    model = network(convex=convex, name=name)
+    (record,) = train(model, corners, replace(CONFIG, epochs=1, beta=0.02, amp=True))
+    assert record["loss"] < 10
+    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"attack": "rfgsm", "mix": 0.5}, {"attack": "fgsm", "attack_eps": 8 / 255},
+     {"attack": "pgd", "attack_eps": 2 / 255}],
+    ids=str,
+)  # fmt: skip
+def test_attacks_and_scores_of_training_are_float32(
+    corners: Dataset, settings: dict[str, Any]
+) -> None:
+    """In eval mode, in which attacks, monitor and test run, no convolution is bfloat16."""
+    model = network()
+    seen = convolutions(model)
+    train(model, corners, replace(CONFIG, epochs=1, amp=True, **settings), test=corners)
+    half = {(name, training) for name, training, kind in seen if kind == torch.bfloat16}
+    full = {(name, training) for name, training, kind in seen if kind == torch.float32}
+    assert all(training for _, training in half)
+    assert {name for name, training in full if training} == {"stem"}
+    assert {name for name, training in full if not training} == {name for name, *_ in seen}
+
+
+def test_training_attacks_do_not_depend_on_amp(corners: Dataset) -> None:
+    """The first step's adversarial images, from the same weights, with and without autocast."""
+    config = replace(CONFIG, epochs=1, attack="rfgsm", attack_eps=8 / 255)
+    plain, auto = Spy(config), Spy(config)
+    for amp, spy in ((False, plain), (True, auto)):
+        train(network(), corners, replace(config, amp=amp), attack=spy)
+    assert torch.equal(plain.made[0], auto.made[0])
+    assert not torch.equal(plain.made[1], auto.made[1])  # the weights have parted
+
+
+@pytest.mark.parametrize("attack", [dq.FGSM(0.1), dq.PGD(0.1, steps=3)], ids=str)
+def test_reported_attacks_leave_the_callers_autocast(corners: Dataset, attack: Attack) -> None:
+    model, (x, y) = network().eval(), corners.take(torch.arange(8))
+    every = torch.ones(len(corners), dtype=torch.bool)
+    plain = attack(model, x, y), robust(model, corners, attack, standing=every)
+    seen = convolutions(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        auto = attack(model, x, y), robust(model, corners, attack, standing=every)
+    assert all(map(torch.equal, auto, plain))
+    assert {kind for *_, kind in seen} == {torch.float32}
 
 
 # --- whole runs in folders ---------------------------------------------------------------------
@@ -213,10 +274,10 @@ train_run(ModelConfig("wrn-10-1", bits=4, convex=True), DataConfig("digits", tra
 """
 
 
-def run(folder: Path, **popen: object) -> subprocess.Popen[str]:
+def run(folder: Path) -> subprocess.Popen[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", RUN, str(folder)]
-    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, **popen)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
 
 def finish(folder: Path) -> None:
@@ -240,28 +301,19 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(tmp_path: Path) 
     first, *others = [checkpoint.load(tmp_path / n) for n in ("whole", "killed1", "killed2")]
     for other in others:
         assert other.facts.history[-1]["loss"] == first.facts.history[-1]["loss"]
-        assert all(torch.equal(v, other.weights[k]) for k, v in first.weights.items())
-        assert all(torch.equal(v, other.momentum[k]) for k, v in first.momentum.items())
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """Two gloo processes with half the batch each: the same loss as one, up to batch norm."""
-    code = RUN.replace('attack="rfgsm", ', "").replace("resume=True", "show=False")
-    script = tmp_path / "run.py"
-    script.write_text(code)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*launch, str(script), str(tmp_path / "two")], env=env, check=True, timeout=240)
-    subprocess.run([sys.executable, str(script), str(tmp_path / "one")], env=env, check=True)
-    one, two = (checkpoint.load(tmp_path / name).facts.history for name in ("one", "two"))
-    assert len(one) == len(two) == 4
-    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=0.1)
-    assert two[-1]["test_accuracy"] == pytest.approx(one[-1]["test_accuracy"], abs=0.15)
+        assert alike(first.weights, other.weights) and alike(first.momentum, other.momentum)
 
 
 MODEL, DATA = ModelConfig("wrn-10-1"), DataConfig("digits", train_images=64)
 TWO = TrainConfig(epochs=2, batch_size=64, device="cpu")
+
+
+def begin(config: TrainConfig, folder: Path, **options: Any) -> Facts:
+    return train_run(MODEL, DATA, config, folder, show=False, **options)
+
+
+def stop(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("lost", ["config.json", "log.jsonl"])
@@ -270,45 +322,38 @@ def test_a_kill_between_a_checkpoint_and_its_companions_loses_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str, epochs: int
 ) -> None:
     def killed(path: Path, content: bytes) -> None:
-        if path.name == lost:
-            raise KeyboardInterrupt
-        write_bytes(path, content)
+        (stop if path.name == lost else write_bytes)(path, content)
 
-    monkeypatch.setattr(checkpoint, "write_bytes", killed)
     config = replace(TWO, epochs=epochs)
-    with pytest.raises(KeyboardInterrupt):
-        train_run(MODEL, DATA, config, tmp_path, show=False)
-    monkeypatch.undo()
-    facts = train_run(MODEL, DATA, config, tmp_path, resume=True, show=False)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "write_bytes", killed)
+        begin(config, tmp_path)
+    facts = begin(config, tmp_path, resume=True)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert records == list(facts.history)
     assert len(records) == epochs
     written = json.loads((tmp_path / "config.json").read_text())
-    assert written["train"]["epochs"] == epochs
-    assert written["versions"] == facts.versions
+    assert (written["train"]["epochs"], written["versions"]) == (epochs, facts.versions)
 
 
 def test_what_a_resumed_run_does_differently_is_said_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint, "write_companions", stop)  # after the first epoch
-    with pytest.raises(KeyboardInterrupt):
-        train_run(MODEL, DATA, TWO, tmp_path, show=False)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "write_companions", stop)  # after the first epoch
+        begin(TWO, tmp_path)
     before = checkpoint.load(tmp_path).facts.versions
-    now = {**before, "torch": "9.0", "instructions": "none", "processes": "4"}
-    monkeypatch.setattr(checkpoint, "versions", lambda _: {**now, "threads": "3"})
+    now = {"torch": "9.0", "instructions": "none", "processes": "4", "threads": "3"}
     said = "torch .*, now 9.0, instructions .*, now none, threads 1, now 3, processes 1, now 4"
-    with pytest.warns(DefquantWarning, match=f"goes on with {said}: its weights will not be"):
-        train_run(MODEL, DATA, TWO, tmp_path, resume=True, show=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "versions", lambda _: {**before, **now})
+        with pytest.warns(DefquantWarning, match=f"goes on with {said}: its weights will not be"):
+            begin(TWO, tmp_path, resume=True)
     after = checkpoint.load(tmp_path).facts.versions
     assert (after["threads"], after["processes"]) == ("1 then 3", "1 then 4")
     assert after["python"] == before["python"]
-    monkeypatch.undo()  # a finished run is not trained: nothing differs
-    assert train_run(MODEL, DATA, TWO, tmp_path, resume=True, show=False).versions == after
+    # a finished run is not trained: nothing differs
+    assert begin(TWO, tmp_path, resume=True).versions == after
 
 
 def test_a_folder_removed_in_training_ends_it(
@@ -320,70 +365,8 @@ def test_a_folder_removed_in_training_ends_it(
 
     monkeypatch.setattr("defquant.training.accuracy", removing)
     with pytest.raises(UserError, match="was removed while a run was in it"):
-        train_run(MODEL, DATA, TWO, tmp_path / "run", show=False)
+        begin(TWO, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-# --- several processes -------------------------------------------------------------------------
-
-
-def test_a_rank_without_a_world_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch scheduler sets RANK: two of its jobs still exclude each other from one folder."""
-    monkeypatch.setenv("RANK", "1")
-    assert distributed.place() == Workers(0, 1, 0)
-    with owned_folder(tmp_path), pytest.raises(UserError, match="in use by another run"):
-        train_run(MODEL, DATA, TWO, tmp_path, show=False)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("MASTER_PORT", "1")
-    assert distributed.place() == Workers(1, 4, 0)
-    assert not distributed.leads()
-
-
-@pytest.mark.parametrize(
-    ("world", "rank", "said"),
-    [
-        ("abc", "0", "WORLD_SIZE must be a whole number from 1 to .*; found 'abc'"),
-        ("0", "0", "WORLD_SIZE must be .*; found '0'"),
-        ("9" * 5000, "0", "WORLD_SIZE must be .*; found '9{80}'"),
-        ("2", "2", "RANK must be a whole number from 0 to 1; found '2'"),
-        ("2", "", "find each other by RANK, which is not set: start them with torchrun"),
-    ],
-)
-def test_a_world_that_cannot_be_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, world: str, rank: str, said: str
-) -> None:
-    names = {"WORLD_SIZE": world, "RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    for name, value in names.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=said):
-        distributed.leads()
-
-
-def test_a_process_that_hangs_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(distributed, "PATIENCE", 0.1)
-    assert list(distributed.watched(range(3), Workers(1, 2))) == [0, 1, 2]
-    time.sleep(0.2)
-    assert capsys.readouterr().err == ""
-    for _ in distributed.watched(range(2), Workers(1, 2)):
-        time.sleep(0.2)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "process 1 of 2 has not ended a step in 0.1 s" in line
-
-
-def test_processes_that_are_lost_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "place", lambda: Workers(0, 2))
-    monkeypatch.setattr("torch.distributed.init_process_group", lambda _: None)
-    cpu = torch.device("cpu")
-    with (
-        pytest.raises(UserError, match=r"process 0 of 2 lost the others \(\[gloo"),
-        distributed.workers(cpu),
-    ):
-        raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
-    with pytest.raises(RuntimeError, match="mine"), distributed.workers(cpu):
-        raise RuntimeError("mine")
 
 
 class Viewed(nn.Module):
@@ -395,24 +378,24 @@ class Viewed(nn.Module):
         self.fc = nn.Linear(8 * 36, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        return self.fc(x.view(x.size(0), -1))  # type: ignore[no-any-return]
+        return self.fc(self.conv(x).view(x.size(0), -1))  # type: ignore[no-any-return]
 
 
 def test_memory_formats_are_the_users_own_after_training(corners: Dataset) -> None:
-    x = torch.rand(2, 1, 8, 8)
-    train(viewed := Viewed(), corners, replace(CONFIG, epochs=1))
-    assert viewed(x).shape == (2, 4)
+    assert trained(corners, Viewed())(torch.rand(2, 1, 8, 8)).shape == (2, 4)
 
-    def stop(*_: object) -> None:
-        assert strides != {n: t.stride() for n, t in model.state_dict().items()}
+    def strides() -> dict[str, tuple[int, ...]]:
+        return {name: tensor.stride() for name, tensor in model.state_dict().items()}
+
+    def moved(*_: object) -> None:
+        assert strides() != before
         raise KeyboardInterrupt
 
     model = network()
-    strides = {n: t.stride() for n, t in model.state_dict().items()}
+    before = strides()
     with pytest.raises(KeyboardInterrupt):
-        train(model, corners, CONFIG, on_epoch=stop)
-    assert {n: t.stride() for n, t in model.state_dict().items()} == strides
+        train(model, corners, CONFIG, on_epoch=moved)
+    assert strides() == before
 
 
 def test_a_foreign_attack_in_training_is_checked(corners: Dataset) -> None:
@@ -421,8 +404,8 @@ def test_a_foreign_attack_in_training_is_checked(corners: Dataset) -> None:
         y.zero_()  # a copy
         return x[:1]
 
-    with pytest.raises(dq.UserError, match="must return float images"):
-        train(network(), corners, replace(CONFIG, epochs=1), attack=broken)
+    with pytest.raises(UserError, match="must return float images"):
+        train(network(), corners, CONFIG, attack=broken)
 
 
 def test_momentum_that_is_missing_or_of_another_shape_is_refused() -> None:

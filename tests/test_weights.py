@@ -1,8 +1,8 @@
-"""Weights and residual branches on their grids, in training and in what training keeps."""
+"""Weights on their grid: the grid, the layers, the penalty, and whole runs with all of it."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,39 +13,30 @@ from hypothesis.extra import numpy as arrays
 from torch import Tensor, nn
 
 import defquant as dq
-from conftest import tiny_images
+from conftest import alike, tiny_images
 from defquant import checkpoint
 from defquant.checkpoint import Checkpoint, Facts
 from defquant.config import DataConfig, ModelConfig, TrainConfig
-from defquant.lipschitz import OrthogonalPenalty
+from defquant.lipschitz import OrthogonalPenalty, Target
 from defquant.models import build
-from defquant.models.blocks import FirstConv
-from defquant.quantize import QuantBranch
 from defquant.runs import train_run
 from defquant.typed import from_mapping
-from defquant.weights import (
-    QuantConv2d,
-    QuantLinear,
-    effective_weight,
-    quantize_weight,
-    weight_grid,
-)
+from defquant.weights import QuantConv2d, QuantLinear, quantize_weight, weight_grid
 
-NETWORKS = ("wrn-10-1", "vgg-16x0.125", "resnet-18x0.125")
 WEIGHTS = arrays.arrays(np.float32, (3, 7), elements=st.floats(-4, 4, width=32))
-CONVOLUTIONS: Mapping[str, Mapping[str, object]] = {
-    "plain": {},
-    "strided, with a wide border": {"stride": 2, "padding": 2},
-    "grouped": {"groups": 2, "bias": False},
-    "dilated, circular": {"dilation": 2, "padding": 1, "padding_mode": "circular"},
-}
+LAYERS: Mapping[str, tuple[type[nn.Module], type[nn.Module], tuple[int, ...], dict[str, Any]]] = {
+    "linear": (QuantLinear, nn.Linear, (8, 5), {}),
+    "plain": (QuantConv2d, nn.Conv2d, (4, 6, 3), {}),
+    "strided, with a wide border": (QuantConv2d, nn.Conv2d, (4, 6, 3), {"stride": 2, "padding": 2}),
+    "grouped": (QuantConv2d, nn.Conv2d, (4, 6, 3), {"groups": 2, "bias": False}),
+    "dilated, circular": (
+        QuantConv2d, nn.Conv2d, (4, 6, 3), {"dilation": 2, "padding": 1, "padding_mode": "circular"}
+    ),
+}  # fmt: skip
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-# ---------------------------------------------------------------------------- the grid of weights
 
 
 @pytest.mark.parametrize(
@@ -60,7 +51,10 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def test_integers_and_scales_are_the_closed_form(
     bits: int, weight: list[float], integers: list[int]
 ) -> None:
-    """Channels are powers of two times one row, so that each scale is exact, and one is zero."""
+    """Channels are powers of two times one row, so that each scale is exact, and one is zero.
+
+    A channel knows nothing of the others.
+    """
     scales = [0.25, 1.0, 2.0**-9, 0.0]
     k, s = weight_grid(torch.tensor([[w * scale for w in weight] for scale in scales]), bits)
     assert s.tolist() == [0.25, 1.0, 2.0**-9, 1.0]
@@ -79,127 +73,50 @@ def test_the_grid_is_narrow_symmetric_and_within_half_a_step(array: np.ndarray, 
     assert (k.abs().amax(1)[normal] == most).all()
     error = (weight - s[:, None] * k).abs()[normal]
     assert (error <= 0.5001 * s[normal, None]).all()
-    assert torch.equal(weight_grid(-weight, bits)[0], -k)
-    assert torch.equal(weight_grid(-weight, bits)[1], s)
+    assert all(map(torch.equal, weight_grid(-weight, bits), (-k, s)))
 
 
 def test_nothing_leaves_the_range_where_the_scale_has_one_digit() -> None:
     """A channel of the smallest numbers there are: its scale is one or two of them."""
-    smallest = 2.0**-149
-    weight = torch.tensor([[190 * smallest, -smallest], [100 * smallest, 0.0]])
-    k, _ = weight_grid(weight, 8)
-    assert k.abs().max() <= 127
-
-
-def test_a_channel_knows_nothing_of_the_others() -> None:
-    weight = random(4, 3, 3, 3)
-    k, s = weight_grid(weight, 4)
-    louder = weight.clone()
-    louder[2] *= 32
-    k_louder, s_louder = weight_grid(louder, 4)
-    assert torch.equal(k, k_louder)
-    assert torch.equal(s_louder, s * torch.tensor([1.0, 1.0, 32.0, 1.0]))
+    weight = torch.tensor([[190.0, -1.0], [100.0, 0.0]]) * 2.0**-149
+    assert weight_grid(weight, 8)[0].abs().max() <= 127
 
 
 @pytest.mark.parametrize("bits", [2, 4, 7, 8])
-def test_the_value_is_on_the_grid_bit_for_bit(bits: int) -> None:
-    weight = random(6, 4, 3, 3).contiguous(memory_format=torch.channels_last)
-    before = weight.clone()
-    value = quantize_weight(weight, bits)
-    k, s = weight_grid(weight, bits)
-    assert np.array_equal(value.numpy(), k.numpy() * s.numpy().reshape(-1, 1, 1, 1))
+def test_the_value_is_on_the_grid_bit_for_bit_with_the_identitys_gradient(bits: int) -> None:
+    weight = random(6, 4, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    before, grad = weight.detach().clone(), random(6, 4, 3, 3, seed=1)
+    value, (k, s) = quantize_weight(weight, bits), weight_grid(weight, bits)
+    assert torch.equal(value, k * s.view(-1, 1, 1, 1))
     assert torch.equal(weight_grid(value, bits)[0], k)
     assert value.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(torch.autograd.grad(value, weight, grad)[0], grad)
     assert torch.equal(weight, before)
     assert quantize_weight(weight, None) is weight
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_the_gradient_is_that_of_the_identity(bits: int) -> None:
-    weight, grad = random(5, 4, 3, 3).requires_grad_(), random(5, 4, 3, 3, seed=1)
-    (found,) = torch.autograd.grad(quantize_weight(weight, bits), weight, grad)
-    assert torch.equal(found, grad)
-
-
 @pytest.mark.parametrize("bits", [-1, 0, 1, 9])
-def test_other_weight_bits_are_refused_in_one_line(bits: int) -> None:
-    with pytest.raises(dq.UserError, match=f"from 2 to 8; found {bits}") as error:
+def test_other_weight_bits_are_refused(bits: int) -> None:
+    with pytest.raises(dq.UserError, match=f"from 2 to 8; found {bits}"):
         weight_grid(torch.ones(1, 1), bits)
-    assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------- the layers
-
-
-@pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+@pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("bits", [None, 2, 8])
-def test_a_convolution_is_torchs_with_the_quantised_weight(
-    options: Mapping[str, object], bits: int | None
-) -> None:
-    torch.manual_seed(0)
-    layer = QuantConv2d(4, 6, 3, weight_bits=bits, **options)
-    plain = nn.Conv2d(4, 6, 3, **options)  # type: ignore[arg-type]
-    plain.load_state_dict(layer.state_dict())  # the same names, the same shapes
-    plain.weight.data = effective_weight(layer).detach()
-    same_forward_and_backward(layer, plain, random(2, 4, 9, 8))
-
-
-@pytest.mark.parametrize("bits", [None, 2, 8])
-def test_a_linear_layer_is_torchs_with_the_quantised_weight(bits: int | None) -> None:
-    torch.manual_seed(0)
-    layer, plain = QuantLinear(7, 5, weight_bits=bits), nn.Linear(7, 5)
-    plain.load_state_dict(layer.state_dict())
-    plain.weight.data = quantize_weight(layer.weight, bits).detach()
-    same_forward_and_backward(layer, plain, random(3, 7))
-
-
-def same_forward_and_backward(layer: nn.Module, plain: nn.Module, x: Tensor) -> None:
+def test_a_layer_is_torchs_with_the_quantised_weight(name: str, bits: int | None) -> None:
     """The output, the gradient of x and, straight through, those of weight and bias."""
-    outputs, grads = [], []
+    ours, theirs, sizes, options = LAYERS[name]
+    torch.manual_seed(0)
+    layer, plain = ours(*sizes, weight_bits=bits, **options), theirs(*sizes, **options)
+    plain.load_state_dict(layer.state_dict())  # the same names, the same shapes
+    plain.weight.data = quantize_weight(layer.weight, bits).detach()  # type: ignore[arg-type]
+    found = []
     for module in (layer, plain):
-        mine = x.clone().requires_grad_()
-        y = module(mine)
-        outputs.append(y)
-        grads.append(torch.autograd.grad(y, [mine, *module.parameters()], random(*y.shape, seed=2)))
-    assert torch.equal(*outputs)
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-
-
-def bits_of_layers(name: str, bits: int | None, weight_bits: int) -> list[int]:
-    config = ModelConfig(name, bits=bits, weight_bits=weight_bits)
-    model = build(config, num_classes=4, in_channels=3)
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    assert isinstance(layers[0], FirstConv) and isinstance(layers[-1], QuantLinear)
-    assert all(isinstance(m, QuantConv2d) for m in layers[:-1])
-    return [m.weight_bits for m in layers]  # type: ignore[misc]
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("weight_bits", [8, 4, 2])
-def test_the_first_layer_has_7_bits_the_last_8(name: str, weight_bits: int) -> None:
-    for bits in (None, 1, 4, 7):
-        first, *inner, last = bits_of_layers(name, bits, weight_bits)
-        assert (first, set(inner), last) == (7, {weight_bits}, 8)
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_at_8_activation_bits_convolutions_have_7(name: str) -> None:
-    """Else two products of a code and a weight overflow the 16 bits that AVX2 adds them in."""
-    *convolutions, last = bits_of_layers(name, 8, 8)
-    assert (set(convolutions), last) == ({7}, 8)
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_weight_bits_change_neither_the_state_nor_the_draws(name: str) -> None:
-    plain, quantised = (
-        build(ModelConfig(name, bits=4, weight_bits=w), num_classes=4, in_channels=3)
-        for w in (None, 2)
-    )
-    state = plain.state_dict()
-    assert state.keys() == quantised.state_dict().keys()
-    assert all(torch.equal(v, state[k]) for k, v in quantised.state_dict().items())
-    x = torch.rand(4, 3, 16, 16)
-    assert not torch.equal(plain(x), quantised(x))
+        x = random(2, 4, 9, 8).requires_grad_()
+        y = module(x)
+        grads = torch.autograd.grad(y, [x, *module.parameters()], random(*y.shape, seed=2))
+        found.append([y, *grads])
+    assert all(map(torch.equal, *found))
 
 
 # ------------------------------------------------------------------------------------ the penalty
@@ -225,137 +142,38 @@ def on_grid(model: nn.Module, bits: int) -> nn.Module:
     return plain
 
 
+def matrices(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.dim() > 1]
+
+
 @pytest.mark.parametrize("target", ["identity", "parseval"])
 @pytest.mark.parametrize("last", [False, True], ids=["rows", "channels last"])
 @pytest.mark.parametrize("bits", [8, 2])
-def test_the_penalty_is_that_of_the_quantised_weights(bits: int, last: bool, target: str) -> None:
+def test_the_penalty_is_that_of_the_quantised_weights(
+    bits: int, last: bool, target: Target
+) -> None:
+    """And the retraction moves the float weight W by theirs: W <- W + beta (Q - QQ'Q)."""
     model = layers(bits, last)
     plain = on_grid(model, bits)
-    penalty, truth = (OrthogonalPenalty(m, 0.3, target=target) for m in (model, plain))  # type: ignore[arg-type]
+    penalty, truth = (OrthogonalPenalty(m, 0.3, target=target) for m in (model, plain))
     value = truth.penalty()
     torch.autograd.backward(value)
-    expected = [p.grad for p in plain.parameters() if p.grad is not None]
-    assert len(expected) == 5
+    expected = [p.grad for p in matrices(plain)]
 
     torch.autograd.backward(penalty.penalty())
     torch.testing.assert_close(penalty.penalty(), value)
-    torch.testing.assert_close([p.grad for p in model.parameters() if p.dim() > 1], expected)
-
+    torch.testing.assert_close([p.grad for p in matrices(model)], expected)
     model.zero_grad()
     torch.testing.assert_close(penalty.add_grad_(), value.detach())
-    torch.testing.assert_close([p.grad for p in model.parameters() if p.dim() > 1], expected)
-    unquantised = OrthogonalPenalty(layers(None, last), 0.3, target=target)  # type: ignore[arg-type]
+    torch.testing.assert_close([p.grad for p in matrices(model)], expected)
+    unquantised = OrthogonalPenalty(layers(None, last), 0.3, target=target)
     assert not torch.isclose(unquantised.penalty(), value, rtol=1e-3 if bits == 2 else 1e-6)
 
-
-@pytest.mark.parametrize("last", [False, True], ids=["rows", "channels last"])
-def test_the_retraction_moves_the_float_weight_by_the_quantised_one(last: bool) -> None:
-    """W <- W + beta (Q - QQ'Q), Q on the grid."""
-    model = layers(4, last)
-    plain = on_grid(model, 4)
-    before = [p.detach().clone() for p in model.parameters() if p.dim() > 1]
-    grids = [p.detach().clone() for p in plain.parameters() if p.dim() > 1]
-    OrthogonalPenalty(plain, 0.2).retract_()
-    OrthogonalPenalty(model, 0.2).retract_()
-    moved = [p.detach() for p in plain.parameters() if p.dim() > 1]
-    after = [p.detach() for p in model.parameters() if p.dim() > 1]
-    expected = [w + m - q for w, m, q in zip(before, moved, grids, strict=True)]
-    torch.testing.assert_close(after, expected)
-
-
-# ---------------------------------------------------------------------------- branches on a grid
-
-
-def branch(peak: float = 0.0) -> QuantBranch:
-    module = QuantBranch().eval()
-    module.peak.fill_(peak)
-    return module
-
-
-def test_codes_of_a_branch_are_the_closed_form() -> None:
-    x = torch.tensor([-500.0, -128.4, -128, -127.5, -0.5, 0.0, 0.5, 1.5, 2.5, 126.5, 127.4, 500])
-    codes = torch.tensor([-128.0, -128, -128, -128, 0, 0, 0, 2, 2, 126, 127, 127])
-    for step in (1.0, 0.25, 2.0**-20):
-        assert torch.equal(branch(127 * step)(x * step), codes * step)
-
-
-def test_gradients_of_a_branch_end_with_its_range() -> None:
-    x = torch.tensor([-129.0, -128.6, -128.4, -127.0, 0.0, 127.4, 127.6, 300.0]).requires_grad_()
-    (grad,) = torch.autograd.grad(branch(127.0)(x), x, torch.full((8,), 3.0))
-    assert grad.tolist() == [0.0, 0.0, 3.0, 3.0, 3.0, 3.0, 0.0, 0.0]
-
-
-def test_before_the_first_batch_a_branch_passes_x() -> None:
-    x = random(3, 4).requires_grad_()
-    y = branch()(x)
-    assert torch.equal(y, x)
-    (grad,) = torch.autograd.grad(y, x, torch.full_like(x, 2.0))
-    assert (grad == 2).all()
-    training = QuantBranch().train()
-    assert torch.equal(training(torch.zeros(5)), torch.zeros(5))  # no range yet, and no NaN
-    assert training.peak == 0
-
-
-def test_the_range_is_a_moving_average_in_training_alone() -> None:
-    module = QuantBranch().train()
-    seen = []
-    for largest in (4.0, -8.0, 2.0):
-        module(torch.tensor([0.5, largest, -1.0]))
-        seen.append(float(module.peak))
-    assert seen == pytest.approx([4.0, 4.4, 4.16])
-    module.eval()
-    module(torch.full((3,), 1e6))
-    assert float(module.peak) == seen[-1]
-    assert module.peak.shape == () and not module.peak.requires_grad
-
-
-def test_the_first_batch_is_rounded_onto_its_own_range() -> None:
-    x = random(1000)
-    y = QuantBranch().train()(x)
-    step = x.abs().max() / 127
-    torch.testing.assert_close(y, (x / step).round() * step)
-    assert 0 < (y - x).abs().max() <= 0.501 * step
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_rounded_in_float32(dtype: torch.dtype) -> None:
-    x = random(100).to(dtype).requires_grad_()
-    y = branch(2.0)(x)
-    assert y.dtype == torch.float32
-    assert torch.equal(y, branch(2.0)(x.float()))
-    y.sum().backward()
-    assert x.grad is not None and x.grad.dtype == dtype
-
-
-@pytest.mark.parametrize(
-    ("name", "branches"),
-    # a stem, two blocks' ends and shortcuts, one plain block; none; eight ends, three shortcuts
-    [("wrn-10-1", 1 + 3 + 2), ("vgg-16x0.125", 0), ("resnet-18x0.125", 8 + 3)],
-)
-def test_only_deployable_networks_have_ranges(name: str, branches: int) -> None:
-    plain, deployable = (
-        build(ModelConfig(name, bits=4, deployable=d), num_classes=4, in_channels=3)
-        for d in (False, True)
-    )
-    extra = deployable.state_dict().keys() - plain.state_dict().keys()
-    assert plain.state_dict().keys() <= deployable.state_dict().keys()
-    assert len(extra) == branches and all(key.endswith(".peak") for key in extra)
-    assert sum(isinstance(m, QuantBranch) for m in plain.modules()) == 0
-
-
-def test_what_enters_the_residual_stream_is_on_the_grid() -> None:
-    torch.manual_seed(0)
-    model = dq.wide_resnet(10, 1, bits=4, deployable=True, convex=True, num_classes=4).train()
-    off_grid = []
-
-    def check(_: nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> None:
-        off_grid.append(sum(len(x.unique()) > 256 for x in inputs))
-
-    for module in model.modules():
-        if isinstance(module, dq.ConvexSum):
-            module.register_forward_hook(check)
-    model(torch.rand(8, 3, 16, 16))
-    assert off_grid == [0, 0, 0]  # all three blocks reshape or follow the stem
+    before = [[p.detach().clone() for p in matrices(each)] for each in (model, plain)]
+    truth.retract_()
+    penalty.retract_()
+    moved = [w + p - q for w, p, q in zip(before[0], matrices(plain), before[1], strict=True)]
+    torch.testing.assert_close([p.detach() for p in matrices(model)], [m.detach() for m in moved])
 
 
 # ------------------------------------------------------------------------------------ whole runs
@@ -374,25 +192,21 @@ def test_a_stopped_run_resumes_to_the_same_weights(
         raise KeyboardInterrupt
 
     train_run(MODEL, data, TRAIN, tmp_path / "whole", show=False)
-    monkeypatch.setattr(checkpoint, "save", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "save", save_and_stop)
         train_run(MODEL, data, TRAIN, tmp_path / "stopped", show=False)
-    monkeypatch.undo()
     halfway = checkpoint.load(tmp_path / "stopped")
     assert len(halfway.facts.history) == 1
     train_run(MODEL, data, TRAIN, tmp_path / "stopped", resume=True, show=False)
 
     whole, resumed = (checkpoint.load(tmp_path / name) for name in ("whole", "stopped"))
     assert whole.facts.model == MODEL
-    assert whole.weights.keys() == resumed.weights.keys()
-    assert all(torch.equal(v, resumed.weights[k]) for k, v in whole.weights.items())
-    assert all(torch.equal(v, resumed.momentum[k]) for k, v in whole.momentum.items())
-    peaks = [k for k in whole.weights if k.endswith(".peak")]
-    assert len(peaks) == 6
-    assert all(whole.weights[k] > 0 for k in peaks)
-    assert any(not torch.equal(whole.weights[k], halfway.weights[k]) for k in peaks)
+    assert alike(whole.weights, resumed.weights) and alike(whole.momentum, resumed.momentum)
+    peaks = {k: v for k, v in whole.weights.items() if k.endswith(".peak")}
+    assert len(peaks) == 6 and all(peak > 0 for peak in peaks.values())
+    assert not alike(peaks, {k: halfway.weights[k] for k in peaks})
     network, _ = checkpoint.load_model(tmp_path / "stopped")
-    assert all(torch.equal(network.state_dict()[k], whole.weights[k]) for k in peaks)
+    assert alike(peaks, {k: network.state_dict()[k] for k in peaks})
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -403,10 +217,9 @@ def test_attacks_leave_the_ranges_alone(training: bool) -> None:
     model.train(training)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     for attack in (dq.FGSM(0.5), dq.PGD(0.5, steps=2)):
-        adversarial = attack(model, x, y)
-        assert not torch.equal(adversarial, x)
+        assert not torch.equal(attack(model, x, y), x)
     assert model.training is training
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert alike(before, model.state_dict())
 
 
 def test_weights_of_few_bits_learn() -> None:
@@ -418,10 +231,10 @@ def test_weights_of_few_bits_learn() -> None:
 
 
 @pytest.mark.parametrize("weight_bits", [0, 1, 3, 7, 16, "8", True, -8])
-def test_other_weight_bits_of_a_run_are_refused_in_one_line(weight_bits: object) -> None:
-    with pytest.raises(dq.UserError, match="weight_bits must be (8, 4 or 2|a whole)") as error:
+def test_other_weight_bits_of_a_run_are_refused(weight_bits: object) -> None:
+    said = r"weight_bits must be (8, 4 or 2|a whole).*found '?" + str(weight_bits)
+    with pytest.raises(dq.UserError, match=said):
         from_mapping(ModelConfig, {"weight_bits": weight_bits})
-    assert "\n" not in str(error.value) and repr(weight_bits) in str(error.value)
 
 
 def test_runs_from_before_have_float_weights() -> None:
@@ -437,28 +250,12 @@ def test_runs_from_before_have_float_weights() -> None:
         ({"bits": 4, "deployable": True}, {}, "vanilla + deployable"),
         (
             {"bits": 4, "convex": True, "weight_bits": 8, "deployable": True, "squeeze": 5},
-            {"beta": 0.1, "attack": "rfgsm"},
-            "DQ + squeezing + W8 + deployable + RFGSM",
+            {"beta": 0.1, "attack": "rfgsm"}, "DQ + squeezing + W8 + deployable + RFGSM",
         ),
     ],
-)
+)  # fmt: skip
 def test_methods_name_weights_and_branches(
-    model: dict[str, object], train: dict[str, object], method: str
+    model: dict[str, Any], train: dict[str, Any], method: str
 ) -> None:
-    facts = Facts(
-        ModelConfig(**model), DataConfig(), TrainConfig(**train), 2, 1, ("a", "b"), "", ""  # type: ignore[arg-type]
-    )  # fmt: skip
-    assert facts.method == method
-
-
-def test_a_network_of_any_precision_maps_images_to_finite_logits() -> None:
-    for name in NETWORKS:
-        for weight_bits in (8, 4, 2):
-            config = ModelConfig(name, bits=2, weight_bits=weight_bits, deployable=True)
-            model = build(config, num_classes=4, in_channels=3).train()
-            x = torch.rand(2, 3, 16, 16, requires_grad=True)
-            y = model(x)
-            y.square().sum().backward()
-            grads = [x.grad, *(p.grad for p in model.parameters())]
-            assert y.shape == (2, 4)
-            assert all(g is not None and math.isfinite(float(g.sum())) for g in grads)
+    settings = ModelConfig(**model), DataConfig(), TrainConfig(**train)
+    assert Facts(*settings, 2, 1, ("a", "b"), "", "").method == method
