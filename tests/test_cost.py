@@ -31,7 +31,6 @@ from defquant.deploy.program import (
     Conv,
     Flatten,
     Linear,
-    MaxPool,
     Op,
     Program,
     Quantize,
@@ -132,19 +131,6 @@ def test_groups_stride_padding_and_dilation() -> None:
     assert card(built)["macs"] == 9 * 6 * 4 * 3
 
 
-@pytest.mark.parametrize("ceil", [False, True])
-@pytest.mark.parametrize("size", range(3, 9))
-@pytest.mark.parametrize("window", [(2, 2, 0), (3, 2, 1), (2, 3, 1), (3, 3, 0)])
-def test_pooled_shapes_are_torchs(window: tuple[int, int, int], size: int, ceil: bool) -> None:
-    kernel, stride, padding = ((v, v) for v in window)
-    pool = MaxPool("p", "pixels", kernel, stride, padding, ceil)
-    built = program(pool, shape=(1, size, size), grids={"p": PIXELS})
-    torchs = nn.functional.max_pool2d(
-        torch.zeros(1, 1, size, size), kernel, stride, padding, ceil_mode=ceil
-    )
-    assert shapes(built)["p"] == tuple(torchs.shape[1:])
-
-
 def test_a_residual_lives_until_its_sum() -> None:
     """Places: 4 x 4, 8 channels. The stream, 128 floats, waits while the branch is computed."""
     kernel = weight(8, 8, 1, 1, bits=8)
@@ -227,7 +213,6 @@ def test_networks_against_hooks_and_the_reference(name: str, side: int) -> None:
     model = MODELS[name]()
     built = lowered(model, side)
     run = reference.run(built, torch.zeros(1, 3, side, side))
-    assert shapes(built) == {key: tuple(value.shape[1:]) for key, value in run.items()}
     found = card(built)
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     convolutions, rest = hooked_macs(model, side)

@@ -1,6 +1,5 @@
 """The masking verdict: of networks whose masks are known, its rule, and the verb diagnose."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 import defquant as dq
 from conftest import tiny_images
-from defquant.cli import main
 from defquant.diagnose import Effort, Verdict, judged, masking_verdict
 from defquant.diagnose.masking import COLLAPSE, EXAMPLES, RULES, SHARE, collapsed
 from defquant.errors import UserError
@@ -281,93 +279,3 @@ def test_bad_eps_is_refused() -> None:
     for eps, message in ((0.0, "eps above 0"), (8.0, "write 8/255")):
         with pytest.raises(UserError, match=message):
             masking_verdict(Corners(), tiny_images(8), eps)
-
-
-# ------------------------------------------------------------------- the verb
-
-TRAIN = ["train", "--data", "digits", "--train-images", "320", "--epochs", "3", "--batch-size=32"]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    for name, flags in (("float", []), ("two", ["--bits", "2"]), ("other", ["--seed", "1"])):
-        assert main([*TRAIN, *flags, "--out", str(folder / name)]) == 0
-    return folder
-
-
-FAST = ["--images", "100", "--steps", "5", "--restarts", "1", "--queries", "20", "--audited", "2"]
-
-
-def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, list[str], list[str]]:
-    capsys.readouterr()
-    status = main(["diagnose", *words])
-    captured = capsys.readouterr()
-    return status, captured.out.splitlines(), captured.err.splitlines()
-
-
-def test_the_verb_prints_three_parts_and_writes_them(
-    runs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = [str(runs / "two"), "--against", str(runs / "float"), "--eps", "4/255", *FAST]
-    status, out, _ = call(capsys, *words, "--substitute", str(runs / "other"))
-    assert out[-1] == str(runs / "two" / "diagnosis.json")
-    record = json.loads((runs / "two" / "diagnosis.json").read_text())
-    assert status == int(record["verdict"] == "FAIL")
-    assert [n["name"] for n in record["amplification"]] == ["two", "float"]
-    assert len(record["audit"]["layers"]) == len(record["amplification"][0]["layers"]) > 5
-    assert 0 < record["audit"]["lower"] <= record["audit"]["bound"]
-    assert [s["name"] for s in record["masking"]["signs"]] == list(RULES)
-    assert (record["bits"], record["images"], record["eps"]) == (2, 100, 4 / 255)
-    text = "\n".join(out)
-    for head in ("Error amplification", "Lipschitz audit", "Masked gradients?"):
-        assert head in text
-    for sign in record["masking"]["signs"]:
-        assert f"{sign['verdict']:11} {sign['name']:13} {sign['rate']:.1%}" in text
-        assert sign["low"] <= sign["rate"] <= sign["high"]
-
-    model, _ = dq.load_model(runs / "two")
-    other, _ = dq.load_model(runs / "other")
-    effort = Effort(steps=5, restarts=1, queries=20)
-    data = dq.load("digits", None, "test").first(100)
-    found = masking_verdict(model, data, 4 / 255, substitute=other, effort=effort)
-    assert [s["count"] for s in record["masking"]["signs"]] == [
-        s.finding.correct for s in found.signs
-    ]
-
-
-def test_a_fail_exits_with_1_and_the_audit_can_be_left_out(
-    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = [str(runs / "float"), *FAST, "--no-audit", "--json"]
-    status, out, _ = call(capsys, *words)
-    record = json.loads(out[0])
-    assert (status, record["audit"], len(out)) == (0, None, 1)
-    assert record == json.loads((runs / "float" / "diagnosis.json").read_text())
-
-    from defquant.diagnose import runs as verb
-
-    model, facts = dq.load_model(runs / "float")
-    masked = Fronted(levels, model).eval()
-    monkeypatch.setattr(verb, "load_on", lambda run, device: (masked, facts))
-    status, out, _ = call(capsys, *words)
-    assert (status, json.loads(out[0])["verdict"]) == (1, "FAIL")
-
-
-def test_mistakes_take_one_line(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def refused(*words: str) -> str:
-        status, out, err = call(capsys, *words)
-        assert (status, out, len(err)) == (2, [], 1)
-        return err[0]
-
-    run = str(runs / "other")
-    assert "no checkpoint" in refused(str(runs / "nothing"))
-    assert "no checkpoint" in refused(run, "--against", str(runs / "nothing"))
-    assert "no checkpoint" in refused(run, "--substitute", str(runs / "nothing"))
-    assert "write 8/255" in refused(run, "--eps", "8")
-    assert "eps above 0" in refused(run, "--eps", "0")
-    assert "--steps must be 1 or more" in refused(run, "--steps", "0")
-    assert "0 images (none) or more" in refused(run, "--audited", "-1")
-    assert "named once" in refused(run, "--against", run)
-    assert "ask for fewer" in refused(run, "--images", "100000")
-    assert not (runs / "other" / "diagnosis.json").exists()

@@ -1,4 +1,4 @@
-"""Between precisions: DIVA, crossings and cosines, where the answers are known."""
+"""Between precisions: DIVA, crossings, cosines and transfer, where the answers are known."""
 
 import math
 
@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import defquant as dq
-from defquant.attacks import DIVA, PGD
+from conftest import tiny_images
+from defquant.attacks import DIVA, PGD, Attack, Transfer
 from defquant.diagnose import (
     Crossing,
     at_bits,
@@ -18,6 +19,7 @@ from defquant.diagnose import (
     gradient_cosine,
     gradient_cosines,
     smallest_broken,
+    transfer_matrix,
 )
 from defquant.errors import UserError
 from defquant.quantize import Quantizer
@@ -315,3 +317,102 @@ def test_at_bits_copies() -> None:
         assert next(copy.parameters()) is not next(model.parameters())
     with pytest.raises(UserError, match="bits must be"):
         at_bits(model, 9)
+
+
+# ------------------------------------------------------------------- transfer matrix
+
+
+def trained(bits: int | None, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = dq.wide_resnet(10, 1, bits=bits, in_channels=1, num_classes=4)
+    config = dq.TrainConfig(epochs=2, batch_size=16, device="cpu", augment=False)
+    dq.train(model, tiny_images(128), config, show=False)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return trained(4)
+
+
+def test_equal_networks_fall_alike_and_as_in_the_white_box(model: nn.Module) -> None:
+    data, attack = tiny_images(40, seed=1), PGD(40 / 255, steps=5)
+    found = transfer_matrix({"a": model, "b": at_bits(model, 4)}, data, attack)
+    x, y = data.take(torch.arange(40))
+    with torch.no_grad():
+        right = model(x).argmax(1) == y
+        last = attack.last(model, x, y, generator=torch.Generator().manual_seed(0))
+        fooled = int(((model(last).argmax(1) != y) & right).sum())
+    assert 0 < fooled < int(right.sum())
+    assert found.cells == ((Score(fooled, int(right.sum())),) * 2,) * 2
+    assert (found.names, found.attack) == (("a", "b"), repr(attack))
+
+
+def test_each_cell_is_a_transfer(model: nn.Module) -> None:
+    """Images that the source has wrong do not count, unlike in `dq.robust_accuracy`."""
+    networks = {"2": at_bits(model, 2), "4": model, "float": at_bits(model, None)}
+    data, attack = tiny_images(40, seed=1), PGD(40 / 255, steps=5)
+    found = transfer_matrix(networks, data, attack, seed=3)
+    x, y = data.take(torch.arange(40))
+    for i, source in enumerate(networks.values()):
+        for j, target in enumerate(networks.values()):
+            with torch.no_grad():
+                both = (source(x).argmax(1) == y) & (target(x).argmax(1) == y)
+                generator = torch.Generator().manual_seed(3)
+                moved = Transfer(attack, source)(target, x, y, generator=generator)
+                fooled = (target(moved).argmax(1) != y) & both
+            assert found.cells[i][j] == Score(int(fooled.sum()), int(both.sum()))
+
+
+def test_linear_networks_transfer_where_the_signs_of_their_weights_agree() -> None:
+    """PGD goes to -eps sign(w): it moves v x by -eps sum(v sign(w)), for every image."""
+    models = {
+        "w": linear(torch.tensor([3.0, 1.0]), 2), "near": linear(torch.tensor([3.0, -1.0]), 1),
+        "against": linear(torch.tensor([-3.0, -1.0]), -2),
+    }  # fmt: skip
+    x = torch.tensor([[0.55, 0.55], [0.6, 0.6], [0.8, 0.6]]).view(3, 1, 1, 2)
+    data = (x, torch.ones(3, dtype=torch.long))
+    found = transfer_matrix(models, data, PGD(0.08, steps=10))
+    # margins 0.2 0.4 1.0 of w and 0.1 0.2 0.8 of near fall by 0.32, by 0.16 on the other's images
+    assert found.cells[0][:2] == (Score(1, 3), Score(1, 3))
+    assert found.cells[1][:2] == (Score(0, 3), Score(2, 3))
+    assert found.cells[2] == (None, None, None)  # wrong on all of them
+    assert [row[2] for row in found.cells] == [None] * 3
+
+
+def test_the_batch_does_not_matter_and_networks_are_left_alone(model: nn.Module) -> None:
+    networks = {"2": at_bits(model, 2), "4": model}
+    data, attack = tiny_images(20, seed=1), PGD(0.1, steps=3)
+    before = [t.clone() for t in model.state_dict().values()]
+    grads = [p.grad for p in model.parameters()]
+    found = transfer_matrix(networks, data, attack)
+    assert found == transfer_matrix(networks, data, attack, batch_size=3)
+    assert all(map(torch.equal, before, model.state_dict().values()))
+    assert all(a is b.grad for a, b in zip(grads, model.parameters(), strict=True))
+    assert {m.bits for m in model.modules() if isinstance(m, Quantizer)} == {4}
+
+
+def darken(
+    model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+) -> Tensor:
+    return (x - 0.2).clamp(0, 1)
+
+
+def test_any_attack_will_do(model: nn.Module) -> None:
+    data = tiny_images(20, seed=1)
+    attacks: list[Attack] = [darken, DIVA(0.1, at_bits(model, None), steps=2)]
+    for attack in attacks:
+        assert transfer_matrix({"a": model}, data, attack, batch_size=7).cells[0][0] is not None
+
+
+def test_networks_that_cannot_be_compared_are_refused(model: nn.Module) -> None:
+    data, attack = tiny_images(8), PGD(0.1, steps=1)
+    with pytest.raises(UserError, match="one network or more"):
+        transfer_matrix({}, data, attack)
+    torch.manual_seed(0)
+    more = dq.wide_resnet(10, 1, in_channels=1, num_classes=7).eval()
+    with pytest.raises(UserError, match="a knows 4, b 7"):
+        transfer_matrix({"a": model, "b": more}, data, attack)
+    colour = dq.wide_resnet(10, 1, in_channels=3, num_classes=4).eval()
+    with pytest.raises(UserError, match="b does not"):
+        transfer_matrix({"a": model, "b": colour}, data, attack)
