@@ -38,3 +38,20 @@ def alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 @pytest.fixture
 def corners() -> Dataset:
     return tiny_images()
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Of a test that looks at the charts of a page."""
+
+
+@pytest.fixture
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages without pictures of their charts and without Vega, which take seconds."""
+    if "drawn" not in request.fixturenames:
+        undraw(monkeypatch)
+
+
+def undraw(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("defquant.report.plot.svg", lambda spec: "<svg></svg>")
+    patch.setattr("defquant.report.plot.script", lambda: "vega")

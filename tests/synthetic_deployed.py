@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from defquant.report.deployed import KIND
+from defquant.report.sources import KIND
 
 ROBUST = {  # attack: eps · 255, share of vanilla's right answers, of DQ's
     "FGSM": ((2, 0.42, 0.55), (8, 0.11, 0.21)),

@@ -13,7 +13,7 @@ from defquant.attacks import PGD
 from defquant.cli import main
 from defquant.diagnose import Effort, masking_verdict, runs, transfer_matrix
 from defquant.diagnose.masking import RULES
-from defquant.report.matrix import plot_matrix, text_matrix
+from defquant.report import plot_matrix, text_matrix
 from test_masking import Fronted, levels
 
 TRAIN = ["train", "--data", "digits", "--train-images", "320", "--epochs", "3", "--batch-size=32"]

@@ -16,9 +16,9 @@ from defquant.paper.claims import verdicts
 from defquant.paper.figures import EXPERIMENTS, cells_of, render
 from defquant.paper.grid import SCALES, read
 from defquant.paper.section import Number, Section
-from defquant.report.deployed import read_deployed
+from defquant.report.measured import chosen, summary
 from defquant.report.names import series_of
-from defquant.report.tables import chosen, summary
+from defquant.report.sources import read_deployed
 from defquant.results import aggregate, read_folder
 
 ROOT = Path(__file__).parents[1] / "results"

@@ -90,6 +90,7 @@ def test_every_package_imported_is_declared() -> None:
     declared += [line for extra in project["optional-dependencies"].values() for line in extra]
     names = {re.split(r"[^\w-]", line)[0].lower() for line in declared} | {"defquant"}
     called = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn"}
+    called |= {"vl_convert": "vl-convert-python"}
     for path in MODULES.values():
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []

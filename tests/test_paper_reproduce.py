@@ -103,7 +103,7 @@ def test_what_is_there_is_shown_without_making_anything(
     words = ("table1", "--preset", "paper", "--render-only", "--out", str(tmp_path))
     status, out, _ = call(capsys, *words)
     assert status == 0
-    assert "192 measurements are still missing" in out
+    assert "Measurements still missing: 192" in out
     assert not (tmp_path / "networks").exists()
     status, out, _ = call(capsys, *words, "--json")
     assert out == ""

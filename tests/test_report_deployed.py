@@ -1,7 +1,6 @@
 """The page's section on exported models."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,15 @@ from defquant.errors import UserError
 from defquant.models import wide_resnet
 from defquant.paper.section import Section
 from defquant.report import build_report
-from defquant.report.deployed import INTEGER, read_deployed
-from defquant.report.deployed_page import section
+from defquant.report.measured import deployed
+from defquant.report.model import view
+from defquant.report.plot import figures
+from defquant.report.sources import INTEGER, read_deployed
 from synthetic_deployed import ROBUST, record, write, write_models
 from synthetic_runs import write_runs
 from test_report import HOSTILE, check
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def page_of(folder: Path) -> str:
@@ -27,91 +30,82 @@ def page_of(folder: Path) -> str:
     return page
 
 
-def test_dq_stands_beside_vanilla_at_equal_bits(tmp_path: Path) -> None:
-    models, notes = read_deployed(write_models(tmp_path))
+def table_of(folder: Path) -> tuple[tuple[str, ...], dict[str, list[str]]]:
+    """The heads of the models, and what stands in each row of the table."""
+    models, notes = read_deployed(folder)
     assert notes == []
-    assert [model.run for model in models] == [
-        "b-vanilla4_w8", "a-dq4_w8", "b-vanilla4_w4", "a-dq4_w4",
-    ]  # fmt: skip
-    (table,) = section(models).tables
-    assert table.precisions == [
-        ("4-bit activations, 8-bit weights", 2), ("4-bit activations, 4-bit weights", 2),
-    ]  # fmt: skip
-    assert [name for name, _ in table.heads] == ["vanilla", "DQ (β = 0.3)"] * 2
-    assert all(len(row.values) == 4 for *_, rows in table.blocks for row in rows)
+    (section,) = deployed(models)
+    shown = view(section.tables[0])
+    rows = {row[1].text: [f"{p.text} {p.more}".rstrip() for p in row[2:]] for row in shown.rows}
+    assert len(rows) == len(shown.rows)
+    return shown.head[2:], rows
+
+
+def test_dq_stands_beside_vanilla_at_equal_bits(tmp_path: Path) -> None:
+    heads, rows = table_of(write_models(tmp_path))
+    assert heads == ("vanilla", "DQ (β = 0.3)") * 2
+    assert rows["Run"] == [
+        f"{name}, seed 0" for name in ("b-vanilla4_w8", "a-dq4_w8", "b-vanilla4_w4", "a-dq4_w4")
+    ]
+    precisions = [f"4-bit activations, {bits}-bit weights" for bits in (8, 8, 4, 4)]
+    assert rows["Precision"] == precisions
 
 
 def test_every_number_is_there(tmp_path: Path) -> None:
-    models, _ = read_deployed(write_models(tmp_path))
-    (table,) = section(models).tables
-    found = {row.name: row.values[0] for *_, rows in table.blocks for row in rows}
-    assert list(found) == [
-        "Convolutions", "Ranges", "Input", "Same answer", "Codes flipped", "Clean", "FGSM 2/255",
-        "FGSM 8/255", "PGD-20 2/255", "PGD-20 8/255", "Square-500 8/255", "File", "MACs", "BOPs",
-        "Peak activations", "Batch 1", "Batch 32",
+    _, rows = table_of(write_models(tmp_path))
+    attacks = ["clean", "FGSM 2/255", "FGSM 8/255", "PGD-20 2/255", "PGD-20 8/255"]
+    assert list(rows) == [
+        "Precision", "Run", "Convolutions in integers", "Ranges of the quantisers", "Input",
+        "Same answer as trained", "Codes flipped",
+        *(f"{name}, {side}" for name in attacks for side in ("trained", "deployed")),
+        "Square-500 8/255, deployed", "File", "MACs", "BOPs, MACs × bits × bits",
+        "Peak activations, packed", "Batch 1", "Batch 32",
     ]  # fmt: skip
-    texts = {name: (value.text, value.more) for name, value in found.items()}
-    assert texts["Convolutions"] == ("15 of 15", "")
-    assert texts["Same answer"] == ("99.81%", "of 10,000 images")
-    assert texts["Clean"] == ("90.1 → 90.0", "89.5–90.7 → 89.4–90.6")
-    assert texts["PGD-20 2/255"] == ("31.0 → 30.7", "28.2–33.9 → 27.9–33.6")
-    assert texts["Square-500 8/255"] == ("11.7", "9.9–13.8")
-    assert texts["File"] == ("186 kB", "0.265×")
-    assert texts["MACs"] == ("27.1 M", "and 640 in float")
-    assert texts["BOPs"] == ("867 M", "0.031×")
-    assert texts["Peak activations"] == ("49.2 kB", "0.188×\n65.5 kB as bytes")
-    assert texts["Batch 1"] == ("3.31 ms", "4.41× PyTorch\n1.82× onnxruntime")
-    assert texts["Batch 32"][0] == "109 ms"
+    texts = {name: values[0] for name, values in rows.items()}
+    assert texts | {
+        "Convolutions in integers": "15 of 15", "Same answer as trained": "99.81% of 10,000",
+        "clean, trained": "90.1 90–91", "clean, deployed": "90.0 89–91",
+        "PGD-20 2/255, trained": "31.0 28–34", "PGD-20 2/255, deployed": "30.7 28–34",
+        "Square-500 8/255, deployed": "11.7 10–14", "File": "186 kB, 0.265×",
+        "MACs": "27.1 M, 640 in float", "BOPs, MACs × bits × bits": "867 M, 0.031×",
+        "Peak activations, packed": "49.2 kB, 0.188×, 65.5 kB as bytes",
+        "Batch 1": "3.31 ms, 4.41× PyTorch, 1.82× onnxruntime",
+    } == texts  # fmt: skip
+    found = check(page_of(tmp_path))
+    assert found.tags.count("svg") == 1
+    names = [table[0] for table in found.tables["cards"]]
+    assert names[1:3] == [
+        ["File", "Images", "As trained", "As deployed"],
+        ["File", "Batch", "Engine", "Median", "Quartiles", "Repeats", "Threads"],
+    ]  # fmt: skip
+    (panels,) = figures(deployed(read_deployed(tmp_path)[0])[0].panels)
+    assert [panel.title for panel in panels] == list(ROBUST)
 
 
-def test_what_is_said_of_them(tmp_path: Path) -> None:
-    models, _ = read_deployed(write_models(tmp_path))
-    (table,) = section(models).tables
-    assert table.said == [
-        "Every convolution of all 4 exported models runs in integers.",
-        "All 16 robust accuracies of what ships lie within the trained network's 95% interval.",
-        *(
-            f"At 4-bit activations, {bits}-bit weights, DQ and vanilla need the same MACs, BOPs "
-            f"and activation memory; their files have {size}; batch 1 is 1.82 times as fast as in "
-            "float32 onnxruntime; batch 32 is 1.82 times as fast as in float32 onnxruntime."
-            for bits, size in ((8, "186 kB"), (4, "100 kB"))
-        ),
-    ]
-    assert any("int8 speed on CPUs" in note for note in section(models).notes)
-    page = page_of(tmp_path)
-    assert "<h1>Deployed integer models</h1>" in page
-    assert page.count("<svg viewBox") == len(ROBUST)
-
-
-def test_what_is_amiss_is_said_in_the_table_and_above_it(tmp_path: Path) -> None:
+def test_what_is_amiss_is_marked(tmp_path: Path) -> None:
     own = record("v", dq=False, bits=8, convolutions=[14, 15], calibrated=2048)
     for pair in own["scores"]:
         if pair["attack"] == "FGSM":
             shift = -60 if pair["eps"] < 0.01 else 60
             pair["deployed"] = [pair["trained"][0] + shift, 1000]
     write(tmp_path, own)
-    models, _ = read_deployed(tmp_path)
-    (table,) = section(models).tables
-    assert table.said == [
-        "Convolutions run in float: 1 of 15 in vanilla 8\u00a0×\u00a08.",
-        "2 of 4 robust accuracies of what ships lie within the trained network's 95% interval; "
-        "vanilla 8\u00a0×\u00a08 under FGSM 2/255 lies below it and vanilla 8\u00a0×\u00a08 under "
-        "FGSM 8/255 lies above it.",
-    ]
-    assert not any("int8 speed" in note for note in section(models).notes)
-    page = page_of(tmp_path)
-    for words in ("1 in float", "below the interval", "above the interval", "measured on 2,048"):
-        assert re.search(f">{words}<", page)
+    _, rows = table_of(tmp_path)
+    assert rows["Convolutions in integers"] == ["✗ 14 of 15"]
+    assert rows["Ranges of the quantisers"] == ["measured on 2,048 images"]
+    assert rows["FGSM 2/255, against the interval"] == ["✗ below"]
+    assert rows["FGSM 8/255, against the interval"] == ["✗ above"]
+    assert len([name for name in rows if "against" in name]) == 2
+    assert page_of(tmp_path).count('class="verdict wrong"') == 3
 
 
 def test_it_joins_the_other_sections(tmp_path: Path) -> None:
     write_runs(tmp_path, seeds=1, networks=("float", "dq-4bit"))
-    assert 'id="deployed"' not in page_of(tmp_path)
+    assert 'id="deployed-1"' not in page_of(tmp_path)
     write_models(tmp_path)
     page = page_of(tmp_path)
-    order = [page.index(f'<section id="{name}">') for name in ("summary", "deployed", "settings")]
+    order = [page.index(f'<section id="{name}">') for name in ("group-1", "deployed-1", "settings")]
     assert order == sorted(order)
-    assert '<a href="#deployed">' in page
+    assert '<a href="#deployed-1">' in page
     assert "<title>Accuracy under attack" in page
     assert page == page_of(tmp_path)
 
@@ -126,8 +120,7 @@ def test_least_and_other_data(tmp_path: Path) -> None:
     write(tmp_path, bare)
     write(tmp_path, other)
     page = page_of(tmp_path)
-    assert "<h3>vgg-16 on digits</h3>" in page
-    assert "No attack was run on both" in page
+    assert "<h2>Deployed: vgg-16 on digits</h2>" in page
     assert "1-bit activations, 8-bit weights" in page
 
 
@@ -167,7 +160,7 @@ def test_a_folder_of_broken_files_alone_has_no_results(tmp_path: Path) -> None:
         build_report(tmp_path, tmp_path / "r.html")
 
 
-def test_everything_in_the_files_is_escaped(tmp_path: Path) -> None:
+def test_everything_in_the_files_is_escaped(tmp_path: Path, drawn: None) -> None:
     names = ("method", "model", "data", "fingerprint", "input", "command")
     own = record("run", dq=True) | dict.fromkeys(names, HOSTILE)
     own |= {"versions": {HOSTILE: HOSTILE}}
@@ -177,7 +170,7 @@ def test_everything_in_the_files_is_escaped(tmp_path: Path) -> None:
     write(tmp_path, own)
     write(tmp_path / "b", own | {"run": "broken", "bits": HOSTILE})
     page = page_of(tmp_path)
-    assert "<script" not in page
+    assert "<script>alert" not in page
     assert "<img" not in page
 
 
@@ -205,7 +198,7 @@ def test_it_stands_after_the_papers_sections(tmp_path: Path) -> None:
     figure = Section("fig1", "Figure 1", ("Text.",))
     page = build_report(tmp_path, tmp_path / "report.html", sections=[figure]).read_text()
     check(page)
-    names = ("paper-fig1", "deployed", "all")
+    names = ("paper-fig1", "deployed-1", "all")
     order = [page.index(f'<section id="{name}">') for name in names]
     assert order == sorted(order)
-    assert page.count('<a href="#deployed">') == 1
+    assert page.count('<a href="#deployed-1">') == 1

@@ -15,7 +15,7 @@ from defquant.errors import UserError, shown
 from defquant.manifest import KIND, MANIFEST, Saved, read_manifest
 from defquant.paper import grid
 from defquant.report import build_report, plot_curves
-from defquant.report.deployed import read_deployed
+from defquant.report.sources import read_deployed
 from defquant.results import Measurement, read_folder, read_jsonl
 from defquant.typed import convert
 from harness import SECONDS, fuzz, outcome

@@ -20,7 +20,7 @@ def transfer(settings: Namespace) -> int:
     from defquant.diagnose.runs import transfer_runs
     from defquant.distributed import pick_device
     from defquant.files import write_json
-    from defquant.report.matrix import plot_matrix, text_matrix
+    from defquant.report import plot_matrix, text_matrix
 
     out = Path(settings.out)
     record = transfer_runs(

@@ -1,4 +1,4 @@
-"""How networks, attacks and numbers are named and ordered, everywhere in a report."""
+"""How networks and attacks are named and ordered, everywhere in a report."""
 
 import re
 from collections.abc import Iterable
@@ -6,27 +6,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from defquant.errors import visible
-from defquant.paper.section import eps_number, eps_text, percent, signed
 from defquant.results import BLACK, EIGHT_BIT, FOREIGN, UNAWARE, Cell
 
 __all__ = [
-    "BLACK",
-    "UNAWARE",
-    "Family",
-    "Series",
-    "attack_order",
-    "bits_text",
-    "distinct",
-    "eps_number",
-    "eps_text",
-    "is_validation",
-    "is_white_box",
-    "markdown",
-    "percent",
-    "series_of",
-    "signed",
-    "whole_text",
-]
+    "Family", "Series", "attack_order", "bits_text", "distinct", "is_validation", "markdown",
+    "series_of", "whole_text",
+]  # fmt: skip
 
 ATTACKS = ("clean", "Random", "FGSM", "R+FGSM", "RFGSM", "BIM", "PGD", "APGD", "Square")
 
@@ -119,11 +104,6 @@ def whole_text(families: Iterable[Family]) -> str:
 def bits_text(bits: int | None) -> str:
     """`4-bit`, or `full precision` where there are none."""
     return "full precision" if bits is None else f"{bits}-bit"
-
-
-def is_white_box(attack: str) -> bool:
-    """Whether it knew the whole network: no black box, not unaware of a feature squeezing."""
-    return not attack.endswith((BLACK, UNAWARE))
 
 
 def attack_order(attack: str) -> tuple[int, int, str]:
