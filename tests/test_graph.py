@@ -45,6 +45,14 @@ def codes_of(program: Program) -> list[str]:
     return [op.name for op in program.ops if op.name in program.grids]
 
 
+def same(program: Program, file: onnx.ModelProto, atol: float = 1e-5) -> None:
+    """onnxruntime gives the reference's logits, all convolutions in integers."""
+    x, count = pixels(seed=7, shape=program.shape), len(program.convolutions)
+    logits = run(program, x)[program.logits]
+    torch.testing.assert_close(OnnxModel(file)(x), logits, rtol=0, atol=atol)
+    assert integer_convolutions(file) == (count, count)
+
+
 def kinds(model: onnx.ModelProto) -> set[str]:
     return {node.op_type for node in model.graph.node}
 
@@ -196,11 +204,8 @@ def test_every_kind_of_layer_is_written(layer: nn.Module) -> None:
 def test_calibrated_plain_sums_run_in_integers_too(name: str) -> None:
     model = network(name, 4, None, deployable=False, convex=False)
     program = lower(model, SHAPE, peaks=calibrate(model, pixels()), weight_bits=4)
-    file = graph(program)
-    x = pixels(seed=7)
-    assert integer_convolutions(file) == (NETWORKS[name], NETWORKS[name])
-    logits = OnnxModel(file)(x)
-    torch.testing.assert_close(logits, run(program, x)[program.logits], rtol=0, atol=1e-3)
+    same(program, graph(program), atol=1e-3)
+    assert len(program.convolutions) == NETWORKS[name]
 
 
 def test_any_number_of_images() -> None:
@@ -226,13 +231,9 @@ def test_pixels_and_floats_are_one_input() -> None:
     assert codes.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
     assert torch.equal(OnnxModel(codes)(x), OnnxModel(floats)(x))
     assert integer_convolutions(codes) == (9, 9)
-    names = codes_of(program)
-    whole = x.mul(255).round().to(torch.uint8).numpy()
-    for a, b in zip(
-        tensors(codes, names, whole).values(), tensors(floats, names, x.numpy()).values(),
-        strict=True,
-    ):  # fmt: skip
-        assert np.array_equal(a, b)
+    whole, names = x.mul(255).round().to(torch.uint8).numpy(), codes_of(program)
+    found, wanted = tensors(codes, names, whole), tensors(floats, names, x.numpy())
+    assert all(np.array_equal(found[name], wanted[name]) for name in names)
 
 
 def test_floats_are_rounded_to_pixels_and_clipped() -> None:
@@ -281,13 +282,9 @@ def clip_before_rounding(file: onnx.ModelProto) -> onnx.ModelProto:
     sums = next(n for n in nodes if n.op_type == "Conv")
     quantise = next(n for n in nodes if sums.output[0] in n.input)
     clip = next(n for n in nodes if n.op_type == "Clip" and quantise.output[0] in n.input)
-    scale = next(
-        onnx.numpy_helper.to_array(c) for c in copy.graph.initializer if c.name == quantise.input[1]
-    )
-    top = next(
-        onnx.numpy_helper.to_array(c) for c in copy.graph.initializer if c.name == clip.input[2]
-    )
-    for name, number in (("low", 0.0), ("high", float(scale) * int(top))):
+    constants = {c.name: onnx.numpy_helper.to_array(c) for c in copy.graph.initializer}
+    high = float(constants[quantise.input[1]]) * int(constants[clip.input[2]])
+    for name, number in (("low", 0.0), ("high", high)):
         constant = onnx.numpy_helper.from_array(np.array(number, np.float32), name)
         copy.graph.initializer.append(constant)
     before = helper.make_node("Clip", [sums.output[0], "low", "high"], ["clipped"])
@@ -295,9 +292,16 @@ def clip_before_rounding(file: onnx.ModelProto) -> onnx.ModelProto:
     index = nodes.index(quantise)
     nodes[index : index + 1] = [before, after]
     nodes.remove(clip)
+    worse = with_nodes(copy, nodes)
+    onnx.checker.check_model(worse, full_check=True)
+    return worse
+
+
+def with_nodes(file: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(file)
     del copy.graph.node[:]
     copy.graph.node.extend(nodes)
-    onnx.checker.check_model(copy, full_check=True)
     return copy
 
 
@@ -320,12 +324,7 @@ def test_a_branch_without_a_grid_is_counted_as_float() -> None:
             file.graph.node.append(helper.make_node("Identity", [sums.input[0]], [node.output[0]]))
             file.graph.node.remove(node)
     file.graph.node.remove(sums)
-    ordered = onnx.ModelProto()
-    ordered.CopyFrom(file)
-    del ordered.graph.node[:]
-    ordered.graph.node.extend(in_order(file))
-    integer, convolutions = integer_convolutions(ordered)
-    assert (integer, convolutions) == (8, 9)
+    assert integer_convolutions(with_nodes(file, in_order(file))) == (8, 9)
 
 
 def in_order(file: onnx.ModelProto) -> list[onnx.NodeProto]:
@@ -416,14 +415,6 @@ def test_no_pair_of_products_leaves_16_bits(name: str, bits: int, weight_bits: i
 # ------------------------------------------------------------------------------ networks of others
 
 
-def simple(**names: str) -> Callable[[Any, Tensor], Tensor]:
-    def forward(net: Any, x: Tensor) -> Tensor:
-        one, act, two, last, fc = (getattr(net, names[k]) for k in ("a", "b", "c", "d", "e"))
-        return fc(last(two(act(one(x)))).mean((2, 3)))  # type: ignore[no-any-return]
-
-    return forward
-
-
 @pytest.mark.parametrize(
     "names",
     [
@@ -435,17 +426,17 @@ def simple(**names: str) -> Callable[[Any, Tensor], Tensor]:
     ids=" ".join,
 )
 def test_layers_may_have_any_names(names: list[str]) -> None:
-    a, b, c, d, e = names
+    def forward(net: Any, x: Tensor) -> Tensor:
+        for name in names[:-1]:
+            x = getattr(net, name)(x)
+        return getattr(net, names[-1])(x.mean((2, 3)))  # type: ignore[no-any-return]
+
     torch.manual_seed(0)
     layers = (conv(), dq.QuantReLU(4), conv(8, 8), dq.QuantReLU(4), nn.Linear(8, 4))
-    model = Net(simple(a=a, b=b, c=c, d=d, e=e), **dict(zip(names, layers, strict=True)))
+    model = Net(forward, **dict(zip(names, layers, strict=True)))
     program = lower(on_grid(model.eval()), SHAPE)
-    file = graph(program)
-    x = pixels()
-    torch.testing.assert_close(
-        OnnxModel(file)(x), run(program, x)[program.logits], rtol=0, atol=1e-5
-    )
-    assert integer_convolutions(file) == (2, 2)
+    same(program, graph(program))
+    assert len(program.convolutions) == 2
 
 
 @pytest.mark.parametrize("weight_bits", [8, 2])
@@ -457,12 +448,8 @@ def test_a_layer_called_twice_is_written(weight_bits: int) -> None:
     torch.manual_seed(0)
     model = Net(forward, stem=conv(), conv=conv(8, 8), act=dq.QuantReLU(4), fc=nn.Linear(8, 4))
     program = lower(model.eval(), SHAPE, weight_bits=weight_bits)
-    file = graph(program)
-    x = pixels()
-    torch.testing.assert_close(
-        OnnxModel(file)(x), run(program, x)[program.logits], rtol=0, atol=1e-5
-    )
-    assert integer_convolutions(file) == (3, 3)
+    same(program, graph(program))
+    assert len(program.convolutions) == 3
 
 
 @pytest.mark.parametrize("alpha", [(1.0, 0.0), (0.0, 1.0), (0.4, 0.6)])
@@ -475,14 +462,8 @@ def test_coefficients_of_0_and_1_leave_all_convolutions_in_integers(
         with torch.no_grad():
             join.alpha.copy_(torch.tensor(alpha))
     program = lower(model, SHAPE)
-    file = graph(program)
-    count = len(program.convolutions)
-    assert integer_convolutions(file) == (count, count)
-    assert count == 9 or 0 in alpha
-    x = pixels()
-    torch.testing.assert_close(
-        OnnxModel(file)(x), run(program, x)[program.logits], rtol=0, atol=1e-5
-    )
+    same(program, graph(program))
+    assert len(program.convolutions) == 9 or 0 in alpha
 
 
 # ------------------------------------------------------------------------------------- bad files

@@ -237,6 +237,28 @@ def test_biases_stay_where_weights_are_floats_or_nothing_can_be_exported() -> No
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def branching(net: Any, x: Tensor) -> Tensor:
+    """What no tracer follows."""
+    stream = net.act(net.bn(net.conv(x))) if x.sum() >= 0 else x
+    return net.fc(net.act(net.bn2(net.more(stream))).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_biases_move_where_they_have_one_unit_whatever_the_forward(shared: bool) -> None:
+    """Layers are seen at work: no graph is needed, and nothing that cannot be moved is an error."""
+    torch.manual_seed(0)
+    options: Any = {"padding": 1, "bias": False, "weight_bits": 4}
+    convs = {"conv": QuantConv2d(3, 8, 3, **options), "more": QuantConv2d(8, 8, 3, **options)}
+    bn = nn.BatchNorm2d(8)
+    norms = {"bn": bn, "bn2": bn if shared else nn.BatchNorm2d(8)}
+    model = Net(branching, act=dq.QuantReLU(4), fc=nn.Linear(8, 4), **norms, **convs)
+    lively(model, pixels())
+    before = [norm.bias.clone() for norm in norms.values()]
+    snap_biases_(model, pixels(1))
+    moved = [not torch.equal(m.bias, b) for m, b in zip(norms.values(), before, strict=True)]
+    assert moved == [not shared, not shared]
+
+
 def test_integers_are_those_of_training_and_batch_norms_go_into_scales() -> None:
     model = network("vgg-16x0.125", 4, 4)
     program = lower(model, SHAPE)
@@ -431,6 +453,9 @@ def test_a_bias_beyond_32_bits_saturates_or_is_refused() -> None:
     codes = run(program, pixels())[program.convolutions[0].name]
     assert (codes[:, 0] == 15).all() and (codes[:, 3] == 0).all()
     model = normed([2e-4, 1.0, 1.0, 0.0], [5.9, 0.0, 0.0, 0.0])
+    before = model.state_dict()["1.bias"].clone()
+    snap_biases_(model, pixels(1))  # it has no unit: left as it is, for the export to say
+    assert (model.state_dict()["1.bias"] == before).tolist()[0]
     with pytest.raises(dq.UserError, match=r"layer '0': a bias of 5\.9 overflows") as error:
         lower(model, SHAPE)
     assert "\n" not in str(error.value)

@@ -1,7 +1,4 @@
-"""The masking verdict: is the robustness real, or are gradients hidden from the attack?
-
-Sign by sign and image by image: what each attack breaks and another leaves.
-"""
+"""The masking verdict: is the robustness real, or are gradients hidden from the attack?"""
 
 import warnings
 from collections.abc import Mapping
@@ -222,11 +219,7 @@ def masking_verdict(
 
 
 def judged(name: str, finding: Score, quantized: bool = False, collapsed: bool = False) -> Finding:
-    """FAIL where the interval lies wholly above the sign's limit, WARN where only the rate does.
-
-    The limits are those of the sign's `Rule`; `not decided` where neither holds and fewer than 73
-    images were tested.
-    """
+    """By the sign's `Rule`; `not decided` where it is not raised by fewer than 73 images."""
     rule, (low, _) = RULES[name], finding.interval
     limit = rule.warn if rule.rounded is None or not quantized else rule.rounded
     if low > limit and (rule.fails == "surely" or (rule.fails == "collapsed" and collapsed)):

@@ -191,6 +191,9 @@ def smallest_broken(
     return broken.cpu()
 
 
+_Turn = tuple[float, int]
+
+
 def crossing(
     first: Tensor,
     second: Tensor,
@@ -224,46 +227,37 @@ def crossing(
     after = grid + 1e-6  # so that a value rounded to float32 is still the grid's
     ahead = (first[:, None] > after).double() - (second[:, None] > after).double()
     points, draws = grid.tolist(), _draws(len(first), samples, seed)
-    own = _turns(ahead.sum(0).tolist(), points)
-    turned = [_turns(difference, points) for difference in (draws @ ahead).tolist()]
-    above = {0: None, 1: "first", -1: "second"}[own.start]
-    if not own.places:
-        share = sum(bool(t.places) for t in turned) / samples
+    turns, end = _turns(ahead.sum(0).tolist(), points)
+    start = turns[0][1] if turns else end
+    drawn = [_turns(difference, points) for difference in (draws @ ahead).tolist()]
+    above = {0: None, 1: "first", -1: "second"}[start]
+    if not turns:
+        share = sum(bool(found) for found, _ in drawn) / samples
         return Crossing(None, None, None, above, share, len(first))
-    places = sorted(t.first(own.start) for t in turned if t.start)
+    beyond = {start: math.inf, -start: 0.0}  # of a sample that does not turn so, by its last sign
+    places = sorted(
+        next((place for place, before in found if before == start), beyond[last])
+        for found, last in drawn
+        if last
+    )
     low, high = (places[round(q * (len(places) - 1))] for q in (0.025, 0.975))
-    share = sum(own.start in t.before for t in turned) / samples
-    return Crossing(own.places[0], _finite(low), _finite(high), above, share, len(first))
+    share = sum(any(before == start for _, before in found) for found, _ in drawn) / samples
+    return Crossing(turns[0][0], _finite(low), _finite(high), above, share, len(first))
 
 
-@dataclass(frozen=True)
-class _Turns:
-    """Where a difference changes its sign, and its sign before each place; 0: zero all along."""
+def _turns(difference: Sequence[float], grid: Sequence[float]) -> tuple[list[_Turn], int]:
+    """Where it changes its sign, with the sign before; and its last sign, 0 if zero all along.
 
-    start: int
-    end: int
-    places: tuple[float, ...]
-    before: tuple[int, ...]
-
-    def first(self, sign: int) -> float:
-        """The first place with `sign` before it; inf where `sign` lasts, 0 where it never is."""
-        if sign in self.before:
-            return self.places[self.before.index(sign)]
-        return math.inf if self.end == sign else 0.0
-
-
-def _turns(difference: Sequence[float], grid: Sequence[float]) -> _Turns:
-    """Straight lines between the grid's points; the middle of a stretch where it is zero."""
-    signed = [i for i, d in enumerate(difference) if d]
-    places, before = [], []
+    On straight lines between the grid's points; the middle of a stretch where it is zero.
+    """
+    signed, turns = [i for i, d in enumerate(difference) if d], []
     for i, j in pairwise(signed):
         a, b = difference[i], difference[j]
         if a * b < 0:
             straight = grid[i] + (grid[j] - grid[i]) * a / (a - b)
-            places.append(straight if j == i + 1 else (grid[i + 1] + grid[j - 1]) / 2)
-            before.append(1 if a > 0 else -1)
-    ends = [1 if difference[i] > 0 else -1 for i in signed] or [0]
-    return _Turns(ends[0], ends[-1], tuple(places), tuple(before))
+            place = straight if j == i + 1 else (grid[i + 1] + grid[j - 1]) / 2
+            turns.append((place, 1 if a > 0 else -1))
+    return turns, int(math.copysign(1, difference[signed[-1]])) if signed else 0
 
 
 def _finite(value: float) -> float | None:
