@@ -9,10 +9,11 @@ import shlex
 import subprocess
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -36,14 +37,14 @@ FOLDERS = ("docs", "src", "tests", "benchmarks")
 PAGES = sorted([*ROOT.glob("*.md"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.md"))])
 DOCS = [page for page in PAGES if page.parent.name == "docs"]
 SHELLS = ("console", "bash", "sh")
+WARN = ("_warn", "warnings.warn")
 FILE = re.compile(r".*\.(py|md|json|jsonl|html|ya?ml|mat|npz|gz|toml|lock|safetensors|txt)")
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 every_doc = pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """A fenced block: `language` and `note` come from its first line, ```language note."""
 
     language: str
@@ -150,8 +151,7 @@ def test_commands_in_the_text_parse(page: Path) -> None:
         words = shlex.split(span) if span.startswith("defquant ") else []
         if any(word.startswith("--") for word in words[2:]):
             check(words[1:])
-        elif words and words[1][0] not in "-.":
-            assert words[1] in {*VERBS, "VERB"}, f"{page.name}: {span}"
+        assert not words or words[1][0] in "-." or words[1] in {*VERBS, "VERB"}, span
 
 
 @every_page
@@ -201,12 +201,12 @@ def dotted(text: str) -> list[str]:
 
 
 def named_tests(text: str) -> list[tuple[str, str]]:
-    return re.findall(r"`(tests/\w+\.py)::(\w+)`", text)
+    """`file::name`, with or without `tests/`."""
+    return re.findall(r"`(?:tests/)?([\w/]+\.py)::(\w+)`", text)
 
 
 def has_test(file: str, name: str) -> bool:
-    tree = ast.parse((ROOT / file).read_text())
-    return any(isinstance(n, ast.FunctionDef) and n.name == name for n in ast.walk(tree))
+    return f"\ndef {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8")
 
 
 def test_names_of_the_paper_map_exist() -> None:
@@ -226,40 +226,27 @@ def test_tests_and_public_names_exist(page: Path) -> None:
         assert name in defquant.__all__, f"{page.name}: dq.{name}"
 
 
-@pytest.fixture(scope="module")
-def messages() -> list[str]:
-    """Every string of the sources, `…` for what is filled in."""
-    found = []
+def test_messages_and_warnings_are_those_of_the_code() -> None:
+    """`### message` of flags.md, `…` for what is filled in: its parts stand in one string of the
+    sources; and every plain warning of the sources has its entry.
+    """
+    messages, warned = [], set()
     for path in Path(defquant.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
-                parts = (getattr(v, "value", "") for v in node.values)
-                found.append("".join(p if isinstance(p, str) else "…" for p in parts))
+                pieces = (getattr(v, "value", "") for v in node.values)
+                messages.append("".join(p if isinstance(p, str) else "…" for p in pieces))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-    return found
-
-
-def test_messages_are_those_of_the_code(messages: list[str]) -> None:
-    """`### message` of flags.md, `…` for anything: its parts stand in one string of the sources."""
-    text = (ROOT / "docs" / "flags.md").read_text()
-    heads = re.findall(r"^### (.*)$", text, re.M)
+                messages.append(node.value)
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) in WARN:
+                warned |= {a.value for a in node.args[:1] if isinstance(a, ast.Constant)}
+    heads = re.findall(r"^### (.*)$", (ROOT / "docs" / "flags.md").read_text(), re.M)
     assert len(heads) > 30
+    plain = [message.replace("`", "") for message in messages]
     for head in heads:
         parts = [part.strip() for part in head.replace("`", "").split("…") if part.strip()]
-        plain = [message.replace("`", "") for message in messages]
         assert any(all(part in message for part in parts) for message in plain), head
-
-
-def test_every_warning_is_explained() -> None:
-    heads = re.findall(r"^### (.*)$", (ROOT / "docs" / "flags.md").read_text(), re.M)
-    warned = []
-    for path in Path(defquant.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("_warn", "warnings.warn"):
-                warned += [a.value for a in node.args[:1] if isinstance(a, ast.Constant)]
-    assert warned
-    assert set(warned) <= set(heads)
+    assert warned and warned <= set(heads)
 
 
 # ----------------------------------------------------------------- (d) links
@@ -312,7 +299,7 @@ def test_the_checks_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for name in ("quantize.missing", "missing.name", "lipschitz.OrthogonalPenalty.missing"):
         with pytest.raises((ImportError, AttributeError)):
             resolve(name)
-    assert not has_test("tests/test_docs.py", "test_missing")
+    assert not has_test("test_docs.py", "test_missing")
     page = tmp_path / "page.md"
     page.write_text("# One head\n[a](page.md) [b](#one-head) [c](gone.md) [d](page.md#gone)\n")
     assert broken_links(page) == ["gone.md", "page.md#gone"]
@@ -366,8 +353,4 @@ def test_every_field_case_has_its_test() -> None:
     cases = [line for line in text.splitlines() if line.startswith("| ")][2:]
     assert len(cases) > 70
     for case in cases:
-        named = re.findall(r"`([\w/]+\.py)::(\w+)`", case)
-        assert named, case
-        for file, name in named:
-            code = (ROOT / "tests" / file).read_text(encoding="utf-8")
-            assert f"\ndef {name}(" in code, f"no {name} in tests/{file}"
+        assert named_tests(case), case  # which are looked up above
