@@ -42,38 +42,27 @@ Labels = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows of one table against others, asked under several trials; a line of `claims.yaml`.
+    """Rows of one table against others, asked under several trials; a line of `claims.yaml`."""
 
-    Attributes:
-        what: what is compared, in words.
-        of: the tables whose questions it reads.
-        trials: sets of trials by name, as in `_trials`.
-        suffix: of the readings' names.
-        each: a label: a contrast for each of its values; `every LABEL` with none (full precision).
-        pairs: with `each`, a contrast for each pair of values; `next` for each and its successor.
-        plus, minus: labels of the rows that are compared; several groups add up.
-        contrasts: instead, by name: `plus` and `minus` each.
-        trend: the label over whose values the line is fitted, of the rows `plus`.
-        margin: whether a loss of 1 point is none.
-        blind: as in `Contrast`.
-        widths: of Tables 2 and 3, the bits to ask at: the `first`, the paper's, or the `rest`.
-        maximum: tell the paper's Quantize Gain, too.
-    """
-
-    what: str
-    of: Sequence[str] = ("table1",)
-    trials: Sequence[str] = ("fgsm", "strong")
-    suffix: str = ""
+    what: str  # is compared, in words
+    of: Sequence[str] = ("table1",)  # tables whose questions it reads
+    trials: Sequence[str] = ("fgsm", "strong")  # sets of trials by name, as in `_trials`
+    suffix: str = ""  # of the readings' names
+    # a label: a contrast for each of its values; `every LABEL` with none (full precision)
     each: str = ""
+    # with `each`, a contrast for each pair of values; `next` for each and its successor
     pairs: Sequence[Sequence[Any]] | Literal["next"] = ()
+    # labels of the rows that are compared; several groups add up
     plus: Labels | Sequence[Labels] = field(default_factory=dict)
     minus: Labels | Sequence[Labels] = field(default_factory=dict)
+    # instead, by name: `plus` and `minus` each
     contrasts: Mapping[str, Mapping[str, Labels]] = field(default_factory=dict)
-    trend: str = ""
-    margin: bool = False
-    blind: Literal["supporting", "any", "none", "either"] = "supporting"
+    trend: str = ""  # the label over whose values the line is fitted, of the rows `plus`
+    margin: bool = False  # whether a loss of 1 point is none
+    blind: Literal["supporting", "any", "none", "either"] = "supporting"  # as in `Contrast`
+    # of Tables 2 and 3, the bits to ask at: the `first`, which are the paper's, or the `rest`
     widths: Literal["", "first", "rest"] = ""
-    maximum: bool = False
+    maximum: bool = False  # tell the paper's Quantize Gain, too
 
     def questions(self, scale: Scale) -> Iterator[Question]:
         every = [ask for name in self.of for ask in EXPERIMENTS[name].asks(scale)]
@@ -121,12 +110,9 @@ def _groups(labels: Labels | Sequence[Labels]) -> Sequence[Labels]:
 
 
 def _value(label: str, value: Any) -> str:
-    if isinstance(value, Trial):
-        return value.name
-    if label == "bits":
-        return bits_text(value)
-    names = {"beta": "beta {:g}", "high": "ReLU{:g}"}
-    return names.get(label, "{}").format(value)
+    if label in ("trial", "bits"):
+        return str(value.name) if label == "trial" else bits_text(value)
+    return {"beta": "beta {:g}", "high": "ReLU{:g}"}.get(label, "{}").format(value)
 
 
 @dataclass(frozen=True)
@@ -164,9 +150,8 @@ class _Rows:
 
     def _wanted(self, label: str, value: Any) -> list[Any]:
         every = [a.at[label] for a in self.asks if a.at.get(label)]
-        ends = {"max": max, "min": min}
         if value in ("max", "min"):
-            return [ends[value](every)]
+            return [max(every) if value == "max" else min(every)]
         return every if value == "quantised" else [value]
 
     def _box(self, box: str | None) -> Trial:
@@ -261,27 +246,30 @@ def _rounding(scale: Scale) -> Iterator[Question]:
 
 def _amplified(scale: Scale) -> Iterator[Question]:
     read = _distance("layers", WITHIN)
-    contrasts = [
-        Contrast(bits_text(bits), (Term(1.0, row, read),), blind="either")
-        for bits, row in _rows(scale, "vgg")
-    ]
-    what = f"line fitted to D over the layers, last minus first, at each bit width; {TOLD}"
-    yield question("FGSM 8/255", what, contrasts)
+    terms = {bits_text(bits): [Term(1.0, row, read)] for bits, row in _rows(scale, "vgg")}
+    yield _over_layers(
+        "line fitted to D over the layers, last minus first, at each bit width", terms
+    )
 
 
 def _amplified_more(scale: Scale) -> Iterator[Question]:
     few = sorted(((b, row) for b, row in _rows(scale, "vgg") if b), key=lambda pair: -pair[0])
     weights = zip(trend(len(few)), few, strict=True)
-    terms = tuple(Term(w, row, _distance("last")) for w, (_, row) in weights if w)
-    what = f"line fitted to D at the last layer over bits, its value at 1 minus at 5; {TOLD}"
-    yield question("FGSM 8/255", what, [Contrast("trend", terms, blind="either")])
+    terms = [Term(w, row, _distance("last")) for w, (_, row) in weights if w]
+    what = "line fitted to D at the last layer over bits, its value at 1 minus at 5"
+    yield _over_layers(what, {"trend": terms})
 
 
 def _amplified_less(scale: Scale) -> Iterator[Question]:
-    (_, vanilla), (_, dq) = _rows(scale, "wrn")
-    terms = tuple(Term(w, row, _distance("last")) for w, row in ((1.0, vanilla), (-1.0, dq)))
-    what = f"D at the last layer of the Wide ResNet at 4 bits, vanilla minus DQ; {TOLD}"
-    yield question("FGSM 8/255", what, [Contrast("4 bits", terms, blind="either")])
+    pairs = zip((1.0, -1.0), _rows(scale, "wrn"), strict=True)
+    terms = [Term(w, row, _distance("last")) for w, (_, row) in pairs]
+    what = "D at the last layer of the Wide ResNet at 4 bits, vanilla minus DQ"
+    yield _over_layers(what, {"4 bits": terms})
+
+
+def _over_layers(what: str, terms: Mapping[str, Sequence[Term]]) -> Question:
+    contrasts = [Contrast(name, tuple(own), blind="either") for name, own in terms.items()]
+    return question("FGSM 8/255", f"{what}; {TOLD}", contrasts)
 
 
 # --- Figure 6: chosen on the same images, so the intervals allow for every choice ----------

@@ -19,9 +19,9 @@ EPS = (8 / 255, 16 / 255, 24 / 255, 32 / 255, 48 / 255)
 
 @dataclass(frozen=True)
 class Network:
-    """One network of the demo: its folder's name and what it is."""
+    """One network of the demo."""
 
-    name: str
+    name: str  # of its folder
     model: ModelConfig
     train: TrainConfig
     images: int | None = None  # attacked test images; all when None

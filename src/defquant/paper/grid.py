@@ -57,27 +57,19 @@ class Network:
 class Cell:
     """One measurement of one network.
 
-    Attributes:
-        network: the network.
-        kind: `accuracy` under `attack`; `layers` and `first-block`, the distances of Figure 3
-            between clean and attacked images; `detector`, what feature squeezing detects;
-            `examples`, pictures with predictions (Figure 7).
-        attack: as the command line has it: `clean`, `fgsm`, `pgd-50x10`, ...
-        eps: its radius in [0, 1].
-        images: the first so many of the split; all when None.
-        split: `test`, or `validation` where something is chosen.
-        substitute: network whose adversarial examples are used (black box).
-        unaware: attack the network behind a feature squeezing as if that were not there.
+    Its kind: `accuracy` under `attack`; `layers` and `first-block`, the distances of Figure 3
+    between clean and attacked images; `detector`, what feature squeezing detects; `examples`,
+    pictures with predictions (Figure 7).
     """
 
     network: Network
     kind: Kind = "accuracy"
-    attack: str = "clean"
-    eps: float = 0.0
-    images: int | None = None
-    split: Split = "test"
-    substitute: Network | None = None
-    unaware: bool = False
+    attack: str = "clean"  # as the command line has it: `fgsm`, `pgd-50x10`, ...
+    eps: float = 0.0  # its radius in [0, 1]
+    images: int | None = None  # the first so many of the split; all when None
+    split: Split = "test"  # `validation` where something is chosen
+    substitute: Network | None = None  # whose adversarial examples are used (black box)
+    unaware: bool = False  # attack what is behind a feature squeezing as if that were not there
 
     @cached_property
     def key(self) -> str:
@@ -93,11 +85,8 @@ class Cell:
 
 def by_network(cells: Iterable[Cell]) -> dict[Network, list[Cell]]:
     """Each network once, with its cells; substitutes before the networks they attack."""
-    groups: dict[Network, list[Cell]] = {}
     every = list(dict.fromkeys(cells))
-    for substitute in (cell.substitute for cell in every):
-        if substitute is not None:
-            groups.setdefault(substitute, [])
+    groups: dict[Network, list[Cell]] = {c.substitute: [] for c in every if c.substitute}
     for cell in every:
         groups.setdefault(cell.network, []).append(cell)
     return groups
@@ -142,57 +131,35 @@ class Trial:
 
 @dataclass(frozen=True)
 class Scale:
-    """What a preset fixes for every experiment; the presets are in `presets.yaml`.
-
-    Attributes:
-        name: of the preset.
-        about: one line for people.
-        data, train: images and training of all but Table 2.
-        svhn, svhn_train: those of Table 2.
-        wrn, vgg, resnet, svhn_wrn: networks, as in `ModelConfig`.
-        table1_betas: the three weights of Table 1's DQ rows.
-        betas: those of Figure 6, without 0.
-        beta: the weight everywhere else, chosen on validation images.
-        defense_bits: activation bits of the DQ rows of Tables 2 and 3; the paper's are 1.
-        seeds: of the trainings of Table 1; all else has the first.
-        eps: radii of the tables and curves; 8/255, the paper's, among them.
-        hard_eps: radii of the strong attacks.
-        strong: the attacks reported beside the paper's: its own many times over, and the worst case
-            over losses and backward passes.
-        adversarial: what adversarial training changes in `train`.
-        madry: what the PGD training of Table 5 changes in `train`, with its fixed `attack_eps`.
-        many, few: test images of one-step and of long attacks; all when None.
-        surrogate_steps: of APGD through each backward pass.
-        standard_images: test images on which AutoAttack's worst case is measured.
-        standard_bits: of the Wide ResNets that it is measured on.
-    """
+    """What a preset fixes for every experiment; the presets are in `presets.yaml`."""
 
     name: str
-    about: str
-    data: DataConfig
+    about: str  # one line for people
+    data: DataConfig  # images and training of all but Table 2
     train: TrainConfig
-    svhn: DataConfig
+    svhn: DataConfig  # those of Table 2
     svhn_train: TrainConfig
-    wrn: str
+    wrn: str  # networks, as in `ModelConfig`
     vgg: str
     resnet: str
     svhn_wrn: str
-    table1_betas: tuple[float, ...]
-    betas: tuple[float, ...]
-    beta: float
-    defense_bits: tuple[int | None, ...]
-    seeds: tuple[int, ...]
-    eps: tuple[float, ...]
-    hard_eps: tuple[float, ...]
-    adversarial: Mapping[str, float | int | str]
-    madry: Mapping[str, float | int | str]
-    many: int | None = None
-    few: int | None = 1000
+    table1_betas: tuple[float, ...]  # the three weights of Table 1's DQ rows
+    betas: tuple[float, ...]  # those of Figure 6, without 0
+    beta: float  # the weight everywhere else, chosen on validation images
+    defense_bits: tuple[int | None, ...]  # of the DQ rows of Tables 2 and 3; the paper's are 1
+    seeds: tuple[int, ...]  # of the trainings of Table 1; all else has the first
+    eps: tuple[float, ...]  # radii of the tables and curves; 8/255, the paper's, among them
+    hard_eps: tuple[float, ...]  # radii of the strong attacks
+    adversarial: Mapping[str, float | int | str]  # what adversarial training changes in `train`
+    madry: Mapping[str, float | int | str]  # and the PGD training of Table 5, of a fixed radius
+    many: int | None = None  # test images of one-step attacks; all when None
+    few: int | None = 1000  # and of long ones
+    # beside the paper's: its own many times over, the worst case over losses and backward passes
     strong: tuple[str, ...] = ("pgd-50x10", "adaptive")
     bits: tuple[int | None, ...] = (None, 1, 2, 3, 4, 5)
-    surrogate_steps: int = 50
-    standard_images: int = 250
-    standard_bits: tuple[int | None, ...] = (None, 1, 2, 4)
+    surrogate_steps: int = 50  # of APGD through each backward pass
+    standard_images: int = 250  # test images on which AutoAttack's worst case is measured
+    standard_bits: tuple[int | None, ...] = (None, 1, 2, 4)  # of its Wide ResNets
 
     @property
     def paper_eps(self) -> float:
@@ -303,6 +270,14 @@ class Results:
         return [cell for cell in dict.fromkeys(cells) if cell not in self]
 
 
+@dataclass(frozen=True)
+class _Value:
+    """A line of the values: what a cell found."""
+
+    cell: str
+    values: Any
+
+
 def begin(out: Path) -> None:
     """Make the folder and its files: a file made later shows up late on a network disk.
 
@@ -321,8 +296,9 @@ def read(out: Path) -> Results:
     """All results of the folder; the latest of each cell. Raises `UserError` for broken lines."""
     scores, values = out / SCORES, out / VALUES
     measured = read_jsonl(scores) if scores.exists() else []
-    found = _read_values(values) if values.exists() else {}
-    return Results({m.cell: m for m in measured if m.cell}, found)
+    lines = read_lines(values) if values.exists() else []
+    found = [from_mapping(_Value, record, where) for where, record in lines]
+    return Results({m.cell: m for m in measured if m.cell}, {v.cell: v.values for v in found})
 
 
 def keep(out: Path, cell: Cell, measurement: Measurement) -> None:
@@ -335,19 +311,3 @@ def keep_values(out: Path, cell: Cell, values: Any, evidence: Mapping[str, Any])
     asked = {"kind": cell.kind, "run": cell.network.name, "attack": cell.attack, "eps": cell.eps}
     line = {"cell": cell.key, **asked, "network": asdict(cell.network), "values": values}
     append_line(out / VALUES, line | {"evidence": dict(evidence)})
-
-
-@dataclass(frozen=True)
-class _Value:
-    """A line of the values: what a cell found."""
-
-    cell: str
-    values: Any
-
-
-def _read_values(path: Path) -> dict[str, Any]:
-    found = {}
-    for where, record in read_lines(path):
-        value = from_mapping(_Value, record, where)
-        found[value.cell] = value.values
-    return found

@@ -41,20 +41,17 @@ PICTURES = 8
 def run(
     cells: Sequence[Cell], out: Path, *, jobs: int | None = None, workers: str = "local"
 ) -> list[str]:
-    """Make the missing ones of `cells` in the folder `out`; returns what failed, a line each.
+    """Make the missing ones of `cells`, which stand in the order in which they matter, in the
+    folder `out`; returns what failed, a line each.
 
     Killed at any moment and started again, it goes on where it stopped. Several calls may work
     on one folder at a time: each network is claimed by one of them, and the others wait for it
-    only when nothing else is left.
+    only when nothing else is left. Results lie in `out`, networks below `networks/`. `jobs`
+    processes, as many as cores when None; `workers` is `local`, or the address of a Ray cluster,
+    whose nodes must see `out`.
 
-    Args:
-        cells: in the order in which they matter.
-        out: results, and the networks' runs below `networks/`.
-        jobs: processes; as many as cores when None.
-        workers: `local`, or the address of a Ray cluster, whose nodes must see `out`.
-
-    Raises:
-        UserError: `out` cannot be written or holds foreign lines; the workers cannot be had.
+    Raises `UserError` where `out` cannot be written or holds foreign lines, and where the workers
+    cannot be had.
     """
     if jobs is not None and jobs < 1:
         raise UserError(f"jobs must be 1 or more; found {jobs}")
@@ -197,8 +194,7 @@ def _label(cell: Cell) -> tuple[str, float]:
 
 def _layers(model: nn.Module, facts: Facts, cell: Cell) -> list[dict[str, Any]]:
     """Records of Figure 3b: layer, index, bits, distance."""
-    x, x_adv = _attacked(model, facts, cell)
-    return [asdict(layer) for layer in layer_distances(model, x, x_adv)]
+    return [asdict(one) for one in layer_distances(model, *_attacked(model, facts, cell))]
 
 
 def _first_block(model: nn.Module, facts: Facts, cell: Cell) -> dict[str, Any]:

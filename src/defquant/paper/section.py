@@ -16,30 +16,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Number:
-    """A quantity of ours and the paper's beside it; accuracies and rates lie in [0, 1].
+    """A quantity of ours and the paper's beside it; accuracies and rates lie in [0, 1]."""
 
-    Attributes:
-        mean: over the seeds; None where nothing was measured.
-        spread: standard deviation over the seeds (n - 1); 0 for one.
-        seeds: how many.
-        images: test images of one seed.
-        low, high: Wilson's 95 % interval of all seeds' images together.
-        paper: the paper's; None where it has none.
-        vanishing: largest share of images on which the attack was blind.
-        points: it is a difference of accuracies, shown with its sign.
-        cells: keys of the cells that it comes from; `reproduce --cell KEY` makes one alone.
-    """
-
-    mean: float | None
-    spread: float = 0.0
+    mean: float | None  # over the seeds; None where nothing was measured
+    spread: float = 0.0  # standard deviation over the seeds (n - 1); 0 for one
     seeds: int = 0
-    images: int = 0
-    low: float | None = None
+    images: int = 0  # of one seed
+    low: float | None = None  # Wilson's 95 % interval of all seeds' images together
     high: float | None = None
-    paper: float | None = None
-    vanishing: float = 0.0
-    points: bool = False
-    cells: tuple[str, ...] = ()
+    paper: float | None = None  # the paper's own
+    vanishing: float = 0.0  # largest share of images on which the attack was blind
+    points: bool = False  # a difference of accuracies, shown with its sign
+    cells: tuple[str, ...] = ()  # keys of those that it comes from, for `reproduce --cell KEY`
 
     @property
     def masked(self) -> bool:
@@ -99,26 +87,16 @@ class Panel:
 
 @dataclass(frozen=True)
 class Section:
-    """A table or figure of the paper, made again.
+    """A table or figure of the paper, made again."""
 
-    Attributes:
-        name: on the command line.
-        title: for people.
-        text: paragraphs: what was done, and what the paper says.
-        tables, panels: the numbers.
-        pictures: of Figure 7: one record of `defquant.measure.examples` per network, by its name.
-        missing: cells without a result yet.
-        command: makes the section.
-    """
-
-    name: str
+    name: str  # on the command line
     title: str
-    text: tuple[str, ...]
+    text: tuple[str, ...]  # paragraphs: what was done, and what the paper says
     tables: tuple[Table, ...] = ()
     panels: tuple[Panel, ...] = ()
-    pictures: tuple[tuple[str, Any], ...] = ()
-    missing: int = 0
-    command: str = ""
+    pictures: tuple[tuple[str, Any], ...] = ()  # by network, records of `measure.examples`
+    missing: int = 0  # cells without a result yet
+    command: str = ""  # makes the section
 
 
 Answer = Literal["holds", "does not hold", "not decided"]
@@ -126,46 +104,30 @@ Answer = Literal["holds", "does not hold", "not decided"]
 
 @dataclass(frozen=True)
 class Reading:
-    """One attack's answer to a claim.
-
-    Attributes:
-        attack: `FGSM 8/255`, `PGD-50x10 2/255`, `clean`.
-        effect: a difference of accuracies in the direction claimed: positive supports the claim;
-            None where something is missing.
-        low, high: its 95 % interval over seeds and test images.
-        verdict: whether the claim holds under this attack.
-        detail: what was compared, `best of bits 1..5 minus full precision, 2 seeds`.
+    """One attack's answer to a claim: an effect with its 95 % interval over seeds and test images,
+    a difference of accuracies of which a positive one supports the claim; None where something is
+    missing.
     """
 
-    attack: str
+    attack: str  # `FGSM 8/255`, `PGD-50x10 2/255`, `clean`
     effect: float | None
     low: float | None
     high: float | None
     verdict: Answer
-    detail: str
+    detail: str  # what was compared: `best of bits 1..5 minus full precision, 2 seeds`
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim of the paper and what the measurements say of it.
+    """A claim of the paper and what the measurements say of it."""
 
-    Attributes:
-        name: `C3`.
-        where: `abstract`, `section 5.1, Table 1`.
-        claim: in the paper's words, short.
-        paper: the paper's own numbers, `-9.1 points`.
-        readings: the paper's attack first, then the strong one.
-        note: where the paper contradicts itself; empty for nothing to say.
-        command: makes the measurements.
-    """
-
-    name: str
-    where: str
-    claim: str
-    paper: str
-    readings: tuple[Reading, ...]
-    note: str
-    command: str
+    name: str  # `C3`
+    where: str  # `abstract`, `section 5.1, Table 1`
+    claim: str  # in the paper's words, short
+    paper: str  # its own numbers, `-9.1 points`
+    readings: tuple[Reading, ...]  # the paper's attack first, then the strong one
+    note: str  # where the paper contradicts itself
+    command: str  # makes the measurements
 
 
 # --- numbers ------------------------------------------------------------------------------
@@ -213,15 +175,15 @@ def without_paper(whole: Section) -> Section:
     tables = (
         replace(t, rows=tuple(tuple(map(_ours, row)) for row in t.rows)) for t in whole.tables
     )
-    panels = (replace(p, lines=tuple(_our_lines(p.lines))) for p in whole.panels)
+    panels = (
+        replace(p, lines=tuple(_our_line(line) for line in p.lines if not line.paper))
+        for p in whole.panels
+    )
     return replace(whole, text=(*whole.text, note), tables=tuple(tables), panels=tuple(panels))
 
 
-def _our_lines(lines: Iterable[Line]) -> list[Line]:
-    ours = [line for line in lines if not line.paper]
-    return [
-        replace(o, points=tuple((at, replace(n, paper=None)) for at, n in o.points)) for o in ours
-    ]
+def _our_line(line: Line) -> Line:
+    return replace(line, points=tuple((at, replace(n, paper=None)) for at, n in line.points))
 
 
 def _ours(entry: Entry) -> Entry:

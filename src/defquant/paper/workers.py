@@ -132,22 +132,18 @@ def each_on_cluster(
 ) -> Generator[tuple[str, str], None, None]:
     """The results of named jobs as they end, each made by a task of the Ray cluster at `address`.
 
-    As `each`, but a job whose worker or node dies is begun again, where there is room: jobs
-    must go on from what they find on the disk. One that dies ten times is given up, with a line
-    that says so for its result, and the others go on. Every node needs the same defquant,
-    Python and Ray, and must see the files that the jobs name, under the same paths (a shared
-    disk). Relative paths are those of the caller's folder, where the node has it.
+    As `each`, but a job whose worker or node dies is begun again, where there is room: jobs must go
+    on from what they find on the disk. One that dies ten times is given up, with a line that says
+    so for its result, and the others go on. Every node needs the same defquant, Python and Ray, and
+    must see the files that the jobs name, under the same paths (a shared disk). Relative paths are
+    those of the caller's folder, where the node has it. Each job gets one CPU core, one thread and
+    `gpus`; None for one where the cluster has any.
 
-    Args:
-        title: of the progress.
-        jobs: picklable calls without arguments; each gets one CPU core and one thread.
-        address: `ray://HOST:10001` from anywhere; `HOST:6379` or `auto` on a node of the cluster,
-            where `auto` asks the node itself; `ray`: as `auto` on a node, elsewhere a cluster of
-            this machine alone, ended with the call.
-        gpus: for each job; None for one where the cluster has any.
+    `address`: `ray://HOST:10001` from anywhere; `HOST:6379` or `auto` on a node of the cluster,
+    where `auto` asks the node itself; `ray`: as `auto` on a node, elsewhere a cluster of this
+    machine alone, ended with the call.
 
-    Raises:
-        UserError: Ray is not installed, nothing answers at `address`, or a node lacks defquant.
+    Raises `UserError`: Ray is not installed, nothing answers, or a node lacks defquant.
     """
     with (
         _late_ctrl_c() as stop,
