@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from multiprocessing import active_children
@@ -202,10 +202,8 @@ def test_one_bad_network_does_not_stop_the_others(
     cells = [Cell(wild, images=10), Cell(homeless), bad_substitute, good]
     failed = run(cells, tmp_path, jobs=1)
     assert [line.split(":")[0] for line in failed] == [wild.name, homeless.name, FLOAT.name]
-    assert "training diverged" in failed[0]
-    assert "none" in failed[1]
-    assert "training diverged" in failed[2]
-    assert not any("\n" in line for line in failed)
+    for line, words in zip(failed, ("training diverged", "none", "training diverged"), strict=True):
+        assert words in line and "\n" not in line
     assert grid.read(tmp_path).missing(cells) == cells[:3]  # the good one stands
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("defquant:")]
     assert said == [f"defquant: {line}" for line in failed]
@@ -233,6 +231,9 @@ def test_mistakes_of_a_run(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- the pool itself
 
 
+SLEEPER = ("slow", partial(time.sleep, 60))
+
+
 def test_pool_names_results_and_gives_one_thread() -> None:
     jobs = [(str(n), partial(max, n, 3)) for n in range(5)]
     assert dict(each("t", jobs, 2)) == {"0": 3, "1": 3, "2": 3, "3": 3, "4": 4}
@@ -247,29 +248,33 @@ def test_pool_alone_hears_ctrl_c() -> None:
     assert signal.SIGINT not in asks()
 
 
-def test_pool_ends_all_when_a_job_raises() -> None:
-    jobs: list[Job[object]] = [("bad", partial(int, "x")), *[("slow", partial(time.sleep, 60))] * 3]
-    began = time.monotonic()
-    with pytest.raises(ValueError, match="invalid literal"):
-        list(each("t", jobs, 2))
-    assert not active_children()
-    assert time.monotonic() - began < 40
-
-
 def test_pool_ends_all_when_the_caller_stops() -> None:
-    jobs = [("quick", partial(time.sleep, 0)), *[("slow", partial(time.sleep, 60))] * 3]
-    results = each("t", jobs, 2)
+    results = each("t", [("quick", partial(time.sleep, 0)), *[SLEEPER] * 3], 2)
     assert next(results) == ("quick", None)
     results.close()
     assert not active_children()
 
 
-def test_pool_says_in_one_line_that_a_process_died() -> None:
-    sleeper = ("slow", partial(time.sleep, 60))
-    with pytest.raises(UserError, match=r"one of 2 processes died \(out of memory") as error:
-        list(each("t", [("killed", partial(signal.raise_signal, signal.SIGKILL)), sleeper], 2))
-    assert "\n" not in str(error.value)
-    assert not active_children()
+@pytest.mark.parametrize(
+    ("job", "error", "words"),
+    [
+        (partial(int, "x"), ValueError, r"^invalid literal"),
+        (
+            partial(signal.raise_signal, signal.SIGKILL), UserError,
+            r"^one of 2 processes died \(out of memory.*$",
+        ),
+    ],
+    ids=["raises", "dies"],
+)  # fmt: skip
+def test_pool_ends_all_when_one_fails(
+    job: Callable[[], object], error: type[Exception], words: str
+) -> None:
+    jobs: list[Job[object]] = [("bad", job), *[SLEEPER] * 3]
+    began = time.monotonic()
+    with pytest.raises(error, match=words) as found:
+        list(each("t", jobs, 2))
+    assert "\n" not in str(found.value) and not active_children()
+    assert time.monotonic() - began < 40
 
 
 def test_pool_says_what_is_done_and_no_more(capsys: pytest.CaptureFixture[str]) -> None:
@@ -306,10 +311,8 @@ def test_keys_do_not_change() -> None:
     assert network.name == "wrn-10-1_4bit_beta0.1_s0_6920163c"
     assert vgg.name == "vgg-16x0.25_float_s1000_d744ebc1"
     assert Cell(network).key == "ac4c359f4f65eec8"
-    assert (
-        Cell(network, attack="fgsm", eps=8 / 255, images=1000, substitute=vgg).key
-        == "b31aacd806a63330"
-    )
+    black = Cell(network, attack="fgsm", eps=8 / 255, images=1000, substitute=vgg)
+    assert black.key == "b31aacd806a63330"
     assert Cell(network, "layers", "fgsm", 8 / 255, 128).key == "de52a225ed69aee8"
     adversarial = replace(train, attack="pgd", milestones=(60, 120), schedule="step")
     assert Cell(replace(network, train=adversarial)).key == "6a49c3cedd5ff702"
