@@ -19,7 +19,6 @@ from defquant.attacks.surrogates import (
     FloatTwin,
     Precisions,
     SoftRound,
-    StraightThrough,
     staircase_slope,
 )
 from defquant.evaluate import robust
@@ -27,7 +26,7 @@ from defquant.quantize import Quantizer, QuantReLU, QuantTanh
 from linear_scenes import network
 
 ALL: list[Surrogate] = [
-    StraightThrough(), ClipFree(), SoftRound(), SoftRound(4), FloatTwin(), EOT(2),
+    EOT(1), ClipFree(), SoftRound(), SoftRound(4), FloatTwin(), EOT(2),
     Precisions((2, None)),
 ]  # fmt: skip
 
@@ -52,7 +51,7 @@ def test_the_answers_stay_exact(surrogate: Surrogate, bits: int | None) -> None:
 @pytest.mark.parametrize("surrogate", ALL)
 def test_the_model_is_put_back(surrogate: Surrogate) -> None:
     model, x = network(2), torch.rand(4, 1, 8, 8)
-    before = gradient(StraightThrough(), model, x)[1]
+    before = gradient(EOT(1), model, x)[1]
     state = {name: value.clone() for name, value in model.state_dict().items()}
     keys = [set(module.__dict__) for module in model.modules()]
 
@@ -66,7 +65,7 @@ def test_the_model_is_put_back(surrogate: Surrogate) -> None:
         boom()
     assert [set(module.__dict__) for module in model.modules()] == keys
     assert {m.bits for m in model.modules() if isinstance(m, Quantizer)} == {2}
-    assert torch.equal(gradient(StraightThrough(), model, x)[1], before)
+    assert torch.equal(gradient(EOT(1), model, x)[1], before)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
@@ -134,7 +133,7 @@ def test_soft_round_is_rounding_under_logistic_noise() -> None:
 def test_a_gentle_soft_round_is_straight_through_within_the_range() -> None:
     x = torch.linspace(0.01, 5.99, 50)[:, None]
     quantizer = QuantReLU(5)
-    own = gradient(StraightThrough(), quantizer, x)[1]
+    own = gradient(EOT(1), quantizer, x)[1]
     torch.testing.assert_close(gradient(SoftRound(0.01), quantizer, x)[1], own, rtol=1e-4, atol=0)
 
 
@@ -142,17 +141,17 @@ def test_clip_free_is_the_identity_and_straight_through_is_not() -> None:
     x = torch.tensor([[-1.0], [2.0], [7.0]])
     for quantizer in (QuantReLU(2), QuantTanh(2), QuantReLU(None)):
         assert gradient(ClipFree(), quantizer, x)[1].flatten().tolist() == [1, 1, 1]
-    assert gradient(StraightThrough(), QuantReLU(2), x)[1].flatten().tolist() == [0, 1, 0]
+    assert gradient(EOT(1), QuantReLU(2), x)[1].flatten().tolist() == [0, 1, 0]
 
 
 def test_the_float_twin_is_the_network_at_full_precision() -> None:
     model, x = network(2), torch.rand(8, 1, 8, 8)
     got = gradient(FloatTwin(), model, x)[1]
-    expected = gradient(StraightThrough(), dq.set_bits(model, None), x)[1]
+    expected = gradient(EOT(1), dq.set_bits(model, None), x)[1]
     assert torch.equal(got, expected)
     dq.set_bits(model, 2)
     both = gradient(Precisions((2, None)), model, x)[1]
-    own = gradient(StraightThrough(), model, x)[1]
+    own = gradient(EOT(1), model, x)[1]
     torch.testing.assert_close(both, (own + expected) / 2)
 
 

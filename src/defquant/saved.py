@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from defquant.attacks import Attack, Composition, Single
-from defquant.attacks.contract import Target, attacked, eight_bit, eps_of, name_of
+from defquant.attacks.contract import Target, attacked, eight_bit
 from defquant.checkpoint import Facts
 from defquant.data import Dataset
 from defquant.data.pictures import encode
@@ -23,7 +23,7 @@ from defquant.evaluate import Watch, answers, device_of
 from defquant.files import owned_folder, write_bytes
 from defquant.manifest import KIND, MANIFEST, Saved, fingerprint_of
 from defquant.measure import Subject, measure
-from defquant.results import EIGHT_BIT, Measurement, Score, append
+from defquant.results import EIGHT_BIT, Measurement, append
 
 __all__ = ["Saver", "measure_and_save", "saver"]
 
@@ -103,8 +103,8 @@ class Saver:
             batch_size: images at a time.
         """
         clean = answers(self.model, self.images, batch_size=batch_size)
-        self._put("00-clean", self.images.images, clean, clean, None)
-        self._note(next(m for m in scores if m.attack == "clean"), None)
+        floats = {(m.settings, m.eps): m for m in scores}
+        self._put("00-clean", floats["clean", 0.0], self.images.images, clean, clean)
         before: dict[str, tuple[Tensor, Tensor]] = {}
         names = [attack.name for attack in attacks]
         order = sorted(attacks, key=lambda a: (names.index(a.name), a.eps))
@@ -113,12 +113,10 @@ class Saver:
             made, found = self._attacked(attack, clean, batch_size, before.get(attack.name))
             before[attack.name] = made, found
             name = re.sub(r"[^a-z0-9]+", "-", attack.name.lower()).strip("-")[:40]
-            self._put(f"{place:02}-{name}-{attack.eps * 255:.4g}", made, clean, found, attack)
-            score = Score(int((found == self.images.labels).sum()), len(found))
-            of = next(m for m in scores if m.settings == repr(attack) and m.eps == attack.eps)
-            self._note(of, score)
+            of = floats[repr(attack), attack.eps]
+            correct = self._put(f"{place:02}-{name}-{attack.eps * 255:.4g}", of, made, clean, found)
             yield replace(
-                of, attack=of.attack + EIGHT_BIT, correct=score.correct, total=score.total,
+                of, attack=of.attack + EIGHT_BIT, correct=correct, total=len(found),
                 settings=f"{of.settings} as 8-bit images",
                 seconds=round(time.perf_counter() - start, 3),
             )  # fmt: skip
@@ -155,31 +153,22 @@ class Saver:
             made[fell], given[fell] = before[0][fell], before[1][fell]
         return made, given
 
-    def _put(
-        self, folder: str, made: Tensor, clean: Tensor, found: Tensor, attack: Attack | None
-    ) -> None:
-        pixels, here = made.cpu().numpy(), self.folder / folder
-        far = (made.int() - self.images.images.int()).abs().amax((1, 2, 3)).tolist()
-        about = (
-            ("clean", 0.0, "clean")
-            if attack is None
-            else (name_of(attack), eps_of(attack), repr(attack))
-        )
-        rows = zip(self.images.labels.tolist(), clean.tolist(), found.tolist(), far, strict=True)
+    def _put(self, folder: str, of: Measurement, made: Tensor, clean: Tensor, found: Tensor) -> int:
+        """Pictures and lines, beside the score `of` them in floats. Returns how many are right."""
+        pixels, here, labels = made.cpu().numpy(), self.folder / folder, self.images.labels
+        far = (made.int() - self.images.images.int()).abs().amax((1, 2, 3))
+        columns = (column.tolist() for column in (labels, clean, found, far))
+        about: dict[str, Any] = {"attack": of.attack, "eps": of.eps, "settings": of.settings}
         try:
             here.mkdir()
-            for i, (label, was, now, distance) in enumerate(rows):
-                name = f"{i:06}.png"
+            for i, (label, was, now, distance) in enumerate(zip(*columns, strict=True)):
+                name, digest = f"{i:06}.png", fingerprint_of(pixels[i])
                 (here / name).write_bytes(encode(pixels[i]))
-                digest = fingerprint_of(pixels[i])
-                saved = Saved(f"{folder}/{name}", i, label, *about, was, now, distance, digest)
-                self.lines.append(saved)
+                after = {"clean": was, "adversarial": now, "distance": distance, "sha256": digest}
+                self.lines.append(Saved(f"{folder}/{name}", i, label, **about, **after))
         except OSError as error:
             raise UserError(f"cannot write into {here}: {error.strerror or error}") from None
-
-    def _note(self, of: Measurement, eight_bit: Score | None) -> None:
-        record: dict[str, Any] = {"attack": of.attack, "eps": of.eps, "settings": of.settings}
-        record |= {"correct": of.correct, "total": of.total}
-        if eight_bit is not None:
-            record |= {"eight_bit": eight_bit.correct}
-        self.scores.append(record)
+        right = int((found == labels).sum())
+        eight_bit = {} if of.attack == "clean" else {"eight_bit": right}
+        self.scores.append(about | {"correct": of.correct, "total": of.total} | eight_bit)
+        return right

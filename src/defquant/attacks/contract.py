@@ -86,7 +86,8 @@ class InBall:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)[1:]}
+        """What is set beside eps, as its repr shows it."""
+        return {f.name: getattr(self, f.name) for f in fields(self)[1:] if f.repr}
 
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, *, generator: Draws = None, ids: Ids = None

@@ -57,7 +57,7 @@ class DIVA(InBall):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        return {"c": self.c, "steps": self.steps, "alpha": pixels(self._size)}
+        return {**super().settings, "alpha": pixels(self._size)}
 
     def made(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, *, seed: int) -> Tensor:
         noise = uniform(seed, ids, torch.zeros_like(ids), x.shape[1:]).to(x) * 2 - 1

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from defquant.errors import UserError
 from defquant.quantize import Quantizer, QuantReLU, QuantTanh, set_bits
 
 __all__ = [
-    "EOT", "ClipFree", "FloatTwin", "Precisions", "SoftRound", "StraightThrough", "staircase_slope",
+    "EOT", "ClipFree", "FloatTwin", "Precisions", "SoftRound", "staircase_slope",
 ]  # fmt: skip
 
 
@@ -33,22 +34,11 @@ def staircase_slope(bits: int) -> float:
 
 
 @dataclass(frozen=True)
-class StraightThrough:
-    """The network's own gradient: rounding passes it on, the clip stops it (exact)."""
-
-    @contextmanager
-    def __call__(self, model: nn.Module) -> Iterator[tuple[Forward, ...]]:
-        yield (model,)
-
-
-@dataclass(frozen=True)
 class ClipFree:
     """Every activation function passes the gradient on unchanged, also where it clips."""
 
-    @contextmanager
-    def __call__(self, model: nn.Module) -> Iterator[tuple[Forward, ...]]:
-        with _backward(model, lambda quantizer, x: torch.ones_like(x)):
-            yield (model,)
+    def __call__(self, model: nn.Module) -> AbstractContextManager[tuple[Forward, ...]]:
+        return _backward(model, lambda quantizer, x: torch.ones_like(x))
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,10 +70,8 @@ class SoftRound:
     def __repr__(self) -> str:
         return "SoftRound()" if self.slope is None else f"SoftRound(slope={self.slope:g})"
 
-    @contextmanager
-    def __call__(self, model: nn.Module) -> Iterator[tuple[Forward, ...]]:
-        with _backward(model, self._derivative):
-            yield (model,)
+    def __call__(self, model: nn.Module) -> AbstractContextManager[tuple[Forward, ...]]:
+        return _backward(model, self._derivative)
 
     def _derivative(self, quantizer: Quantizer, x: Tensor) -> Tensor | None:
         if quantizer.bits is None:
@@ -107,9 +95,8 @@ class SoftRound:
 class FloatTwin:
     """The backward pass of the same weights at full precision (BPDA, Athalye et al. 2018)."""
 
-    @contextmanager
-    def __call__(self, model: nn.Module) -> Iterator[tuple[Forward, ...]]:
-        yield (lambda x: _through(model, None, x),)
+    def __call__(self, model: nn.Module) -> AbstractContextManager[tuple[Forward, ...]]:
+        return nullcontext((partial(_through, model, None),))
 
 
 @dataclass(frozen=True)
@@ -124,9 +111,8 @@ class EOT:
     def __post_init__(self) -> None:
         positive(passes=self.passes)
 
-    @contextmanager
-    def __call__(self, model: nn.Module) -> Iterator[tuple[Forward, ...]]:
-        yield (model,) * self.passes
+    def __call__(self, model: nn.Module) -> AbstractContextManager[tuple[Forward, ...]]:
+        return nullcontext((model,) * self.passes)
 
 
 @dataclass(frozen=True)
@@ -141,12 +127,8 @@ class Precisions:
         for width in self.bits:
             check_bits(width)
 
-    @contextmanager
-    def __call__(self, model: nn.Module) -> Iterator[tuple[Forward, ...]]:
-        def at(width: int | None) -> Forward:
-            return lambda x: _through(model, width, x)
-
-        yield tuple(at(width) for width in self.bits)
+    def __call__(self, model: nn.Module) -> AbstractContextManager[tuple[Forward, ...]]:
+        return nullcontext(tuple(partial(_through, model, width) for width in self.bits))
 
 
 class _Graft(torch.autograd.Function):
@@ -168,10 +150,11 @@ def _graft(carrier: Tensor, value: Tensor, rate: Tensor | None) -> Tensor:
     return grafted
 
 
+Derivative = Callable[[Quantizer, Tensor], Tensor | None]
+
+
 @contextmanager
-def _backward(
-    model: nn.Module, derivative: Callable[[Quantizer, Tensor], Tensor | None]
-) -> Iterator[None]:
+def _backward(model: nn.Module, derivative: Derivative) -> Iterator[tuple[Forward, ...]]:
     """Every quantiser of `model` with dQ/dx = derivative(quantizer, x), elementwise, till the end.
 
     Where that is None the quantiser keeps its own. Weights, buffers and answers stay as they are.
@@ -182,22 +165,16 @@ def _backward(
                 former = module.__dict__.get("forward")
                 module.__dict__["forward"] = _replaced(module, module.forward, derivative)
                 restore.callback(_put_back, module, former)
-        yield
+        yield (model,)
 
 
-def _replaced(
-    quantizer: Quantizer,
-    own: Forward,
-    derivative: Callable[[Quantizer, Tensor], Tensor | None],
-) -> Forward:
+def _replaced(quantizer: Quantizer, own: Forward, derivative: Derivative) -> Forward:
     def forward(x: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return own(x)
-        with torch.no_grad():
-            rate = derivative(quantizer, x)
-        if rate is None:
-            return own(x)
-        return _graft(x, own(x.detach()), rate)
+        rate = None
+        if torch.is_grad_enabled() and x.requires_grad:
+            with torch.no_grad():
+                rate = derivative(quantizer, x)
+        return own(x) if rate is None else _graft(x, own(x.detach()), rate)
 
     return forward
 
