@@ -4,11 +4,14 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -24,7 +27,7 @@ from defquant.typed import from_mapping, parse_json
 
 __all__ = [
     "Checkpoint", "Facts", "find", "load", "load_model", "load_on", "read_tensors", "restore",
-    "save", "versions", "write_companions",
+    "save", "stamp", "versions", "write_companions",
 ]  # fmt: skip
 
 FORMAT = 1
@@ -103,6 +106,11 @@ class Checkpoint:
     facts: Facts
     weights: dict[str, Tensor]
     momentum: dict[str, Tensor]
+
+
+def stamp(device: torch.device) -> dict[str, Any]:
+    """Versions, machine and command: what every number is stored with."""
+    return {"versions": versions(device), "command": shlex.join(["defquant", *sys.argv[1:]])}
 
 
 def versions(device: torch.device) -> dict[str, str]:

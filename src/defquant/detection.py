@@ -1,7 +1,5 @@
 """What feature squeezing detects of a run's adversarial images (Xu et al. 2017)."""
 
-import shlex
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -13,7 +11,7 @@ from torch import nn
 
 from defquant.attacks import FirstOrder, untouched
 from defquant.attacks.contract import Target, attacked
-from defquant.checkpoint import Facts, versions
+from defquant.checkpoint import Facts, stamp
 from defquant.data import Dataset
 from defquant.defenses import Detection, Detector, Squeezer
 from defquant.evaluate import correct
@@ -94,10 +92,7 @@ def detect(
         record = _about(run, facts, images, calibration) | _counts(found) | {
             "attack": attack.name, "eps": attack.eps, "settings": repr(attack),
             "attack_seed": seed, "seconds": round(time.perf_counter() - start, 3),
-            "evidence": {
-                "versions": versions(next(model.parameters()).device),
-                "command": shlex.join(["defquant", *sys.argv[1:]]),
-            },
+            "evidence": stamp(next(model.parameters()).device),
         }  # fmt: skip
         records.append(record)
         write_json(run / "detector.json", records)

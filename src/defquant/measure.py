@@ -2,8 +2,6 @@
 
 import base64
 import hashlib
-import shlex
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 
 from defquant.attacks import Attack, Composition, Single, untouched
 from defquant.attacks.contract import Target, attacked, called, eps_of
-from defquant.checkpoint import Facts, load_on, versions
+from defquant.checkpoint import Facts, load_on, stamp
 from defquant.config import digest
 from defquant.data import Dataset
 from defquant.data.pictures import encode
@@ -59,12 +57,7 @@ def subject_of(facts: Facts | Subject) -> Subject:
 
 def evidence_of(subject: Subject, device: torch.device, batch_size: int) -> dict[str, Any]:
     """Versions, machine and command, and what is known of how the network was made."""
-    return {
-        "versions": versions(device),
-        "command": shlex.join(["defquant", *sys.argv[1:]]),
-        **(subject.evidence or {}),
-        "batch_size": batch_size,
-    }
+    return {**stamp(device), **(subject.evidence or {}), "batch_size": batch_size}
 
 
 def measure(

@@ -2,8 +2,6 @@
 
 import math
 import os
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +11,7 @@ import torch
 from torch import nn
 
 from defquant.attacks import PGD, Attack
-from defquant.checkpoint import Facts, load_on, versions
+from defquant.checkpoint import Facts, load_on, stamp
 from defquant.config import check_eps
 from defquant.data import Dataset
 from defquant.diagnose.amplification import layer_distances
@@ -80,7 +78,7 @@ def diagnose_run(
             audit(model, shown.first(min(audited, len(shown))), batch_size=effort.batch_size)
         ) if audited else None,
         "masking": _masking(verdict),
-        "evidence": _evidence(device),
+        "evidence": stamp(device),
     }  # fmt: skip
 
 
@@ -131,10 +129,6 @@ def _rate(score: Score | None) -> dict[str, float | None]:
     return {"rate": score.accuracy if score else None, "low": low, "high": high}
 
 
-def _evidence(device: torch.device) -> dict[str, Any]:
-    return {"versions": versions(device), "command": shlex.join(["defquant", *sys.argv[1:]])}
-
-
 def transfer_runs(
     runs: Sequence[Path],
     attack: Attack,
@@ -172,7 +166,7 @@ def transfer_runs(
         "data": shown_images.name, "fingerprint": shown_images.fingerprint,
         "images": len(shown_images), "seed": seed, "networks": listed,
         "cells": _cells(found),
-        "evidence": _evidence(device),
+        "evidence": stamp(device),
     }  # fmt: skip
 
 
