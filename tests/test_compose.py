@@ -80,17 +80,12 @@ def test_the_worst_case_is_that_of_its_parts(make: type[Composition]) -> None:
     assert abs(int(fell) - (15 - int(whole.sum()))) <= 3  # other draws, from a generator
 
 
-def test_standard_is_autoattacks() -> None:
+def test_standard_is_autoattacks_and_exact_on_a_linear_network() -> None:
     eps = 8 / 255
     assert dq.Standard(eps).attacks == (
         APGD(eps, 100), APGD(eps, 100, loss="dlr-targeted", targets=9),
         FAB(eps, 100, targets=9), Square(eps, 5000),
     )  # fmt: skip
-    assert repr(dq.Standard(eps)) == "Standard(eps=8/255)"
-    assert dq.Standard(eps).name == "Standard"
-
-
-def test_standard_is_exact_on_a_linear_network() -> None:
     model, x, y = scene(6)
     eps, stand = middle_eps(model, x, y)
     assert dq.robust_accuracy(model, (x, y), dq.Standard(eps)).correct == stand

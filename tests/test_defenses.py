@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 
 import defquant as dq
 from conftest import alike, tiny_images
-from defquant.attacks import FGSM, PGD, FirstOrder, Random
-from defquant.attacks.contract import Target, attacked
+from defquant.attacks import FGSM, PGD, Random
 from defquant.config import ModelConfig, TrainConfig
 from defquant.data import Dataset, to_unit
 from defquant.defenses import (
@@ -361,34 +359,23 @@ def test_detection_attacks_and_watches_the_network_inside() -> None:
     assert model.training
 
 
-def adversarial(
-    model: nn.Module, data: Dataset, attack: FirstOrder, seed: int = 0, batch_size: int = 256
-) -> Tensor:
-    target = Target(model, data.images, data.labels, seed, batch_size)
-    return torch.cat([made for _, made in attacked(partial(attack.made, model, seed=seed), target)])
-
-
 def test_detection_draws_from_its_seed() -> None:
     model, data, calibration, attack = linear(), noise(90, 0), noise(200, 1), Random(24 / 255)
     detector = Detector().fit(model, calibration.images)
     found = [detection(model, data, calibration, attack, seed=seed) for seed in range(3)]
     assert len({each.detected for each in found}) > 1
     for seed, each in enumerate(found):
-        made, right = adversarial(model, data, attack, seed=seed), correct(model, data)
+        x, right = to_unit(data.images), correct(model, data)
+        made = attack.made(model, x, data.labels, torch.arange(90), seed=seed)
         assert each == detector.rates(model, data.images, made[right], data.labels[right])
 
 
-def test_without_a_right_answer_there_is_nothing_to_detect() -> None:
+@pytest.mark.parametrize(("shift", "eps"), [(1, 24 / 255), (0, 0.0)])
+def test_without_an_image_that_is_right_and_fools_there_is_nothing_to_detect(
+    shift: int, eps: float
+) -> None:
     model, data = linear(), noise(20, 0)
-    wrong = replace(data, labels=(model(to_unit(data.images)).argmax(1) + 1) % 3)
-    found = detection(model, wrong, noise(40, 1), FGSM(24 / 255))
-    assert found.detected is None
-    assert found.false_positives.total == 20
-
-
-def test_an_attack_that_fools_nothing_leaves_nothing_to_detect() -> None:
-    model, data = linear(), noise(20, 0)
-    data = replace(data, labels=model(to_unit(data.images)).argmax(1))
-    found = detection(model, data, noise(40, 1), FGSM(0.0))
+    data = replace(data, labels=(model(to_unit(data.images)).argmax(1) + shift) % 3)
+    found = detection(model, data, noise(40, 1), FGSM(eps))
     assert found.detected is None
     assert found.false_positives.total == 20

@@ -1,6 +1,5 @@
 """Adversarial images as files: what is written, and that the 8-bit score is of these files."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -200,9 +199,3 @@ def test_a_killed_run_leaves_no_manifest(run: Path, tmp_path: Path) -> None:
                 break
     assert not (folder / MANIFEST).exists()
     assert main(["rescore", str(folder), str(run)]) == 2
-
-
-def test_lines_are_json(model: nn.Module, tmp_path: Path) -> None:
-    saved(tmp_path / "i", model, [dq.FGSM(0.1)])
-    lines = (tmp_path / "i" / MANIFEST).read_text().splitlines()
-    assert json.loads(lines[0])["pictures"] == len(lines) - 1 == 2 * len(DATA)
