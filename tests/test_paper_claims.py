@@ -222,7 +222,7 @@ def both(**options: Any) -> Question:
 )
 def test_all_must_hold_and_the_worst_is_shown(b: float, verdict: str, effect: float) -> None:
     reading = asked({A: 0.6, B: b, C: 0.3}, both())
-    assert (reading.verdict, reading.effect) == (verdict, pytest.approx(effect, abs=1e-3))
+    assert reading.verdict == verdict and reading.effect == pytest.approx(effect, abs=1e-3)
     assert "worst: B" in reading.detail and "A and B minus C" in reading.detail
     assert verdict != "does not hold" or (reading.high or 0) < 0
 

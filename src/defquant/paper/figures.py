@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -149,8 +150,8 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "fig3": Experiment(fig3, show_fig3),
     "table1": Experiment(tables.table1, tables.show_table1),
     "fig5": Experiment(tables.fig5, tables.show_fig5),
-    "table2": Experiment(tables.table2, tables.show_defended),
-    "table3": Experiment(tables.table3, tables.show_defended),
+    "table2": Experiment(partial(tables.beside_defences, table=2), tables.show_defended),
+    "table3": Experiment(partial(tables.beside_defences, table=3), tables.show_defended),
     "table4": Experiment(tables.table4, tables.show_ranges),
     "table5": Experiment(tables.table5, tables.show_boxes),
     "table6": Experiment(tables.table6, tables.show_boxes),
@@ -195,9 +196,8 @@ def render(name: str, scale: Scale, results: Results) -> Section:
     shown, panels = experiment.show(scale, found)
     svhn = name == "table2"
     cells = experiment.cells(scale)
-    facts = _facts(scale, svhn, cells, results) | {
-        "chosen": tables.chosen_beta(found) or "none yet"
-    }
+    facts = _facts(scale, svhn, cells, results)
+    facts["chosen"] = tables.chosen_beta(found) or "none yet"
     captions = [caption.format(**facts) for caption in words.captions]
     pictures = [(ask.at["name"], v) for ask, v in select(found, kind="examples") if v]
     whole = Section(

@@ -4,7 +4,7 @@ To add a table: a list of `Ask` and how it is shown, here; a line in `EXPERIMENT
 its words in `text.md`, and the paper's numbers in `numbers.yaml`. No torch.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -28,9 +28,9 @@ from defquant.paper.section import (
 )  # fmt: skip
 
 __all__ = [
-    "NUMBERS", "chosen_beta", "defended", "defense", "fig1", "fig5", "fig6", "show_beta",
-    "show_boxes", "show_defended", "show_fig1", "show_fig5", "show_ranges", "show_surrogates",
-    "show_table1", "surrogates", "table1", "table2", "table3", "table4", "table5", "table6",
+    "NUMBERS", "beside_defences", "chosen_beta", "defended", "defense", "fig1", "fig5", "fig6",
+    "show_beta", "show_boxes", "show_defended", "show_fig1", "show_fig5", "show_ranges",
+    "show_surrogates", "show_table1", "surrogates", "table1", "table4", "table5", "table6",
 ]  # fmt: skip
 
 Ends = Mapping[str, Callable[[Found], Entry]]
@@ -147,28 +147,24 @@ def _row(scale: Scale, trial: Trial, row: int, beta: float) -> list[Ask]:
 
 def _gain(row: Found) -> Number | None:
     """The best of the bit widths minus full precision; None for clean images, as in the paper."""
-    ask = row[0][0]
-    if ask.trial.attack == "clean":
+    found = _best([pair for pair in row if pair[0].at["bits"] is not None])
+    if found is None:
         return None
-    printed = _table1(ask.at["row"], ask.trial, "gain")
-    if any(n.mean is None for _, n in row):
-        return Number(None, points=True, paper=printed)
+    printed = _table1(row[0][0].at["row"], row[0][0].trial, "gain")
     full = next(n for a, n in row if a.at["bits"] is None)
-    return difference(_highest(n for a, n in row if a.at["bits"] is not None), full, printed)
+    if found.mean is None or full.mean is None:
+        return Number(None, points=True, paper=printed)
+    return difference(found, full, printed)
 
 
 def _best(row: Found) -> Number | None:
     """The best of the row, full precision among it."""
-    ask = row[0][0]
+    ask, numbers = row[0][0], {n.mean: n for _, n in reversed(row)}
     if ask.trial.attack == "clean":
         return None
-    whole = all(n.mean is not None for _, n in row)
-    found = _highest(n for _, n in row) if whole else Number(None)
-    return replace(found, paper=_table1(ask.at["row"], ask.trial, "best"))
-
-
-def _highest(numbers: Iterable[Number]) -> Number:
-    return max(numbers, key=lambda n: -1.0 if n.mean is None else n.mean)
+    known = [mean for mean in numbers if mean is not None]
+    best = numbers[max(known)] if len(known) == len(numbers) else Number(None)
+    return replace(best, paper=_table1(ask.at["row"], ask.trial, "best"))
 
 
 show_table1 = _table(
@@ -211,9 +207,11 @@ def defended(scale: Scale, table: int) -> list[tuple[dict[str, Any], Network]]:
     return rows
 
 
-def _defended(scale: Scale, table: int) -> list[Ask]:
-    """The paper's columns at every radius, the strong attacks, and those blind to a squeezing;
-    last what a squeezing detects before the undefended network.
+def beside_defences(scale: Scale, table: int) -> list[Ask]:
+    """Table 2, on SVHN or the images of Table 3 where it is not at hand, or Table 3.
+
+    The paper's columns at every radius, the strong attacks, and those blind to a squeezing; last
+    what a squeezing detects before the undefended network.
     """
     on = {"train": scale.svhn_train, "data": scale.svhn} if table == 2 else {}
     through = scale.substitute(**on)
@@ -232,16 +230,6 @@ def _defended(scale: Scale, table: int) -> list[Ask]:
     probes = product(("fgsm", "pgd"), scale.eps)
     trials = [Trial(a, eps, scale.few, kind="detector") for a, eps in probes]
     return asks + [Ask({}, (rows[0][1],), trial) for trial in trials]
-
-
-def table2(scale: Scale) -> list[Ask]:
-    """On SVHN, or on the images of Table 3 where SVHN is not at hand."""
-    return _defended(scale, 2)
-
-
-def table3(scale: Scale) -> list[Ask]:
-    """On CIFAR-10."""
-    return _defended(scale, 3)
 
 
 def show_defended(scale: Scale, found: Sequence[tuple[Ask, Any]]) -> Shown:
@@ -353,8 +341,8 @@ def table6(scale: Scale) -> list[Ask]:
 def _masked(row: Found) -> Number:
     """White minus black box."""
     white, black = row[1][1], row[2][1]
-    printed = None if white.paper is None or black.paper is None else white.paper - black.paper
-    return difference(white, black, printed)
+    printed = difference(Number(white.paper), Number(black.paper))
+    return difference(white, black, printed.mean)
 
 
 show_boxes = _table({"Network": "name", "ε": "eps"}, "head", {"White − black": _masked})
@@ -418,6 +406,7 @@ PASSES = {
 def surrogates(scale: Scale) -> list[Ask]:
     """By bits 1 to 8, the Wide ResNet vanilla and with DQ; the VGG of Figure 1."""
     every: tuple[int | None, ...] = (None, *range(1, 9))
+    judged = list(product(scale.hard_eps[:1], [scale.wrn], scale.standard_bits))
     wrn, vgg = model_text(scale.wrn), model_text(scale.vgg)
     kinds = (
         (f"vanilla {wrn}", scale.wrn, 0.0, every),
@@ -433,7 +422,7 @@ def surrogates(scale: Scale) -> list[Ask]:
         for eps, (name, model, beta, widths) in product(scale.hard_eps, kinds)
         for row, trial in {"clean": scale.trial(), **_passes(scale, eps)}.items()
         for bits in widths
-        if trial.images == scale.few or row == "clean" or _checked(scale, eps, model, bits)
+        if trial.images == scale.few or row == "clean" or (eps, model, bits) in judged
     ]
 
 
@@ -450,10 +439,6 @@ def _passes(scale: Scale, eps: float) -> dict[str, Trial]:
         attack_text(worst): scale.trial(worst, eps),
         **{f"{attack_text(trial.attack)}, {fewer}": trial for trial in few},
     }
-
-
-def _checked(scale: Scale, eps: float, model: str, bits: int | None) -> bool:
-    return eps == scale.hard_eps[0] and bits in scale.standard_bits and model == scale.wrn
 
 
 def show_surrogates(scale: Scale, found: Found) -> Shown:

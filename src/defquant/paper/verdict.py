@@ -201,8 +201,8 @@ class Evidence:
         hardly = [m for cell, m in found if cell.attack != "clean" and m.run in self.untrained]
         names += [f"{m.method} at {bits_text(m.bits)}" + HARDLY for m in hardly]
         probed = [cell.network for cell in row if cell.kind != "accuracy"]
-        weak = [network for network in probed if network.name in self.untrained]
-        return names + [bits_text(network.model.bits) + HARDLY for network in weak]
+        weak = [network.model.bits for network in probed if network.name in self.untrained]
+        return names + [bits_text(bits) + HARDLY for bits in weak]
 
     def _found(self, row: Row) -> list[tuple[Cell, Measurement]]:
         pairs = [(cell, self.results.score(cell)) for cell in row]
