@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from defquant.cli import eps, main
+from defquant.cli import main, parse, settings_of
 from defquant.results import read_folder
 
 TRAIN = [
@@ -226,7 +226,7 @@ def test_flags_are_typed_and_refused_in_one_line(capsys: pytest.CaptureFixture[s
     assert "squeeze must be a whole number from 1 to 8, or none for no squeezing; found 9" in (
         refused(capsys, "train", "--squeeze", "9", "--out", "x")
     )
-    assert "--squeeze takes a whole number from 1 to 8, or none for no squeezing; found 'x'" in (
+    assert "squeeze must be a whole number from 1 to 8, or none for no squeezing; found 'x'" in (
         refused(capsys, "train", "--squeeze", "x", "--out", "x")
     )
     assert "write 8/255" in refused(capsys, "attack", "x", "--eps", "8")
@@ -294,7 +294,8 @@ def test_none_and_lists_as_people_write_them(capsys: pytest.CaptureFixture[str])
     assert "squeeze: null" in text
     assert "- 60" in text or "[60" in text
     assert "attack: none" in text
-    assert "a number" in refused(capsys, "train", "--lr", "abc", "--out", "x")
+    message = refused(capsys, "train", "--lr", "abc", "--out", "x")
+    assert "--lr must be a finite number; found 'abc'" in message
 
 
 def test_a_preset_named_in_a_config_file_counts(
@@ -322,10 +323,9 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_eps_as_people_write_it() -> None:
-    assert eps("8/255") == 8 / 255
-    assert eps(" 0.1 ") == 0.1
-    assert eps("1e-2") == 0.01
-    assert eps(0) == 0
+    found = parse(["attack", "x", "--eps", "8/255", " 0.1 ", "1e-2", "0"])
+    assert found is not None
+    assert settings_of(found[1])["eps"] == [8 / 255, 0.1, 0.01, 0]
 
 
 @pytest.mark.slow

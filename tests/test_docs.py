@@ -19,12 +19,11 @@ import pytest
 import torch
 
 import defquant
-from defquant import cli
 from defquant.attacks.names import parse_attack
-from defquant.config import DataConfig, ModelConfig, TrainConfig
+from defquant.cli import VERBS, parse, settings_of, verb_app
+from defquant.config import ModelConfig
 from defquant.data import DATASETS
 from defquant.errors import UserError
-from defquant.flags import VERBS, parser_for
 from defquant.models import build
 from defquant.paper.claims import verdicts
 from defquant.paper.figures import EXPERIMENTS, render
@@ -113,22 +112,19 @@ def check(words: list[str]) -> None:
     """Raise unless `defquant words...` would be understood: its flags, and the names in them."""
     if words[0] in ("--help", "--version"):
         return
-    verb, flags = words[0], words[1:]
-    if verb not in VERBS:
-        raise UserError(f"unknown verb {verb!r}")
-    settings = cli._parse(verb, flags)
-    if settings is None:
+    found = parse(words)
+    if found is None:
         return
-    if verb == "train":
-        values = settings.as_dict() | {"convex": bool(settings.convex)}
-        from_mapping(TrainConfig, values)
+    given = settings_of(found[1])
+    if words[0] == "train":
+        model = from_mapping(ModelConfig, given | {"convex": bool(given["convex"])})
         with torch.device("meta"):
-            build(from_mapping(ModelConfig, values), num_classes=10, in_channels=3)
-        if from_mapping(DataConfig, values).data not in DATASETS:
-            raise UserError(f"unknown data set {settings.data!r}")
-    if verb == "attack":
-        for name in settings.attack:
-            parse_attack(name, settings.eps[0])
+            build(model, num_classes=10, in_channels=3)
+        if given["data"] not in DATASETS:
+            raise UserError(f"unknown data set {given['data']!r}")
+    if words[0] == "attack":
+        for name in given["attack"]:
+            parse_attack(name, given["eps"][0])
 
 
 @every_page
@@ -164,10 +160,10 @@ def test_make_targets_exist(page: Path) -> None:
 
 @cache
 def flags() -> set[str]:
-    parsers = [parser_for(verb) for verb in VERBS]
-    return {name for parser in parsers for name in parser.get_defaults().keys()} | {  # noqa: SIM118
-        "config", "print_config", "help", "version",
-    }  # fmt: skip
+    app = verb_app()
+    arguments = [a for verb in VERBS for a in app[verb].assemble_argument_collection()]
+    names = {name[2:].replace("-", "_") for a in arguments for name in a.names}
+    return names | {"config", "print_config", "help", "version"}
 
 
 @every_doc

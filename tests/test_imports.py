@@ -13,10 +13,9 @@ ORDER = (
     "errors", "typed", "files", "config", "results", "quantize", "weights", "lipschitz", "data",
     "models", "attacks", "integers", "defenses", "progress", "distributed", "evaluate", "monitor",
     "training_state", "training", "checkpoint", "runs", "replay", "measure", "manifest", "saved",
-    "rescored", "foreign", "detection", "deploy", "diagnose", "paper", "report", "commands",
-    "flags_anyone", "flags", "cli", "__main__",
+    "rescored", "foreign", "detection", "deploy", "diagnose", "paper", "report", "cli", "__main__",
 )  # fmt: skip
-TORCHLESS = ("flags", "errors", "typed", "files", "config", "results", "report", "cli", "commands")
+TORCHLESS = ("errors", "typed", "files", "config", "results", "report", "cli", "cli.verbs")
 
 
 def module(path: Path) -> str:

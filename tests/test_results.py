@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 import defquant as dq
-from defquant.commands.rows import print_measurements
+from defquant.cli.rows import print_measurements
 from defquant.errors import UserError
 from defquant.results import (
     Measurement,

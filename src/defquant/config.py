@@ -36,9 +36,8 @@ def check_bits(bits: object, name: str = "bits", off: str = "full precision") ->
     """`bits` as it was given, where it is None or a whole number from 1 to 8; else `UserError`."""
     if bits is None or (isinstance(bits, int) and not isinstance(bits, bool) and 1 <= bits <= 8):
         return bits
-    raise UserError(
-        f"{name} must be a whole number from 1 to 8, or none for {off}; found {shown(bits)}"
-    )
+    found = f"'{shown(bits)}'" if isinstance(bits, str) else shown(bits)
+    raise UserError(f"{name} must be a whole number from 1 to 8, or none for {off}; found {found}")
 
 
 def check_eps(eps: float) -> float:

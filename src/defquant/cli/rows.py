@@ -1,0 +1,190 @@
+"""What verbs print: JSON lines, or aligned rows for people."""
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any, TextIO
+
+from defquant.errors import visible
+from defquant.results import Measurement, Score, record
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from defquant.deploy.parity import Parity
+    from defquant.rescored import Rescored
+
+__all__ = [
+    "console", "detection_row", "diagnosis_rows", "json_alone", "parity_rows", "print_json",
+    "print_measurements", "print_rescored", "print_summary", "scores_row",
+]  # fmt: skip
+
+_lines: list[TextIO] = []  # the real stdout, while `json_alone` keeps it
+
+
+@contextmanager
+def json_alone() -> Iterator[None]:
+    """Give stdout to `print_json` alone: what others print, the user's own code too, is stderr's.
+
+    So `defquant VERB --json | jq .` never meets a line that is no JSON.
+    """
+    _lines.append(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _lines.pop()
+
+
+def print_json(record: object) -> None:
+    """One line of JSON on stdout; numbers that JSON lacks, NaN and infinity, are null."""
+    line = json.dumps(_finite(record), allow_nan=False)
+    print(line, file=_lines[-1] if _lines else sys.stdout, flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def console() -> "Console":
+    from rich.console import Console
+
+    # a pipe has no width: print it as wide as it needs
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def print_summary(measurements: Sequence[Measurement], *, as_json: bool) -> None:
+    """All of them as JSON lines, or their table."""
+    if as_json:
+        print_measurements(measurements, as_json=True)
+    elif measurements:
+        from defquant.report import text_table
+
+        console().print(text_table(measurements))
+
+
+def print_measurements(
+    measurements: Iterable[Measurement], *, as_json: bool, width: int = 12
+) -> None:
+    for m in measurements:
+        if as_json:
+            print_json(record(m))
+        else:
+            share = f"  † masked: {m.vanishing or 0:.1%} of the right images have no gradient"
+            row = f"{m.run:24} {m.attack:{width}} {_eps(m.eps):>8}  {m.score}"
+            print(row + share * m.masked, flush=True)
+
+
+def print_rescored(found: "Iterable[Rescored]", *, as_json: bool) -> None:
+    for r in found:
+        low, high = r.score.interval
+        if as_json:
+            print_json({
+                "attack": r.attack, "eps": r.eps, "settings": r.settings,
+                "correct": r.score.correct, "total": r.score.total, "accuracy": r.score.accuracy,
+                "low": low, "high": high, "saved_correct": r.saved.correct,
+            })  # fmt: skip
+        else:
+            saved = f"{r.saved.accuracy:.1%} ({r.saved.correct}/{r.saved.total})"
+            row = f"{visible(r.attack):20} {_eps(r.eps):>8}  {r.score!s:34}  when saved {saved}"
+            print(row, flush=True)
+
+
+def detection_row(r: Mapping[str, Any], width: int) -> str:
+    detected = _part(r["detected"], r["fooling"])
+    false = _part(r["false_positives"], r["clean"])
+    return (
+        f"detector  {r['attack']:{width}} {_eps(r['eps']):>8}  detects {detected:20}  "
+        f"false positives {false}"
+    )
+
+
+def parity_rows(card: Mapping[str, Any], found: "Parity") -> Iterator[str]:
+    run, (integer, convolutions) = f"{card['run']:24}", found.convolutions
+    measured = card["calibrated"]
+    images = f", ranges measured on {measured} training images" if measured else ""
+    yield f"{run} {integer} of {convolutions} convolutions in integers{images}"
+    yield f"{run} same answer as the trained network: {found.agreement}"
+    yield (
+        f"{run} activation codes that differ: {found.flipped:.2%}; "
+        f"largest difference of a logit: {found.logit_error:.2g} of their spread"
+    )
+    yield (
+        f"{run} codes unlike the integer reference: {found.mismatches}; "
+        f"without optimisations the same answer: {found.unoptimised}"
+    )
+    if found.openvino is not None:
+        yield f"{run} OpenVINO, the same answer: {found.openvino}"
+
+
+def scores_row(run: str, scores: Mapping[str, Any]) -> str:
+    trained, deployed = (Score(*scores[kind]) for kind in ("trained", "deployed"))
+    head = f"{run:24} {scores['attack']:12} {_eps(scores['eps']):>8}"
+    return f"{head}  trained {trained}  deployed {deployed}"
+
+
+def diagnosis_rows(record: Mapping[str, Any]) -> Iterator[str]:
+    """The record as aligned lines for people."""
+    yield from _amplification(record["amplification"])
+    yield ""
+    yield from _audit(record["audit"])
+    yield ""
+    yield from _masking(record)
+
+
+def _amplification(networks: list[dict[str, Any]]) -> Iterator[str]:
+    yield "Error amplification: ||A - A_adv|| / ||A|| at each layer's input (Eq. 4)"
+    for network in networks:
+        values = [layer["mean"] for layer in network["layers"]]
+        shown = "  ".join("-" if value is None else f"{value:.3f}" for value in values)
+        yield f"  {network['name']:20} {network['method']:12} {shown}"
+        first, last = values[0], values[-1]
+        if first and last is not None:
+            yield f"  {'':20} {'':12} image to last layer: x {last / first:.2f}"
+
+
+def _audit(found: Mapping[str, Any] | None) -> Iterator[str]:
+    if found is None:
+        yield "Lipschitz audit: left out"
+        return
+    yield f"Lipschitz audit of the straight-through surrogate, {found['images']} images"
+    yield f"  {'layer':24} {'matrix':>8} {'norm':>8} {'with BN':>8} {'residual':>9}"
+    for layer in found["layers"]:
+        numbers = [layer[name] for name in ("matrix_norm", "norm", "gain", "residual")]
+        a, b, c, d = (float("nan") if number is None else number for number in numbers)
+        yield f"  {layer['layer']:24} {a:8.3f} {b:8.3f} {c:8.3f} {d:9.3f}"
+    ends = (found["lower"], found["bound"])
+    low, high = ("unbounded" if value is None else f"{value:.3g}" for value in ends)
+    yield f"  Lipschitz constant: {low} to {high}"
+    radius = found["surrogate_radius_linf"] * 255
+    yield f"  largest certified radius (of the surrogate, not of the network): {radius:.2g}/255"
+
+
+def _masking(record: Mapping[str, Any]) -> Iterator[str]:
+    found, eps = record["masking"], _eps(record["eps"])
+    yield f"Masked gradients? {found['verdict']} at eps {eps}, {record['images']} images"
+    yield f"  robust under PGD {_rate(found['usual'])}, under all {_rate(found['strongest'])}"
+    for sign in found["signs"]:
+        yield f"  {sign['verdict']:11} {sign['name']:13} {_rate(sign)}"
+        if sign["verdict"] in ("WARN", "FAIL"):
+            yield f"  {'':11} {sign['means']}: {sign['do']}"
+
+
+def _rate(found: Mapping[str, Any]) -> str:
+    interval = f"[{found['low']:.1%}, {found['high']:.1%}]"
+    return f"{found['rate']:.1%} {interval} ({found['count']}/{found['total']})"
+
+
+def _part(part: int, whole: int) -> str:
+    """`3/40 (7.5%)`."""
+    return f"{part}/{whole} ({part / whole:.1%})" if whole else "0/0"
+
+
+def _eps(eps: float) -> str:
+    return f"{eps * 255:.4g}/255" if eps else ""

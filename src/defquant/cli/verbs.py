@@ -1,0 +1,761 @@
+"""What each verb does. Its signature is its flags, its docstring its help. No torch on import."""
+
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from defquant.cli import rows
+from defquant.cli.rows import print_json, print_measurements
+from defquant.config import PRESETS, DataConfig, ModelConfig, TrainConfig, check_bits
+from defquant.errors import UserError
+from defquant.results import EIGHT_BIT, read_folder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from defquant.attacks import Composition, Single
+    from defquant.checkpoint import Facts
+    from defquant.data import Dataset
+    from defquant.deploy.parity import Parity
+    from defquant.manifest import Manifest
+    from defquant.measure import Subject
+    from defquant.paper.grid import Scale
+
+__all__ = ["VERBS"]
+
+Flat = Parameter(name="*")
+Json = Annotated[bool, Parameter(help="JSON lines alone on stdout, instead of rows")]
+Images = Annotated[int | None, Parameter(help="first so many test images; none for all")]
+Seed = Annotated[int, Parameter(help="of the attacks' draws")]
+Batch = Annotated[int, Parameter(help="rows at a time")]
+Root = Annotated[str | None, Parameter(help="where the data lies, if it moved")]
+Device = Annotated[str, Parameter(help="auto, cpu, cuda, cuda:N")]
+ModelFile = Annotated[
+    str | None,
+    Parameter(
+        help="my.py:make_model, a function that returns a torch.nn.Module of images in [0, 1] to "
+        "logits. THIS RUNS YOUR CODE in my.py"
+    ),
+]
+Weights = Annotated[str | None, Parameter(help="for --model-file: a .safetensors file")]
+Input = Literal["float", "uint8"]
+
+
+@dataclass(frozen=True)
+class _Model(ModelConfig):
+    __doc__ = (ModelConfig.__doc__ or "").replace(
+        "(Parseval, section 4 of the paper)", "(Parseval); when not given: where beta > 0"
+    )
+    convex: bool | None = None  # type: ignore[assignment]
+
+
+_MODEL, _DATA, _TRAIN = _Model(), DataConfig(), TrainConfig()
+
+
+def demo(*, out: str = "demo", seeds: int = 3, smoke: bool = False, json: Json = False) -> None:
+    """The main job, small: train, attack and report on handwritten digits.
+
+    Args:
+        out: folder of the runs and the page.
+        seeds: networks of each kind.
+        smoke: a few seconds, to try it out.
+    """
+    _least(1, seeds=seeds)
+    from defquant.paper.demo import run_demo
+    from defquant.report import build_report
+
+    folder = Path(out)
+    run_demo(folder, seeds=seeds, smoke=smoke)
+    page = build_report(folder, folder / "report.html")
+    rows.print_summary(read_folder(folder), as_json=json)
+    print(page)
+
+
+def train(
+    *,
+    out: str | None = None,
+    preset: Annotated[str | None, Parameter(help=", ".join(PRESETS))] = None,
+    resume: bool = False,
+    json: Json = False,
+    model: Annotated[_Model, Flat] = _MODEL,
+    data: Annotated[DataConfig, Flat] = _DATA,
+    config: Annotated[TrainConfig, Flat] = _TRAIN,
+) -> None:
+    """Train a network: float, vanilla-quantised, defensive or adversarial.
+
+    Args:
+        out: folder of the run (required).
+        resume: go on where a run stopped.
+    """
+    if out is None:
+        raise UserError("train needs --out FOLDER, the folder of the run")
+    convex = config.beta > 0 if model.convex is None else model.convex
+    network = ModelConfig(**asdict(model) | {"convex": convex})
+    from defquant.distributed import leads
+    from defquant.runs import train_run
+
+    last = train_run(network, data, config, Path(out), resume=resume).history[-1]
+    if not leads():
+        return
+    if json:
+        print_json({"run": out, **last})
+    else:
+        print(f"loss {last['loss']:.4f}  accuracy {last['accuracy']:.2%}", end="  ")
+        print(f"test accuracy {last['test_accuracy']:.2%}  epochs {last['epoch']}")
+    print(Path(out))
+
+
+def attack(
+    runs: tuple[str, ...] = (),
+    *,
+    model_file: ModelFile = None,
+    weights: Weights = None,
+    data: str | None = None,
+    out: str | None = None,
+    save_images: str | None = None,
+    attack: tuple[str, ...] = ("random", "fgsm", "rfgsm", "pgd", "pgd-50x10", "adaptive"),
+    eps: tuple[float, ...] = (2 / 255, 8 / 255, 16 / 255),
+    substitute: str | None = None,
+    unaware: bool = False,
+    detector: bool = False,
+    images: Images = None,
+    split: Literal["test", "validation"] = "test",
+    examples: int = 8,
+    seed: Seed = 0,
+    batch_size: Batch = 256,
+    data_root: Root = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Measure clean and robust accuracy of trained runs, or of a model of your own.
+
+    Args:
+        runs: folders of runs, if no --model-file.
+        data: for --model-file: its data.
+        out: for --model-file: folder of the results.
+        save_images: empty folder for the adversarial images as PNG with a manifest; scored as
+            such, too.
+        attack: random[-SAMPLES] fgsm rfgsm bim[-STEPS] pgd[-STEPS[xRESTARTS]] apgd[-...]
+            apgd-dlr[-...] apgd-margin[-...] apgd-t[-...], through a surrogate as apgd@soft[-...]
+            apgd@twin apgd@clipfree apgd@eot apgd@bits, then queries as apgd-50+200, fab[-...]
+            fab-t[-...] square[-QUERIES] standard adaptive[-STEPS]; bim and pgd alone: the paper's
+            schedule, weak at small eps.
+        eps: L-infinity radii in [0, 1], as 8/255.
+        substitute: run whose adversarials are transferred.
+        unaware: also each attack as if it ignored the feature squeezing in front of the network.
+        detector: also how many of each attack's images a detector by feature squeezing tells from
+            clean ones: in detector.json.
+        split: validation: the held-out training images, to choose settings by.
+        examples: pictures kept for the report.
+    """
+    given = {"weights": weights, "data": data, "out": out}
+    own = {"substitute": substitute, "unaware": unaware, "detector": detector}
+    _check_attack(runs, model_file, given, own | {"split": split != "test"}, save_images)
+    _least(1, batch_size=batch_size)
+    _least(0, examples=examples)
+    from defquant.attacks import FirstOrder
+    from defquant.attacks.names import parse_attack
+    from defquant.defenses import Unaware
+    from defquant.detection import CALIBRATION, detect
+    from defquant.distributed import pick_device
+    from defquant.manifest import MANIFEST
+    from defquant.measure import write_examples
+    from defquant.progress import AttackProgress
+    from defquant.replay import replay
+    from defquant.saved import measure_and_save
+
+    attacks = [parse_attack(name, radius) for name in attack for radius in eps]
+    place, saved = pick_device(device), Path(save_images) if save_images else None
+    how: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
+    first_order = [a for a in attacks if isinstance(a, FirstOrder)]
+    asking = [a for a in first_order if a.walk.steps]  # Random asks no network
+    extra: list[Any] = [Unaware(a) for a in asking] if unaware else []
+    if model_file is None:
+        loaded = _loaded(runs, place, substitute, squeezed=unaware)
+        where = (data_root, images, split)
+        targets: Any = ((run, model, facts, _images(facts, *where)) for run, model, facts in loaded)
+        guard: Any = nullcontext()
+    else:
+        targets, guard = _foreign(model_file, given, data_root, images, batch_size, place)
+    with guard:
+        for run, model, facts, tested in targets:
+            boxes = [
+                replay(a, Path(substitute), tested, device=place, source=substitute, **how)
+                for a in asking
+                if substitute
+            ]
+            others = [*extra, *boxes]
+            names = [a.name + EIGHT_BIT * bool(saved) for a in attacks] + [a.name for a in others]
+            width = max(12, *map(len, names))
+            for m in measure_and_save(
+                saved, run, model, facts, tested, attacks, black_box=others, **how,
+                watch=AttackProgress(run.name, len(tested), len(attacks) + len(others)),
+            ):  # fmt: skip
+                print_measurements([m], as_json=json, width=width)
+                if model_file and m.attack == "clean":
+                    from defquant.foreign import warn_of_chance
+
+                    warn_of_chance(m.score, tested.num_classes)
+            if detector:
+                known = _images(facts, data_root, None, "train")
+                clean = known.first(min(len(known), CALIBRATION))
+                for r in detect(run, model, facts, tested, clean, first_order, **how):
+                    print_json(r) if json else print(rows.detection_row(r, width), flush=True)
+            if examples:
+                write_examples(
+                    run, model, facts, tested, _shown(attacks, eps), examples, seed, batch_size
+                )
+            print(run / "results.jsonl")
+            if detector:
+                print(run / "detector.json")
+            if saved:
+                print(saved / MANIFEST)
+
+
+def _check_attack(
+    runs: Sequence[str],
+    model_file: str | None,
+    foreign: Mapping[str, object],
+    own: Mapping[str, object],
+    save_images: str | None,
+) -> None:
+    """Raise `UserError` for flags of one's own runs beside a foreign model, and the reverse."""
+    if model_file is None:
+        if not runs:
+            raise UserError("attack needs folders of runs, or --model_file my.py:make_model")
+        if misplaced := next((name for name, value in foreign.items() if value is not None), None):
+            raise UserError(
+                f"--{misplaced} belongs to --model_file; a run knows its own: leave it out"
+            )
+        if save_images and len(runs) > 1:
+            raise UserError(
+                f"--save_images keeps the images of one run; found {len(runs)}: attack them one at "
+                "a time"
+            )
+        return
+    if runs:
+        raise UserError(
+            f"attack takes folders of runs or --model_file, not both; found {runs[0]!r}"
+        )
+    for name, what in (("data", "digits, cifar10, svhn, folder or npz"), ("out", "FOLDER")):
+        if foreign[name] is None:
+            raise UserError(f"--model_file needs --{name}: {what}")
+    if misplaced := next((name for name, value in own.items() if value), None):
+        raise UserError(f"--{misplaced} is for runs of `defquant train`: leave it out")
+    if (Path(str(foreign["out"])) / "checkpoint.safetensors").exists():
+        raise UserError(f"{foreign['out']} holds a run of `defquant train`: choose another --out")
+
+
+def _loaded(
+    runs: Sequence[str], place: "torch.device", source: str | None, *, squeezed: bool
+) -> "list[tuple[Path, nn.Module, Facts]]":
+    """All are sound, and fit the substitute, before the first is attacked."""
+    from defquant.measure import load_on
+
+    loaded = [(Path(run), *load_on(Path(run), place)) for run in runs]
+    other = load_on(Path(source), place)[1] if source else None
+    for run, _, facts in loaded:
+        ends = [(f.in_channels, f.num_classes) for f in (facts, other) if f is not None]
+        if ends[0] != ends[-1]:
+            raise UserError(
+                f"the substitute {source} takes {ends[1][0]} channels and knows {ends[1][1]} "
+                f"classes, {run} {ends[0][0]} and {ends[0][1]}: train it on the same data set"
+            )
+        if squeezed and facts.model.squeeze is None:
+            raise UserError(
+                f"--unaware attacks the network behind a feature squeezing; {run} has none: leave "
+                "it out, or train with --squeeze 5"
+            )
+    return loaded
+
+
+def _images(facts: "Facts", root: str | None, limit: int | None, split: Any) -> "Dataset":
+    from defquant.runs import test_images
+
+    return test_images(facts, root, limit, split)
+
+
+def _foreign(
+    spec: str,
+    given: Mapping[str, Any],
+    root: str | None,
+    limit: int | None,
+    batch_size: int,
+    place: "torch.device",
+) -> "tuple[list[tuple[Path, nn.Module, Subject, Dataset]], Any]":
+    """The user's model as the one network to be attacked, and who is blamed for its errors."""
+    from defquant.data import load
+    from defquant.foreign import blamed, load_foreign, probe
+
+    images = load(given["data"], root, "test").first(limit)
+    foreign = load_foreign(spec, given["weights"], place)
+    probe(foreign, images, batch_size)
+    found = (Path(given["out"]), foreign.model, foreign.subject, images.to(place))
+    return [found], blamed(foreign.path)
+
+
+def _shown(
+    attacks: "Sequence[Single | Composition]", eps: Sequence[float]
+) -> "Single | Composition":
+    """The attack of the report's example pictures: the one of most steps, at the middle eps."""
+    from defquant.attacks import FirstOrder
+
+    middle = sorted(eps)[len(eps) // 2]
+    return max(
+        (a for a in attacks if a.eps == middle),
+        key=lambda a: a.walk.steps * a.walk.restarts if isinstance(a, FirstOrder) else 0,
+    )
+
+
+def rescore(
+    folder: str,
+    model: str | None = None,
+    *,
+    model_file: ModelFile = None,
+    weights: Weights = None,
+    batch_size: Batch = 256,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Score any model on adversarial images that attack has saved.
+
+    A row for each attack and eps: the model's score, and the one that the images had.
+
+    Args:
+        folder: folder that attack --save-images wrote.
+        model: folder of a run, or an .onnx file of export.
+    """
+    if (model is None) == (model_file is None):
+        raise UserError(
+            "rescore takes one model: a run's folder, an .onnx file, or --model_file my.py:make"
+        )
+    if weights is not None and model_file is None:
+        raise UserError("--weights belongs to --model_file; a run knows its own: leave it out")
+    _least(1, batch_size=batch_size)
+    from defquant.distributed import pick_device
+    from defquant.foreign import blamed, load_foreign
+    from defquant.manifest import read_manifest
+    from defquant.rescored import rescored
+
+    manifest, place, guard = read_manifest(Path(folder)), pick_device(device), nullcontext()
+    if model_file is not None:
+        network = load_foreign(model_file, weights, place).model
+        guard = blamed(Path(model_file.rpartition(":")[0]))  # type: ignore[assignment]
+    else:
+        network = _own_or_onnx(Path(model or ""), manifest, place)
+    with guard:
+        rows.print_rescored(rescored(manifest, network, batch_size=batch_size), as_json=json)
+
+
+def _own_or_onnx(path: Path, manifest: "Manifest", place: "torch.device") -> "nn.Module":
+    if path.suffix == ".onnx":
+        _needs_onnx()
+        from defquant.deploy.runtime import OnnxModel, facts_of, open_model
+
+        file = open_model(path)
+        facts_of(file, path)
+        return OnnxModel(file)
+    from defquant.checkpoint import load_on
+
+    model, facts = load_on(path, place)
+    if list(facts.classes) != list(manifest.head["classes"]):
+        raise UserError(
+            f"{path} knows other classes than the saved images, {facts.classes[0]!r}, ... and "
+            f"{manifest.head['classes'][0]!r}, ...: use a model of the same data"
+        )
+    return model
+
+
+def transfer(
+    runs: tuple[str, ...],
+    *,
+    bits: tuple[int | None, ...] = (),
+    attack: str = "pgd-20",
+    eps: float = 8 / 255,
+    images: Images = None,
+    out: str = "transfer",
+    seed: Seed = 0,
+    batch_size: Batch = 256,
+    data_root: Root = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """What fools one run or bit width, shown to all others: a matrix.
+
+    Args:
+        runs: folders of runs of one data set.
+        bits: each run at each of these, as 1 2 4 none, weights as trained; else at its own.
+        attack: as of `defquant attack`.
+        eps: radius, as 8/255.
+        out: folder of the file and figure.
+    """
+    _least(1, batch_size=batch_size)
+    widths = [check_bits(width) for width in bits]
+    from defquant.attacks.names import parse_first_order
+    from defquant.diagnose.runs import transfer_runs
+    from defquant.distributed import pick_device
+    from defquant.files import write_json
+    from defquant.report import plot_matrix, text_matrix
+
+    record = transfer_runs(
+        [Path(run) for run in runs], parse_first_order(attack, eps), bits=widths, images=images,
+        data_root=data_root, seed=seed, device=pick_device(device), batch_size=batch_size,
+    )  # fmt: skip
+    for line in record["cells"] if json else text_matrix(record):
+        (print_json if json else print)(line)
+    print(plot_matrix(record, Path(out) / "transfer.png"))
+    print(write_json(Path(out) / "transfer.json", record))
+
+
+def diagnose(
+    run: str,
+    *,
+    against: tuple[str, ...] = (),
+    substitute: str | None = None,
+    eps: float = 8 / 255,
+    images: Images = 200,
+    steps: int = 40,
+    restarts: int = 2,
+    queries: int = 500,
+    audited: int = 8,
+    no_audit: bool = False,
+    seed: Seed = 0,
+    batch_size: Batch = 256,
+    data_root: Root = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> int:
+    """Say whether a run's robustness is real, and where its noise grows.
+
+    Three parts on stdout, diagnosis.json in the run's folder; exit status 1 on a FAIL.
+
+    Args:
+        run: folder of the run.
+        against: runs to set its error amplification beside: its float and its vanilla twin.
+        substitute: run through which the black box goes.
+        eps: radius, as 8/255.
+        steps: of the usual attack, PGD.
+        restarts: of the usual attack.
+        queries: of the random search.
+        audited: images of the Lipschitz audit.
+        no_audit: leave the audit out.
+    """
+    _least(1, batch_size=batch_size, steps=steps, restarts=restarts, queries=queries)
+    from defquant.diagnose import Effort
+    from defquant.diagnose.runs import diagnose_run
+    from defquant.distributed import pick_device
+    from defquant.files import write_json
+
+    effort = Effort(
+        steps=steps, restarts=restarts, queries=queries, seed=seed, batch_size=batch_size
+    )
+    record = diagnose_run(
+        Path(run), eps, against=[Path(other) for other in against],
+        substitute=Path(substitute) if substitute else None, images=images,
+        audited=0 if no_audit else audited, effort=effort, data_root=data_root,
+        device=pick_device(device),
+    )  # fmt: skip
+    print_json(record) if json else print("\n".join(rows.diagnosis_rows(record)))
+    print(write_json(Path(run) / "diagnosis.json", record))
+    return int(record["verdict"] == "FAIL")
+
+
+def export(
+    run: str,
+    model: str,
+    *,
+    images: Images = None,
+    allow_float: bool = False,
+    weight_bits: Literal[8, 4, 2] = 8,
+    input: Input = "float",
+    attack: tuple[str, ...] = ("fgsm", "pgd-20"),
+    eps: tuple[float, ...] = (2 / 255, 8 / 255),
+    attacked: int = 1000,
+    queries: int = 500,
+    few: int = 200,
+    seed: Seed = 0,
+    repeats: int = 30,
+    threads: int = 2,
+    data_root: Root = None,
+    json: Json = False,
+) -> int:
+    """Write a trained run as an integer ONNX model, checked, attacked and priced.
+
+    Args:
+        run: folder of the run.
+        model: the ONNX file; its card lies beside it as .json.
+        allow_float: accept a file of which some convolutions run in float.
+        weight_bits: of the weights, where the run was trained with float ones.
+        input: what the file takes: images in [0, 1], or pixels.
+        attack: attacks whose images are made on the trained network and shown to both; as in
+            attack.
+        eps: as 8/255.
+        attacked: first so many images for them.
+        queries: of the random search (Square) on the file itself; 0 for none.
+        few: first so many images for it.
+        repeats: rounds of timing; 0 for none.
+        threads: of each engine while it is timed.
+    """
+    _needs_onnx()
+    _least(1, attacked=attacked, few=few, threads=threads)
+    _least(0, queries=queries, repeats=repeats)
+    from defquant.attacks import Single
+    from defquant.attacks.names import parse_attack
+    from defquant.deploy import cost, ship
+    from defquant.files import write_json
+    from defquant.runs import load_images
+
+    attacks = [parse_attack(name, radius) for name in attack for radius in eps]
+    single = [a for a in attacks if isinstance(a, Single)]
+    if len(single) < len(attacks):
+        raise UserError("--attack takes attacks that make one image each: not standard or adaptive")
+    path = Path(model)
+    network, facts, tested = _deployable(Path(run), data_root, images)
+    program, file = ship.exported(
+        network, facts, load_images(facts.data, "train"), path, weight_bits=weight_bits,
+        input_type=input, allow_float=allow_float,
+    )  # fmt: skip
+    found = ship.compared(network, program, file, tested)
+    card = ship.card_of(Path(run), facts, path, file, tested, found)
+    if not json:
+        print("\n".join(rows.parity_rows(card, found)), flush=True)
+    card["scores"] = []
+    some = tested.first(min(attacked, len(tested)))
+    for scores in ship.attacked(network, file, some, single, queries, few, seed=seed):
+        card["scores"].append(scores)
+        if not json:
+            print(rows.scores_row(Path(run).name, scores), flush=True)
+    card["cost"] = ship.cost(network, program, file, repeats=repeats, threads=threads)
+    print_json(card) if json else print("\n".join(cost.rows(card["cost"])))
+    print(path)
+    print(write_json(path.with_suffix(".json"), card))
+    return _judged(found, facts, allow_float)
+
+
+def verify(
+    run: str,
+    model: str,
+    *,
+    images: Images = None,
+    allow_float: bool = False,
+    data_root: Root = None,
+    json: Json = False,
+) -> int:
+    """Check that an exported file computes what its run was trained to; 1 where a bound is broken.
+
+    Args:
+        run: folder of the run.
+        model: the ONNX file.
+        allow_float: accept a file of which some convolutions run in float.
+    """
+    _needs_onnx()
+    from defquant.deploy import ship
+
+    path = Path(model)
+    network, facts, tested = _deployable(Path(run), data_root, images)
+    program, file = ship.read(path, network, facts)
+    found = ship.compared(network, program, file, tested)
+    card = ship.card_of(Path(run), facts, path, file, tested, found)
+    print_json(card) if json else print("\n".join(rows.parity_rows(card, found)))
+    print(path)
+    return _judged(found, facts, allow_float)
+
+
+def _needs_onnx() -> None:
+    for name in ("onnx", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"this needs {name}: pip install 'defquant[deploy]'")
+
+
+def _deployable(
+    run: Path, data_root: str | None, images: int | None
+) -> "tuple[Any, Facts, Dataset]":
+    """The network on the CPU, its facts with `data_root` in them, its first test images."""
+    _least(1, images=images)
+    import torch
+
+    from defquant.checkpoint import load_on
+
+    model, facts = load_on(run, torch.device("cpu"))
+    if data_root is not None:
+        facts = replace(facts, data=replace(facts.data, data_root=data_root))
+    return model, facts, _images(facts, None, images, "test")
+
+
+def _judged(found: "Parity", facts: "Facts", allow_float: bool) -> int:
+    """Says the faults that count. A network not trained to be deployed is only calibrated."""
+    trained = facts.model.deployable and facts.model.weight_bits is not None
+    counts = {"reference"} | ({"agreement", "flipped"} if trained else set())
+    counts |= set() if allow_float else {"float"}
+    faults = [fault for kind, fault in found.faults.items() if kind in counts]
+    for fault in faults:
+        print(f"defquant: {fault}", file=sys.stderr)
+    return int(bool(faults))
+
+
+def reproduce(
+    names: tuple[str, ...] = (),
+    *,
+    preset: str = "small",
+    cell: tuple[str, ...] | None = None,
+    out: str | None = None,
+    data_root: Root = None,
+    svhn_root: str | None = None,
+    jobs: int | None = None,
+    workers: str = "local",
+    device: Device = "auto",
+    list: bool = False,
+    dry_run: bool = False,
+    render_only: bool = False,
+    json: Json = False,
+) -> int:
+    """Make the paper's tables and figures again, at a size of your choice; only what is missing.
+
+    Args:
+        names: fig1 fig3 fig5 fig6 fig7 table1 ... table6 surrogates, or all.
+        preset: how large: smoke, small, gpu or paper.
+        cell: make and show the cells of these keys alone; each number on the page names its cells.
+        out: folder of results; runs/PRESET if not given.
+        svhn_root: where SVHN lies.
+        jobs: processes; one per core.
+        workers: local, or a Ray cluster that sees --out: ray://HOST:10001.
+        list: names, and what presets cost.
+        dry_run: what is missing, in cells, image passes and hours on this machine; nothing is made.
+        render_only: show what is there; make nothing.
+    """
+    from defquant.paper import reproduce as paper
+
+    if list:
+        paper.print_list()
+        return 0
+    scale = paper.scale_of(preset, data_root, svhn_root, device)
+    keys = cell or ()
+    chosen = paper.names_of(names or ["all"] * bool(keys), scale)
+    cells = paper.cells_to_make(chosen, scale, keys)
+    folder = Path(out or f"runs/{scale.name}")
+    _least(1, jobs=jobs)
+    if dry_run:
+        paper.print_plan(cells, scale, folder, jobs)
+        return 0
+    failed = [] if render_only else paper.make(cells, scale, folder, jobs, workers)
+    page = _show_cells if keys else _show
+    print(page(keys or chosen, scale, folder, as_json=json))
+    return int(bool(failed))
+
+
+def _show(names: Sequence[str], scale: "Scale", out: Path, *, as_json: bool) -> Path:
+    """Sections as text on stdout and as `NAME.md`, `NAME.png` and `report.html` in `out`."""
+    from defquant import report
+    from defquant.files import write_bytes
+    from defquant.paper import grid
+    from defquant.paper.claims import verdicts
+    from defquant.paper.figures import EXPERIMENTS, render
+
+    results = grid.read(out)
+    command = f"defquant reproduce {{}} --preset {scale.name}"
+    every = [
+        replace(render(name, scale, results), command=command.format(name))
+        for name in EXPERIMENTS
+        if name in names or any(c in results for c in EXPERIMENTS[name].cells(scale))
+    ]
+    judged = verdicts(scale, results)
+    for section in every:
+        if section.name in names:
+            picture = f"{section.name}.png" if section.panels else ""
+            if picture:
+                report.section_figure(section, out / picture)
+            text = report.section_markdown(section, figure=picture)
+            write_bytes(out / f"{section.name}.md", text.encode())
+    write_bytes(out / "claims.md", report.claims_markdown(judged).encode())
+    if as_json:
+        print_measurements(results.scores.values(), as_json=True)
+    else:
+        shown = rows.console()
+        for section in every:
+            if section.name in names:
+                report.print_section(section, shown)
+        if len(names) >= len(EXPERIMENTS) - 1:
+            report.print_claims(judged, shown)
+    return report.build_report(out, out / "report.html", sections=every, verdicts=judged)
+
+
+def _show_cells(keys: Sequence[str], scale: "Scale", out: Path, *, as_json: bool) -> Path:
+    """The scores of the cells with these keys; values of other kinds as JSON."""
+    from defquant.paper import grid
+
+    results = grid.read(out)
+    for key in keys:
+        if key in results.scores:
+            print_measurements([results.scores[key]], as_json=as_json)
+        elif key in results.values:
+            print_json({"cell": key, "values": results.values[key]})
+    return out / "results.jsonl"
+
+
+def report(
+    folder: str,
+    *,
+    out: str = "report.html",
+    markdown: str | None = None,
+    figure: str | None = None,
+    json: Json = False,
+) -> None:
+    """Make one self-contained HTML page of a folder of runs; its summary on stdout.
+
+    Args:
+        folder: folder that holds runs.
+        out: the page.
+        markdown: also a Markdown table.
+        figure: also a PNG, SVG or PDF.
+    """
+    from defquant.files import write_bytes
+    from defquant.report import build_report, markdown_table, plot_curves
+
+    page = build_report(Path(folder), Path(out))
+    try:
+        measurements = read_folder(Path(folder))
+    except UserError:  # cards of exported models alone
+        measurements = []
+    if markdown:
+        write_bytes(Path(markdown), markdown_table(measurements).encode())
+    if figure:
+        plot_curves(measurements, Path(figure))
+    rows.print_summary(measurements, as_json=json)
+    print(page)
+
+
+def data(action: str, name: str, *, data_root: str = "data") -> None:
+    """Download, check and unpack a data set.
+
+    Args:
+        action: fetch.
+        name: cifar10 or svhn.
+        data_root: where the files go.
+    """
+    if action != "fetch":
+        raise UserError(f"unknown action {action!r}: use `defquant data fetch NAME`")
+    from defquant.data import fetch
+
+    print(fetch(name, Path(data_root)))
+
+
+def _least(least: int, **flags: int | None) -> None:
+    for name, value in flags.items():
+        if value is not None and value < least:
+            raise UserError(f"--{name} must be {least} or more; found {value}")
+
+
+VERBS = {
+    verb.__name__: verb
+    for verb in (
+        demo, train, attack, rescore, transfer, diagnose, export, verify, reproduce, report, data,
+    )
+}  # fmt: skip
+"""Every verb, in the order of the help."""
