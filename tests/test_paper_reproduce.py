@@ -132,7 +132,7 @@ def test_a_cell_alone_is_made_with_the_smaller_radii_and_shown(
         (("fig1",), "preset small needs CIFAR-10: give its place with --data-root"),
         (("table2", "--data-root", "nowhere"), "preset small needs SVHN: give its place"),
         (("fig1", "--data-root", "nowhere"), "found no data at nowhere"),
-        (("fig1", "--jobs", "many"), "--jobs takes a whole number"),
+        (("fig1", "--jobs", "many"), "--jobs must be a whole number"),
     ],
 )
 def test_mistakes_are_one_line(

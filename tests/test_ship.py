@@ -122,7 +122,7 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(
         (["export", "RUN", "OUT", "--weight-bits", "3"], "weight_bits"),
         (["export", "RUN", "OUT", "--attack", "standard"], "make one image each"),
         (["export", "RUN", "OUT", "--attacked", "0"], "--attacked must be 1 or more"),
-        (["export", "RUN", "OUT", "--repeats", "-1"], "--repeats must not be negative"),
+        (["export", "RUN", "OUT", "--repeats", "-1"], "--repeats must be 0 or more"),
         (["export", "NONE", "OUT"], "no checkpoint"),
         (["verify", "RUN", "SHIPPED", "--images", "100000"], "has 450 images"),
         (["verify", "PLAIN", "SHIPPED"], "exported from another network"),
