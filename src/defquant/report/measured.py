@@ -47,7 +47,7 @@ __all__ = [
 ]  # fmt: skip
 
 LINES = 8  # of one figure where there are many networks
-EPOCHS = 60  # drawn of a training
+EPOCHS, RADII = 60, 120  # that are drawn of more
 SUMMARY = (
     "Accuracy in percent. Quantize gain: the best quantised accuracy minus full precision of the "
     "same method, in points (float is vanilla's full precision). The radius is the one at which "
@@ -253,7 +253,8 @@ def _lines(name: Series, cells: Sequence[Cell], attack: str, several: bool) -> l
     for data, model in places:
         mine = [c for c in cells if (c.data, c.model) == (data, model)]
         shown = sorted((c for c in mine if c.attack in ("clean", attack)), key=lambda c: c.eps)
-        points = tuple((eps_number(c.eps), _number(c)) for c in shown)
+        drawn = shown[:: len(shown) // RADII + 1]
+        points = tuple((eps_number(c.eps), _number(c)) for c in drawn)
         label = f"{name}, {model} on {data}" if several else str(name)
         if any(c.attack == attack for c in shown):
             lines.append(Line(label, points, _kind(name)))
@@ -607,7 +608,7 @@ def _both(model: Deployed, attack: str) -> list[Line]:
         "trained": [(x, _score(pair.trained)) for x, pair in at if pair.trained],
     }
     return [
-        Line(f"{name}, {side}", tuple((x, n) for x, n in points if n), name)
+        Line(f"{name}, {side}", tuple((x, n) for x, n in points if n), str(model.family))
         for side, points in sides.items()
         if len(points) > 1 or (side == "deployed" and points)
     ]
