@@ -23,7 +23,7 @@ from scipy.io import loadmat, savemat
 
 from defquant.data import Dataset, augment, batches, cifar, load, num_batches, pictures
 from defquant.data import dataset as dataset_module
-from defquant.data.matlab import mat_shapes, read_mat
+from defquant.data.readers import mat_shapes, read_mat
 from defquant.errors import DefquantWarning, UserError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -10,7 +10,7 @@ from defquant.data.dataset import (
     to_unit,
 )
 from defquant.data.fetch import fetch
-from defquant.data.formats import DATASETS, load
+from defquant.data.readers import DATASETS, load
 
 __all__ = [
     "DATASETS",

@@ -5,7 +5,7 @@ import io
 import os
 import pickle
 import pickletools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from defquant.data.archive import LARGEST, read_tar
 from defquant.data.dataset import Dataset, from_arrays
+from defquant.data.fetch import LARGEST, read_tar
 from defquant.data.pictures import decode
 from defquant.errors import UserError, shown
 from defquant.files import opened, read_bytes, write_whole
@@ -44,13 +44,15 @@ def read_cifar10(root: Path, split: str) -> Dataset:
     Raises `UserError` where nothing of this is there, or it is broken.
     """
     names = _BATCHES[split]
-    if root.is_file():
-        return _from_pickles(_tar_batches(root, names), str(root))
     for folder in (root, root / "cifar-10-batches-py"):
-        if any((folder / name).exists() for name in names):
-            return _from_pickles(_loose_batches(folder, names), str(folder))
-    if (root / _ARCHIVE).exists():
-        return _from_pickles(_tar_batches(root / _ARCHIVE, names), str(root / _ARCHIVE))
+        there = {name: folder / name for name in names if (folder / name).is_file()}
+        if there:
+            batches = {name: read_bytes(path, LARGEST) for name, path in there.items()}
+            return _from_pickles(batches, names, folder)
+    archive = root if root.is_file() else root / _ARCHIVE
+    if archive.exists():
+        members = read_tar(archive, lambda path, _: path.name in names)
+        return _from_pickles({path.name: raw for path, raw in members}, names, archive)
     for folder in (root, root / "plain_text"):
         shards = sorted(folder.glob(f"{split}-*.parquet"))
         if shards:
@@ -61,33 +63,16 @@ def read_cifar10(root: Path, split: str) -> Dataset:
     )
 
 
-def _loose_batches(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
-    missing = [name for name in names if not (folder / name).is_file()]
+def _from_pickles(found: Mapping[str, bytes], names: Sequence[str], where: Path) -> Dataset:
+    missing = [name for name in names if name not in found]
     if missing:
-        raise UserError(f"{folder} must hold all batches; missing {' '.join(missing)}: {_AGAIN}")
-    return {name: read_bytes(folder / name, LARGEST) for name in names}
-
-
-def _tar_batches(archive: Path, names: Sequence[str]) -> dict[str, bytes]:
-    members = {path.name: raw for path, raw in read_tar(archive, lambda p, _: p.name in names)}
-    missing = [name for name in names if name not in members]
-    if missing:
-        raise UserError(f"{archive} must hold all batches; missing {' '.join(missing)}: {_AGAIN}")
-    return {name: members[name] for name in names}
-
-
-def _from_pickles(batches: dict[str, bytes], where: str) -> Dataset:
-    parts = [_read_batch(raw, f"{where}/{name}") for name, raw in batches.items()]
-    images = np.concatenate([images for images, _ in parts])
-    labels = np.concatenate([labels for _, labels in parts])
-    return _named(_name({len(labels) for _, labels in parts}), images, labels, where)
-
-
-def _name(counts: set[int]) -> str:
-    if counts == {10_000}:
-        return "CIFAR-10"
-    few = f"first {counts.pop():,}" if len(counts) == 1 else "parts"
-    return f"CIFAR-10 ({few} of each batch)"
+        raise UserError(f"{where} must hold all batches; missing {' '.join(missing)}: {_AGAIN}")
+    parts = [_read_batch(found[name], f"{where}/{name}") for name in names]
+    images, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
+    counts = {len(part) for _, part in parts}
+    few = f"first {min(counts):,}" if len(counts) == 1 else "parts"
+    name = "CIFAR-10" if counts == {10_000} else f"CIFAR-10 ({few} of each batch)"
+    return _named(name, images, labels, str(where))
 
 
 def _named(
