@@ -123,7 +123,7 @@ def test_cut_transfer_leaves_the_former_file(tmp_path: Path) -> None:
 
 
 def test_a_body_without_end_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MODULE, "_LARGEST", 3 * MODULE._CHUNK)
+    monkeypatch.setattr(MODULE, "_DOWNLOAD", 3 * MODULE._CHUNK)
 
     class Endless(Response):
         def read(self, size: int | None = -1, /) -> bytes:
