@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 import defquant as dq
 from defquant.cli import main
-from defquant.manifest import MANIFEST, read_manifest
-from defquant.rescored import rescored
+from defquant.images import MANIFEST, read_manifest, rescored
 from test_save_images import DATA, net, saved
 
 FIRST = "00-clean/000000.png"
@@ -130,9 +129,9 @@ def padded(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (cut, "as PNG"), (cut_late, "cannot decode"), (resized, "8 x 8 pixels; found L, 9 x 8"),
-        (huge, "found L, 5000 x 5000"), (bomb, "decompression bomb"),
-        (coloured, "mode L"), (jpeg, "as PNG"), (altered, "are not those that were saved"),
+        (cut, "cannot decode"), (cut_late, "cannot decode"), (resized, "8 x 8 pixels; found L, 9 x 8"),
+        (huge, "5000 x 5000 is more than"), (bomb, "decompression bomb"),
+        (coloured, "mode L"), (jpeg, "JPEG: copy the folder again"), (altered, "are not those that were saved"),
         (missing, "which is not there"), (linked, "a link to outside"), (padded, "far too large"),
     ],
 )  # fmt: skip

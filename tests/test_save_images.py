@@ -17,10 +17,9 @@ from defquant.attacks import Attack, Composition, Single
 from defquant.attacks.names import parse_attack
 from defquant.cli import main
 from defquant.evaluate import answers, robust
-from defquant.manifest import MANIFEST, fingerprint_of, read_manifest
+from defquant.images import MANIFEST, fingerprint_of, measure_and_save, read_manifest
 from defquant.measure import Subject
 from defquant.results import Measurement, read_folder, read_jsonl
-from defquant.saved import measure_and_save
 
 DATA = tiny_images(48)
 

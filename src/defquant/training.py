@@ -2,22 +2,27 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from defquant.attacks import FGSM, PGD, RFGSM, Attack, RandomEps
+from defquant.attacks import FGSM, PGD, RFGSM, Attack, RandomEps, untouched
 from defquant.attacks.contract import made_by
 from defquant.attacks.first_order import FirstOrder
 from defquant.attacks.lint import lint_answer
 from defquant.config import TrainConfig
 from defquant.data import Dataset, batches, num_batches, to_unit
-from defquant.distributed import pick_device, sum_over, watched, workers
+from defquant.distributed import Workers, pick_device, sum_over, watched, workers
 from defquant.evaluate import accuracy
 from defquant.integers import snap_biases_
-from defquant.lipschitz import project_simplex_
+from defquant.lipschitz import ConvexSum, OrthogonalPenalty, project_simplex_
 from defquant.monitor import (
     History,
     monitor,
@@ -26,7 +31,6 @@ from defquant.monitor import (
     warn_of_weak_steps,
 )
 from defquant.progress import TrainingProgress
-from defquant.training_state import TrainingState, layout_kept
 
 __all__ = ["History", "TrainConfig", "learning_rate", "train", "training_attack"]
 
@@ -99,10 +103,10 @@ def train(
             attack that breaks its own rules.
     """
     device = pick_device(config.device)
-    with layout_kept(model), workers(device) as me:
+    with _layout_kept(model), workers(device) as me:
         eps = monitor_eps(config, training_attack(config) if attack is None else attack)
         attack = training_attack(config) if attack is None else partial(made_by, attack)
-        state = TrainingState.start(model, data.to(device), config, attack, device, me)
+        state = _Training.start(model, data.to(device), config, attack, device, me)
         state.load_momentum(momentum or {})
         steps = num_batches(state.data, config.batch_size, me.world)
         total, done = config.epochs * steps, len(history) * steps
@@ -126,8 +130,130 @@ def train(
     return history
 
 
+@dataclass
+class _Training:
+    """What one training holds on to; `start` makes it.
+
+    Attributes:
+        model: on the device, in the memory format `layout`.
+        network: the model, wrapped where several processes train it.
+        data: the training images, on the device.
+        config: the settings.
+        attack: makes adversarial examples in training; None for none.
+        penalty: None where beta is 0.
+        optimizer: SGD; weight decay spares the coefficients of the convex sums.
+        device: where all of it lies.
+        me: this process among those that train together.
+        names: of the parameters.
+        coefficients: whether there are convex sums to project.
+        layout: channels last where `config` says so and the model takes it.
+    """
+
+    model: nn.Module
+    network: nn.Module
+    data: Dataset
+    config: TrainConfig
+    attack: Attack | None
+    penalty: OrthogonalPenalty | None
+    optimizer: torch.optim.SGD
+    device: torch.device
+    me: Workers
+    names: dict[nn.Parameter, str]
+    coefficients: bool
+    layout: torch.memory_format
+    top: int  # the highest label
+
+    @classmethod
+    def start(
+        cls,
+        model: nn.Module,
+        data: Dataset,
+        config: TrainConfig,
+        attack: Attack | None,
+        device: torch.device,
+        me: Workers,
+    ) -> Self:
+        """Move `model` to `device` in place and make its optimiser and penalty."""
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+        if config.channels_last and not _runs_channels_last(model, data.images[:1].to(device)):
+            layout = torch.contiguous_format
+            model.to(memory_format=layout)  # type: ignore[call-overload]
+        network: nn.Module = model
+        if me.world > 1:
+            ids = [device.index] if device.type == "cuda" else None
+            network = DistributedDataParallel(model, device_ids=ids)
+        penalty = OrthogonalPenalty(model, config.beta) if config.beta else None
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        coefficients = [m.alpha for m in model.modules() if isinstance(m, ConvexSum)]
+        optimizer = _optimizer(names, coefficients, config)
+        return cls(
+            model, network, data, config, attack, penalty, optimizer, device, me, names,
+            bool(coefficients), layout, int(data.labels.max()) if len(data) else -1,
+        )  # fmt: skip
+
+    def momentum(self) -> dict[str, Tensor]:
+        """The optimiser's momentum by parameter name; empty before the first step."""
+        buffers = ((p, self.optimizer.state[p].get("momentum_buffer")) for p in self.names)
+        return {self.names[p]: buffer for p, buffer in buffers if buffer is not None}
+
+    def load_momentum(self, saved: Mapping[str, Tensor]) -> None:
+        """Go on from what `momentum` returned."""
+        for parameter, name in self.names.items():
+            if name in saved:
+                buffer = torch.empty_like(parameter).copy_(saved[name])
+                self.optimizer.state[parameter]["momentum_buffer"] = buffer.detach()
+
+
+@contextmanager
+def _layout_kept(model: nn.Module) -> Iterator[None]:
+    """At the end, also of an exception, weights and buffers lie in memory as they did before."""
+    before = {name: tensor.stride() for name, tensor in _tensors(model)}
+    try:
+        yield
+    finally:
+        for name, tensor in _tensors(model):
+            stride = before.get(name, ())
+            if tensor.stride() != stride and tensor.ndim == len(stride) and 0 not in stride:
+                moved = torch.empty_strided(
+                    tensor.shape, stride, dtype=tensor.dtype, device=tensor.device
+                )
+                tensor.data = moved.copy_(tensor.data)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a memory format is of."""
+    named = chain(model.named_parameters(), model.named_buffers())
+    return ((name, tensor) for name, tensor in named if tensor.ndim in (4, 5))
+
+
+def _runs_channels_last(model: nn.Module, images: Tensor) -> bool:
+    """False for a model that reshapes by `view`, which knows the usual order of memory alone."""
+    with untouched(model), torch.no_grad():
+        try:
+            model(to_unit(images).contiguous(memory_format=torch.channels_last))
+        except RuntimeError as error:
+            return "view size is not compatible" not in str(error)
+    return True
+
+
+def _optimizer(
+    parameters: Iterable[nn.Parameter], coefficients: Sequence[nn.Parameter], config: TrainConfig
+) -> torch.optim.SGD:
+    """SGD whose weight decay spares the coefficients of the convex sums."""
+    convex = set(coefficients)
+    weights = [parameter for parameter in parameters if parameter not in convex]
+    groups = [{"params": weights}]
+    if coefficients:
+        groups.append({"params": list(coefficients), "weight_decay": 0.0})  # type: ignore[dict-item]
+    return torch.optim.SGD(
+        groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
+        weight_decay=config.weight_decay, fused=True,
+    )  # fmt: skip
+
+
 def _epoch(
-    state: TrainingState, epoch: int, steps: int, progress: TrainingProgress
+    state: _Training, epoch: int, steps: int, progress: TrainingProgress
 ) -> dict[str, float]:
     config, me = state.config, state.me
     totals = torch.zeros(4, dtype=torch.float64, device=state.device)  # loss, right, seen, penalty
@@ -153,7 +279,7 @@ def _epoch(
     return _record(totals, epoch, lr, time.perf_counter() - start, steps)
 
 
-def _step(state: TrainingState, x: Tensor, y: Tensor, lr: float, step: int, share: float) -> Tensor:
+def _step(state: _Training, x: Tensor, y: Tensor, lr: float, step: int, share: float) -> Tensor:
     """One optimiser step; returns (loss sum, right answers, images, penalty) of this process.
 
     `share`: this process's images over an even share; it weighs the mean that DDP takes.
@@ -189,7 +315,7 @@ def _step(state: TrainingState, x: Tensor, y: Tensor, lr: float, step: int, shar
     )
 
 
-def _attacked(state: TrainingState, x: Tensor, y: Tensor, step: int) -> Tensor:
+def _attacked(state: _Training, x: Tensor, y: Tensor, step: int) -> Tensor:
     """`x` with the first `mix` share of it made adversarial; outside autocast, in float32."""
     if state.attack is None or state.config.mix == 0:
         return x

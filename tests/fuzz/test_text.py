@@ -12,7 +12,7 @@ from defquant.checkpoint import Facts, _facts
 from defquant.cli import main
 from defquant.config import DataConfig, ModelConfig, TrainConfig
 from defquant.errors import UserError, shown
-from defquant.manifest import KIND, MANIFEST, Saved, read_manifest
+from defquant.images import KIND, MANIFEST, Saved, read_manifest
 from defquant.paper import grid
 from defquant.report import build_report, plot_curves
 from defquant.report.sources import read_deployed

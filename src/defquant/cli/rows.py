@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from defquant.deploy.parity import Parity
-    from defquant.rescored import Rescored
+    from defquant.images import Rescored
 
 __all__ = [
     "console", "detection_row", "diagnosis_rows", "json_alone", "parity_rows", "print_json",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from defquant.checkpoint import Facts
     from defquant.data import Dataset
     from defquant.deploy.parity import Parity
-    from defquant.manifest import Manifest
+    from defquant.images import Manifest
     from defquant.measure import Subject
     from defquant.paper.grid import Scale
 
@@ -165,11 +165,10 @@ def attack(
     from defquant.defenses import Unaware
     from defquant.detection import CALIBRATION, detect
     from defquant.distributed import pick_device
-    from defquant.manifest import MANIFEST
+    from defquant.images import MANIFEST, measure_and_save
     from defquant.measure import write_examples
     from defquant.progress import AttackProgress
     from defquant.replay import replay
-    from defquant.saved import measure_and_save
 
     attacks = [parse_attack(name, radius) for name in attack for radius in eps]
     place, saved = pick_device(device), Path(save_images) if save_images else None
@@ -341,8 +340,7 @@ def rescore(
     _least(1, batch_size=batch_size)
     from defquant.distributed import pick_device
     from defquant.foreign import blamed, load_foreign
-    from defquant.manifest import read_manifest
-    from defquant.rescored import rescored
+    from defquant.images import read_manifest, rescored
 
     manifest, place, guard = read_manifest(Path(folder)), pick_device(device), nullcontext()
     if model_file is not None:

@@ -1,0 +1,375 @@
+"""Adversarial images as PNG files with a manifest: 8 bits, saved, scored and shown to any model.
+
+The folder may come from anywhere: reading it runs no code, follows no path out of it, and decodes
+no picture before its size is known.
+"""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from defquant.attacks import Attack, Composition, Single, untouched
+from defquant.attacks.contract import Target, attacked, eight_bit
+from defquant.attacks.lint import lint_model
+from defquant.checkpoint import Facts
+from defquant.data import Dataset, to_unit
+from defquant.data.pictures import decode, encode, open_image
+from defquant.errors import UserError, shown
+from defquant.evaluate import Watch, answers, device_of
+from defquant.files import owned_folder, read_lines, write_bytes
+from defquant.measure import Subject, measure
+from defquant.results import EIGHT_BIT, Measurement, Score, append
+from defquant.typed import from_mapping
+
+__all__ = [
+    "KIND", "MANIFEST", "Manifest", "Rescored", "Saved", "fingerprint_of", "measure_and_save",
+    "read_manifest", "rescored", "saver",
+]  # fmt: skip
+
+MANIFEST = "manifest.jsonl"
+KIND = "defquant saved images"
+_LARGEST = 4096  # pixels of a side
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One picture, a line of the manifest.
+
+    Attributes:
+        file: its path below the manifest's folder.
+        id: place of the image in the data set.
+        label: its true class.
+        attack, eps, settings: as in `Measurement`; `clean`, 0, `clean` for the image itself.
+        clean, adversarial: what the network takes the image for before and after.
+        distance: largest change of a pixel, in steps of 1/255.
+        sha256: of the shape and the pixels.
+    """
+
+    file: str
+    id: int
+    label: int
+    attack: str
+    eps: float
+    settings: str
+    clean: int
+    adversarial: int
+    distance: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What the reader needs of the first line."""
+
+    shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+    pictures: int
+
+
+def fingerprint_of(pixels: NDArray[np.uint8]) -> str:
+    """SHA-256 over the shape (c, h, w) and the pixels."""
+    digest = hashlib.sha256(repr(tuple(pixels.shape)).encode())
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`head` is its first line: the run, the data, the scores. `pictures` are the other lines."""
+
+    folder: Path
+    head: Mapping[str, Any]
+    shape: tuple[int, int, int]
+    classes: int
+    pictures: tuple[Saved, ...]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of `folder`. Raises `UserError` where it is missing, cut, or not ours."""
+    path = folder / MANIFEST
+    if not path.exists():
+        raise UserError(
+            f"no {MANIFEST} in {folder}: give a folder that `defquant attack --save-images` wrote "
+            "to the end"
+        )
+    records = list(read_lines(path))
+    head = records[0][1] if records else None
+    if not isinstance(head, dict) or head.get("kind") != KIND or head.get("format") != 1:
+        raise UserError(f"{path} is no manifest of saved images, or was cut: copy it again")
+    about = from_mapping(_Head, head, records[0][0])
+    (channels, height, width), classes, count = about.shape, len(about.classes), about.pictures
+    if channels not in (1, 3) or not 0 < max(height, width) <= _LARGEST or min(height, width) < 1:
+        raise UserError(
+            f"saved images have 1 or 3 channels and sides up to {_LARGEST}; found "
+            f"{channels} x {height} x {width} in {path}"
+        )
+    if count != len(records) - 1 or not count:
+        raise UserError(
+            f"{path} must list its {count} pictures; found {len(records) - 1}: it was cut, copy it "
+            "again"
+        )
+    pictures = tuple(_picture(record, classes, where) for where, record in records[1:])
+    return Manifest(folder, head, (channels, height, width), classes, pictures)
+
+
+def _picture(record: Any, classes: int, where: str) -> Saved:
+    """A line of the manifest, checked field by field."""
+    found = from_mapping(Saved, record, where)
+    path = PurePosixPath(found.file)
+    if path.is_absolute() or ".." in path.parts or "\\" in found.file or path.suffix != ".png":
+        raise UserError(
+            f"{where}pictures are .png files inside the folder; found '{shown(found.file)}'"
+        )
+    answers = (found.label, found.clean, found.adversarial)
+    if not all(0 <= answer < classes for answer in answers) or not 0 <= found.eps <= 1:
+        raise UserError(
+            f"{where}labels and answers lie in 0..{classes - 1} and eps in [0, 1]; found "
+            f"{answers} and eps {found.eps:g}"
+        )
+    if found.id < 0 or not 0 <= found.distance <= 255:
+        raise UserError(
+            f"{where}id must not be negative and distance lie in 0..255; found {found.id} and "
+            f"{found.distance}"
+        )
+    return found
+
+
+def measure_and_save(
+    folder: Path | None,
+    run: Path,
+    model: nn.Module,
+    facts: Facts | Subject,
+    images: Dataset,
+    attacks: Sequence[Single | Composition],
+    *,
+    black_box: Sequence[Attack] = (),
+    seed: int = 0,
+    batch_size: int = 256,
+    watch: Watch | None = None,
+) -> Iterator[Measurement]:
+    """`measure`; then the images of `attacks` in `folder`, if there is one, and their 8-bit scores.
+
+    The images are made anew, with the same draws, because the score stops at an example's fall.
+    """
+    how: Any = {"black_box": black_box, "seed": seed, "batch_size": batch_size, "watch": watch}
+    if folder is None:
+        yield from measure(run, model, facts, images, attacks, **how)
+        return
+    with saver(folder, model, images, seed=seed) as keep:
+        scores = []
+        for measurement in measure(run, model, facts, images, attacks, **how):
+            scores.append(measurement)
+            yield measurement
+        for measurement in keep.write(scores, attacks, batch_size):
+            append(run / "results.jsonl", measurement)
+            yield measurement
+        keep.close(scores[0])
+
+
+@contextmanager
+def saver(folder: Path, model: nn.Module, images: Dataset, *, seed: int) -> Iterator["Saver"]:
+    """Pictures into the empty `folder`; the manifest is written last, so that it is never half.
+
+    Raises `UserError` where `folder` holds anything, or the images have not 1 or 3 channels.
+    """
+    with owned_folder(folder):
+        found = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+        if found:
+            raise UserError(
+                f"saved images need an empty folder; found {found[0]!r} in {folder}: remove it, or "
+                "choose another"
+            )
+        yield Saver(folder, model, images, seed)
+
+
+class Saver:
+    """Makes the images of attacks, writes and scores them as 8 bits. See `saver`."""
+
+    def __init__(self, folder: Path, model: nn.Module, images: Dataset, seed: int) -> None:
+        device = device_of(model, images.images.device)
+        self.folder, self.model, self.seed = folder, model, seed
+        self.images = images.to(device)
+        self.lines: list[Saved] = []
+        self.scores: list[dict[str, Any]] = []
+
+    def write(
+        self,
+        scores: Sequence[Measurement],
+        attacks: Sequence[Single | Composition],
+        batch_size: int,
+    ) -> Iterator[Measurement]:
+        """Save what `attacks` make, and what the network scores on it.
+
+        Images that the network has wrong are saved as they are. Where a radius of a family leaves
+        an image right that a smaller one did not, the smaller one's is saved.
+
+        Args:
+            scores: the clean measurement and those of the attacks, in floats.
+            attacks: the same attacks.
+            batch_size: images at a time.
+        """
+        clean = answers(self.model, self.images, batch_size=batch_size)
+        floats = {(m.settings, m.eps): m for m in scores}
+        self._put("00-clean", floats["clean", 0.0], self.images.images, clean, clean)
+        before: dict[str, tuple[Tensor, Tensor]] = {}
+        names = [attack.name for attack in attacks]
+        order = sorted(attacks, key=lambda a: (names.index(a.name), a.eps))
+        for place, attack in enumerate(order, 1):
+            start = time.perf_counter()
+            made, found = self._attacked(attack, clean, batch_size, before.get(attack.name))
+            before[attack.name] = made, found
+            name = re.sub(r"[^a-z0-9]+", "-", attack.name.lower()).strip("-")[:40]
+            of = floats[repr(attack), attack.eps]
+            correct = self._put(f"{place:02}-{name}-{attack.eps * 255:.4g}", of, made, clean, found)
+            yield replace(
+                of, attack=of.attack + EIGHT_BIT, correct=correct, total=len(found),
+                settings=f"{of.settings} as 8-bit images",
+                seconds=round(time.perf_counter() - start, 3),
+            )  # fmt: skip
+
+    def close(self, about: Measurement) -> Path:
+        """Write the manifest, whole: one line on all, then one for each picture."""
+        head = {
+            "kind": KIND, "format": 1, "pictures": len(self.lines), "shape": self.images.shape,
+            "run": about.run, "method": about.method, "model": about.model, "bits": about.bits,
+            "beta": about.beta, "seed": about.seed, "data": self.images.name,
+            "fingerprint": self.images.fingerprint, "classes": self.images.classes,
+            "attack_seed": self.seed, "scores": self.scores, "evidence": about.evidence,
+        }  # fmt: skip
+        lines = [head, *map(asdict, self.lines)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        return write_bytes(self.folder / MANIFEST, text.encode())
+
+    def _attacked(
+        self,
+        attack: Single | Composition,
+        clean: Tensor,
+        batch_size: int,
+        before: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """uint8 pictures (n, c, h, w) and the network's answers to them, (n,)."""
+        made, labels = self.images.images.clone(), self.images.labels
+        target = Target(self.model, self.images.images, labels, self.seed, batch_size)
+        make = partial(eight_bit, attack, self.model, seed=self.seed)
+        for ids, found in attacked(make, target, (clean == labels).nonzero().squeeze(1)):
+            made[ids] = found.mul(255).round().to(torch.uint8)
+        given = answers(self.model, (made, labels), batch_size=batch_size)
+        if before is not None:
+            fell = (given == labels) & (before[1] != labels)
+            made[fell], given[fell] = before[0][fell], before[1][fell]
+        return made, given
+
+    def _put(self, folder: str, of: Measurement, made: Tensor, clean: Tensor, found: Tensor) -> int:
+        """Pictures and lines, beside the score `of` them in floats. Returns how many are right."""
+        pixels, here, labels = made.cpu().numpy(), self.folder / folder, self.images.labels
+        far = (made.int() - self.images.images.int()).abs().amax((1, 2, 3))
+        columns = (column.tolist() for column in (labels, clean, found, far))
+        about: dict[str, Any] = {"attack": of.attack, "eps": of.eps, "settings": of.settings}
+        try:
+            here.mkdir()
+            for i, (label, was, now, distance) in enumerate(zip(*columns, strict=True)):
+                name, digest = f"{i:06}.png", fingerprint_of(pixels[i])
+                (here / name).write_bytes(encode(pixels[i]))
+                after = {"clean": was, "adversarial": now, "distance": distance, "sha256": digest}
+                self.lines.append(Saved(f"{folder}/{name}", i, label, **about, **after))
+        except OSError as error:
+            raise UserError(f"cannot write into {here}: {error.strerror or error}") from None
+        right = int((found == labels).sum())
+        eight_bit = {} if of.attack == "clean" else {"eight_bit": right}
+        self.scores.append(about | {"correct": of.correct, "total": of.total} | eight_bit)
+        return right
+
+
+@dataclass(frozen=True)
+class Rescored:
+    """`score` of the pictures of one attack and eps; `saved`: that of the run they were made on."""
+
+    attack: str
+    eps: float
+    settings: str
+    score: Score
+    saved: Score
+
+
+def rescored(manifest: Manifest, model: nn.Module, *, batch_size: int = 256) -> Iterator[Rescored]:
+    """What `model` scores on the pictures, attack by attack; clean first.
+
+    A picture counts when the model is right on it. Raises `UserError` for a picture that is
+    missing, cut, of another size, or whose pixels are not those of the manifest.
+    """
+    _lint(manifest, model, batch_size)
+    for key, some in groupby(manifest.pictures, lambda p: (p.attack, p.eps, p.settings)):
+        pictures, right, before = list(some), 0, 0
+        for start in range(0, len(pictures), batch_size):
+            part = pictures[start : start + batch_size]
+            images, labels = _read(manifest, part)
+            given = answers(model, (images, labels), batch_size=batch_size).cpu()
+            right += int((given == labels).sum())
+            before += sum(p.adversarial == p.label for p in part)
+        yield Rescored(*key, Score(right, len(pictures)), Score(before, len(pictures)))
+
+
+def _lint(manifest: Manifest, model: nn.Module, batch_size: int) -> None:
+    images, _ = _read(manifest, list(manifest.pictures[: min(8, batch_size)]))
+    device = device_of(model, torch.device("cpu"))
+    every = torch.tensor([p.label for p in manifest.pictures])
+    try:
+        lint_model(model, to_unit(images.to(device)), every)
+        with untouched(model), torch.no_grad():
+            known = model(to_unit(images[:1].to(device))).shape[1]
+    except UserError:
+        raise
+    except Exception as error:  # a model of other images fails in its own words
+        raise UserError(
+            f"the model cannot take images of {' x '.join(map(str, manifest.shape))} "
+            f"({' '.join(str(error).split())[:200]}): use one of the same data"
+        ) from None
+    if known != manifest.classes:
+        raise UserError(
+            f"the model knows {known} classes, the saved images {manifest.classes}: use one of the "
+            "same data"
+        )
+
+
+def _read(manifest: Manifest, pictures: list[Saved]) -> tuple[Tensor, Tensor]:
+    images = np.stack([_pixels(manifest, picture) for picture in pictures])
+    return torch.from_numpy(images), torch.tensor([p.label for p in pictures])
+
+
+def _pixels(manifest: Manifest, picture: Saved) -> NDArray[np.uint8]:
+    """One picture, (c, h, w), checked before and after it is decoded."""
+    path = manifest.folder / picture.file
+    if not path.resolve().is_relative_to(manifest.folder.resolve()):
+        raise UserError(f"{path} is a link to outside of {manifest.folder}: remove it")
+    if not path.is_file():
+        raise UserError(f"the manifest names {path}, which is not there: copy the folder again")
+    channels, height, width = manifest.shape
+    if path.stat().st_size > (1 << 16) + 4 * channels * height * width:
+        raise UserError(f"{path} is far too large a file for {width} x {height} pixels: remove it")
+    wanted = ("L" if channels == 1 else "RGB", (width, height), "PNG")
+    with open_image(path, str(path)) as image:
+        found = image.mode, image.size, image.format
+    if found != wanted:
+        raise UserError(
+            f"{path} must be a PNG of mode {wanted[0]} and {width} x {height} pixels; found "
+            f"{found[0]}, {found[1][0]} x {found[1][1]}, {found[2]}: copy the folder again"
+        )
+    pixels: NDArray[np.uint8] = decode([path], str(manifest.folder), gray=channels == 1)[0]
+    if fingerprint_of(pixels) != picture.sha256:
+        raise UserError(
+            f"the pixels of {path} are not those that were saved: copy the folder again"
+        )
+    return pixels
