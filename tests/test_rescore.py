@@ -129,9 +129,11 @@ def padded(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (cut, "cannot decode"), (cut_late, "cannot decode"), (resized, "8 x 8 pixels; found L, 9 x 8"),
+        (cut, "cannot decode"), (cut_late, "cannot decode"),
+        (resized, "8 x 8 pixels; found L, 9 x 8"),
         (huge, "5000 x 5000 is more than"), (bomb, "decompression bomb"),
-        (coloured, "mode L"), (jpeg, "JPEG: copy the folder again"), (altered, "are not those that were saved"),
+        (coloured, "mode L"), (jpeg, "JPEG: copy the folder again"),
+        (altered, "are not those that were saved"),
         (missing, "which is not there"), (linked, "a link to outside"), (padded, "far too large"),
     ],
 )  # fmt: skip
