@@ -34,13 +34,11 @@ from defquant.typed import from_mapping
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("docs", "src", "tests", "benchmarks")
 PAGES = sorted([*ROOT.glob("*.md"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.md"))])
-DOCS = [page for page in PAGES if page.parent.name == "docs"]
 SHELLS = ("console", "bash", "sh")
 WARN = ("_warn", "warnings.warn")
 FILE = re.compile(r".*\.(py|md|json|jsonl|html|ya?ml|mat|npz|gz|toml|lock|safetensors|txt)")
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-every_doc = pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 
 
 class Block(NamedTuple):
@@ -141,37 +139,12 @@ def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             Path(file).write_text(printed.getvalue())
 
 
-@every_page
-def test_commands_in_the_text_parse(page: Path) -> None:
-    for span in spans(page.read_text()):
-        words = shlex.split(span) if span.startswith("defquant ") else []
-        if any(word.startswith("--") for word in words[2:]):
-            check(words[1:])
-        assert not words or words[1][0] in "-." or words[1] in {*VERBS, "VERB"}, span
-
-
-@every_page
-def test_make_targets_exist(page: Path) -> None:
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
-    shells = "".join(b.code for b in blocks(page.read_text()) if b.language in SHELLS)
-    found = re.findall(r"^\$? ?make ([\w-]+)", shells + "\n".join(spans(page.read_text())), re.M)
-    assert set(found) <= targets, page.name
-
-
 @cache
 def flags() -> set[str]:
     app = verb_app()
     arguments = [a for verb in VERBS for a in app[verb].assemble_argument_collection()]
     names = {name[2:].replace("-", "_") for a in arguments for name in a.names}
     return names | {"config", "print_config", "help", "version"}
-
-
-@every_doc
-def test_flags_in_the_text_exist(page: Path) -> None:
-    for span in spans(page.read_text()):
-        if span.startswith("--"):
-            name = re.split(r"[ =]", span[2:])[0].replace("-", "_")
-            assert name in flags(), f"{page.name}: {span}"
 
 
 # ----------------------------------------------------------------- (c) names
@@ -211,15 +184,6 @@ def test_names_of_the_paper_map_exist() -> None:
     assert len(named_tests(text)) > 20
     for name in dotted(text):
         resolve(name)
-
-
-@every_page
-def test_tests_and_public_names_exist(page: Path) -> None:
-    text = page.read_text()
-    for file, name in named_tests(text):
-        assert has_test(file, name), f"{page.name}: {file}::{name}"
-    for name in re.findall(r"\bdq\.(\w+)", "\n".join(spans(text))):
-        assert name in defquant.__all__, f"{page.name}: dq.{name}"
 
 
 def test_messages_and_warnings_are_those_of_the_code() -> None:
@@ -266,13 +230,24 @@ def broken_links(page: Path) -> list[str]:
 
 
 @every_page
-def test_relative_links_resolve(page: Path) -> None:
+def test_what_the_text_names_exists(page: Path) -> None:
+    """Commands, flags, make's targets, tests, public names, links; and no path of one machine."""
+    text = page.read_text()
+    for span in spans(text):
+        words = shlex.split(span) if span.startswith("defquant ") else []
+        if any(word.startswith("--") for word in words[2:]):
+            check(words[1:])
+        assert not words or words[1][0] in "-." or words[1] in {*VERBS, "VERB"}, span
+        if span.startswith("--") and page.parent.name == "docs":
+            assert re.split(r"[ =]", span[2:])[0].replace("-", "_") in flags(), span
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    shells = "".join(b.code for b in blocks(text) if b.language in SHELLS)
+    lines = shells + "\n".join(spans(text))
+    assert set(re.findall(r"^\$? ?make ([\w-]+)", lines, re.M)) <= targets
+    assert all(has_test(file, name) for file, name in named_tests(text))
+    assert set(re.findall(r"\bdq\.(\w+)", "\n".join(spans(text)))) <= set(defquant.__all__)
     assert not broken_links(page)
-
-
-@every_page
-def test_no_path_of_one_machine(page: Path) -> None:
-    assert not re.findall(r"(?<![\w.])/(?:home|work|root|Users|mnt|tmp)/\S*", page.read_text())
+    assert not re.findall(r"(?<![\w.])/(?:home|work|root|Users|mnt|tmp)/\S*", text)
 
 
 # ------------------------------------------------- each check is able to fail
@@ -317,13 +292,12 @@ def test_claims_are_those_of_the_results() -> None:
 @pytest.mark.parametrize("name", sorted(EXPERIMENTS.keys() - {"table2"}))
 def test_sections_are_those_of_the_results(name: str) -> None:
     """Tables and words of `results/small` follow from its JSON lines."""
-    folder = ROOT / "results" / "small"
-    scale = SCALES["small"].placed(None, None, "cpu")
-    section = render(name, scale, read(folder))
-    command = f"defquant reproduce {name} --preset small"
-    written = (folder / f"{name}.md").read_text()
-    picture = f"{name}.png" if section.panels else ""
-    assert written == section_markdown(replace(section, command=command), figure=picture)
+    folder, command = ROOT / "results" / "small", f"defquant reproduce {name} --preset small"
+    section = render(name, SCALES["small"].placed(None, None, "cpu"), read(folder))
+    found = section_markdown(
+        replace(section, command=command), figure=f"{name}.png" if section.panels else ""
+    )
+    assert (folder / f"{name}.md").read_text() == found
 
 
 def test_the_page_of_an_index_has_code_that_runs_and_no_path() -> None:

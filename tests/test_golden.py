@@ -120,21 +120,15 @@ DUMPS: dict[str, Callable[[], Iterator[Line]]] = {
 
 @pytest.mark.parametrize("part", DUMPS)
 def test_numbers_and_verdicts_are_as_before(part: str) -> None:
-    lines = (line.split("\t") for line in GOLDEN.read_text(encoding="utf-8").splitlines())
-    before = {place: value for where, place, value in lines if where == part}
-    now = list(DUMPS[part]())
-    assert len(now) == len(dict(now)), "two entries in one place"
-    changed = {
-        place: (before.get(place), dict(now).get(place))
-        for place in [*before, *dict(now)]
-        if before.get(place) != dict(now).get(place)
-    }
-    assert before and not changed
+    stored = (line.split("\t") for line in GOLDEN.read_text(encoding="utf-8").splitlines())
+    before = {place: value for where, place, value in stored if where == part}
+    lines = list(DUMPS[part]())
+    now = dict(lines)
+    assert len(now) == len(lines), "two entries in one place"
+    pairs = {place: (before.get(place), now.get(place)) for place in before | now}
+    assert before and not {place: pair for place, pair in pairs.items() if pair[0] != pair[1]}
 
 
 if __name__ == "__main__":
-    every = [
-        f"{part}\t{place}\t{value}\n" for part, dump in DUMPS.items() for place, value in dump()
-    ]
-    GOLDEN.parent.mkdir(exist_ok=True)
+    every = ("\t".join((part, *line)) + "\n" for part, dump in DUMPS.items() for line in dump())
     GOLDEN.write_text("".join(every), encoding="utf-8")

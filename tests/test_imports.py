@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,16 +27,20 @@ def module(path: Path) -> str:
 MODULES = {module(path): path for path in SOURCE.rglob("*.py")}
 
 
-def imports(path: Path) -> set[str]:
-    """Modules of defquant that `path` imports, by `from defquant import module` among others."""
+@cache
+def named(path: Path) -> frozenset[str]:
+    """Modules that `path` imports, and names from modules, which may be modules, too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            whole = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {node.module} | whole
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-    return found & MODULES.keys() - {"defquant"}
+    return frozenset(found)
+
+
+def imports(path: Path) -> frozenset[str]:
+    return named(path) & MODULES.keys() - {"defquant"}
 
 
 def test_one_way() -> None:
@@ -58,28 +63,23 @@ def test_no_circle() -> None:
 
 def test_no_torch_before_it_is_needed() -> None:
     modules = ", ".join(f"defquant.{name}" for name in TORCHLESS)
-    code = f"import sys, defquant, {modules}; assert 'torch' not in sys.modules"
+    without = "assert 'torch' not in sys.modules"
+    code = f"import sys, defquant, {modules}; {without}"
     subprocess.run([sys.executable, "-c", code], check=True)
     for words in (["--help"], ["train", "--help"], ["attack", "--bits"], ["train", "--bits", "9"]):
-        code = f"from defquant.cli import main; main({words}); import sys; assert 'torch' not in "
-        code += "sys.modules"
+        code = f"import sys; from defquant.cli import main; main({words}); {without}"
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_public_names_all_exist() -> None:
+def test_public_names_exist_and_none_is_also_a_module() -> None:
+    """Importing `defquant.x` would put the module in the place of the function `dq.x`."""
     import defquant
 
     for name in defquant.__all__:
         assert getattr(defquant, name) is not None
     assert defquant.__version__ == version("defquant")
     assert set(defquant.__all__) <= set(dir(defquant))
-
-
-def test_no_public_name_is_also_a_module() -> None:
-    """Importing `defquant.x` would put the module in the place of the function `dq.x`."""
-    import defquant
-
-    modules = {path.stem for path in SOURCE.glob("*.py")} | {p.name for p in SOURCE.glob("*/")}
+    modules = {path.stem for path in (*SOURCE.glob("*.py"), *SOURCE.glob("*/"))}
     assert not modules & set(defquant.__all__)
 
 
@@ -91,8 +91,5 @@ def test_every_package_imported_is_declared() -> None:
     called = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn"}
     called |= {"vl_convert": "vl-convert-python"}
     for path in MODULES.values():
-        for node in ast.walk(ast.parse(path.read_text())):
-            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            roots = {name.split(".")[0] for name in modules} - sys.stdlib_module_names
-            assert {called.get(root, root) for root in roots} <= names, path
+        roots = {name.split(".")[0] for name in named(path)} - sys.stdlib_module_names
+        assert {called.get(root, root) for root in roots} <= names, path

@@ -7,22 +7,16 @@ line's flags are these fields, and a run's folder keeps them whole in `config.js
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
 from defquant.errors import UserError, shown
 from defquant.typed import check_fields
 
 __all__ = [
-    "PRESETS",
-    "DataConfig",
-    "ModelConfig",
-    "TrainConfig",
-    "check_bits",
-    "check_eps",
-    "digest",
+    "PRESETS", "DataConfig", "ModelConfig", "TrainConfig", "check_bits", "check_eps", "digest",
     "positive",
-]
+]  # fmt: skip
 
 Activation = Literal["relu", "tanh"]
 PenaltyMode = Literal["fused", "loss", "parseval"]
@@ -94,7 +88,7 @@ class ModelConfig:
             self.weight_bits in (None, 2, 4, 8),
             f"weight_bits must be 8, 4 or 2, or none for float weights; found {self.weight_bits!r}",
         )
-        _require(self.high > 0, f"high must be positive; found {self.high:g}")
+        _above_zero(self, "high")
 
 
 @dataclass(frozen=True)
@@ -116,14 +110,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _require(
-            self.validation_images >= 0,
-            f"validation_images must not be negative; found {self.validation_images}",
-        )
-        _require(
-            self.train_images is None or self.train_images > 0,
-            f"train_images must be positive; found {self.train_images}",
-        )
+        _not_negative(self, "validation_images")
+        if self.train_images is not None:
+            _above_zero(self, "train_images")
 
 
 @dataclass(frozen=True)
@@ -182,21 +171,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _require(self.epochs > 0, f"epochs must be positive; found {self.epochs}")
+        _above_zero(self, "epochs", "lr", "gamma")
+        _not_negative(self, "beta", "weight_decay", "clip")
         _require(self.batch_size > 1, f"batch_size must be 2 or more; found {self.batch_size}")
-        _require(self.lr > 0, f"lr must be positive; found {self.lr:g}")
-        _require(self.beta >= 0, f"beta must not be negative; found {self.beta:g}")
         _require(0 <= self.mix <= 1, f"mix must lie in [0, 1]; found {self.mix:g}")
         _require(0 <= self.momentum < 1, f"momentum must lie in [0, 1); found {self.momentum:g}")
         _require(
             self.momentum > 0 or not self.nesterov, "nesterov needs a momentum above 0; found 0"
         )
-        _require(
-            self.weight_decay >= 0,
-            f"weight_decay must not be negative; found {self.weight_decay:g}",
-        )
-        _require(self.clip >= 0, f"clip must not be negative; found {self.clip:g}")
-        _require(self.gamma > 0, f"gamma must be positive; found {self.gamma:g}")
         _require(
             self.penalty != "parseval" or self.beta <= 1,
             f"beta of a Parseval retraction must be at most 1; found {self.beta:g}",
@@ -235,6 +217,18 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def _above_zero(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{name} must be positive; found {value:g}")
+
+
+def _not_negative(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= 0, f"{name} must not be negative; found {value:g}")
+
+
 def digest(item: object) -> str:
     """SHA-256 of a configuration; where it is made (`data_root`, `device`) does not change it."""
     return hashlib.sha256(json.dumps(_plain(item), sort_keys=True).encode()).hexdigest()
@@ -244,13 +238,6 @@ def _plain(item: Any) -> Any:
     """Fields that are not at their defaults: new fields leave the keys of old results alone."""
     if not is_dataclass(item):
         return item
-    values = {f.name: (getattr(item, f.name), f) for f in fields(item)}
-    return {
-        name: _plain(value)
-        for name, (value, field) in values.items()
-        if name not in _ELSEWHERE and not _is_default(value, field)
-    }
-
-
-def _is_default(value: object, field: Field[Any]) -> bool:
-    return field.default is not MISSING and bool(value == field.default)
+    values = {f.name: getattr(item, f.name) for f in fields(item) if f.name not in _ELSEWHERE}
+    defaults = {f.name: f.default for f in fields(item)}
+    return {name: _plain(v) for name, v in values.items() if v != defaults[name]}

@@ -8,16 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from defquant.errors import UserError
+from defquant.quantize import full_precision
 from defquant.weights import effective_weight
 
 __all__ = [
-    "ConvexSum",
-    "OrthogonalPenalty",
-    "conv_spectral_norm",
-    "project_simplex",
-    "project_simplex_",
+    "ConvexSum", "OrthogonalPenalty", "conv_spectral_norm", "project_simplex", "project_simplex_",
     "spectral_norm",
-]
+]  # fmt: skip
 
 Target = Literal["identity", "parseval"]
 
@@ -72,7 +69,7 @@ class OrthogonalPenalty:
 
     def penalty(self) -> Tensor:
         """(beta/2) sum ||Gram - I||_F^2 on the smaller Gram, for the loss; in float32 or better."""
-        with _full_precision(self._layers[0][0].weight):
+        with _no_autocast(self._layers[0][0].weight):
             squares = [_residual(_matrices(layer), c2).square().sum() for layer, c2 in self._layers]
             return self.beta / 2 * torch.stack(squares).sum()
 
@@ -84,7 +81,7 @@ class OrthogonalPenalty:
         `backward()` (unscaled) and the optimiser's step. Returns `penalty()`'s value, detached.
         """
         squares = []
-        with _full_precision(self._layers[0][0].weight):
+        with _no_autocast(self._layers[0][0].weight):
             for layer, c2 in self._layers:
                 weight, W = layer.weight, _matrices(layer)
                 residual = _residual(W, c2)
@@ -110,7 +107,7 @@ class OrthogonalPenalty:
         beta = self.beta if beta is None else beta
         if not 0 <= beta <= 1:
             raise UserError(f"the retraction's beta must lie in [0, 1]; found {beta:g}")
-        with _full_precision(self._layers[0][0].weight):
+        with _no_autocast(self._layers[0][0].weight):
             for layer, c2 in self._layers:
                 if layer.weight.requires_grad:
                     W = _matrices(layer)
@@ -171,7 +168,7 @@ def spectral_norm(weight: Tensor, *, iterations: int = 200, tolerance: float = 1
     Approached from below, from a fixed start; ends when a step changes it by at most `tolerance`,
     relatively, or after `iterations` steps. In float64 where the weight is, else in float32.
     """
-    W = _full(weight.detach().flatten(1))
+    W = full_precision(weight.detach().flatten(1))
     return _operator_norm(lambda v: W @ v, (W.shape[1],), W, iterations, tolerance)
 
 
@@ -184,7 +181,7 @@ def conv_spectral_norm(
     Stride, padding (any mode), dilation and groups are the layer's: this is its true Lipschitz
     constant, up to 3 for an orthonormal 3x3 kernel matrix. Computed as `spectral_norm`.
     """
-    W, size = _full(effective_weight(conv).detach()), (1, conv.in_channels, *input_size)
+    W, size = full_precision(effective_weight(conv).detach()), (1, conv.in_channels, *input_size)
     return _operator_norm(lambda x: conv._conv_forward(x, W, None), size, W, iterations, tolerance)
 
 
@@ -194,7 +191,7 @@ def _operator_norm(
     """||A|| of a linear map: v <- A'Av / ||A'Av||, where A'Av is the gradient of ||Av||^2/2."""
     start = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     v, norm = (start / start.norm()).to(like), 0.0
-    with torch.enable_grad(), _full_precision(like):
+    with torch.enable_grad(), _no_autocast(like):
         for _ in range(steps):
             v = v.detach().requires_grad_()
             energy = A(v).square().sum()
@@ -211,7 +208,7 @@ def _matrices(layer: nn.Conv2d | nn.Linear) -> Tensor:
     weight, groups = effective_weight(layer), getattr(layer, "groups", 1)
     if _channels_last(weight):  # no Gram knows the order of the columns, and this one is a view
         weight = weight.permute(0, 2, 3, 1)
-    return _full(weight.reshape(groups, len(weight) // groups, -1))
+    return full_precision(weight.reshape(groups, len(weight) // groups, -1))
 
 
 def _residual(W: Tensor, c2: int) -> Tensor:
@@ -235,11 +232,7 @@ def _channels_last(weight: Tensor) -> bool:
     return weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _full_precision(like: Tensor) -> torch.autocast:
+def _no_autocast(like: Tensor) -> torch.autocast:
     return torch.autocast(like.device.type, enabled=False)
 
 

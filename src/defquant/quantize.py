@@ -11,8 +11,13 @@ from defquant.errors import UserError
 
 __all__ = [
     "QuantBranch", "QuantReLU", "QuantTanh", "Quantizer", "Rounded", "activation", "fake_quantize",
-    "set_bits",
+    "full_precision", "set_bits",
 ]  # fmt: skip
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 where it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -57,8 +62,7 @@ def fake_quantize(x: Tensor, bits: int | None, high: float = 6.0) -> Tensor:
     tensor([0., 0., 6., 6.])
     """
     check_bits(bits)
-    if x.dtype in (torch.float16, torch.bfloat16):
-        x = x.float()
+    x = full_precision(x)
     if bits is None:
         return nn.functional.hardtanh(x, 0.0, high)
     quantized: Tensor = _FakeQuantize.apply(x, 2**bits - 1, high)  # type: ignore[no-untyped-call]
@@ -101,7 +105,7 @@ class QuantTanh(Quantizer):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        t = torch.tanh(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
+        t = torch.tanh(full_precision(x))
         if self.bits is None:
             return t
         levels = 2**self.bits - 1
@@ -144,7 +148,7 @@ class QuantBranch(nn.Module):
         self.register_buffer("peak", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        x = full_precision(x)
         if self.training:
             with torch.no_grad():
                 now = torch.linalg.vector_norm(x, math.inf).to(self.peak)

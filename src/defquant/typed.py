@@ -19,14 +19,8 @@ import yaml
 from defquant.errors import UserError, shown
 
 __all__ = [
-    "check_fields",
-    "check_sound",
-    "convert",
-    "decode",
-    "from_mapping",
-    "parse_json",
-    "parse_yaml",
-]
+    "check_fields", "check_sound", "convert", "decode", "from_mapping", "parse_json", "parse_yaml",
+]  # fmt: skip
 
 DEEPEST = 60  # lists and mappings within each other
 _LARGEST = 1 << 63

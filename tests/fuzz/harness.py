@@ -63,62 +63,37 @@ def mutated(rng: random.Random, seeds: Sequence[bytes], tokens: Sequence[bytes] 
     """One to four changes to one of `seeds`."""
     raw = bytearray(rng.choice(seeds))
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        rng.choice(_CHANGES)(rng, raw, rng.choice(seeds), tokens)
+        _change(rng, raw, rng.choice(seeds), tokens)
     return bytes(raw[: _ROOM - 8])
 
 
-def _bit(rng: random.Random, raw: bytearray, *_: object) -> None:
-    if raw:
-        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
-
-
-def _byte(rng: random.Random, raw: bytearray, *_: object) -> None:
-    if raw:
-        raw[rng.randrange(len(raw))] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
-
-
-def _number(rng: random.Random, raw: bytearray, *_: object) -> None:
-    """A length, a count or an offset that cannot be."""
-    size = rng.choice((2, 4, 8))
-    value = rng.choice((0, 1, -1, 1 << 15, 1 << 28, (1 << 31) - 1, 1 << 31, 1 << 62))
-    place = rng.randrange(max(1, len(raw) - size))
-    raw[place : place + size] = (value % (1 << (8 * size))).to_bytes(size, rng.choice(_ENDS))
-
-
-def _cut(rng: random.Random, raw: bytearray, *_: object) -> None:
-    del raw[rng.randrange(len(raw) + 1) :]
-
-
-def _gap(rng: random.Random, raw: bytearray, *_: object) -> None:
-    place = rng.randrange(len(raw) + 1)
-    del raw[place : place + rng.choice((1, 4, 64))]
-
-
-def _again(rng: random.Random, raw: bytearray, *_: object) -> None:
-    start = rng.randrange(len(raw) + 1)
-    part = raw[start : start + rng.choice((1, 8, 256))]
-    raw[start:start] = part * rng.choice((1, 1, 2, 200))
-
-
-def _noise(rng: random.Random, raw: bytearray, *_: object) -> None:
-    place = rng.randrange(len(raw) + 1)
-    raw[place:place] = rng.randbytes(rng.choice((1, 4, 32)))
-
-
-def _splice(rng: random.Random, raw: bytearray, other: bytes, *_: object) -> None:
-    raw[rng.randrange(len(raw) + 1) :] = other[rng.randrange(len(other) + 1) :]
-
-
-def _token(rng: random.Random, raw: bytearray, _: bytes, tokens: Sequence[bytes]) -> None:
-    """A word of the format put in, or in the place of what stands there."""
-    if tokens:
+def _change(rng: random.Random, raw: bytearray, other: bytes, tokens: Sequence[bytes]) -> None:
+    kinds = ("bit", "byte", "number", "cut", "gap", "again", "noise", "splice", "token", "token")
+    kind, place = rng.choice(kinds if tokens else kinds[:-2]), rng.randrange(len(raw) + 1)
+    if kind in ("bit", "byte") and place < len(raw):
+        odd = (0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256))
+        raw[place] = raw[place] ^ 1 << rng.randrange(8) if kind == "bit" else rng.choice(odd)
+    elif kind == "number":  # a length, a count or an offset that cannot be
+        size, ends = rng.choice((2, 4, 8)), rng.choice(_ENDS)
+        value = rng.choice((0, 1, -1, 1 << 15, 1 << 28, (1 << 31) - 1, 1 << 31, 1 << 62))
+        raw[place : place + size] = (value % (1 << (8 * size))).to_bytes(size, ends)
+    elif kind == "cut":
+        del raw[place:]
+    elif kind == "gap":
+        del raw[place : place + rng.choice((1, 4, 64))]
+    elif kind == "again":
+        part = raw[place : place + rng.choice((1, 8, 256))]
+        raw[place:place] = part * rng.choice((1, 1, 2, 200))
+    elif kind == "noise":
+        raw[place:place] = rng.randbytes(rng.choice((1, 4, 32)))
+    elif kind == "splice":
+        raw[place:] = other[rng.randrange(len(other) + 1) :]
+    elif kind == "token":  # put in, or in the place of what stands there
         word = rng.choice(tokens)
-        place = rng.randrange(len(raw) + 1)
         raw[place : place + rng.choice((0, 1, len(word)))] = word
 
 
 _ENDS: tuple[Literal["little"], Literal["big"]] = ("little", "big")
-_CHANGES = (_bit, _byte, _number, _cut, _gap, _again, _noise, _splice, _token, _token)
 
 
 def _in_child(read: Read, inputs: Sequence[bytes] | Iterator[bytes]) -> str | None:

@@ -47,8 +47,7 @@ def read_onnx(folder: Path) -> Read:
 
     def read(raw: bytes) -> object:
         path.write_bytes(raw)
-        file = open_model(path)
-        facts_of(file, path)
+        facts_of(file := open_model(path), path)
         return OnnxModel(file, threads=1)(torch.zeros(2, 1, 8, 8))
 
     return read
@@ -123,11 +122,7 @@ def bombs() -> Iterator[tuple[str, list[onnx.NodeProto], list[onnx.TensorProto]]
 
 @pytest.mark.parametrize(("said", "nodes", "constants"), [*bombs()], ids=["size", "loop", "outer"])
 def test_an_onnx_file_asks_for_no_more_than_export_writes(
-    tmp_path: Path,
-    exported: bytes,
-    said: str,
-    nodes: list[onnx.NodeProto],
-    constants: list[onnx.TensorProto],
+    tmp_path: Path, exported: bytes, said: str, nodes: list[Any], constants: list[Any]
 ) -> None:
     model = onnx.load_model_from_string(exported)
     model.graph.node.extend(nodes)
@@ -146,11 +141,10 @@ def test_a_file_of_other_shapes_is_no_traceback() -> None:
 @pytest.mark.parametrize("name", ["pipe", "/dev/zero"])
 def test_a_pipe_in_place_of_a_file(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / "pipe")
-    place = tmp_path / name
+    place, folder = tmp_path / name, tmp_path / "x"
+    folder.mkdir()
     for link in ("test_batch", "a.png", "train_32x32.mat", NAME):
-        (tmp_path / "x").mkdir(exist_ok=True)
-        (tmp_path / "x" / link).symlink_to(place)
-    folder = tmp_path / "x"
+        (folder / link).symlink_to(place)
     reads: list[Read] = [
         lambda _: load("npz", place), lambda _: load("cifar10", place),
         lambda _: load("svhn", folder), lambda _: load("cifar10", folder, "test"),

@@ -38,12 +38,7 @@ class WideResNet(nn.Module):
     """See `wide_resnet`."""
 
     def __init__(
-        self,
-        parts: Parts,
-        depth: int,
-        width: int,
-        num_classes: int,
-        in_channels: int,
+        self, parts: Parts, depth: int, width: int, num_classes: int, in_channels: int
     ) -> None:
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
