@@ -125,6 +125,7 @@ def test_a_line_that_left_out_the_one_step_is_the_same_measurement() -> None:
                 assert b.replaces(a)
     assert repr(dq.FGSM(1 / 255)) == "FGSM(eps=1/255)"
     assert not measurement(settings="PGD(eps=2/255)").replaces(LINE)
+    assert not measurement(fingerprint="f01").replaces(LINE)
 
 
 @pytest.mark.parametrize(

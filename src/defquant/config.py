@@ -172,7 +172,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         _above_zero(self, "epochs", "lr", "gamma")
-        _not_negative(self, "beta", "weight_decay", "clip")
+        _not_negative(self, "weight_decay", "clip")
+        _require(self.beta >= 0, f"beta must not be negative; found {self.beta:g}")
         _require(self.batch_size > 1, f"batch_size must be 2 or more; found {self.batch_size}")
         _require(0 <= self.mix <= 1, f"mix must lie in [0, 1]; found {self.mix:g}")
         _require(0 <= self.momentum < 1, f"momentum must lie in [0, 1); found {self.momentum:g}")
