@@ -20,24 +20,9 @@ from defquant.files import append_line, read_lines
 from defquant.typed import from_mapping
 
 __all__ = [
-    "BLACK",
-    "EIGHT_BIT",
-    "FOREIGN",
-    "MASKED",
-    "UNAWARE",
-    "Cell",
-    "Measurement",
-    "Score",
-    "aggregate",
-    "append",
-    "blind",
-    "read_folder",
-    "read_jsonl",
-    "record",
-    "run_name",
-    "told_apart",
-]
-
+    "BLACK", "EIGHT_BIT", "FOREIGN", "MASKED", "UNAWARE", "Cell", "Measurement", "Score",
+    "aggregate", "append", "blind", "read_folder", "read_jsonl", "record", "run_name", "told_apart",
+]  # fmt: skip
 
 EIGHT_BIT = " (8-bit)"  # ends the name of an attack whose images were rounded as files hold them
 FOREIGN = "your model"  # begins the method of a network that `defquant train` did not make
