@@ -1,0 +1,316 @@
+"""Verbs that score a network: attack and rescore. The flags that several verbs share."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from defquant.cli import rows
+from defquant.cli.rows import print_json, print_measurements
+from defquant.errors import UserError
+from defquant.results import EIGHT_BIT
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from defquant.attacks import Composition, Single
+    from defquant.checkpoint import Facts
+    from defquant.data import Dataset
+    from defquant.images import Manifest
+    from defquant.measure import Subject
+
+__all__ = [
+    "Batch", "Device", "Images", "Json", "Root", "Seed", "attack", "least", "needs_onnx", "rescore",
+]  # fmt: skip
+
+Json = Annotated[bool, Parameter(help="JSON lines alone on stdout, instead of rows")]
+Images = Annotated[int | None, Parameter(help="first so many test images; none for all")]
+Seed = Annotated[int, Parameter(help="of the attacks' draws")]
+Batch = Annotated[int, Parameter(help="rows at a time")]
+Root = Annotated[str | None, Parameter(help="where the data lies, if it moved")]
+Device = Annotated[str, Parameter(help="auto, cpu, cuda, cuda:N")]
+ModelFile = Annotated[
+    str | None,
+    Parameter(
+        help="my.py:make_model, a function that returns a torch.nn.Module of images in [0, 1] to "
+        "logits. THIS RUNS YOUR CODE in my.py"
+    ),
+]
+Weights = Annotated[str | None, Parameter(help="for --model-file: a .safetensors file")]
+
+
+def attack(
+    runs: tuple[str, ...] = (),
+    *,
+    model_file: ModelFile = None,
+    weights: Weights = None,
+    data: str | None = None,
+    out: str | None = None,
+    save_images: str | None = None,
+    attack: tuple[str, ...] = ("random", "fgsm", "rfgsm", "pgd", "pgd-50x10", "adaptive"),
+    eps: tuple[float, ...] = (2 / 255, 8 / 255, 16 / 255),
+    substitute: str | None = None,
+    unaware: bool = False,
+    detector: bool = False,
+    images: Images = None,
+    split: Literal["test", "validation"] = "test",
+    examples: int = 8,
+    seed: Seed = 0,
+    batch_size: Batch = 256,
+    data_root: Root = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Measure clean and robust accuracy of trained runs, or of a model of your own.
+
+    Args:
+        runs: folders of runs, if no --model-file.
+        data: for --model-file: its data.
+        out: for --model-file: folder of the results.
+        save_images: empty folder for the adversarial images as PNG with a manifest; scored as
+            such, too.
+        attack: random[-SAMPLES] fgsm rfgsm bim[-STEPS] pgd[-STEPS[xRESTARTS]] apgd[-...]
+            apgd-dlr[-...] apgd-margin[-...] apgd-t[-...], through a surrogate as apgd@soft[-...]
+            apgd@twin apgd@clipfree apgd@eot apgd@bits, then queries as apgd-50+200, fab[-...]
+            fab-t[-...] square[-QUERIES] standard adaptive[-STEPS]; bim and pgd alone: the paper's
+            schedule, weak at small eps.
+        eps: L-infinity radii in [0, 1], as 8/255.
+        substitute: run whose adversarials are transferred.
+        unaware: also each attack as if it ignored the feature squeezing in front of the network.
+        detector: also how many of each attack's images a detector by feature squeezing tells from
+            clean ones: in detector.json.
+        split: validation: the held-out training images, to choose settings by.
+        examples: pictures kept for the report.
+    """
+    given = {"weights": weights, "data": data, "out": out}
+    own = {"substitute": substitute, "unaware": unaware, "detector": detector}
+    _check_attack(runs, model_file, given, own | {"split": split != "test"}, save_images)
+    least(1, batch_size=batch_size)
+    least(0, examples=examples)
+    from defquant.attacks import FirstOrder
+    from defquant.attacks.names import parse_attack
+    from defquant.defenses import Unaware
+    from defquant.detection import CALIBRATION, detect
+    from defquant.distributed import pick_device
+    from defquant.images import MANIFEST, measure_and_save
+    from defquant.measure import write_examples
+    from defquant.progress import AttackProgress
+    from defquant.replay import replay
+
+    attacks = [parse_attack(name, radius) for name in attack for radius in eps]
+    place, saved = pick_device(device), Path(save_images) if save_images else None
+    how: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
+    first_order = [a for a in attacks if isinstance(a, FirstOrder)]
+    asking = [a for a in first_order if a.walk.steps]  # Random asks no network
+    extra: list[Any] = [Unaware(a) for a in asking] if unaware else []
+    if model_file is None:
+        loaded = _loaded(runs, place, substitute, squeezed=unaware)
+        where = (data_root, images, split)
+        targets: Any = ((run, model, facts, _images(facts, *where)) for run, model, facts in loaded)
+        guard: Any = nullcontext()
+    else:
+        targets, guard = _foreign(model_file, given, data_root, images, batch_size, place)
+    with guard:
+        for run, model, facts, tested in targets:
+            boxes = [
+                replay(a, Path(substitute), tested, device=place, source=substitute, **how)
+                for a in asking
+                if substitute
+            ]
+            others = [*extra, *boxes]
+            names = [a.name + EIGHT_BIT * bool(saved) for a in attacks] + [a.name for a in others]
+            width = max(12, *map(len, names))
+            for m in measure_and_save(
+                saved, run, model, facts, tested, attacks, black_box=others, **how,
+                watch=AttackProgress(run.name, len(tested), len(attacks) + len(others)),
+            ):  # fmt: skip
+                print_measurements([m], as_json=json, width=width)
+                if model_file and m.attack == "clean":
+                    from defquant.foreign import warn_of_chance
+
+                    warn_of_chance(m.score, tested.num_classes)
+            if detector:
+                known = _images(facts, data_root, None, "train")
+                clean = known.first(min(len(known), CALIBRATION))
+                for r in detect(run, model, facts, tested, clean, first_order, **how):
+                    print_json(r) if json else print(rows.detection_row(r, width), flush=True)
+            if examples:
+                write_examples(
+                    run, model, facts, tested, _shown(attacks, eps), examples, seed, batch_size
+                )
+            print(run / "results.jsonl")
+            if detector:
+                print(run / "detector.json")
+            if saved:
+                print(saved / MANIFEST)
+
+
+def _check_attack(
+    runs: Sequence[str],
+    model_file: str | None,
+    foreign: Mapping[str, object],
+    own: Mapping[str, object],
+    save_images: str | None,
+) -> None:
+    """Raise `UserError` for flags of one's own runs beside a foreign model, and the reverse."""
+    if model_file is None:
+        if not runs:
+            raise UserError("attack needs folders of runs, or --model_file my.py:make_model")
+        if misplaced := next((name for name, value in foreign.items() if value is not None), None):
+            raise UserError(
+                f"--{misplaced} belongs to --model_file; a run knows its own: leave it out"
+            )
+        if save_images and len(runs) > 1:
+            raise UserError(
+                f"--save_images keeps the images of one run; found {len(runs)}: attack them one at "
+                "a time"
+            )
+        return
+    if runs:
+        raise UserError(
+            f"attack takes folders of runs or --model_file, not both; found {runs[0]!r}"
+        )
+    for name, what in (("data", "digits, cifar10, svhn, folder or npz"), ("out", "FOLDER")):
+        if foreign[name] is None:
+            raise UserError(f"--model_file needs --{name}: {what}")
+    if misplaced := next((name for name, value in own.items() if value), None):
+        raise UserError(f"--{misplaced} is for runs of `defquant train`: leave it out")
+    if (Path(str(foreign["out"])) / "checkpoint.safetensors").exists():
+        raise UserError(f"{foreign['out']} holds a run of `defquant train`: choose another --out")
+
+
+def _loaded(
+    runs: Sequence[str], place: "torch.device", source: str | None, *, squeezed: bool
+) -> "list[tuple[Path, nn.Module, Facts]]":
+    """All are sound, and fit the substitute, before the first is attacked."""
+    from defquant.measure import load_on
+
+    loaded = [(Path(run), *load_on(Path(run), place)) for run in runs]
+    other = load_on(Path(source), place)[1] if source else None
+    for run, _, facts in loaded:
+        ends = [(f.in_channels, f.num_classes) for f in (facts, other) if f is not None]
+        if ends[0] != ends[-1]:
+            raise UserError(
+                f"the substitute {source} takes {ends[1][0]} channels and knows {ends[1][1]} "
+                f"classes, {run} {ends[0][0]} and {ends[0][1]}: train it on the same data set"
+            )
+        if squeezed and facts.model.squeeze is None:
+            raise UserError(
+                f"--unaware attacks the network behind a feature squeezing; {run} has none: leave "
+                "it out, or train with --squeeze 5"
+            )
+    return loaded
+
+
+def _images(facts: "Facts", root: str | None, limit: int | None, split: Any) -> "Dataset":
+    from defquant.runs import test_images
+
+    return test_images(facts, root, limit, split)
+
+
+def _foreign(
+    spec: str,
+    given: Mapping[str, Any],
+    root: str | None,
+    limit: int | None,
+    batch_size: int,
+    place: "torch.device",
+) -> "tuple[list[tuple[Path, nn.Module, Subject, Dataset]], Any]":
+    """The user's model as the one network to be attacked, and who is blamed for its errors."""
+    from defquant.data import load
+    from defquant.foreign import blamed, load_foreign, probe
+
+    images = load(given["data"], root, "test").first(limit)
+    foreign = load_foreign(spec, given["weights"], place)
+    probe(foreign, images, batch_size)
+    found = (Path(given["out"]), foreign.model, foreign.subject, images.to(place))
+    return [found], blamed(foreign.path)
+
+
+def _shown(
+    attacks: "Sequence[Single | Composition]", eps: Sequence[float]
+) -> "Single | Composition":
+    """The attack of the report's example pictures: the one of most steps, at the middle eps."""
+    from defquant.attacks import FirstOrder
+
+    middle = sorted(eps)[len(eps) // 2]
+    return max(
+        (a for a in attacks if a.eps == middle),
+        key=lambda a: a.walk.steps * a.walk.restarts if isinstance(a, FirstOrder) else 0,
+    )
+
+
+def rescore(
+    folder: str,
+    model: str | None = None,
+    *,
+    model_file: ModelFile = None,
+    weights: Weights = None,
+    batch_size: Batch = 256,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Score any model on adversarial images that attack has saved.
+
+    A row for each attack and eps: the model's score, and the one that the images had.
+
+    Args:
+        folder: folder that attack --save-images wrote.
+        model: folder of a run, or an .onnx file of export.
+    """
+    if (model is None) == (model_file is None):
+        raise UserError(
+            "rescore takes one model: a run's folder, an .onnx file, or --model_file my.py:make"
+        )
+    if weights is not None and model_file is None:
+        raise UserError("--weights belongs to --model_file; a run knows its own: leave it out")
+    least(1, batch_size=batch_size)
+    from defquant.distributed import pick_device
+    from defquant.foreign import blamed, load_foreign
+    from defquant.images import read_manifest, rescored
+
+    manifest, place, guard = read_manifest(Path(folder)), pick_device(device), nullcontext()
+    if model_file is not None:
+        network = load_foreign(model_file, weights, place).model
+        guard = blamed(Path(model_file.rpartition(":")[0]))  # type: ignore[assignment]
+    else:
+        network = _own_or_onnx(Path(model or ""), manifest, place)
+    with guard:
+        rows.print_rescored(rescored(manifest, network, batch_size=batch_size), as_json=json)
+
+
+def _own_or_onnx(path: Path, manifest: "Manifest", place: "torch.device") -> "nn.Module":
+    if path.suffix == ".onnx":
+        needs_onnx()
+        from defquant.deploy.runtime import OnnxModel, facts_of, open_model
+
+        file = open_model(path)
+        facts_of(file, path)
+        return OnnxModel(file)
+    from defquant.checkpoint import load_on
+
+    model, facts = load_on(path, place)
+    if list(facts.classes) != list(manifest.head["classes"]):
+        raise UserError(
+            f"{path} knows other classes than the saved images, {facts.classes[0]!r}, ... and "
+            f"{manifest.head['classes'][0]!r}, ...: use a model of the same data"
+        )
+    return model
+
+
+def needs_onnx() -> None:
+    """Raise `UserError` where the packages of deployment are missing."""
+    for name in ("onnx", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"this needs {name}: pip install 'defquant[deploy]'")
+
+
+def least(bound: int, **flags: int | None) -> None:
+    """Raise `UserError` for the first flag below `bound`."""
+    for name, value in flags.items():
+        if value is not None and value < bound:
+            raise UserError(f"--{name} must be {bound} or more; found {value}")
