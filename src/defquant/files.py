@@ -186,26 +186,20 @@ def owned_folder(folder: Path) -> Iterator[Callable[[], None]]:
     folder was removed or replaced meanwhile, which writing into it would hide.
     """
     made = not folder.exists()
-    try:
-        lock = (make_folder(folder) / ".lock").open("a")
-    except OSError as error:
-        raise UserError(_cannot_write(folder, error)) from None
-
-    def still() -> None:
-        with suppress(OSError):
-            if os.path.samestat(os.fstat(lock.fileno()), (folder / ".lock").stat()):
-                return
-        raise UserError(f"{folder} or its .lock was removed while a run was in it: start it again")
-
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with claimed(make_folder(folder) / ".lock", wait=False) as lock:
+        if not lock:
             raise UserError(
                 f"{folder} is in use by another run: wait for it or choose another folder"
-            ) from None
-        except OSError as error:
-            raise UserError(_cannot_lock(folder, error)) from None
+            )
+
+        def still() -> None:
+            with suppress(OSError):
+                if os.path.samestat(os.fstat(lock.fileno()), (folder / ".lock").stat()):
+                    return
+            raise UserError(
+                f"{folder} or its .lock was removed while a run was in it: start it again"
+            )
+
         still()
         try:
             yield still
@@ -218,26 +212,27 @@ def owned_folder(folder: Path) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def claimed(lock: Path, *, wait: bool) -> Iterator[bool]:
-    """Whether this process holds the file `lock`; where another does, False, or `wait` for it.
+def claimed(lock: Path, *, wait: bool) -> Iterator[BinaryIO | None]:
+    """The file `lock`, held by this process; None where another holds it, or `wait` for it.
 
     The claim dies with the process, however it ends. It may stay within one process: two claims
     on one file, from two calls, exclude each other.
     """
+    make_folder(lock.parent)
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("a")
+        file = lock.open("ab")
     except OSError as error:
         raise UserError(_cannot_write(lock, error)) from None
     with file:
+        held: BinaryIO | None = file
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            yield False
-            return
+            held = None
         except OSError as error:
-            raise UserError(_cannot_lock(lock, error)) from None
-        yield True
+            reason = error.strerror or error
+            raise UserError(f"cannot lock {lock}: {reason}; use a disk that knows flock") from None
+        yield held
 
 
 def _umask() -> int:
@@ -265,10 +260,6 @@ def _is_cut(line: bytes) -> bool:
     except (ValueError, RecursionError):
         return line.startswith(b"{")
     return False
-
-
-def _cannot_lock(path: Path, error: OSError) -> str:
-    return f"cannot lock {path}: {error.strerror or error}; use a disk that knows flock"
 
 
 def _cannot_write(path: Path, error: OSError) -> str:
