@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from defquant.cli import main, parse, settings_of
+from defquant.cli import main
 from defquant.results import read_folder
 
 TRAIN = [
@@ -219,34 +221,43 @@ def test_unaware_needs_a_squeezing_in_every_run(
     assert before == (results.read_text() if results.exists() else None)  # none was attacked
 
 
-def test_flags_are_typed_and_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "whole number from 1 to 8" in refused(capsys, "train", "--bits", "four", "--out", "x")
-    assert "found 0" in refused(capsys, "train", "--bits", "0", "--out", "x")
-    assert "found 9" in refused(capsys, "train", "--bits", "9", "--out", "x")
-    assert "squeeze must be a whole number from 1 to 8, or none for no squeezing; found 9" in (
-        refused(capsys, "train", "--squeeze", "9", "--out", "x")
-    )
-    assert "squeeze must be a whole number from 1 to 8, or none for no squeezing; found 'x'" in (
-        refused(capsys, "train", "--squeeze", "x", "--out", "x")
-    )
-    assert "write 8/255" in refused(capsys, "attack", "x", "--eps", "8")
-    assert "found 'eight'" in refused(capsys, "attack", "x", "--eps", "eight")
-    assert "unknown attack 'cw'" in refused(capsys, "attack", "x", "--attack", "cw")
-    assert "--nope" in refused(capsys, "train", "--nope")
-    assert "--out" in refused(capsys, "train")
-    assert "unknown verb" in refused(capsys, "tain")
-    assert "unknown preset" in refused(capsys, *TRAIN, "--preset", "x", "--out", "x")
-    assert "unknown model" in refused(capsys, *TRAIN, "--model", "vgg-19", "--out", "/tmp/x")
-    assert "unknown device" in refused(capsys, *TRAIN, "--device", "tpux", "--out", "/tmp/x")
-    assert "epochs must be positive" in refused(capsys, *TRAIN, "--epochs", "0", "--out", "x")
-    assert "milestones" in refused(capsys, *TRAIN, "--milestones", "x", "--out", "x")
-    assert "schedule" in refused(capsys, *TRAIN, "--schedule", "cosine", "--out", "x")
-
-
-def test_missing_and_unfinished_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no checkpoint at" in refused(capsys, "attack", str(tmp_path / "none"))
-    assert "no folder" in refused(capsys, "report", str(tmp_path / "none"))
-    assert "results.jsonl" in refused(capsys, "report", str(tmp_path))
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train --bits four --out x", "1 to 8, or none for full precision; found 'four'"),
+        ("train --bits 0 --out x", "found 0"),
+        ("train --bits 9 --out x", "found 9"),
+        ("train --squeeze 9", "squeeze must be a whole number from 1 to 8, or none for no squeez"),
+        ("train --squeeze x", "1 to 8, or none for no squeezing; found 'x'"),
+        ("train --lr abc --out x", "--lr must be a finite number; found 'abc'"),
+        ("train --milestones x --out x", "--milestones must be a whole number"),
+        (
+            "train --schedule cosine",
+            "one of step, one-cycle, constant; found 'cosine'",
+        ),
+        ("train --epochs 0 --out x", "epochs must be positive"),
+        ("train --model vgg-19 --out {tmp}/x", "unknown model"),
+        ("train --device tpux --out {tmp}/x", "unknown device"),
+        ("train --preset x --out x", "unknown preset 'x'"),
+        ("train --nope", "--nope"),
+        ("train", "--out"),
+        ("tain", "unknown verb"),
+        ("attack x --eps 8", "write 8/255"),
+        ("attack x --eps eight", "found 'eight'"),
+        ("attack x --attack cw", "unknown attack 'cw'"),
+        ("attack {run} --batch-size 0", "--batch_size must be 1 or more; found 0"),
+        ("attack {run} --examples -3", "--examples must be 0 or more; found -3"),
+        ("attack {run} --images 451", "450 images"),
+        ("attack {tmp}/none", "no checkpoint at"),
+        ("report {tmp}/none", "no folder"),
+        ("report {tmp}", "results.jsonl"),
+        ("data get x", "unknown action 'get'"),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: str, message: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(capsys, *words.format(run=trained, tmp=tmp_path).split())
 
 
 def test_a_folder_is_not_trained_over(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,59 +270,47 @@ def test_a_folder_is_not_trained_over(trained: Path, capsys: pytest.CaptureFixtu
     assert (trained / "checkpoint.safetensors").read_bytes() == before
 
 
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    """What `--print_config` says, as YAML."""
+    status, out, err = call(capsys, *words, "--print_config")
+    assert (status, err) == (0, [])
+    found: dict[str, Any] = yaml.safe_load("\n".join(out))
+    return found
+
+
 def test_config_files_and_presets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = call(capsys, "train", "--preset", "cifar10-paper", "--print_config")
-    assert status == 0
-    text = "\n".join(out)
-    assert "model: wrn-28-10" in text
-    assert "beta: 0.002" in text
     path = tmp_path / "c.yaml"
-    path.write_text(text.replace("epochs: 200", "epochs: 3"))
-    status, out, _ = call(capsys, "train", "--config", str(path), "--lr", "0.5", "--print_config")
-    assert "epochs: 3" in "\n".join(out)
-    assert "lr: 0.5" in "\n".join(out)
+    config = ("--config", str(path))
+    paper = printed(capsys, "train", "--preset", "cifar10-paper")
+    assert (paper["model"], paper["beta"], paper["epochs"]) == ("wrn-28-10", 0.002, 200)
+    path.write_text(yaml.safe_dump(paper | {"epochs": 3}))
+    assert printed(capsys, "train", *config, "--lr", "0.5") == paper | {"epochs": 3, "lr": 0.5}
     path.write_text("bits: none\nsqueeze: none\nattack: none\n")
-    words = ["train", "--preset", "cifar10-paper", "--config", str(path), "--print_config"]
-    status, out, _ = call(capsys, *words)
-    assert {"bits: null", "squeeze: null", "attack: none"} <= set(out)
+    found = printed(capsys, "train", "--preset", "cifar10-paper", *config)
+    assert (found["bits"], found["squeeze"], found["attack"]) == (None, None, "none")
+    path.write_text("preset: svhn-paper\nepochs: 7\n")
+    found = printed(capsys, "train", *config)
+    assert (found["model"], found["epochs"]) == ("wrn-16-4", 7)
     path.write_text("bits: [1, none]\n")
-    status, out, _ = call(capsys, "transfer", "x", "--config", str(path), "--print_config")
-    assert "".join(out).count("- null") == 1
-    path.write_text("epochs: many\n")
-    assert "epochs" in refused(capsys, "train", "--config", str(path))
-    path.write_text("{")
-    refused(capsys, "train", "--config", str(path))
+    assert printed(capsys, "transfer", "x", *config)["bits"] == [1, None]
+    for text in ("epochs: many\n", "epochs: [[1]]\n", "nope: 1\n", "{", "[1]"):
+        path.write_text(text)
+        refused(capsys, "train", *config)
     refused(capsys, "train", "--config", str(tmp_path / "none.yaml"))
 
 
-def test_none_and_lists_as_people_write_them(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["train", "--bits", "none", "--squeeze", "5", "--squeeze", "none"]
-    words += ["--milestones", "60,120", "--attack", "none"]
-    status, out, _ = call(capsys, *words, "--print_config")
-    assert status == 0
-    text = "\n".join(out)
-    assert "bits: null" in text
-    assert "squeeze: null" in text
-    assert "- 60" in text or "[60" in text
-    assert "attack: none" in text
-    message = refused(capsys, "train", "--lr", "abc", "--out", "x")
-    assert "--lr must be a finite number; found 'abc'" in message
-
-
-def test_a_preset_named_in_a_config_file_counts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "c.yaml"
-    path.write_text("preset: svhn-paper\nepochs: 7\n")
-    _, out, _ = call(capsys, "train", "--config", str(path), "--print_config")
-    assert "model: wrn-16-4" in out
-    assert "epochs: 7" in out
-
-
-def test_mistakes_in_an_attack(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--batch_size" in refused(capsys, "attack", str(trained), "--batch-size", "0")
-    assert "--examples" in refused(capsys, "attack", str(trained), "--examples", "-3")
-    assert "450 images" in refused(capsys, "attack", str(trained), "--images", "451")
+def test_values_as_people_write_them(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "train --bits none --squeeze 5 --squeeze none --milestones 60,120 --attack none"
+    words += " --data_root a --train-images 9 --augment false --nesterov --attack-eps 8/255"
+    found = printed(capsys, *words.split())
+    wanted = {
+        "bits": None, "squeeze": None, "milestones": [60, 120], "attack": "none",
+        "data_root": "a", "train_images": 9, "augment": False, "nesterov": True,
+        "attack_eps": 8 / 255, "amp": False,
+    }  # fmt: skip
+    assert {name: found[name] for name in wanted} == wanted
+    found = printed(capsys, "attack", "x", "--eps", "8/255", " 0.1 ", "1e-2", "0", "--json")
+    assert (found["eps"], found["json"]) == ([8 / 255, 0.1, 0.01, 0], True)
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -320,12 +319,6 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         assert status == 0
         assert out
         assert not err
-
-
-def test_eps_as_people_write_it() -> None:
-    found = parse(["attack", "x", "--eps", "8/255", " 0.1 ", "1e-2", "0"])
-    assert found is not None
-    assert settings_of(found[1])["eps"] == [8 / 255, 0.1, 0.01, 0]
 
 
 @pytest.mark.slow
