@@ -302,11 +302,12 @@ def test_config_files_and_presets(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_values_as_people_write_them(capsys: pytest.CaptureFixture[str]) -> None:
     words = "train --bits none --squeeze 5 --squeeze none --milestones 60,120 --attack none"
     words += " --data_root a --train-images 9 --augment false --nesterov --attack-eps 8/255"
+    words += " --convex none"
     found = printed(capsys, *words.split())
     wanted = {
         "bits": None, "squeeze": None, "milestones": [60, 120], "attack": "none",
         "data_root": "a", "train_images": 9, "augment": False, "nesterov": True,
-        "attack_eps": 8 / 255, "amp": False,
+        "attack_eps": 8 / 255, "amp": False, "convex": None,
     }  # fmt: skip
     assert {name: found[name] for name in wanted} == wanted
     found = printed(capsys, "attack", "x", "--eps", "8/255", " 0.1 ", "1e-2", "0", "--json")

@@ -162,8 +162,9 @@ def _switched(words: Sequence[str]) -> list[str]:
     """`--augment false` as `--augment=false`; a bare switch needs no word."""
     found: list[str] = []
     for word in words:
-        bare = re.match("--[^=]+$", found[-1] if found else "")
-        if bare and word.lower() in ("true", "false", "yes", "no"):
+        before = found[-1] if found else ""
+        said = ("true", "false", "yes", "no", *["none", "null"] * (before == "--convex"))
+        if re.match("--[^=]+$", before) and word.lower() in said:
             found[-1] += f"={word}"
         else:
             found.append(word)
