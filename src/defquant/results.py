@@ -283,9 +283,9 @@ def told_apart(measurements: Iterable[Measurement]) -> list[Measurement]:
     """
     found = list(measurements)
     tags = _tags([(m.data, m.source) for m in found])
-    found = [
-        replace(m, data=m.data + tag) if tag else m for m, tag in zip(found, tags, strict=True)
-    ]
+    if any(tags):
+        pairs = zip(found, tags, strict=True)
+        found = [replace(m, data=m.data + tag) if tag else m for m, tag in pairs]
     tags = _tags([((m.method, m.model, m.bits, m.beta, m.data), m.make) for m in found])
     return [
         replace(m, method=m.method + tag) if tag else m for m, tag in zip(found, tags, strict=True)
@@ -295,8 +295,10 @@ def told_apart(measurements: Iterable[Measurement]) -> list[Measurement]:
 def _tags(pairs: Sequence[tuple[object, tuple[str, ...]]]) -> list[str]:
     """For each (name, hashes) what to add to the name; empty where it stands for one thing."""
     kinds: dict[object, set[tuple[str, ...]]] = {}
-    for name, hashes in pairs:
+    for name, hashes in dict.fromkeys(pairs):
         kinds.setdefault(name, set()).update([hashes] if hashes[0] else [])
+    if all(len(known) < 2 for known in kinds.values()):  # as nearly always
+        return [""] * len(pairs)
 
     def tag(name: object, hashes: tuple[str, ...]) -> str:
         known = kinds[name]
