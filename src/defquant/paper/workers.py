@@ -79,13 +79,26 @@ def each(
 
 @contextmanager
 def _deaf_children() -> Iterator[None]:
-    """Processes started meanwhile do not hear Ctrl-C: their parent does, and ends them."""
+    """Processes started meanwhile do not hear Ctrl-C: their parent does, and ends them.
+
+    It hears it at the end: another thread may take the signal that this one blocks, and a child
+    half started would print a traceback.
+    """
     resource_tracker.ensure_running()  # its start would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    heard: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    late = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if late:
+        signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
     try:
         yield
     finally:
+        if late:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if heard:
+        raise KeyboardInterrupt
 
 
 def _start_child() -> None:
