@@ -15,6 +15,10 @@ __all__ = [
 ]  # fmt: skip
 
 
+whole = False
+"""Whether quantisers appear as one operation each (`torch.ops.defquant`), as `capture` sets it."""
+
+
 def full_precision(x: Tensor) -> Tensor:
     """`x` in float32, or in float64 where it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -37,6 +41,29 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None, None]:
         (inside,) = ctx.saved_tensors
         return inside.to(grad[0].dtype).mul_(grad[0]), None, None
+
+
+@torch.library.custom_op("defquant::clip_round", mutates_args=())
+def _clip_round(x: Tensor, bits: int, high: float) -> Tensor:
+    step = high / (2**bits - 1)
+    return x.div(step).round_().clamp_(0, 2**bits - 1).mul_(step)
+
+
+@torch.library.custom_op("defquant::tanh_round", mutates_args=())
+def _tanh_round(x: Tensor, bits: int) -> Tensor:
+    levels = 2**bits - 1
+    return torch.tanh(x).add_(1).mul_(levels / 2).round_().mul_(2 / levels).sub_(1)
+
+
+@torch.library.custom_op("defquant::signed_round", mutates_args=())
+def _signed_round(x: Tensor, peak: Tensor) -> Tensor:
+    step = peak.to(x.dtype) / 127
+    rounded = x.div(step).round_().clamp_(-128, 127).mul_(step)
+    return torch.where(step > 0, rounded, x)
+
+
+for _operation in (_clip_round, _tanh_round, _signed_round):
+    _operation.register_fake(lambda x, *_: torch.empty_like(x))
 
 
 def fake_quantize(x: Tensor, bits: int | None, high: float = 6.0) -> Tensor:
@@ -65,6 +92,8 @@ def fake_quantize(x: Tensor, bits: int | None, high: float = 6.0) -> Tensor:
     x = full_precision(x)
     if bits is None:
         return nn.functional.hardtanh(x, 0.0, high)
+    if whole:
+        return _clip_round(x, bits, high)  # type: ignore[no-any-return]
     quantized: Tensor = _FakeQuantize.apply(x, 2**bits - 1, high)  # type: ignore[no-untyped-call]
     return quantized
 
@@ -105,7 +134,10 @@ class QuantTanh(Quantizer):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        t = torch.tanh(full_precision(x))
+        x = full_precision(x)
+        if whole and self.bits is not None:
+            return _tanh_round(x, self.bits)  # type: ignore[no-any-return]
+        t = torch.tanh(x)
         if self.bits is None:
             return t
         levels = 2**self.bits - 1
@@ -149,6 +181,8 @@ class QuantBranch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = full_precision(x)
+        if whole:
+            return _signed_round(x, self.peak)  # type: ignore[no-any-return]
         if self.training:
             with torch.no_grad():
                 now = torch.linalg.vector_norm(x, math.inf).to(self.peak)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from defquant import quantize
 from defquant.errors import UserError
 from defquant.quantize import Rounded
 
@@ -36,6 +37,15 @@ def weight_grid(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         return weight.detach().div(_per_channel(scale, weight)).round_(), scale
 
 
+@torch.library.custom_op("defquant::weight_round", mutates_args=())
+def _weight_round(weight: Tensor, bits: int) -> Tensor:
+    integers, scale = weight_grid(weight, bits)
+    return integers.mul_(_per_channel(scale, weight))
+
+
+_weight_round.register_fake(lambda weight, _: torch.empty_like(weight))
+
+
 def quantize_weight(weight: Tensor, bits: int | None) -> Tensor:
     """`weight` on the grid of `weight_grid`, with the gradient of the identity; None: as it is.
 
@@ -45,6 +55,8 @@ def quantize_weight(weight: Tensor, bits: int | None) -> Tensor:
     """
     if bits is None:
         return weight
+    if quantize.whole:
+        return _weight_round(weight, bits)
     integers, scale = weight_grid(weight, bits)
     rounded = integers.mul_(_per_channel(scale, weight))
     result: Tensor = Rounded.apply(weight, rounded, None)  # type: ignore[no-untyped-call]

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from defquant import quantize
 from defquant.config import check_bits
 from defquant.errors import UserError
 
@@ -39,8 +40,27 @@ def median_2x2(x: Tensor) -> Tensor:
     `x` is images (n, c, h, w), float; their memory format is kept. `UserError` for others.
     """
     check_images(x)
+    if quantize.whole:
+        return _whole_median(x)
     chosen: Tensor = _Median.apply(x)  # type: ignore[no-untyped-call]
     return chosen
+
+
+@torch.library.custom_op("defquant::median_2x2", mutates_args=())
+def _whole_median(x: Tensor) -> Tensor:
+    return _median(x)[1]
+
+
+_whole_median.register_fake(torch.empty_like)
+
+
+def _median(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The padded images and the medians."""
+    padded = nn.functional.pad(x, (1, 0, 1, 0), mode="replicate")
+    above, below = padded[:, :, :-1], padded[:, :, 1:]
+    p, q = torch.maximum(above, below), torch.minimum(above, below)
+    upper = torch.minimum(p[..., :-1], p[..., 1:])
+    return padded, torch.maximum(torch.maximum(q[..., :-1], q[..., 1:]), upper)
 
 
 class _Median(torch.autograd.Function):
@@ -48,11 +68,7 @@ class _Median(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        padded = nn.functional.pad(x, (1, 0, 1, 0), mode="replicate")
-        above, below = padded[:, :, :-1], padded[:, :, 1:]
-        p, q = torch.maximum(above, below), torch.minimum(above, below)
-        upper = torch.minimum(p[..., :-1], p[..., 1:])
-        chosen = torch.maximum(torch.maximum(q[..., :-1], q[..., 1:]), upper)
+        padded, chosen = _median(x)
         ctx.save_for_backward(padded, chosen)
         return chosen
 

@@ -1,0 +1,388 @@
+"""A network as what it computes: one program of torch operations, captured by `torch.export`.
+
+Hooks, parametrisations, subclasses with a forward of their own, buffers and branches are seen as
+the operations that they carry out on an image in eval mode; not by the names of their types.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+
+from defquant import quantize
+from defquant.attacks.access import untouched
+from defquant.errors import UserError, shown
+
+__all__ = ["Captured", "capture", "operation"]
+
+_AS_IT_IS = {
+    "aten.detach.default", "aten.detach_.default", "aten.clone.default", "aten.contiguous.default",
+    "aten.alias.default", "aten.lift_fresh_copy.default", "aten.dropout.default",
+    "aten.dropout_.default", "aten.feature_dropout.default", "aten.alpha_dropout.default",
+}  # fmt: skip
+"""Operations that pass their first argument on, in eval mode."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A functional program: `image` (n, c, h, w) to logits (n, classes), in eval mode.
+
+    Attributes:
+        module: its nodes are `placeholder` (the images), `get_attr` (constants: weights, buffers
+            and all that is computed from them alone), `call_function` and `output`. In the `meta`
+            of a node: `layer`, the path of the module it was called in or whose parameter it
+            takes; `val`, a tensor of its shape and type, whose batch is symbolic; of a constant
+            `name`, its path in the model, and `bits`, where it is a weight on a grid.
+        model: the name of the network's class.
+    """
+
+    module: fx.GraphModule
+    model: str
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return list(self.module.graph.nodes)
+
+    @property
+    def calls(self) -> list[fx.Node]:
+        """The operations on the image, in order."""
+        return [node for node in self.nodes if node.op == "call_function"]
+
+    @property
+    def end(self) -> fx.Node:
+        """The node of the logits."""
+        (end,) = self.nodes[-1].all_input_nodes
+        return end
+
+    def constant(self, node: Any) -> Tensor | None:
+        """The tensor of a constant node; None for anything else."""
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            return None
+        tensor: Tensor = getattr(self.module, str(node.target))
+        return tensor
+
+    @torch.no_grad()
+    def values(self, x: Tensor, keep: Callable[[fx.Node, Any], object] | None = None) -> Tensor:
+        """The logits of `x`; `keep(node, value)` is called with what each operation gives."""
+        logits: Tensor = _Kept(self.module, keep).run(x)
+        return logits
+
+
+class _Kept(fx.Interpreter):
+    def __init__(
+        self, module: fx.GraphModule, keep: Callable[[fx.Node, Any], object] | None
+    ) -> None:
+        super().__init__(module)
+        self.keep = keep
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if self.keep is not None and n.op == "call_function":
+            self.keep(n, value)
+        return value
+
+
+def operation(node: fx.Node) -> str:
+    """The name of an operation with its overload, `aten.conv2d.default`; "" of other nodes."""
+    return str(node.target) if node.op == "call_function" else ""
+
+
+def capture(model: nn.Module, images: Tensor, *, trainable: bool = False) -> Captured:
+    """What `model` computes in eval mode, as one program for any number of images.
+
+    Args:
+        model: any module that maps images to logits; left as it was found. One of half or double
+            precision, or on another device, is captured as a float32 copy on the CPU.
+        images: (n, c, h, w), float in [0, 1], one at least: their shape is that of the input.
+        trainable: keep dropouts and `detach`, which matter in training alone.
+
+    Raises:
+        UserError: in one line, what cannot be captured, and in which layer: decisions by value,
+            a fixed batch, more than one input or output, changes in place behind a view, answers
+            that are NaN or that differ from the model's own (a model that draws at random).
+    """
+    model, x = _plain(model), _two(images)
+    with untouched(model), torch.no_grad():
+        own = model(x) if _takes_images(model, x) else x
+        program = _exported(model, x)
+    kind = type(model).__name__
+    captured = Captured(_Reading(program, trainable).module(), kind)
+    _check(captured, x, own)
+    return captured
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """`model`, or a float32 copy of it on the CPU."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    if all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors):
+        return model
+    return copy.deepcopy(model).float().cpu()
+
+
+def _two(images: Tensor) -> Tensor:
+    if images.ndim != 4 or not images.is_floating_point() or len(images) == 0:
+        raise UserError(
+            f"images are float (n, c, h, w), one at least; found {images.dtype} "
+            f"{tuple(images.shape)}"
+        )
+    x = images.detach()[:2].float().cpu()
+    return x if len(x) == 2 else torch.cat([x, x])
+
+
+def _takes_images(model: nn.Module, x: Tensor) -> bool:
+    """True; raises `UserError` where the model does not answer images with one row of logits."""
+    try:
+        answer = model(x)
+    except Exception as error:  # whatever the model's own code raises
+        raise _refused(model, error) from None
+    if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != len(x):
+        found = list(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        raise UserError(
+            f"cannot follow {type(model).__name__}: it must give one tensor of logits (n, classes) "
+            f"for images (n, c, h, w); found {found} for {list(x.shape)}"
+        )
+    if not bool(answer.isfinite().all()):
+        raise UserError(
+            f"cannot follow {type(model).__name__}: it answers NaN or infinity{_not_finite(model)}"
+        )
+    return True
+
+
+def _not_finite(model: nn.Module) -> str:
+    named = (*model.named_parameters(), *model.named_buffers())
+    bad = [name for name, t in named if t.is_floating_point() and not bool(t.isfinite().all())]
+    return f"; {bad[0]!r} is not finite" if bad else ""
+
+
+@contextmanager
+def _whole_quantizers() -> Iterator[None]:
+    """Quantisers are single operations of the program, and known by them."""
+    former, quantize.whole = quantize.whole, True
+    try:
+        yield
+    finally:
+        quantize.whole = former
+
+
+def _exported(model: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    try:
+        with warnings.catch_warnings(), _whole_quantizers(), _silent():
+            warnings.simplefilter("ignore")  # torch's own, of its own insides
+            return torch.export.export(model, (x,), dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # torch has many, and the model's own code any
+        raise _refused(model, error) from None
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the graphs that torch logs before it raises."""
+    import logging
+
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _refused(model: nn.Module, error: Exception) -> UserError:
+    kind, text = type(model).__name__, str(error).strip()
+    if "data-dependent" in text or ("bool" in text and "Tensor" in text):
+        reason = "it decides by the values it sees"
+    elif "specialized it to be a constant" in text or "Constraints violated" in text:
+        reason = "it works for one number of images alone; take the batch from the input's shape"
+    else:
+        reason = shown(text.split("\n")[0], 160) or type(error).__name__
+    return UserError(f"cannot follow {kind}{_where(model, error)}: {reason}")
+
+
+def _where(model: nn.Module, error: Exception) -> str:
+    """The innermost layer that was being called, by the frames of the traceback."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found, step = "", error.__traceback__
+    while step is not None:
+        caller = step.tb_frame.f_locals.get("self")
+        if isinstance(caller, nn.Module):
+            found = names.get(id(caller), found)
+        step = step.tb_next
+    return f", layer {found!r}" if found else ""
+
+
+class _Reading:
+    """Copies an exported program: constants folded, in-place operations made functional."""
+
+    def __init__(self, program: torch.export.ExportedProgram, trainable: bool) -> None:
+        self.graph, self.trainable = fx.Graph(), trainable
+        self.program = program
+        self.root = nn.Module()
+        self.new: dict[fx.Node, Any] = {}  # of the old graph, in the new one
+        self.folded: dict[fx.Node, Tensor] = {}  # old nodes that the images do not reach
+        self.meta: dict[fx.Node, dict[str, Any]] = {}  # of those
+        self.used: dict[str, int] = {}
+
+    def module(self) -> fx.GraphModule:
+        nodes = list(self.program.graph.nodes)
+        self._inputs()
+        for index, node in enumerate(nodes):
+            if node.op == "call_function":
+                _check_in_place(node, nodes[index + 1 :])
+                self._call(node)
+            elif node.op == "output":
+                (end,) = node.args[0]
+                self.graph.output(self._copied(end))
+        self.graph.eliminate_dead_code()
+        return fx.GraphModule(self.root, self.graph)
+
+    def _inputs(self) -> None:
+        specs = {spec.arg.name: spec for spec in self.program.graph_signature.input_specs}
+        for node in self.program.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            spec = specs[node.name]
+            if spec.kind is InputKind.USER_INPUT:
+                self.new[node] = self.graph.placeholder("image")
+                self.new[node].meta = {"val": node.meta["val"], "layer": ""}
+            else:
+                tensors = self.program.constants, self.program.state_dict
+                held = next(t[spec.target] for t in tensors if spec.target in t)
+                self.folded[node] = held.detach()
+                self.meta[node] = {"name": spec.target}
+
+    def _call(self, node: fx.Node) -> None:
+        if "assert" in str(node.target) or "sym_constrain" in str(node.target):
+            return
+        if all(a in self.folded for a in node.all_input_nodes) and not _draws(node):
+            with torch.no_grad():
+                self.folded[node] = node.target(*self._real(node.args), **self._real(node.kwargs))  # type: ignore[operator]
+            self.meta[node] = self._origin(node)
+        elif self._passes_on(node):
+            self.new[node] = self.new[node.all_input_nodes[0]]
+        else:
+            copied = self._copied(node.args), self._copied(node.kwargs)
+            target = _functional(node)
+            layer = self._layer(node)
+            made = self.graph.create_node(
+                "call_function", target, *copied, name=self._name(layer, str(target))
+            )
+            made.meta = {"val": node.meta.get("val"), "layer": layer or made.name}
+            self.new[node] = made
+
+    def _passes_on(self, node: fx.Node) -> bool:
+        name = str(node.target)
+        if name in ("aten.to.dtype", "aten.to.device", "aten._to_copy.default"):
+            before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+            return bool(before.dtype == after.dtype)
+        if name == "aten.slice.Tensor":  # of all there is
+            return bool(node.args[0].meta["val"].shape == node.meta["val"].shape)  # type: ignore[union-attr]
+        off = not ("dropout" in name and node.args[2])
+        kept = self.trainable and ("dropout" in name or "detach" in name)
+        return name in _AS_IT_IS and off and not kept
+
+    def _real(self, argument: Any) -> Any:
+        return fx.node.map_arg(argument, lambda a: self.folded[a].clone())
+
+    def _copied(self, argument: Any) -> Any:
+        return fx.node.map_arg(argument, self._node)
+
+    def _node(self, old: fx.Node) -> Any:
+        """The new node of an old one; a constant gets its node at its first use."""
+        if old not in self.new:
+            value = self.folded[old]
+            if not isinstance(value, Tensor):
+                return value
+            meta = self.meta[old]
+            key = f"c{len(self.new)}_" + meta.get("name", "made").replace(".", "_")
+            self.root.register_buffer(key, value)
+            self.new[old] = made = self.graph.get_attr(key)
+            made.meta = {**meta, "val": value}
+        return self.new[old]
+
+    def _origin(self, node: fx.Node) -> dict[str, Any]:
+        """Of a folded constant: where it comes from, and the bits of a weight's grid."""
+        inputs = node.all_input_nodes
+        sources = [self.meta[a] for a in inputs if "name" in self.meta[a]]
+        found = dict(sources[0]) if len(sources) == 1 else {}
+        found.pop("bits", None)
+        if str(node.target) == "defquant.weight_round.default":
+            found |= {"bits": node.args[1], "float": self.folded[inputs[0]]}
+        return found
+
+    def _layer(self, node: fx.Node) -> str:
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        called = str(stack[-1][0]) if stack else ""
+        parameters = [self.meta[a].get("name", "") for a in node.all_input_nodes if a in self.meta]
+        weights = [name for name in parameters if name.endswith("weight")]
+        owner = weights[0].rpartition(".")[0] if weights else ""
+        return owner if owner.startswith(called) else called
+
+    def _name(self, layer: str, target: str) -> str:
+        return (layer or target.split(".")[1].rstrip("_")).replace(".", "_")
+
+
+def _draws(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _functional(node: fx.Node) -> Any:
+    """The operation, or for one in place the same that makes a new tensor."""
+    target: Any = node.target
+    if not _mutates(node):
+        return target
+    space, name, overload = str(target).split(".")
+    try:
+        return getattr(getattr(getattr(torch.ops, space), name.removesuffix("_")), overload)
+    except AttributeError:
+        raise UserError(f"cannot follow the operation {name!r} in place ({node.name})") from None
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
+
+
+def _check_in_place(node: fx.Node, later: list[fx.Node]) -> None:
+    """Raise `UserError` where what an in-place operation changed is read under another name."""
+    if not _mutates(node):
+        return
+    changed = node.args[0]
+    assert isinstance(changed, fx.Node)
+    base = changed
+    while _is_view(base):
+        base = base.all_input_nodes[0]
+    family, fresh = {base}, {node}
+    for other in node.graph.nodes:
+        if _is_view(other) and other.all_input_nodes[0] in family:
+            family.add(other)
+    for other in later:
+        if family.intersection(other.all_input_nodes) - fresh:
+            raise UserError(
+                f"cannot follow {node.name!r}: it changes in place what {other.name!r} reads "
+                "under another name; write y = y + x instead of y += x"
+            )
+
+
+def _is_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or not schema.returns or _mutates(node):
+        return False
+    alias = schema.returns[0].alias_info
+    return alias is not None and not alias.is_write
+
+
+def _check(captured: Captured, x: Tensor, own: Tensor) -> None:
+    """Raise `UserError` unless the program answers as the model does."""
+    found = captured.values(x)
+    room = 1e-4 * float(own.abs().max().clamp_min(1e-6))
+    if found.shape != own.shape or float((found - own.float()).abs().max()) > room:
+        raise UserError(
+            f"cannot follow {captured.model}: it answers the same images otherwise when it is "
+            "captured; does it draw at random, or change what it holds?"
+        )
