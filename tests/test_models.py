@@ -12,7 +12,7 @@ from conftest import alike
 from defquant.config import ModelConfig
 from defquant.lipschitz import ConvexSum
 from defquant.models import build
-from defquant.models.blocks import FirstConv
+from defquant.models.nets import FirstConv
 from defquant.quantize import QuantBranch, Quantizer, QuantTanh
 from defquant.weights import QuantConv2d, QuantLinear
 

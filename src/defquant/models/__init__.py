@@ -7,10 +7,8 @@ from torch import nn
 
 from defquant.config import ModelConfig
 from defquant.errors import UserError
-from defquant.models.resnet import ResNet, resnet18
+from defquant.models.nets import VGG, Parts, ResNet, WideResNet, resnet18, vgg16, wide_resnet
 from defquant.models.squeezing import FeatureSqueezing
-from defquant.models.vgg import VGG, vgg16
-from defquant.models.wide_resnet import WideResNet, wide_resnet
 
 __all__ = [
     "VGG", "FeatureSqueezing", "ResNet", "WideResNet", "build", "resnet18", "vgg16", "wide_resnet",
@@ -25,11 +23,6 @@ def build(config: ModelConfig, *, num_classes: int, in_channels: int, seed: int 
     behind a `FeatureSqueezing`, whose `model` it is.
     Raises `UserError` for any other name.
     """
-    network = _network(config, num_classes, in_channels, seed)
-    return network if config.squeeze is None else FeatureSqueezing(network, config.squeeze)
-
-
-def _network(config: ModelConfig, num_classes: int, in_channels: int, seed: int) -> nn.Module:
     match = re.fullmatch(r"(wrn)-(\d+)-(\d+)|(vgg-16|resnet-18)(?:x(\d*\.?\d+))?", config.model)
     if match is None:
         raise UserError(
@@ -37,14 +30,11 @@ def _network(config: ModelConfig, num_classes: int, in_channels: int, seed: int)
             "resnet-18"
         )
     wrn, depth, width, name, scale = match.groups()
-    options = {
-        "bits": config.bits, "high": config.high, "convex": config.convex,
-        "activation": config.activation, "weight_bits": config.weight_bits,
-        "deployable": config.deployable, "num_classes": num_classes, "in_channels": in_channels,
-    }  # fmt: skip
+    parts, ends, network = Parts(config), (num_classes, in_channels), nn.Module()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if wrn:
-            return wide_resnet(int(depth), int(width), **options)  # type: ignore[arg-type]
-        make = vgg16 if name == "vgg-16" else resnet18
-        return make(**options, width=float(scale or 1))  # type: ignore[arg-type]
+            network = WideResNet(parts, int(depth), int(width), *ends)
+        else:
+            network = (VGG if name == "vgg-16" else ResNet)(parts, *ends, float(scale or 1))
+    return network if config.squeeze is None else FeatureSqueezing(network, config.squeeze)
