@@ -18,18 +18,6 @@ __all__ = [
     "to_unit",
 ]  # fmt: skip
 
-_WHOLE = {
-    torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64,
-    torch.int64,
-}  # fmt: skip
-_BYTES = {
-    torch.bool: ": use 255 * images.to(torch.uint8)",
-    torch.uint16: ": use images.float().div(257).round().to(torch.uint8), if they fill 16 bits",
-    **dict.fromkeys(
-        (torch.float16, torch.float32, torch.float64),
-        ": use images.mul(255).round().to(torch.uint8), if they lie in [0, 1]",
-    ),
-}
 _SLACK = 1e-6  # beyond [0, 1]: a last digit of float32, lost on the way from pixels
 
 
@@ -62,7 +50,8 @@ class Dataset:
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise UserError(
                 "images must be uint8 of shape (n, c, h, w); "
-                f"found {images.dtype} {tuple(images.shape)}" + _BYTES.get(images.dtype, "")
+                f"found {images.dtype} {tuple(images.shape)}"
+                + (f": {_remedy(images)}" if images.dtype != torch.uint8 else "")
             )
         object.__setattr__(self, "images", images.contiguous())
         object.__setattr__(self, "labels", as_labels(self.labels, len(images), len(self.classes)))
@@ -144,14 +133,9 @@ def from_arrays(
             f"{where} must hold images and one label for each; "
             f"found {len(images)} images and labels of shape {labels.shape}"
         )
-    return Dataset(
-        torch.from_numpy(np.require(images, requirements=["C", "W"])),
-        as_labels(labels, len(images), len(classes), f"{where}: "),
-        classes,
-        name,
-        flip,
-        shift,
-    )
+    pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
+    known = as_labels(labels, len(images), len(classes), f"{where}: ")
+    return Dataset(pixels, known, classes, name, flip, shift)
 
 
 def num_batches(data: Dataset, batch_size: int, world: int = 1) -> int:
@@ -255,44 +239,28 @@ def as_labels(labels: Any, n: int, classes: int | None = None, where: str = "") 
 
     Raises `UserError` for other types and shapes, a label below 0, or one of `classes` or more.
     """
-    found = labels if isinstance(labels, Tensor) else _array(labels, where)
-    kind, shape = found.dtype, tuple(found.shape)
-    whole = kind in _WHOLE if isinstance(found, Tensor) else found.dtype.kind in "iu"
+    copy = labels.copy() if isinstance(labels, np.ndarray) else labels
+    found = _tensor(copy, f"{where}labels must be whole numbers, one for each image")
+    shape, whole = tuple(found.shape), _is_whole(found)
     if not whole or shape != (n,):
-        first = str(found.reshape(-1)[:1].tolist())[:40]
+        remedy = ": use labels.long(), if they are class numbers" if shape == (n,) else ""
+        if len(shape) == 2 and shape[0] == n:
+            one_hot = ": use labels.argmax(1), if they are one-hot"
+            remedy = ": use labels[:, 0]" if shape[1] == 1 else one_hot
         raise UserError(
             f"{where}labels must be whole numbers of shape ({n},), one for each image; found "
-            f"{kind} of shape {shape}, first {first}{_label_remedy(whole, shape, n)}"
+            f"{found.dtype} of shape {shape}, first {str(found.flatten()[:1].tolist())[:40]}"
+            + remedy
         )
-    if not isinstance(found, Tensor):
-        found = torch.from_numpy(found.astype(np.int64))
-    found = found.long()
-    bad = found[(found < 0) | (found >= (2**31 if classes is None else classes))]
+    known = found.long()
+    bad = known[(known < 0) | (known >= (2**31 if classes is None else classes))]
     if len(bad):
         to = "up" if classes is None else f"to {classes - 1}"
         raise UserError(
-            f"{where}labels must be whole numbers from 0 {to}; found {bad[0]} among {kind} of "
-            f"shape {shape}: number the classes from 0"
+            f"{where}labels must be whole numbers from 0 {to}; found {bad[0]} among {found.dtype} "
+            f"of shape {shape}: number the classes from 0"
         )
-    return found
-
-
-def _array(labels: Any, where: str) -> NDArray[Any]:
-    try:
-        return np.array(labels)
-    except (TypeError, ValueError):  # a ragged list, tensors of a GPU
-        raise UserError(
-            f"{where}labels must be whole numbers, one for each image; found a "
-            f"{type(labels).__name__} that is no plain array: give an int64 tensor"
-        ) from None
-
-
-def _label_remedy(whole: bool, shape: tuple[int, ...], n: int) -> str:
-    if shape == (n, 1):
-        return ": use labels[:, 0]"
-    if len(shape) == 2 and shape[0] == n:
-        return ": use labels.argmax(1), if they are one-hot"
-    return ": use labels.long(), if they are class numbers" if shape == (n,) and not whole else ""
+    return known
 
 
 def in_unit(images: Any, where: str = "") -> Tensor:
@@ -300,13 +268,12 @@ def in_unit(images: Any, where: str = "") -> Tensor:
 
     Raises `UserError`, which names a remedy for the type and range found, for all others.
     """
-    x: Tensor = _as_tensor(images, where) if isinstance(images, np.ndarray) else images
+    rule = f"{where}images are float in [0, 1] or uint8"
+    x = _tensor(images, rule)
     if x.dtype == torch.uint8 or not x.numel():
         return x
     if not x.is_floating_point():
-        raise UserError(
-            f"{where}images are float in [0, 1] or uint8; found {x.dtype}: {_remedy(x)}"
-        )
+        raise UserError(f"{rule}; found {x.dtype}: {_remedy(x)}")
     low, high = x.aminmax()
     if (low >= 0) & (high <= 1):  # one answer from the GPU to wait for, not two
         return x
@@ -324,22 +291,33 @@ def in_unit(images: Any, where: str = "") -> Tensor:
     raise UserError(f"{where}images must lie in [0, 1]; found {found}: {remedy}")
 
 
-def _as_tensor(images: NDArray[Any], where: str) -> Tensor:
+def _tensor(values: Any, rule: str) -> Tensor:
+    """A tensor, an array, or a list of numbers as a tensor; `rule` is what an error begins with."""
+    if isinstance(values, Tensor):
+        return values
     try:
-        native = images.dtype.newbyteorder("=")
-        return torch.from_numpy(np.require(images, native, ["C", "W"]))
-    except TypeError:  # objects, texts, 128 bits
+        array = np.asarray(values)
+        return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
+    except (TypeError, ValueError):  # objects, texts, 128 bits, a ragged list, tensors of a GPU
+        found = getattr(values, "dtype", f"a {type(values).__name__}")
         raise UserError(
-            f"{where}images are float in [0, 1] or uint8; found {images.dtype}: give plain numbers"
+            f"{rule}; found {found} that is no plain array: give plain numbers"
         ) from None
 
 
+def _is_whole(x: Tensor) -> bool:
+    return str(x.dtype).startswith(("torch.int", "torch.uint"))
+
+
 def _remedy(images: Tensor) -> str:
+    """How to get to uint8, or to floats in [0, 1]."""
+    if images.is_floating_point():
+        return "use images.mul(255).round().to(torch.uint8), if they lie in [0, 1]"
     if images.dtype == torch.bool:
         return "use images.float()"
     if images.dtype == torch.uint16:
         return "use images.float() / 65535, if they fill their 16 bits"
-    if images.dtype in _WHOLE and images.long().min() >= 0 and images.long().max() <= 255:
+    if _is_whole(images) and not (images.long() >> 8).any():
         return "use images.to(torch.uint8), if these are pixels of 0..255"
     return "scale them to floats in [0, 1]"
 

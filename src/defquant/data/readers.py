@@ -5,7 +5,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -14,14 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from defquant.data.cifar import read_cifar10
-from defquant.data.dataset import Dataset, from_arrays, in_unit
+from defquant.data.dataset import Dataset, as_labels, from_arrays, in_unit
 from defquant.data.pictures import read_folder
 from defquant.errors import UserError, shown
 from defquant.files import opened
 
-__all__ = ["DATASETS", "load", "mat_shapes", "read_mat"]
+__all__ = ["DATASETS", "load", "read_mat"]
 
 _DIGITS = tuple("0123456789")
+_SVHN = "{}_32x32.mat"
 _SVHN_OFFICIAL = {"train": 73_257, "test": 26_032}
 _MOST_CLASSES = 10_000
 
@@ -99,18 +100,20 @@ def _every(labels: NDArray[np.integer], nth: int, split: str) -> NDArray[np.bool
 
 
 def _read_svhn(root: Path, split: str) -> Dataset:
-    paths = {part: root / f"{part}_32x32.mat" for part in ("train", "test")}
-    path = paths[split]
+    path = root / _SVHN.format(split)
     if not path.is_file():
         raise UserError(f"found no {path.name} in {root}: run `defquant data fetch svhn`")
     try:
-        images, labels = read_mat(path, "X", "y").values()
+        images, labels = read_mat(path, "X", "y")
     except (ValueError, zlib.error) as error:
         raise UserError(
             f"{path} must be a MATLAB file with X and y ({error}): it may be cut, run "
             "`defquant data fetch svhn`"
         ) from None
-    labels = labels.reshape(-1)
+    labels, counts = labels.reshape(-1), {split: labels.size}
+    with suppress(OSError, ValueError, zlib.error):  # it says itself what is wrong when it is read
+        other = "test" if split == "train" else "train"
+        counts[other] = read_mat(root / _SVHN.format(other), "y")[0].size
     if images.dtype != np.uint8 or images.shape != (32, 32, 3, len(labels)):
         raise UserError(
             f"{path} must hold X, uint8 (32, 32, 3, n), and y (n, 1); found {images.dtype} "
@@ -119,23 +122,10 @@ def _read_svhn(root: Path, split: str) -> Dataset:
     wrong = labels[~np.isin(labels, np.arange(1, 11))]
     if wrong.size:
         raise UserError(f"{path}: labels must lie in 1..10, 10 for the digit 0; found {wrong[0]}")
-    labels = labels.astype(np.int64) % 10
-    return from_arrays(
-        images.transpose(3, 2, 0, 1), labels, _DIGITS, name=_svhn_name(paths), where=str(path)
-    )
-
-
-def _svhn_name(paths: Mapping[str, Path]) -> str:
-    """`SVHN` where the files that are there have the official counts, else with their sum."""
-    counts = {}
-    for split, path in paths.items():
-        if path.is_file():
-            # the other split says itself what is wrong when it is read
-            with suppress(OSError, ValueError, zlib.error, KeyError, IndexError):
-                counts[split] = mat_shapes(path, "X")["X"][-1]
-    if all(counts[split] == _SVHN_OFFICIAL[split] for split in counts):
-        return "SVHN"
-    return f"SVHN ({sum(counts.values()):,} digits)"
+    official = all(_SVHN_OFFICIAL[part] == count for part, count in counts.items())
+    name = "SVHN" if official else f"SVHN ({sum(counts.values()):,} digits)"
+    pixels, known = images.transpose(3, 2, 0, 1), labels.astype(np.int64) % 10
+    return from_arrays(pixels, known, _DIGITS, name=name, where=str(path))
 
 
 def _read_npz(root: Path, split: str) -> Dataset:
@@ -152,7 +142,8 @@ def _read_npz(root: Path, split: str) -> Dataset:
             "write it again with numpy.savez"
         ) from None
     where = f"{root} ({split})"
-    pixels = _to_bytes(images, where)
+    unit = in_unit(images, f"{where}: ").numpy()  # floats become the nearest of 256 levels
+    pixels = unit if unit.dtype == np.uint8 else np.rint(unit * 255).astype(np.uint8)
     names = tuple(map(str, range(classes)))
     return from_arrays(pixels, labels, names, name=root.stem, where=where)
 
@@ -191,18 +182,9 @@ def _npz_arrays(
 
 
 def _whole(labels: NDArray[Any], where: str) -> NDArray[np.integer]:
-    if not np.issubdtype(labels.dtype, np.integer) or labels.size != len(labels):
-        raise UserError(
-            f"{where}: labels must be whole numbers, one for each image; found {labels.dtype} "
-            f"{labels.shape}: store class numbers, such as argmax of one-hot rows"
-        )
-    wrong = labels[(labels < 0) | (labels >= _MOST_CLASSES)]
-    if wrong.size:
-        raise UserError(
-            f"{where}: labels must lie in 0..{_MOST_CLASSES - 1}; found {wrong[0]}: number the "
-            "classes from 0"
-        )
-    return labels.reshape(-1)
+    """Whole numbers (n,), also of (n, 1)."""
+    flat = labels.reshape(-1) if labels.size == len(labels) else labels
+    return as_labels(flat, len(flat), _MOST_CLASSES, f"{where}: ").numpy()
 
 
 def _to_nchw(images: NDArray[Any], where: str) -> NDArray[Any]:
@@ -218,41 +200,18 @@ def _to_nchw(images: NDArray[Any], where: str) -> NDArray[Any]:
     return images if first else images.transpose(0, 3, 1, 2)
 
 
-def _to_bytes(images: NDArray[Any], where: str) -> NDArray[np.uint8]:
-    """Floats in [0, 1] become the nearest of 256 levels."""
-    found: NDArray[Any] = in_unit(images, f"{where}: ").numpy()
-    levels: NDArray[np.uint8] = (
-        found if found.dtype == np.uint8 else np.rint(found * 255).astype(np.uint8)
-    )
-    return levels
-
-
-def read_mat(path: Path, *names: str) -> dict[str, NDArray[Any]]:
+def read_mat(path: Path, *names: str) -> list[NDArray[Any]]:
     """The arrays `names` of a MATLAB 5 file, as they are stored, and in Fortran order.
 
     Layout (MAT-File Format, MathWorks): 128 bytes of header, then elements, each a tag (kind,
     length) and its bytes, padded to 8; an array is one element of elements: flags, dimensions,
-    name, values. Each length is checked before it is believed.
+    name, values. Each length is checked before it is believed; of an array that is not asked for
+    the head alone is read.
 
-    Raises `ValueError` where the file is cut, of another version, or holds no such array, and
-    `OSError` where it cannot be read.
+    Raises `ValueError` or `zlib.error` where the file is cut, of another version, or holds no such
+    array, and `OSError` where it cannot be read.
     """
-    found = {name: _array(shape, rest) for name, shape, rest in _arrays(path, names, _MOST)}
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise ValueError(f"no array {' '.join(missing)}")
-    return {name: found[name] for name in names}
-
-
-def mat_shapes(path: Path, *names: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of the arrays `names` that the file holds, from their heads alone; raises as above."""
-    return {name: shape for name, shape, _ in _arrays(path, names, _HEAD)}
-
-
-def _arrays(
-    path: Path, names: tuple[str, ...], most: int
-) -> Iterator[tuple[str, tuple[int, ...], memoryview]]:
-    """Name, shape and the element of the values, or its first bytes up to `most`."""
+    found = {}
     with opened(path) as file:
         if file.read(128)[124:] != b"\0\1IM":
             raise ValueError("no header of a MATLAB 5 file")
@@ -261,19 +220,26 @@ def _arrays(
             kind, length = _tag(file.read(8))
             if length > size - start - 8:
                 raise ValueError(f"an element of {length:,} bytes at {start:,} is cut")
-            body = memoryview(file.read(min(length, most)))
-            if kind == _COMPRESSED:
-                kind, body = _inflated(body, most)
-            if kind != _MATRIX:
-                raise ValueError(f"an element of kind {kind} at {start:,}")
-            name, shape, rest = _head(body)
-            if name in names:
-                yield name, shape, rest
+            for most in (_HEAD, _MOST):
+                file.seek(start + 8)
+                inner, body = kind, memoryview(file.read(min(length, most)))
+                if kind == _COMPRESSED:
+                    inner, body = _inflated(body, most)
+                if inner != _MATRIX:
+                    raise ValueError(f"an element of kind {inner} at {start:,}")
+                name, shape, rest = _head(body)
+                if name not in names:
+                    break
+            else:
+                found[name] = _array(shape, rest)
             file.seek(start + 8 + length)
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(f"no array {' '.join(missing)}")
+    return [found[name] for name in names]
 
 
 def _inflated(raw: memoryview, most: int) -> tuple[int, memoryview]:
-    """Kind and bytes of the one element that is compressed in `raw`."""
+    """Kind and bytes, `most` of them, of the one element that is compressed in `raw`."""
     stream = zlib.decompressobj()
     start = stream.decompress(raw, _HEAD)
     kind, length = _tag(start[:8])
