@@ -54,9 +54,8 @@ class Server:
 def official(monkeypatch: pytest.MonkeyPatch, name: str, content: bytes) -> None:
     """Make `content` what the archives of `name` must hash to."""
     md5 = hashlib.md5(content).hexdigest()
-    archives = MODULE._ARCHIVES[name]
-    changed = tuple(MODULE._Archive(archive.url, md5) for archive in archives)
-    monkeypatch.setattr(MODULE, "_ARCHIVES", {**MODULE._ARCHIVES, name: changed})
+    host, files = MODULE._ARCHIVES[name]
+    monkeypatch.setitem(MODULE._ARCHIVES, name, (host, dict.fromkeys(files, md5)))
 
 
 def fails(root: Path, opener: Any, *parts: str, name: str = "cifar10") -> None:

@@ -13,14 +13,6 @@ from defquant.data.fetch import fetch
 from defquant.data.readers import DATASETS, load
 
 __all__ = [
-    "DATASETS",
-    "Dataset",
-    "as_labels",
-    "augment",
-    "batches",
-    "fetch",
-    "in_unit",
-    "load",
-    "num_batches",
-    "to_unit",
-]
+    "DATASETS", "Dataset", "as_labels", "augment", "batches", "fetch", "in_unit", "load",
+    "num_batches", "to_unit",
+]  # fmt: skip

@@ -24,6 +24,7 @@ __all__ = ["read_cifar10"]
 _CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
+_AS: dict[str, Any] = {"classes": _CLASSES, "flip": True, "shift": 4}
 _BATCHES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
 _OFFICIAL = {"train": 50_000, "test": 10_000}
 _ARCHIVE = "cifar-10-python.tar.gz"
@@ -72,13 +73,7 @@ def _from_pickles(found: Mapping[str, bytes], names: Sequence[str], where: Path)
     counts = {len(part) for _, part in parts}
     few = f"first {min(counts):,}" if len(counts) == 1 else "parts"
     name = "CIFAR-10" if counts == {10_000} else f"CIFAR-10 ({few} of each batch)"
-    return _named(name, images, labels, str(where))
-
-
-def _named(
-    name: str, images: NDArray[np.uint8], labels: NDArray[np.integer], where: str
-) -> Dataset:
-    return from_arrays(images, labels, _CLASSES, name=name, where=where, flip=True, shift=4)
+    return from_arrays(images, labels, where=str(where), name=name, **_AS)
 
 
 class _Part:
@@ -180,7 +175,10 @@ def _from_parquet(shards: list[Path], split: str) -> Dataset:
     n = sum(map(len, labels))
     notes = ["JPEG"] * jpeg + [f"{n:,} images"] * (n != _OFFICIAL[split])
     name = f"CIFAR-10 ({', '.join(notes)})" if notes else "CIFAR-10"
-    return _named(name, np.concatenate(images), np.concatenate(labels), str(shards[0].parent))
+    where = str(shards[0].parent)
+    return from_arrays(
+        np.concatenate(images), np.concatenate(labels), where=where, name=name, **_AS
+    )
 
 
 def _read_parquet(path: Path) -> tuple[list[bytes], NDArray[np.integer]]:
@@ -191,10 +189,12 @@ def _read_parquet(path: Path) -> tuple[list[bytes], NDArray[np.integer]]:
     labels = []
     try:
         with opened(path) as raw, pq.ParquetFile(raw) as file:
-            _check_size(file.metadata, path.stat().st_size)
-            column = next(
-                (name for name in ("img", "image") if name in file.schema_arrow.names), "img"
-            )
+            column = "image" if "image" in file.schema_arrow.names else "img"
+            rows, size = file.metadata.num_rows, path.stat().st_size
+            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+            claimed = sum(max(group.total_byte_size, 0) for group in groups)
+            if rows > size or claimed > (64 << 20) + 16 * size:  # far more than its bytes can hold
+                raise ValueError(f"{rows:,} rows and {claimed:,} bytes in {size:,}")
         # a value that is stored once may stand in any number of rows: as a dictionary it stays one
         with opened(path) as raw, pq.ParquetFile(raw, read_dictionary=[f"{column}.bytes"]) as file:
             for number in range(file.num_row_groups):
@@ -217,20 +217,14 @@ def _read_parquet(path: Path) -> tuple[list[bytes], NDArray[np.integer]]:
     return encoded, np.concatenate(labels) if labels else np.empty(0, np.int64)
 
 
-def _check_size(metadata: Any, size: int) -> None:
-    """Raise `ValueError` for a file that says it holds far more than its bytes can."""
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    claimed = sum(max(group.total_byte_size, 0) for group in groups)
-    if metadata.num_rows > size or claimed > (64 << 20) + 16 * size:
-        raise ValueError(f"{metadata.num_rows:,} rows and {claimed:,} bytes in {size:,}")
-
-
 def _decoded(path: Path, encoded: list[bytes]) -> NDArray[np.uint8]:
     """The images of `path`, from the user's cache where it holds them."""
     if len(encoded) < _WORTH_CACHING:
         return decode(encoded, str(path))
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = (given if given.is_absolute() else Path.home() / ".cache") / "defquant"
     with path.open("rb") as file:
-        cached = _cache_folder() / f"{hashlib.file_digest(file, 'sha256').hexdigest()}.npy"
+        cached = folder / f"{hashlib.file_digest(file, 'sha256').hexdigest()}.npy"
     with suppress(OSError, ValueError, MemoryError), cached.open("rb") as file:
         images = np.lib.format.read_array(file, allow_pickle=False)
         if images.dtype == np.uint8 and images.ndim == 4 and len(images) == len(encoded):
@@ -239,26 +233,10 @@ def _decoded(path: Path, encoded: list[bytes]) -> NDArray[np.uint8]:
             return images
     images = decode(encoded, str(path))
     with suppress(UserError, OSError):  # a cache that cannot be written costs time, not the run
-        write_whole(cached, lambda temporary: _save(temporary, images))
-        _trim(cached.parent)
+        write_whole(cached, lambda temporary: np.save(temporary, images))
+        room = _CACHE
+        for old in sorted(folder.glob("*.npy"), key=lambda old: -old.stat().st_mtime_ns):
+            room -= old.stat().st_size
+            if room < 0:  # used longest ago
+                old.unlink(missing_ok=True)
     return images
-
-
-def _trim(folder: Path) -> None:
-    """Remove what was used longest ago from the cache, down to `_CACHE` bytes."""
-    stats = {path: path.stat() for path in folder.glob("*.npy")}
-    room = _CACHE
-    for path in sorted(stats, key=lambda path: stats[path].st_mtime_ns, reverse=True):
-        room -= stats[path].st_size
-        if room < 0:
-            path.unlink(missing_ok=True)
-
-
-def _save(path: Path, images: NDArray[np.uint8]) -> None:
-    with path.open("wb") as file:
-        np.save(file, images)
-
-
-def _cache_folder() -> Path:
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return given / "defquant" if given.is_absolute() else Path.home() / ".cache" / "defquant"

@@ -8,8 +8,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,34 +28,17 @@ _TIMEOUT = 30.0
 """Seconds without a byte."""
 
 
-@dataclass(frozen=True)
-class _Archive:
-    url: str
-    md5: str
-
-    @property
-    def file_name(self) -> str:
-        return self.url.rsplit("/", 1)[1]
-
-
-_ARCHIVES: Mapping[str, tuple[_Archive, ...]] = {
+_ARCHIVES: Mapping[str, tuple[str, Mapping[str, str]]] = {  # where they lie, and their MD5s
     "cifar10": (
-        _Archive(
-            "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-            "c58f30108f718f92721af3b95e74349a",
-        ),
+        "https://www.cs.toronto.edu/~kriz/",
+        {"cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a"},
     ),
     "svhn": (
-        _Archive(
-            "http://ufldl.stanford.edu/housenumbers/train_32x32.mat",
-            "e26dedcc434d2e4c54c9b2d4a06d8373",
-        ),
-        _Archive(
-            "http://ufldl.stanford.edu/housenumbers/test_32x32.mat",
-            "eb5a983be6a315427106f1b164d9cef3",
-        ),
+        "http://ufldl.stanford.edu/housenumbers/",
+        {"train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373",
+         "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3"},
     ),
-}
+}  # fmt: skip
 
 
 def fetch(
@@ -77,42 +59,51 @@ def fetch(
     if name not in _ARCHIVES:
         raise UserError(f"cannot fetch {name!r}: choose one of {', '.join(_ARCHIVES)}")
     root = Path(root).expanduser()
-    for archive in _ARCHIVES[name]:
-        path = root / archive.file_name
-        if not _is_intact(path, archive.md5):
-            _download(archive, path, opener, show_progress)
-        if path.name.endswith(".tar.gz"):
-            _unpack(path, root)
+    host, files = _ARCHIVES[name]
+
+    def missing(member: PurePosixPath, size: int) -> bool:
+        there = root / member
+        return not (there.is_file() and there.stat().st_size == size)
+
+    for file, md5 in files.items():
+        path = root / file
+        if not (path.is_file() and _md5(path) == md5):
+            _download(host + file, md5, path, opener, show_progress)
+        if file.endswith(".tar.gz"):
+            for member, content in read_tar(path, missing):
+                write_bytes(root / member, content)
     return root
 
 
-def _is_intact(path: Path, md5: str) -> bool:
-    if not path.is_file():
-        return False
+def _md5(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, _md5).hexdigest() == md5
+            return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def _download(
-    archive: _Archive, path: Path, opener: Callable[..., Any], show_progress: bool
+    url: str, md5: str, path: Path, opener: Callable[..., Any], show_progress: bool
 ) -> None:
-    remedy = f"try again, or download {archive.url} by hand to {path}"
+    from rich import progress
+    from rich.console import Console
+
+    remedy = f"try again, or download {url} by hand to {path}"
+    columns = (
+        progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn(),
+        progress.TransferSpeedColumn(), progress.TimeRemainingColumn(),
+    )  # fmt: skip
+    bar = progress.Progress(*columns, console=Console(stderr=True), disable=not show_progress)
 
     def receive(temporary: Path) -> None:
-        digest = _md5()
-        with temporary.open("wb") as file, _progress(path.name, show_progress) as advance:
-            for chunk, total in _chunks(archive.url, opener, remedy):
+        with temporary.open("wb") as file, bar:
+            task = bar.add_task(path.name, total=None)
+            for chunk, total in _chunks(url, opener, remedy):
                 file.write(chunk)
-                digest.update(chunk)
-                advance(len(chunk), total)
-        if digest.hexdigest() != archive.md5:
-            raise UserError(
-                f"{archive.url} must have MD5 {archive.md5}; found {digest.hexdigest()}, and "
-                f"removed it: {remedy}"
-            )
+                bar.update(task, advance=len(chunk), total=total)
+        if (found := _md5(temporary)) != md5:
+            raise UserError(f"{url} must have MD5 {md5}; found {found}, and removed it: {remedy}")
 
     write_whole(path, receive)
 
@@ -132,50 +123,13 @@ def _chunks(
                     raise UserError(f"{url} sends more than {_DOWNLOAD:,} bytes: {remedy}")
                 yield chunk, total
     except (OSError, http.client.HTTPException) as error:
-        reason = _reason(error)
+        reason = str(getattr(error, "reason", "") or error) or type(error).__name__
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+            reason = str(error)
         raise UserError(f"cannot download {url} ({shown(reason)}): {remedy}") from None
     if total is not None and received < total:
         raise UserError(f"the download was cut after {received:,} of {total:,} bytes: {remedy}")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, urllib.error.HTTPError):
-        error.close()
-        return str(error)
-    inner = error.reason if isinstance(error, urllib.error.URLError) else error
-    return " ".join(str(inner).split()) or type(error).__name__
-
-
-def _unpack(path: Path, root: Path) -> None:
-    """Write the files of the tar at `path` below `root`, but for those that are there whole."""
-
-    def missing(name: PurePosixPath, size: int) -> bool:
-        there = root / name
-        return not (there.is_file() and there.stat().st_size == size)
-
-    for name, content in read_tar(path, missing):
-        write_bytes(root / name, content)
-
-
-@contextmanager
-def _progress(label: str, show: bool) -> Iterator[Callable[[int, int | None], None]]:
-    from rich import progress
-    from rich.console import Console
-
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda size, total: bar.update(task, advance=size, total=total)
-
-
-def _md5() -> Any:
-    return hashlib.md5(usedforsecurity=False)
 
 
 class _Limited(gzip.GzipFile):
@@ -211,9 +165,22 @@ def read_tar(
         ):
             for place, member in enumerate(tar):
                 name = PurePosixPath(member.name)
-                _refuse_harm(member, name, path, place)
+                rules = {
+                    "files and folders only": member.issparse()
+                    or not member.isfile() | member.isdir(),
+                    "paths inside itself only": name.is_absolute() or ".." in name.parts,
+                    f"files up to {LARGEST >> 20} MiB only": not 0 <= member.size <= LARGEST,
+                    f"up to {_MEMBERS:,} files": place >= _MEMBERS,
+                }
+                for rule in (rule for rule, broken in rules.items() if broken):
+                    raise UserError(
+                        f"{path} must hold {rule}; found {shown(member.name)!r}: it is not the "
+                        "official archive, remove it"
+                    )
                 if member.isfile() and wanted(name, member.size):
-                    yield name, _content(tar, member)
+                    file = tar.extractfile(member)
+                    assert file is not None  # only links and devices have none
+                    yield name, b"".join(iter(partial(file.read, _CHUNK), b""))
     except UserError:
         raise
     except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, RecursionError) as error:
@@ -221,26 +188,3 @@ def read_tar(
             f"{path} must be a whole tar.gz archive ({shown(str(error), 200)}): it may be cut; "
             "download it again"
         ) from None
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    assert file is not None  # only links and devices have none
-    return b"".join(iter(lambda: file.read(_CHUNK), b""))
-
-
-def _refuse_harm(member: tarfile.TarInfo, name: PurePosixPath, path: Path, place: int) -> None:
-    rule = None
-    if not (member.isfile() or member.isdir()) or member.issparse():
-        rule = "must hold files and folders only"
-    elif name.is_absolute() or ".." in name.parts:
-        rule = "must hold paths inside itself only"
-    elif not 0 <= member.size <= LARGEST:
-        rule = f"must hold files up to {LARGEST >> 20} MiB only"
-    elif place >= _MEMBERS:
-        rule = f"must hold up to {_MEMBERS:,} files"
-    if rule:
-        raise UserError(
-            f"{path} {rule}; found {shown(member.name)!r}: it is not the official archive, "
-            "remove it"
-        )

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -95,7 +96,7 @@ def read_folder(root: Path, split: str) -> Dataset:
     """
     if not root.is_dir():
         raise UserError(f"the data root must be a folder of class folders; found the file {root}")
-    notes: _Notes = {}
+    notes: _Notes = defaultdict(list)
     train, test = _splits(root, split, notes)
     classes = tuple(train)
     unknown = [name for name in test if name not in train]
@@ -105,8 +106,8 @@ def read_folder(root: Path, split: str) -> Dataset:
             f"{shown(unknown[0])!r}"
         )
     said = "; ".join(
-        f"{len(names)} {what} ({names[0]}{', ...' * (len(names) > 1)})"
-        for what, names in notes.items()
+        f"{len(some)} {what} ({some[0].relative_to(root).as_posix()}{', ...' * (len(some) > 1)})"
+        for what, some in notes.items()
     )
     mine, other = (train, test) if split == "train" else (test, train)
     chosen = sorted((*item, classes.index(name)) for name in mine for item in mine[name])
@@ -130,13 +131,13 @@ def read_folder(root: Path, split: str) -> Dataset:
 
 
 _Classes = dict[str, list[tuple[str, Path]]]  # the hash of each image's name, and its file
-_Notes = dict[str, list[str]]  # what is not as one would expect, and which
+_Notes = dict[str, list[Path]]  # what is not as one would expect, and which
 
 
 def _splits(root: Path, split: str, notes: _Notes) -> tuple[_Classes, _Classes]:
     """Training and test images, by class."""
     if not any((root / part).is_dir() for part in ("train", "test")):
-        whole = _classes(root, root, notes)
+        whole = _classes(root, notes)
         cuts = {name: max(1, round(len(whole[name]) / 5)) for name in whole}
         cuts |= {name: 0 for name in whole if len(whole[name]) == 1}
         return (
@@ -151,55 +152,48 @@ def _splits(root: Path, split: str, notes: _Notes) -> tuple[_Classes, _Classes]:
             )
     for path in _entries(root):
         if path.name not in ("train", "test"):
-            _note(notes, "beside train and test are skipped", path, root)
-    return _classes(root / "train", root, notes), _classes(root / "test", root, notes)
+            notes["beside train and test are skipped"].append(path)
+    return _classes(root / "train", notes), _classes(root / "test", notes)
 
 
-def _classes(folder: Path, root: Path, notes: _Notes) -> _Classes:
+def _classes(folder: Path, notes: _Notes) -> _Classes:
     """The images below each subfolder that has any, in the order of their hash."""
     found: _Classes = {}
     for entry in _entries(folder):
         if not entry.is_dir():
-            _note(notes, "files outside of a class folder are skipped", entry, root)
+            notes["files outside of a class folder are skipped"].append(entry)
             continue
         images = []
-        for path in _below(entry, root, notes):
+        for path in _below(entry, notes):
             if path.suffix.lower() not in _SUFFIXES:
-                _note(notes, "files of another ending are skipped", path, root)
+                notes["files of another ending are skipped"].append(path)
                 continue
             if path.parent != entry:
-                _note(notes, "images in deeper folders count for the class above", path, root)
-            images.append((_hash(path.relative_to(entry).as_posix()), path))
+                notes["images in deeper folders count for the class above"].append(path)
+            name = path.relative_to(entry).as_posix().encode(errors="surrogateescape")
+            images.append((hashlib.sha256(name).hexdigest(), path))
         if images:
             found[entry.name] = sorted(images)
         else:
-            _note(notes, "folders without an image are no class", entry, root)
+            notes["folders without an image are no class"].append(entry)
     return found
 
 
-def _below(folder: Path, root: Path, notes: _Notes) -> Iterator[Path]:
+def _below(folder: Path, notes: _Notes) -> Iterator[Path]:
     """All files at any depth; a link to a folder might lead in a circle."""
     for entry in _entries(folder):
         if not entry.is_dir():
             yield entry
         elif entry.is_symlink():
-            _note(notes, "links to folders within a class are skipped", entry, root)
+            notes["links to folders within a class are skipped"].append(entry)
         else:
-            yield from _below(entry, root, notes)
+            yield from _below(entry, notes)
 
 
 def _entries(folder: Path) -> list[Path]:
     """What lies there and is not hidden; nothing where the folder is missing."""
     found = folder.iterdir() if folder.is_dir() else ()
     return sorted(path for path in found if path.name[0] != ".")
-
-
-def _note(notes: _Notes, what: str, path: Path, root: Path) -> None:
-    notes.setdefault(what, []).append(path.relative_to(root).as_posix())
-
-
-def _hash(name: str) -> str:
-    return hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
 
 
 def _has_colour(path: Path) -> bool:
