@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 import defquant as dq
 from conftest import alike
 from defquant.quantize import QuantBranch, QuantTanh, fake_quantize
+from defquant.weights import quantize_weight
 
 BITS = st.integers(1, 8)
 HIGH = st.sampled_from([1.0, 2.5, 6.0])
@@ -127,13 +129,113 @@ def test_tanh_quantiser(bits: int) -> None:
     assert QuantTanh()(x).equal(torch.tanh(x))
 
 
-# ---------------------------------------------------------------------------- branches on a grid
+# ------------------------------------------------------- what torch and its users do with a module
+
+Form = Callable[[Tensor], Tensor]
 
 
 def branch(peak: float = 0.0) -> QuantBranch:
     module = QuantBranch().eval()
     module.peak.fill_(peak)
     return module
+
+
+def slow_relu(x: Tensor) -> tuple[Tensor, Tensor]:
+    step = 6.0 / 15
+    slope = torch.autograd.functional.jacobian(lambda x: nn.functional.relu6(x).sum(), x)
+    return (x / step).round().clamp(0, 15) * step, slope
+
+
+def slow_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
+    t = torch.tanh(x)
+    return t + (((t + 1) * 7.5).round() * (2 / 15) - 1 - t), torch.ops.aten.tanh_backward(
+        torch.ones_like(t), t
+    )
+
+
+def slow_branch(x: Tensor) -> tuple[Tensor, Tensor]:
+    step = torch.tensor(2.0) / 127
+    codes = (x / step).round()
+    return codes.clamp(-128, 127) * step, ((codes >= -128) & (codes <= 127)).float()
+
+
+def slow_weight(x: Tensor) -> tuple[Tensor, Tensor]:
+    step = x.abs().max() / 7
+    return (x / step).round() * step, torch.ones_like(x)
+
+
+FORMS: dict[str, tuple[Callable[[], Form], Callable[[Tensor], tuple[Tensor, Tensor]]]] = {
+    "relu": (lambda: dq.QuantReLU(4), slow_relu),
+    "tanh": (lambda: QuantTanh(4), slow_tanh),
+    "branch": (lambda: branch(2.0), slow_branch),
+    "new branch": (branch, lambda x: (x, torch.ones_like(x))),
+    "weight": (lambda: lambda x: quantize_weight(x[None], 4)[0], slow_weight),
+}
+
+
+def derivatives(form: Form, x: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """The slope of `form` at each x, by every road that torch has."""
+    at = x.clone().requires_grad_()
+    rows = torch.eye(len(x))
+    traced = torch.jit.trace(form, (x,), check_trace=False)
+    compiled = torch.compile(form, backend="aot_eager")
+
+    def backward(form: Form) -> Tensor:
+        return torch.autograd.grad(form(at).sum(), at)[0]
+
+    return {
+        "backward": lambda: backward(form),
+        "func.grad": lambda: torch.func.grad(lambda x: form(x).sum())(x),
+        "jacrev": lambda: torch.func.jacrev(form)(x).diag(),
+        "vmap of grad": lambda: torch.func.vmap(torch.func.grad(lambda x: form(x).sum()))(
+            torch.stack([x, x])
+        )[1],
+        "grad of vmap": lambda: torch.func.grad(
+            lambda x: torch.func.vmap(form)(torch.stack([x, x]))[0].sum()
+        )(x),
+        "batched": lambda: torch.autograd.grad(form(at), at, rows, is_grads_batched=True)[0].diag(),
+        "traced": lambda: backward(traced),
+        "compiled": lambda: backward(compiled),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", FORMS)
+def test_value_and_slope_are_the_slow_ones_to_the_last_bit_by_every_road(name: str) -> None:
+    make, slow = FORMS[name]
+    x = torch.randn(40, generator=torch.Generator().manual_seed(1)) * 3
+    form, (value, slope) = make(), slow(x)
+    traced = torch.jit.trace(form, (x,), check_trace=False)
+    for road in (form, torch.compile(form, backend="aot_eager"), traced):
+        assert torch.equal(road(x), value)
+    assert torch.equal(torch.func.vmap(form)(x[None])[0], value)
+    for road, found in derivatives(form, x).items():
+        assert torch.equal(found(), slope), road
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", FORMS)
+def test_inductor_compiles_them(name: str) -> None:
+    form, x = FORMS[name][0](), torch.randn(40, requires_grad=True)
+    compiled = torch.compile(form, fullgraph=True)
+    assert torch.equal(compiled(x), form(x))
+    theirs, ours = (torch.autograd.grad(f(x).sum(), x)[0] for f in (compiled, form))
+    torch.testing.assert_close(theirs, ours)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_what_follows_may_work_in_place_and_nan_stays(name: str) -> None:
+    form, x = FORMS[name][0](), torch.randn(40, requires_grad=True)
+    y = form(x)
+    y += x
+    assert torch.equal(torch.relu_(y), torch.relu(form(x) + x))
+    y.sum().backward()
+    for road in (form, torch.compile(form, backend="aot_eager")):
+        assert road(torch.tensor([1.0, torch.nan]))[1].isnan()
+
+
+# ---------------------------------------------------------------------------- branches on a grid
 
 
 def test_a_branch_is_the_closed_form_and_its_gradient_ends_with_its_range() -> None:
@@ -158,12 +260,13 @@ def test_before_the_first_batch_a_branch_passes_x() -> None:
 def test_the_range_is_a_moving_average_in_training_alone() -> None:
     """From the first batch on, which is rounded onto its own range."""
     module, seen = QuantBranch().train(), []
-    for largest in (4.0, -8.0, 2.0):
+    for largest in (4.0, -8.0, torch.inf, torch.nan, 2.0):
         y = module(x := torch.tensor([0.5, largest, -1.0]))
         step = module.peak / 127
-        torch.testing.assert_close(y, (x / step).round().clamp(-128, 127) * step)
+        expected = (x / step).round().clamp(-128, 127) * step
+        torch.testing.assert_close(y, expected, equal_nan=True)
         seen.append(float(module.peak))
-    assert seen == pytest.approx([4.0, 4.4, 4.16])
+    assert seen == pytest.approx([4.0, 4.4, 4.4, 4.4, 4.16])  # one bad batch is passed over
     module.eval()(torch.full((3,), 1e6))
     assert float(module.peak) == seen[-1]
     assert module.peak.shape == () and not module.peak.requires_grad

@@ -10,7 +10,7 @@ from defquant.config import Activation, check_bits
 from defquant.errors import UserError
 
 __all__ = [
-    "QuantBranch", "QuantReLU", "QuantTanh", "Quantizer", "Rounded", "activation", "fake_quantize",
+    "QuantBranch", "QuantReLU", "QuantTanh", "Quantizer", "activation", "fake_quantize",
     "full_precision", "set_bits",
 ]  # fmt: skip
 
@@ -24,29 +24,83 @@ def full_precision(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _inlined() -> bool:
+    """Whether plain operations are wanted: a compiler fuses them, a tracer keeps their gradient."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+def _sloped(rounded: Tensor, slope: Tensor) -> Tensor:
+    """`rounded` plus the zeros `slope`, for their gradient; an exported graph needs none."""
+    wanted = torch.is_grad_enabled() and not torch.onnx.is_in_onnx_export()
+    return rounded + slope if wanted else rounded
+
+
+def _masked(ctx: Any, grad: Tensor) -> Tensor:
+    """`grad` where the mask is set; as floats, for on a CPU multiplying by bools is slow."""
+    (inside,) = ctx.saved_tensors
+    return torch.empty_like(grad).copy_(inside).mul_(grad)
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Forward on the grid, backward of relu6; keeps one byte per element."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, levels: int, high: float) -> Tensor:
-        if ctx.needs_input_grad[0]:
-            # hardtanh's backward zeroes x outside (0, high); as bytes, because on a CPU comparing
-            # floats and multiplying by bools both cost several times a pass over memory.
-            inside = torch.ops.aten.hardtanh_backward(x, x, 0.0, high)
-            ctx.save_for_backward(inside.to(torch.bool).view(torch.uint8))
+    def forward(x: Tensor, levels: int, high: float) -> Tensor:
         step = high / levels
         return x.div(step).round_().clamp_(0, levels).mul_(step)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, high = inputs
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(~((x <= 0) | (x >= high)))
+
+    @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None, None]:
-        (inside,) = ctx.saved_tensors
-        return inside.to(grad[0].dtype).mul_(grad[0]), None, None
+        return _masked(ctx, grad[0]), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, *how: float) -> tuple[Tensor, int]:
+        return _FakeQuantize.apply(x, *how), in_dims[0]  # type: ignore[no-untyped-call]
+
+
+class _OnBranch(torch.autograd.Function):
+    """Forward on the signed grid of `step` (0: x itself), no gradient beyond its ends."""
+
+    @staticmethod
+    def forward(x: Tensor, step: Tensor) -> Tensor:
+        return torch.where(step > 0, x.div(step).round_().clamp_(-128, 127).mul_(step), x)
+
+    @staticmethod
+    def inside(x: Tensor, step: Tensor) -> Tensor:
+        """Where x / step rounds to -128..127, ties to even; everywhere at step 0."""
+        codes = x.div(step)
+        return ((codes >= -128.5) & (codes < 127.5)) | (step == 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(_OnBranch.inside(*inputs))
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
+        return _masked(ctx, grad[0]), None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, int | None], x: Tensor, step: Tensor
+    ) -> tuple[Tensor, int | None]:
+        """Networks that are stacked have a step each."""
+        dim = in_dims[0]
+        if in_dims[1] is not None:
+            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            dim, step = 0, step.view(-1, *[1] * (x.dim() - 1))
+        return _OnBranch.apply(x, step), dim  # type: ignore[no-untyped-call]
 
 
 @torch.library.custom_op("defquant::clip_round", mutates_args=())
 def _clip_round(x: Tensor, bits: int, high: float) -> Tensor:
-    step = high / (2**bits - 1)
-    return x.div(step).round_().clamp_(0, 2**bits - 1).mul_(step)
+    return _FakeQuantize.forward(x, 2**bits - 1, high)
 
 
 @torch.library.custom_op("defquant::tanh_round", mutates_args=())
@@ -57,9 +111,7 @@ def _tanh_round(x: Tensor, bits: int) -> Tensor:
 
 @torch.library.custom_op("defquant::signed_round", mutates_args=())
 def _signed_round(x: Tensor, peak: Tensor) -> Tensor:
-    step = peak.to(x.dtype) / 127
-    rounded = x.div(step).round_().clamp_(-128, 127).mul_(step)
-    return torch.where(step > 0, rounded, x)
+    return _OnBranch.forward(x, peak.to(x.dtype) / 127)
 
 
 for _operation in (_clip_round, _tanh_round, _signed_round):
@@ -94,8 +146,11 @@ def fake_quantize(x: Tensor, bits: int | None, high: float = 6.0) -> Tensor:
         return nn.functional.hardtanh(x, 0.0, high)
     if whole:
         return _clip_round(x, bits, high)  # type: ignore[no-any-return]
-    quantized: Tensor = _FakeQuantize.apply(x, 2**bits - 1, high)  # type: ignore[no-untyped-call]
-    return quantized
+    levels = 2**bits - 1
+    if _inlined():
+        r = nn.functional.hardtanh(x, 0.0, high)
+        return _sloped(_FakeQuantize.forward(r.detach(), levels, high), r - r.detach())
+    return _FakeQuantize.apply(x, levels, high)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class Quantizer(nn.Module):
@@ -140,27 +195,12 @@ class QuantTanh(Quantizer):
         t = torch.tanh(x)
         if self.bits is None:
             return t
-        levels = 2**self.bits - 1
-        with torch.no_grad():
-            error = (t + 1).mul_(levels / 2).round_().mul_(2 / levels).sub_(1).sub_(t)
+        levels, fixed = 2**self.bits - 1, t.detach()
+        error = (fixed + 1).mul_(levels / 2).round_().mul_(2 / levels).sub_(1).sub_(fixed)
         return t + error
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}"
-
-
-class Rounded(torch.autograd.Function):
-    """`rounded` forward, the gradient of the identity backward, zeroed where `inside` is 0."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rounded: Tensor, inside: Tensor | None) -> Tensor:
-        ctx.save_for_backward(inside)
-        return rounded
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None, None]:
-        (inside,) = ctx.saved_tensors
-        return grad[0] if inside is None else grad[0] * inside.to(grad[0].dtype), None, None
 
 
 class QuantBranch(nn.Module):
@@ -169,7 +209,8 @@ class QuantBranch(nn.Module):
     Q(x) = s · clamp(round(x / s), -128, 127),  s = peak / 127; straight-through inside the range,
     no gradient outside it. With it every convolution ends in integers and runs in integers when
     deployed (uint8 codes with zero point 128). `peak`, a buffer, is a moving average of the
-    batches' max|x|, taken in training mode; 0 before the first batch, when x passes unrounded.
+    batches' max|x|, taken in training mode (a batch with an infinite or NaN x is passed over); 0
+    before the first batch, when x passes unrounded.
     """
 
     MOMENTUM = 0.1
@@ -184,17 +225,19 @@ class QuantBranch(nn.Module):
         if whole:
             return _signed_round(x, self.peak)  # type: ignore[no-any-return]
         if self.training:
-            with torch.no_grad():
-                now = torch.linalg.vector_norm(x, math.inf).to(self.peak)
-                first = self.peak == 0
-                self.peak.copy_(torch.where(first, now, torch.lerp(self.peak, now, self.MOMENTUM)))
-        with torch.no_grad():
-            step = self.peak.to(x.dtype) / 127
-            codes = x.div(step).round_()
-            inside = (codes >= -128) & (codes <= 127)
-            rounded = torch.where(step > 0, codes.clamp_(-128, 127).mul_(step), x)
-            inside |= step == 0
-        return Rounded.apply(x, rounded, inside)  # type: ignore[no-untyped-call,no-any-return]
+            self._watch(x.detach())
+        step = self.peak.to(x.dtype) / 127
+        if _inlined():
+            fixed = x.detach()
+            slope = torch.where(_OnBranch.inside(fixed, step), x - fixed, 0.0)
+            return _sloped(_OnBranch.forward(fixed, step), slope)
+        return _OnBranch.apply(x, step)  # type: ignore[no-untyped-call,no-any-return]
+
+    @torch.no_grad()
+    def _watch(self, x: Tensor) -> None:
+        now = torch.linalg.vector_norm(x, math.inf).to(self.peak)
+        mean = torch.lerp(self.peak, now, self.MOMENTUM).where(self.peak > 0, now)
+        self.peak.copy_(mean.where(now.isfinite(), self.peak))
 
 
 def activation(kind: Activation, bits: int | None, high: float) -> Quantizer:

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from defquant import quantize
 from defquant.errors import UserError
-from defquant.quantize import Rounded
 
 __all__ = ["QuantConv2d", "QuantLinear", "effective_weight", "quantize_weight", "weight_grid"]
 
@@ -31,10 +30,11 @@ def weight_grid(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     if not 2 <= bits <= 8:
         raise UserError(f"weight bits must be a whole number from 2 to 8; found {bits!r}")
+    weight = weight.detach()
     with torch.no_grad():
-        scale = weight.detach().flatten(1).abs().amax(1).float() / (2 ** (bits - 1) - 1)
+        scale = weight.flatten(1).abs().amax(1).float() / (2 ** (bits - 1) - 1)
         scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0)
-        return weight.detach().div(_per_channel(scale, weight)).round_(), scale
+        return weight.div(_per_channel(scale, weight)).round_(), scale
 
 
 @torch.library.custom_op("defquant::weight_round", mutates_args=())
@@ -50,17 +50,15 @@ def quantize_weight(weight: Tensor, bits: int | None) -> Tensor:
     """`weight` on the grid of `weight_grid`, with the gradient of the identity; None: as it is.
 
     >>> quantize_weight(torch.tensor([[1.0, 0.4], [0.2, -0.1]]), bits=2)
-    tensor([[ 1.0000,  0.0000],
-            [ 0.2000, -0.0000]])
+    tensor([[1.0000, 0.0000],
+            [0.2000, 0.0000]])
     """
     if bits is None:
         return weight
     if quantize.whole:
-        return _weight_round(weight, bits)
+        return _weight_round(weight, bits)  # type: ignore[no-any-return]
     integers, scale = weight_grid(weight, bits)
-    rounded = integers.mul_(_per_channel(scale, weight))
-    result: Tensor = Rounded.apply(weight, rounded, None)  # type: ignore[no-untyped-call]
-    return result
+    return integers.mul_(_per_channel(scale, weight)) + (weight - weight.detach())
 
 
 def _per_channel(scale: Tensor, weight: Tensor) -> Tensor:
