@@ -9,7 +9,6 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -31,12 +30,12 @@ from defquant.errors import UserError, shown
 from defquant.evaluate import Watch, answers, device_of
 from defquant.files import owned_folder, read_lines, write_bytes
 from defquant.measure import Subject, measure
-from defquant.results import EIGHT_BIT, Measurement, Score, append
+from defquant.results import ABOUT, EIGHT_BIT, Measurement, Score, append
 from defquant.typed import from_mapping
 
 __all__ = [
     "KIND", "MANIFEST", "Manifest", "Rescored", "Saved", "fingerprint_of", "measure_and_save",
-    "read_manifest", "rescored", "saver",
+    "read_manifest", "rescored",
 ]  # fmt: skip
 
 MANIFEST = "manifest.jsonl"
@@ -168,23 +167,6 @@ def measure_and_save(
     if folder is None:
         yield from measure(run, model, facts, images, attacks, **how)
         return
-    with saver(folder, model, images, seed=seed) as keep:
-        scores = []
-        for measurement in measure(run, model, facts, images, attacks, **how):
-            scores.append(measurement)
-            yield measurement
-        for measurement in keep.write(scores, attacks, batch_size):
-            append(run / "results.jsonl", measurement)
-            yield measurement
-        keep.close(scores[0])
-
-
-@contextmanager
-def saver(folder: Path, model: nn.Module, images: Dataset, *, seed: int) -> Iterator["Saver"]:
-    """Pictures into the empty `folder`; the manifest is written last, so that it is never half.
-
-    Raises `UserError` where `folder` holds anything, or the images have not 1 or 3 channels.
-    """
     with owned_folder(folder):
         found = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
         if found:
@@ -192,105 +174,93 @@ def saver(folder: Path, model: nn.Module, images: Dataset, *, seed: int) -> Iter
                 f"saved images need an empty folder; found {found[0]!r} in {folder}: remove it, or "
                 "choose another"
             )
-        yield Saver(folder, model, images, seed)
+        scores = []
+        for measurement in measure(run, model, facts, images, attacks, **how):
+            scores.append(measurement)
+            yield measurement
+        for measurement in _saved(folder, model, images, attacks, scores, seed, batch_size):
+            append(run / "results.jsonl", measurement)
+            yield measurement
 
 
-class Saver:
-    """Makes the images of attacks, writes and scores them as 8 bits. See `saver`."""
+def _saved(
+    folder: Path,
+    model: nn.Module,
+    images: Dataset,
+    attacks: Sequence[Single | Composition],
+    scores: Sequence[Measurement],
+    seed: int,
+    batch_size: int,
+) -> Iterator[Measurement]:
+    """Save what `attacks` make; yields the 8-bit scores beside `scores`, the same in floats.
 
-    def __init__(self, folder: Path, model: nn.Module, images: Dataset, seed: int) -> None:
-        device = device_of(model, images.images.device)
-        self.folder, self.model, self.seed = folder, model, seed
-        self.images = images.to(device)
-        self.lines: list[Saved] = []
-        self.scores: list[dict[str, Any]] = []
+    Images that the network has wrong are saved as they are. Where a radius of a family leaves an
+    image right that a smaller one did not, the smaller one's is saved. The manifest is written
+    last, so that it is never half.
+    """
+    images = images.to(device_of(model, images.images.device))
+    clean = answers(model, images, batch_size=batch_size)
+    target = Target(model, images.images, images.labels, seed, batch_size)
+    floats = {(m.settings, m.eps): m for m in scores}
+    lines = _pictures(folder, "00-clean", scores[0], images, images.images, clean, clean)
+    told = [_score(scores[0])]
+    before: dict[str, tuple[Tensor, Tensor]] = {}
+    names = [attack.name for attack in attacks]
+    order = sorted(attacks, key=lambda a: (names.index(a.name), a.eps))
+    for place, attack in enumerate(order, 1):
+        start, made = time.perf_counter(), images.images.clone()
+        make = partial(eight_bit, attack, model, seed=seed)
+        for ids, part in attacked(make, target, (clean == images.labels).nonzero().squeeze(1)):
+            made[ids] = part.mul(255).round().to(torch.uint8)
+        found = answers(model, (made, images.labels), batch_size=batch_size)
+        if attack.name in before:
+            weaker, fooled = before[attack.name]
+            fell = (found == images.labels) & (fooled != images.labels)
+            made[fell], found[fell] = weaker[fell], fooled[fell]
+        before[attack.name] = made, found
+        name = re.sub(r"[^a-z0-9]+", "-", attack.name.lower()).strip("-")[:40]
+        name, of = f"{place:02}-{name}-{attack.eps * 255:.4g}", floats[repr(attack), attack.eps]
+        lines += _pictures(folder, name, of, images, made, clean, found)
+        right = int((found == images.labels).sum())
+        told.append(_score(of) | {"eight_bit": right})
+        yield replace(
+            of, attack=of.attack + EIGHT_BIT, correct=right, total=len(found),
+            settings=f"{of.settings} as 8-bit images",
+            seconds=round(time.perf_counter() - start, 3),
+        )  # fmt: skip
+    head = {
+        "kind": KIND, "format": 1, "pictures": len(lines), "shape": images.shape,
+        **{name: getattr(scores[0], name) for name in ABOUT}, "classes": images.classes,
+        "attack_seed": seed, "scores": told, "evidence": scores[0].evidence,
+    }  # fmt: skip
+    text = "".join(json.dumps(line) + "\n" for line in [head, *map(asdict, lines)])
+    write_bytes(folder / MANIFEST, text.encode())
 
-    def write(
-        self,
-        scores: Sequence[Measurement],
-        attacks: Sequence[Single | Composition],
-        batch_size: int,
-    ) -> Iterator[Measurement]:
-        """Save what `attacks` make, and what the network scores on it.
 
-        Images that the network has wrong are saved as they are. Where a radius of a family leaves
-        an image right that a smaller one did not, the smaller one's is saved.
+def _score(m: Measurement) -> dict[str, Any]:
+    return {name: getattr(m, name) for name in ("attack", "eps", "settings", "correct", "total")}
 
-        Args:
-            scores: the clean measurement and those of the attacks, in floats.
-            attacks: the same attacks.
-            batch_size: images at a time.
-        """
-        clean = answers(self.model, self.images, batch_size=batch_size)
-        floats = {(m.settings, m.eps): m for m in scores}
-        self._put("00-clean", floats["clean", 0.0], self.images.images, clean, clean)
-        before: dict[str, tuple[Tensor, Tensor]] = {}
-        names = [attack.name for attack in attacks]
-        order = sorted(attacks, key=lambda a: (names.index(a.name), a.eps))
-        for place, attack in enumerate(order, 1):
-            start = time.perf_counter()
-            made, found = self._attacked(attack, clean, batch_size, before.get(attack.name))
-            before[attack.name] = made, found
-            name = re.sub(r"[^a-z0-9]+", "-", attack.name.lower()).strip("-")[:40]
-            of = floats[repr(attack), attack.eps]
-            correct = self._put(f"{place:02}-{name}-{attack.eps * 255:.4g}", of, made, clean, found)
-            yield replace(
-                of, attack=of.attack + EIGHT_BIT, correct=correct, total=len(found),
-                settings=f"{of.settings} as 8-bit images",
-                seconds=round(time.perf_counter() - start, 3),
-            )  # fmt: skip
 
-    def close(self, about: Measurement) -> Path:
-        """Write the manifest, whole: one line on all, then one for each picture."""
-        head = {
-            "kind": KIND, "format": 1, "pictures": len(self.lines), "shape": self.images.shape,
-            "run": about.run, "method": about.method, "model": about.model, "bits": about.bits,
-            "beta": about.beta, "seed": about.seed, "data": self.images.name,
-            "fingerprint": self.images.fingerprint, "classes": self.images.classes,
-            "attack_seed": self.seed, "scores": self.scores, "evidence": about.evidence,
-        }  # fmt: skip
-        lines = [head, *map(asdict, self.lines)]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        return write_bytes(self.folder / MANIFEST, text.encode())
-
-    def _attacked(
-        self,
-        attack: Single | Composition,
-        clean: Tensor,
-        batch_size: int,
-        before: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor]:
-        """uint8 pictures (n, c, h, w) and the network's answers to them, (n,)."""
-        made, labels = self.images.images.clone(), self.images.labels
-        target = Target(self.model, self.images.images, labels, self.seed, batch_size)
-        make = partial(eight_bit, attack, self.model, seed=self.seed)
-        for ids, found in attacked(make, target, (clean == labels).nonzero().squeeze(1)):
-            made[ids] = found.mul(255).round().to(torch.uint8)
-        given = answers(self.model, (made, labels), batch_size=batch_size)
-        if before is not None:
-            fell = (given == labels) & (before[1] != labels)
-            made[fell], given[fell] = before[0][fell], before[1][fell]
-        return made, given
-
-    def _put(self, folder: str, of: Measurement, made: Tensor, clean: Tensor, found: Tensor) -> int:
-        """Pictures and lines, beside the score `of` them in floats. Returns how many are right."""
-        pixels, here, labels = made.cpu().numpy(), self.folder / folder, self.images.labels
-        far = (made.int() - self.images.images.int()).abs().amax((1, 2, 3))
-        columns = (column.tolist() for column in (labels, clean, found, far))
-        about: dict[str, Any] = {"attack": of.attack, "eps": of.eps, "settings": of.settings}
-        try:
-            here.mkdir()
-            for i, (label, was, now, distance) in enumerate(zip(*columns, strict=True)):
-                name, digest = f"{i:06}.png", fingerprint_of(pixels[i])
-                (here / name).write_bytes(encode(pixels[i]))
-                after = {"clean": was, "adversarial": now, "distance": distance, "sha256": digest}
-                self.lines.append(Saved(f"{folder}/{name}", i, label, **about, **after))
-        except OSError as error:
-            raise UserError(f"cannot write into {here}: {error.strerror or error}") from None
-        right = int((found == labels).sum())
-        eight_bit = {} if of.attack == "clean" else {"eight_bit": right}
-        self.scores.append(about | {"correct": of.correct, "total": of.total} | eight_bit)
-        return right
+def _pictures(
+    folder: Path, name: str, of: Measurement, images: Dataset, made: Tensor, clean: Tensor,
+    found: Tensor,
+) -> list[Saved]:  # fmt: skip
+    """Write the pictures `made` into `name` and return their lines: `clean` and `found` answers."""
+    pixels, labels = made.cpu().numpy(), images.labels
+    far = (made.int() - images.images.int()).abs().amax((1, 2, 3))
+    columns = (column.tolist() for column in (labels, clean, found, far))
+    lines = []
+    try:
+        (folder / name).mkdir()
+        for i, (label, was, now, distance) in enumerate(zip(*columns, strict=True)):
+            file = f"{name}/{i:06}.png"
+            (folder / file).write_bytes(encode(pixels[i]))
+            about, after = (label, of.attack, of.eps, of.settings), (was, now, distance)
+            lines.append(Saved(file, i, *about, *after, fingerprint_of(pixels[i])))
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write into {folder / name}: {reason}") from None
+    return lines
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,12 @@ from defquant.checkpoint import Facts, load_on, stamp
 from defquant.config import digest
 from defquant.data import Dataset
 from defquant.data.pictures import encode
-from defquant.evaluate import Scored, Watch, device_of, sweep
-from defquant.files import make_folder, write_json
+from defquant.evaluate import Watch, device_of, sweep
+from defquant.files import make_folder
 from defquant.results import Measurement, append
 
 __all__ = [
-    "Subject", "evidence_of", "example_ids", "examples", "load_on", "measure", "subject_of",
-    "write_examples",
+    "Subject", "about", "example_ids", "examples", "load_on", "measure", "subject_of",
 ]  # fmt: skip
 
 
@@ -55,9 +54,12 @@ def subject_of(facts: Facts | Subject) -> Subject:
     return Subject(facts.method, model.model, model.bits, train.beta, train.seed, trained)
 
 
-def evidence_of(subject: Subject, device: torch.device, batch_size: int) -> dict[str, Any]:
-    """Versions, machine and command, and what is known of how the network was made."""
-    return {**stamp(device), **(subject.evidence or {}), "batch_size": batch_size}
+def about(run: Path, subject: Subject, images: Dataset) -> dict[str, Any]:
+    """What each record begins with: the fields of `results.ABOUT`."""
+    of = {"method": subject.method, "model": subject.model, "bits": subject.bits}
+    trained = {"beta": subject.beta, "seed": subject.seed}
+    shown = {"data": images.name, "fingerprint": images.fingerprint}
+    return {"run": run.name, **of, **trained, **shown}
 
 
 def measure(
@@ -81,45 +83,30 @@ def measure(
     """
     keep = partial(append, run / "results.jsonl") if write is None else write
     subject = subject_of(facts)
-    hashes = {"weights_sha256": weights_hash(model), "data_fingerprint": images.source}
-    evidence = hashes | evidence_of(subject, device_of(model, images.images.device), batch_size)
+    device = device_of(model, images.images.device)
+    evidence = {
+        "weights_sha256": weights_hash(model), "data_fingerprint": images.source, **stamp(device),
+        **(subject.evidence or {}), "batch_size": batch_size,
+    }  # fmt: skip
     every = [*attacks, *black_box]
     for scored in sweep(model, images, every, batch_size=batch_size, seed=seed, watch=watch):
-        measurement = _measurement(run, subject, images, scored, seed, evidence)
+        attack, carried = scored.attack, {"carried_eps": list(scored.carried)}
+        measurement = Measurement(
+            **about(run, subject, images),
+            attack="clean" if attack is None else str(getattr(attack, "name", attack)),
+            eps=0.0 if attack is None else eps_of(attack),
+            settings="clean" if attack is None else repr(attack),
+            correct=scored.score.correct,
+            total=scored.score.total,
+            vanishing=scored.vanishing,
+            attack_seed=seed,
+            seconds=round(scored.seconds, 3),
+            evidence=evidence | (carried if scored.carried else {}),
+        )
         if write is None and scored.attack is None:
             make_folder(run)  # once: where it is removed later, that is said
         keep(measurement)
         yield measurement
-
-
-def _measurement(
-    run: Path,
-    subject: Subject,
-    images: Dataset,
-    scored: Scored,
-    seed: int,
-    evidence: dict[str, Any],
-) -> Measurement:
-    attack = scored.attack
-    return Measurement(
-        run=run.name,
-        method=subject.method,
-        model=subject.model,
-        bits=subject.bits,
-        beta=subject.beta,
-        seed=subject.seed,
-        data=images.name,
-        fingerprint=images.fingerprint,
-        attack="clean" if attack is None else str(getattr(attack, "name", attack)),
-        eps=0.0 if attack is None else eps_of(attack),
-        settings="clean" if attack is None else repr(attack),
-        correct=scored.score.correct,
-        total=scored.score.total,
-        vanishing=scored.vanishing,
-        attack_seed=seed,
-        seconds=round(scored.seconds, 3),
-        evidence=evidence | ({"carried_eps": list(scored.carried)} if scored.carried else {}),
-    )
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -145,22 +132,8 @@ def example_ids(labels: Tensor, count: int) -> Tensor:
     return order[:count]
 
 
-def write_examples(
-    run: Path,
-    model: nn.Module,
-    facts: Facts | Subject,
-    images: Dataset,
-    attack: Single | Composition,
-    count: int = 8,
-    seed: int = 0,
-    batch_size: int = 256,
-) -> Path:
-    """What `examples` finds, as `examples.json` in the run's folder."""
-    found = examples(model, facts, images, attack, count, seed, batch_size)
-    return write_json(run / "examples.json", {"run": run.name, **found})
-
-
 def examples(
+    run: Path,
     model: nn.Module,
     facts: Facts | Subject,
     images: Dataset,
@@ -171,44 +144,20 @@ def examples(
 ) -> dict[str, Any]:
     """Clean and adversarial pictures (base64 of PNG) with the model's predictions (Figure 7)."""
     ids = example_ids(images.labels, count)
-    clean, labels = images.take(ids)
-    device = device_of(model, clean.device)
-    clean, labels = clean.to(device), labels.to(device)
+    device = device_of(model, images.images.device)
+    clean, labels = (part.to(device) for part in images.take(ids))
     target = Target(model, clean, labels, seed, batch_size)
     moved = torch.cat([made for _, made in attacked(called(attack, target), target)])
-    adversarial = moved.mul(255).round().div(255)  # what a saved picture can hold
-    answers = [
-        [answer for part in x.split(batch_size) for answer in _answers(model, part)]
-        for x in (clean, adversarial)
+    shown = {"clean": clean, "adversarial": moved.mul(255).round().div(255)}  # as files hold them
+    found: list[dict[str, Any]] = [
+        {"id": i, "label": y} for i, y in zip(ids.tolist(), labels.tolist(), strict=True)
     ]
-    found = [
-        {
-            "id": int(ids[i]),
-            "label": int(labels[i]),
-            "clean_png": _png(clean[i]),
-            "adversarial_png": _png(adversarial[i]),
-            "clean": answers[0][i],
-            "adversarial": answers[1][i],
-        }
-        for i in range(len(ids))
-    ]
-    subject = subject_of(facts)
-    about = {
-        "method": subject.method, "model": subject.model,
-        "bits": subject.bits, "beta": subject.beta, "seed": subject.seed,
-        "data": images.name, "attack": attack.name, "eps": attack.eps,
-        "classes": list(images.classes),
-    }  # fmt: skip
-    return {**about, "examples": found}
-
-
-def _answers(model: nn.Module, x: Tensor) -> list[dict[str, float]]:
-    with untouched(model), torch.no_grad():
-        confidence, prediction = model(x).float().softmax(1).max(1)
-    pairs = zip(prediction.tolist(), confidence.tolist(), strict=True)
-    return [{"prediction": p, "confidence": round(c, 4)} for p, c in pairs]
-
-
-def _png(image: Tensor) -> str:
-    pixels = image.mul(255).round().to(torch.uint8).cpu()
-    return base64.b64encode(encode(pixels.numpy())).decode()
+    for name, x in shown.items():
+        with untouched(model), torch.no_grad():
+            answers = torch.cat([model(some).float().softmax(1) for some in x.split(batch_size)])
+        pixels = x.mul(255).round().to(torch.uint8).cpu().numpy()
+        for entry, image, sure, top in zip(found, pixels, *answers.max(1), strict=True):
+            entry[f"{name}_png"] = base64.b64encode(encode(image)).decode()
+            entry[name] = {"prediction": int(top), "confidence": round(float(sure), 4)}
+    names = {"attack": attack.name, "eps": attack.eps, "classes": list(images.classes)}
+    return {**about(run, subject_of(facts), images), **names, "examples": found}

@@ -20,10 +20,20 @@ from defquant.files import append_line, read_lines
 from defquant.typed import from_mapping
 
 __all__ = [
-    "BLACK", "EIGHT_BIT", "FOREIGN", "MASKED", "UNAWARE", "Cell", "Measurement", "Score",
+    "ABOUT", "BLACK", "EIGHT_BIT", "FOREIGN", "MASKED", "UNAWARE", "Cell", "Measurement", "Score",
     "aggregate", "append", "blind", "read_folder", "read_jsonl", "record", "run_name", "told_apart",
 ]  # fmt: skip
 
+ABOUT = (
+    "run",
+    "method",
+    "model",
+    "bits",
+    "beta",
+    "seed",
+    "data",
+    "fingerprint",
+)  # what is measured
 EIGHT_BIT = " (8-bit)"  # ends the name of an attack whose images were rounded as files hold them
 FOREIGN = "your model"  # begins the method of a network that `defquant train` did not make
 BLACK, UNAWARE = "(B)", " (unaware)"  # made on another network; blind to a feature squeezing
@@ -315,25 +325,18 @@ def aggregate(measurements: Iterable[Measurement]) -> list[Cell]:
 
     Seeds are so only where configuration and data agree: see `told_apart`.
     """
-    groups: dict[tuple[Any, ...], list[Measurement]] = {}
+    groups: dict[_Kind, list[Measurement]] = {}
     for m in told_apart(measurements):
         name = (m.method, m.model, m.bits, m.beta, m.data, m.attack, m.eps)
         groups.setdefault(name, []).append(m)
-    return [_cell(sorted(group, key=lambda m: m.seed)) for group in groups.values()]
+    return [_cell(name, sorted(group, key=lambda m: m.seed)) for name, group in groups.items()]
 
 
-def _cell(group: list[Measurement]) -> Cell:
-    first = group[0]
-    return Cell(
-        method=first.method,
-        model=first.model,
-        bits=first.bits,
-        beta=first.beta,
-        data=first.data,
-        attack=first.attack,
-        eps=first.eps,
-        accuracies=tuple(m.score.accuracy for m in group),
-        seeds=tuple(m.seed for m in group),
-        pooled=Score(sum(m.correct for m in group), sum(m.total for m in group)),
-        vanishing=max(m.vanishing or 0.0 for m in group),
-    )
+_Kind = tuple[str, str, int | None, float, str, str, float]
+
+
+def _cell(name: _Kind, group: Sequence[Measurement]) -> Cell:
+    scores, seeds = [m.score for m in group], tuple(m.seed for m in group)
+    pooled = Score(sum(s.correct for s in scores), sum(s.total for s in scores))
+    least = max(m.vanishing or 0.0 for m in group)
+    return Cell(*name, tuple(s.accuracy for s in scores), seeds, pooled, least)

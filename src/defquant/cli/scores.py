@@ -96,8 +96,9 @@ def attack(
     from defquant.defenses import Unaware
     from defquant.detection import CALIBRATION, detect
     from defquant.distributed import pick_device
+    from defquant.files import write_json
     from defquant.images import MANIFEST, measure_and_save
-    from defquant.measure import write_examples
+    from defquant.measure import examples as pictures
     from defquant.progress import AttackProgress
     from defquant.replay import replay
 
@@ -139,9 +140,9 @@ def attack(
                 for r in detect(run, model, facts, tested, clean, first_order, **how):
                     print_json(r) if json else print(rows.detection_row(r, width), flush=True)
             if examples:
-                write_examples(
-                    run, model, facts, tested, _shown(attacks, eps), examples, seed, batch_size
-                )
+                best = _shown(attacks, eps)
+                found = pictures(run, model, facts, tested, best, examples, seed, batch_size)
+                write_json(run / "examples.json", found)
             print(run / "results.jsonl")
             if detector:
                 print(run / "detector.json")

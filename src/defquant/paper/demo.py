@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from defquant.config import DataConfig, ModelConfig, TrainConfig
-from defquant.files import owned_folder
+from defquant.files import owned_folder, write_json
 from defquant.paper.workers import cores, each
 
 __all__ = ["Network", "networks", "run_demo"]
@@ -75,7 +75,7 @@ def _train_and_attack(out: Path, network: Network) -> None:
     import torch
 
     from defquant.attacks.names import parse_attack
-    from defquant.measure import load_on, measure, write_examples
+    from defquant.measure import examples, load_on, measure
     from defquant.runs import test_images, train_run
 
     run = out / network.name
@@ -89,4 +89,5 @@ def _train_and_attack(out: Path, network: Network) -> None:
     (run / "results.jsonl").unlink(missing_ok=True)
     for _ in measure(run, model, facts, images, attacks):
         pass
-    write_examples(run, model, facts, images, parse_attack("pgd-20", EPS[2]))
+    shown = examples(run, model, facts, images, parse_attack("pgd-20", EPS[2]))
+    write_json(run / "examples.json", shown)

@@ -225,7 +225,9 @@ def _detector(model: nn.Module, facts: Facts, cell: Cell) -> dict[str, Any]:
 def _pictures(model: nn.Module, facts: Facts, cell: Cell) -> dict[str, Any]:
     """Figure 7: the pictures and predictions of `defquant.measure.examples`."""
     images = test_images(facts, None, cell.images, cell.split)
-    return examples(model, facts, images, parse_attack(cell.attack, cell.eps), PICTURES)
+    return examples(
+        Path(cell.network.name), model, facts, images, parse_attack(cell.attack, cell.eps), PICTURES
+    )
 
 
 _PROBES: dict[Kind, Callable[[nn.Module, Facts, Cell], Any]] = {
