@@ -21,12 +21,12 @@ from defquant.defenses import (
     Detector,
     FeatureSqueezing,
     Unaware,
+    detection,
     median_2x2,
     reduce_depth,
     squeeze,
     squeezing_distance,
 )
-from defquant.detection import detection
 from defquant.errors import UserError
 from defquant.evaluate import correct, vanishing
 from defquant.models import build

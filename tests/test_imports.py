@@ -12,9 +12,9 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "defquant"
 ORDER = (
     "errors", "typed", "files", "config", "results", "quantize", "weights", "lipschitz", "data",
-    "models", "attacks", "captured", "integers", "defenses", "progress", "distributed",
+    "models", "attacks", "captured", "integers", "progress", "distributed",
     "evaluate", "monitor", "training", "checkpoint", "runs", "replay", "measure", "images",
-    "foreign", "detection", "deploy", "diagnose", "paper", "report", "cli", "__main__",
+    "defenses", "foreign", "deploy", "diagnose", "paper", "report", "cli", "__main__",
 )  # fmt: skip
 TORCHLESS = ("errors", "typed", "files", "config", "results", "report", "cli", "cli.verbs")
 

@@ -4,18 +4,25 @@ The squeezing itself is `defquant.models.squeezing`; its names can be imported f
 """
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from defquant.attacks import untouched
+from defquant.attacks import FirstOrder, untouched
 from defquant.attacks.compose import Elsewhere
-from defquant.attacks.contract import Draws, Ids, made_by
-from defquant.data import as_labels, in_unit, to_unit
+from defquant.attacks.contract import Draws, Ids, Target, attacked, made_by
+from defquant.checkpoint import Facts, stamp
+from defquant.data import Dataset, as_labels, in_unit, to_unit
 from defquant.errors import UserError
+from defquant.evaluate import correct
+from defquant.files import write_json
+from defquant.measure import about, subject_of
 from defquant.models.squeezing import (
     FeatureSqueezing,
     check_images,
@@ -26,9 +33,12 @@ from defquant.models.squeezing import (
 from defquant.results import UNAWARE, Score
 
 __all__ = [
-    "Detection", "Detector", "FeatureSqueezing", "Squeezer", "Unaware", "median_2x2",
-    "reduce_depth", "squeeze", "squeezing_distance",
+    "CALIBRATION", "Detection", "Detector", "FeatureSqueezing", "Squeezer", "Unaware", "detect",
+    "detection", "median_2x2", "reduce_depth", "squeeze", "squeezing_distance",
 ]  # fmt: skip
+
+CALIBRATION = 1000  # training images on which the threshold of `detection` is fitted
+RATE = 0.05  # of them, flagged at most
 
 Squeezer = Callable[[Tensor], Tensor]
 """Images (n, c, h, w) in [0, 1] to images of the same shape and range."""
@@ -160,3 +170,75 @@ def _probabilities(
     with untouched(model), torch.no_grad():
         logits = [model(squeezer(to_unit(part))) for part in x.split(batch_size)]
     return torch.cat(logits).float().softmax(1)
+
+
+def detection(
+    model: nn.Module,
+    data: Dataset,
+    calibration: Dataset,
+    attack: FirstOrder,
+    *,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> Detection:
+    """What a `Detector` flags of the images that `attack` makes of `data`, and of `data` itself.
+
+    The detector is Xu et al.'s: the larger of the two distances ||p(x) - p(s(x))||_1, s the depth
+    of 5 bits and the 2x2 median, above the lowest threshold that flags at most 5 % of the clean
+    images of `calibration`, others than those of `data`. The attack, whose best iterates are taken
+    and whose draws belong to an image's place in `data`, does not know of it: an adaptive one may
+    evade it. Of a `FeatureSqueezing` the network inside is attacked and watched: the detector
+    squeezes the images itself. The model is left as it was found.
+
+    Returns:
+        `detected` of the images that the network had right and the attack got wrong (Xu et al.
+        count so), `false_positives` of all clean images.
+    """
+    network = model.model if isinstance(model, FeatureSqueezing) else model
+    device = next(network.parameters(), data.images).device
+    data = data.to(device)
+    detector = Detector().fit(network, calibration.to(device).images, RATE, batch_size)
+    target = Target(network, data.images, data.labels, seed, batch_size)
+    made = partial(attack.made, network, seed=seed)  # the draws of `evaluate.robust`
+    images = torch.cat([part for _, part in attacked(made, target)])
+    with untouched(network):
+        right = correct(network, data, batch_size=batch_size)
+    if not right.any():
+        flagged = detector.flags(network, data.images, batch_size)
+        return Detection(None, Score(int(flagged.sum()), len(flagged)))
+    return detector.rates(network, data.images, images[right], data.labels[right], batch_size)
+
+
+def detect(
+    run: Path,
+    model: nn.Module,
+    facts: Facts,
+    images: Dataset,
+    calibration: Dataset,
+    attacks: Sequence[FirstOrder],
+    *,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> Iterator[dict[str, Any]]:
+    """`detection` for each attack: a record of counts and settings, in the run's `detector.json`.
+
+    `detected` of `fooling` adversarial images, `false_positives` of `clean` ones. The file is made
+    anew, and holds what is finished after every attack.
+    """
+    records: list[dict[str, Any]] = []
+    for attack in attacks:
+        start = time.perf_counter()
+        found = detection(model, images, calibration, attack, seed=seed, batch_size=batch_size)
+        caught, false = found.detected, found.false_positives
+        records.append(about(run, subject_of(facts), images) | {
+            "rule": "distance", "squeezers": ["depth of 5 bits", "2x2 median"],
+            "false_positive_rate": RATE,
+            "calibration": {"fingerprint": calibration.fingerprint, "images": len(calibration)},
+            "detected": caught.correct if caught else 0, "fooling": caught.total if caught else 0,
+            "false_positives": false.correct, "clean": false.total,
+            "attack": attack.name, "eps": attack.eps, "settings": repr(attack),
+            "attack_seed": seed, "seconds": round(time.perf_counter() - start, 3),
+            "evidence": stamp(next(model.parameters()).device),
+        })  # fmt: skip
+        write_json(run / "detector.json", records)
+        yield records[-1]

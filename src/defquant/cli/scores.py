@@ -93,8 +93,7 @@ def attack(
     least(0, examples=examples)
     from defquant.attacks import FirstOrder
     from defquant.attacks.names import parse_attack
-    from defquant.defenses import Unaware
-    from defquant.detection import CALIBRATION, detect
+    from defquant.defenses import CALIBRATION, Unaware, detect
     from defquant.distributed import pick_device
     from defquant.files import write_json
     from defquant.images import MANIFEST, measure_and_save

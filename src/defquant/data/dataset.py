@@ -268,12 +268,13 @@ def in_unit(images: Any, where: str = "") -> Tensor:
 
     Raises `UserError`, which names a remedy for the type and range found, for all others.
     """
-    rule = f"{where}images are float in [0, 1] or uint8"
-    x = _tensor(images, rule)
+    x = _tensor(images, f"{where}images are float in [0, 1] or uint8")
     if x.dtype == torch.uint8 or not x.numel():
         return x
     if not x.is_floating_point():
-        raise UserError(f"{rule}; found {x.dtype}: {_remedy(x)}")
+        raise UserError(
+            f"{where}images are float in [0, 1] or uint8; found {x.dtype}: {_remedy(x)}"
+        )
     low, high = x.aminmax()
     if (low >= 0) & (high <= 1):  # one answer from the GPU to wait for, not two
         return x

@@ -18,8 +18,7 @@ from torch import nn
 from defquant.attacks import Attack, Composition, Single
 from defquant.attacks.names import parse_attack, parse_first_order
 from defquant.checkpoint import Facts, versions
-from defquant.defenses import Unaware
-from defquant.detection import CALIBRATION, detection
+from defquant.defenses import CALIBRATION, Unaware, detection
 from defquant.diagnose import first_block_distances, layer_distances
 from defquant.distributed import pick_device
 from defquant.errors import UserError
