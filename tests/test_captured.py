@@ -67,6 +67,12 @@ def in_place(net: Any, x: Tensor) -> Tensor:
     return net.fc(nn.functional.relu_(y).mean((2, 3)))  # type: ignore[no-any-return]
 
 
+def several_outputs(net: Any, x: Tensor) -> Tensor:
+    """Views of what is not contiguous, and one of several outputs."""
+    first, second = net.conv(x).transpose(1, 3).contiguous().view(x.size(0), -1, 6).chunk(2, 1)
+    return net.fc(first + second.max(1, keepdim=True)[0]).mean(1)  # type: ignore[no-any-return]
+
+
 SEEN = {
     "usual": net(),
     "a subclass": net(replaced),
@@ -77,6 +83,7 @@ SEEN = {
     "spectral norm": net(lambda m: spectral_norm(m.conv)),
     "parametrised": net(lambda m: parametrizations.spectral_norm(m.conv)),
     "in place": net(function=in_place),
+    "several outputs": net(function=several_outputs),
     "optional input": Optional(net()),
     "double": net().double(),
     "squeezed": build(ModelConfig("wrn-10-1", bits=2, squeeze=5), num_classes=4, in_channels=3),

@@ -89,8 +89,15 @@ class _Kept(fx.Interpreter):
 
 
 def operation(node: fx.Node) -> str:
-    """The name of an operation with its overload, `aten.conv2d.default`; "" of other nodes."""
-    return str(node.target) if node.op == "call_function" else ""
+    """The name of an operation with its overload, `aten.conv2d.default`; "" of other nodes.
+
+    Python's own have no overload: `getitem`, what one of several outputs is taken by.
+    """
+    return _target(node.target) if node.op == "call_function" else ""
+
+
+def _target(target: Any) -> str:
+    return str(target) if isinstance(target, torch._ops.OpOverload) else str(target.__name__)
 
 
 def capture(model: nn.Module, images: Tensor, *, trainable: bool = False) -> Captured:
@@ -270,7 +277,7 @@ class _Reading:
             target = _functional(node)
             layer = self._layer(node)
             made = self.graph.create_node(
-                "call_function", target, *copied, name=self._name(layer, str(target))
+                "call_function", target, *copied, name=self._name(layer, _target(target))
             )
             made.meta = {"val": node.meta.get("val"), "layer": layer or made.name}
             self.new[node] = made
@@ -318,13 +325,15 @@ class _Reading:
     def _layer(self, node: fx.Node) -> str:
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         called = str(stack[-1][0]) if stack else ""
+        called = "" if called.startswith("_empty_nn_module_stack") else called  # torch's own word
         parameters = [self.meta[a].get("name", "") for a in node.all_input_nodes if a in self.meta]
         weights = [name for name in parameters if name.endswith("weight")]
         owner = weights[0].rpartition(".")[0] if weights else ""
         return owner if owner.startswith(called) else called
 
     def _name(self, layer: str, target: str) -> str:
-        return (layer or target.split(".")[1].rstrip("_")).replace(".", "_")
+        called = target.split(".")[1].rstrip("_") if "." in target else target
+        return (layer or called).replace(".", "_")
 
 
 def _draws(node: fx.Node) -> bool:
@@ -334,6 +343,8 @@ def _draws(node: fx.Node) -> bool:
 def _functional(node: fx.Node) -> Any:
     """The operation, or for one in place the same that makes a new tensor."""
     target: Any = node.target
+    if target is torch.ops.aten.view.default:  # strides differ where a `contiguous` was passed over
+        return torch.ops.aten.reshape.default
     if not _mutates(node):
         return target
     space, name, overload = str(target).split(".")
