@@ -1,7 +1,8 @@
 """Activations onto a grid, and the straight-through gradient; weights are in `weights.py`."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,8 @@ from defquant.config import Activation, check_bits
 from defquant.errors import UserError
 
 __all__ = [
-    "QuantBranch", "QuantReLU", "QuantTanh", "Quantizer", "activation", "fake_quantize",
-    "full_precision", "set_bits",
+    "Cells", "QuantBranch", "QuantReLU", "QuantTanh", "Quantizer", "Rounded", "Staircase",
+    "activation", "fake_quantize", "full_precision", "set_bits",
 ]  # fmt: skip
 
 
@@ -153,6 +154,19 @@ def fake_quantize(x: Tensor, bits: int | None, high: float = 6.0) -> Tensor:
     return _FakeQuantize.apply(x, levels, high)  # type: ignore[no-untyped-call,no-any-return]
 
 
+class Cells(NamedTuple):
+    """Where a quantiser's input lies: `scaled`, a threshold half way between whole numbers.
+
+    It rises in cells `first` to `last`; `rate` is d scaled / dx where that is no constant that the
+    steps of the output undo.
+    """
+
+    scaled: Tensor
+    first: float
+    last: float
+    rate: Tensor | None = None
+
+
 class Quantizer(nn.Module):
     """An activation function whose output is rounded to `bits` bits, or not at all (None).
 
@@ -163,6 +177,10 @@ class Quantizer(nn.Module):
     def __init__(self, bits: int | None = None) -> None:
         super().__init__()
         self.bits = check_bits(bits)
+
+    def cells(self, x: Tensor) -> Cells | None:
+        """The staircase at `x`, for a backward pass that smooths it; None at full precision."""
+        return None
 
 
 class QuantReLU(Quantizer):
@@ -176,6 +194,12 @@ class QuantReLU(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         return fake_quantize(x, self.bits, self.high)
+
+    def cells(self, x: Tensor) -> Cells | None:
+        if self.bits is None:
+            return None
+        levels = 2**self.bits - 1
+        return Cells(x * (levels / self.high), 0, levels - 1)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, high={self.high:g}"
@@ -199,8 +223,86 @@ class QuantTanh(Quantizer):
         error = (fixed + 1).mul_(levels / 2).round_().mul_(2 / levels).sub_(1).sub_(fixed)
         return t + error
 
+    def cells(self, x: Tensor) -> Cells | None:
+        if self.bits is None:
+            return None
+        t, levels = torch.tanh(x), 2**self.bits - 1
+        return Cells((t + 1) * (levels / 2), 0, levels - 1, 1 - t * t)
+
     def extra_repr(self) -> str:
         return f"bits={self.bits}"
+
+
+class Staircase(Quantizer):
+    r"""Whole numbers of `u`, of a range: clamp(rounding(u), low, high), someone else's quantiser.
+
+    Ties to even, as ONNX; straight-through inside the range, no gradient outside it, as
+    `fake_quantize`. `bits` are at first those that number the range, at most 8; others spread
+    2^bits values over a bounded range, None clamps alone.
+
+    Args:
+        low, high: whole numbers, or infinite.
+        rounding: `torch.round`, or `torch.floor`, `torch.ceil`, `torch.trunc`.
+    """
+
+    def __init__(
+        self,
+        low: float = -math.inf,
+        high: float = math.inf,
+        rounding: Callable[[Tensor], Tensor] = torch.round,
+    ) -> None:
+        bounded = math.isfinite(high - low)
+        super().__init__(min(8, math.ceil(math.log2(high - low + 1))) if bounded else 8)
+        self.low, self.high, self.rounding, self.own = low, high, rounding, self.bits
+        self.shift = 0.5 * (rounding in (torch.floor, torch.trunc)) - 0.5 * (rounding == torch.ceil)
+
+    def forward(self, u: Tensor) -> Tensor:
+        u = full_precision(u)
+        if self.bits is None:
+            return u.clamp(self.low, self.high)
+        step, low = self.step()
+        with torch.no_grad():
+            if self.bits == self.own:
+                rounded = self.rounding(u)
+            else:
+                rounded = u.sub(low).div_(step).round_().mul_(step).add_(low)
+            rounded = rounded.clamp(self.low, self.high)
+            endless = math.isinf(self.low) and math.isinf(self.high)
+            inside = None if endless else (u > self.low) & (u < self.high)
+        return Rounded.apply(u, rounded, inside)  # type: ignore[no-untyped-call,no-any-return]
+
+    def step(self) -> tuple[float, float]:
+        """How far its values lie apart, in whole numbers, and where they begin."""
+        low = self.low if math.isfinite(self.low) else 0.0
+        if self.bits is None or self.bits == self.own or not math.isfinite(self.high - self.low):
+            return 1.0, low
+        return (self.high - self.low) / (2**self.bits - 1), low
+
+    def cells(self, u: Tensor) -> Cells | None:
+        if self.bits is None:
+            return None
+        step, low = self.step()
+        first, last = (self.low - low) / step, (self.high - low) / step - 1
+        return Cells((u - (low + self.shift)) / step, first, last)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, low={self.low:g}, high={self.high:g}"
+
+
+class Rounded(torch.autograd.Function):
+    """`rounded` forward; backward the gradient of the identity, where `inside` (None: all)."""
+
+    @staticmethod
+    def forward(x: Tensor, rounded: Tensor, inside: Tensor | None) -> Tensor:
+        return rounded
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad[0] if ctx.saved_tensors[0] is None else _masked(ctx, grad[0]), None, None
 
 
 class QuantBranch(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from defquant.attacks.engine import Forward
 from defquant.config import check_bits, positive
 from defquant.errors import UserError
-from defquant.quantize import Quantizer, QuantReLU, QuantTanh, set_bits
+from defquant.quantize import Quantizer, set_bits
 
 __all__ = [
     "EOT", "ClipFree", "FloatTwin", "Precisions", "SoftRound", "staircase_slope",
@@ -74,21 +74,14 @@ class SoftRound:
         return _backward(model, self._derivative)
 
     def _derivative(self, quantizer: Quantizer, x: Tensor) -> Tensor | None:
-        if quantizer.bits is None:
+        cells = quantizer.cells(x)
+        if cells is None or quantizer.bits is None:
             return None
-        levels = 2**quantizer.bits - 1
         slope = self.slope or staircase_slope(quantizer.bits)
-        if isinstance(quantizer, QuantReLU):
-            scaled, rate = x * (levels / quantizer.high), None
-        elif isinstance(quantizer, QuantTanh):
-            t = torch.tanh(x)
-            scaled, rate = (t + 1) * (levels / 2), 1 - t * t
-        else:
-            return None
-        cell = scaled.floor().clamp_(0, levels - 1)
-        stair = torch.sigmoid(scaled.sub_(cell).sub_(0.5).mul_(slope))
+        cell = cells.scaled.floor().clamp_(cells.first, cells.last)
+        stair = torch.sigmoid(cells.scaled.sub_(cell).sub_(0.5).mul_(slope))
         steep = stair.mul(1 - stair).mul_(slope / math.tanh(slope / 4))
-        return steep if rate is None else steep.mul_(rate)
+        return steep if cells.rate is None else steep.mul_(cells.rate)
 
 
 @dataclass(frozen=True)

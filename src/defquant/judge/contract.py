@@ -1,0 +1,289 @@
+"""How 8-bit images are given to a file, and what its columns mean: found on labelled images."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import binomtest
+from torch import Tensor, nn
+
+from defquant.deploy.runtime import session
+from defquant.errors import UserError
+from defquant.judge.nodes import blamed
+from defquant.judge.twin import Layout, Twin, read_onnx
+from defquant.quantize import Rounded
+from defquant.results import Score
+
+__all__ = ["RANGES", "Contract", "File", "Found", "Front", "find_contract", "normalised"]
+
+_AT_ONCE = 64
+_FIRST = 64
+"""Images that each way is tried on before the best are tried on all."""
+_CHANCE = 1e-3
+Affine = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def normalised(mean: Sequence[float], std: Sequence[float]) -> Affine:
+    """(x - mean) / std of images x in [0, 1], of pixels."""
+    return tuple(255 * m for m in mean), tuple(255 * s for s in std)
+
+
+RANGES: dict[str, Affine] = {
+    "0..1": ((0.0,), (255.0,)),
+    "0..255": ((0.0,), (1.0,)),
+    "-1..1": ((127.5,), (127.5,)),
+    "-128..127": ((128.0,), (1.0,)),
+    "ImageNet's mean and std": normalised((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "CIFAR-10's mean and std": normalised((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+}
+"""By name: what is subtracted from a pixel of 0..255, and what it is then divided by."""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a file takes for an image, and which of its columns stands for each class.
+
+    Attributes:
+        range: its name; the value of a pixel is (pixel - shift) / divide, for each channel or all.
+        layout: of the axes.
+        bgr: the channels in reverse.
+        whole: the least and the greatest whole number of a file that takes such; None for floats.
+        order: columns by class, those of others are left out; None for one of each, in order.
+    """
+
+    range: str
+    shift: tuple[float, ...]
+    divide: tuple[float, ...]
+    layout: Layout = "NCHW"
+    bgr: bool = False
+    whole: tuple[int, int] | None = None
+    order: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        channels = ", BGR" if self.bgr else ""
+        kind = "" if self.whole is None else ", uint8" if self.whole[0] == 0 else ", int8"
+        ordered = self.order in (None, tuple(range(len(self.order or ()))))
+        return f"{self.range}{kind}, {self.layout}{channels}" + ("" if ordered else ", own order")
+
+    def fed(self, pixels: Tensor, sizes: Sequence[int]) -> Tensor:
+        """What the file gets for `pixels`, floats of 0..255 (n, c, h, w), as (n, *sizes)."""
+        shift, divide = (pixels.new_tensor(v)[:, None, None] for v in (self.shift, self.divide))
+        x = (pixels.flip(1) if self.bgr else pixels).sub(shift).div(divide)
+        if self.whole is not None:
+            with torch.no_grad():
+                rounded = x.round().clamp(*self.whole)
+            x = Rounded.apply(x, rounded, None)  # type: ignore[no-untyped-call]
+        x = x.permute(0, 2, 3, 1) if self.layout == "NHWC" else x
+        return x.reshape(len(x), *sizes)
+
+    def chosen(self, columns: Tensor) -> Tensor:
+        """(n, columns) of the file as (n, classes) of the data."""
+        return columns if self.order is None else columns[:, list(self.order)]
+
+
+class Front(nn.Module):
+    """A twin behind its contract: images in [0, 1] (n, c, h, w) to logits in the data's order."""
+
+    def __init__(self, twin: Twin, contract: Contract) -> None:
+        super().__init__()
+        self.twin, self.contract = twin, contract
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.contract.chosen(self.twin(self.contract.fed(x * 255, self.twin.sizes)))
+
+
+class File:
+    """An ONNX file in onnxruntime, on one thread, and its twin.
+
+    Attributes:
+        twin: with gradients; nothing is run before it was read.
+
+    Raises:
+        UserError: as `read_onnx`, or onnxruntime does not take the file.
+    """
+
+    def __init__(self, path: Path | str, image: tuple[int, int, int] | None = None) -> None:
+        self.path = Path(path)
+        self.twin = read_onnx(self.path, image)
+        self.session = session(self.path, threads=1)
+
+    def answers(self, values: Tensor) -> Tensor:
+        """The file's output (n, columns) in float32 for `values` (n, ...) as it takes them.
+
+        One image at a time where they would mix; a batch that the file fixes is filled up.
+        """
+        port, rows = self.twin.port, self.twin.port.batch or (1 if self.twin.alone else _AT_ONCE)
+        parts = []
+        for part in values.to(port.dtype).split(rows):
+            given = part
+            if port.batch is not None:
+                given = torch.cat([part, part[-1:].expand(rows - len(part), *part.shape[1:])])
+            with blamed(f"onnxruntime cannot run {self.path}"):
+                (made,) = self.session.run([self.twin.output], {port.name: given.numpy()})
+            parts.append(torch.from_numpy(np.asarray(made, np.float32))[: len(part)].flatten(1))
+        return torch.cat(parts)
+
+    def predict(self, pixels: Tensor, contract: Contract) -> Tensor:
+        """Classes (n,) that the file itself gives to `pixels`, uint8 (n, c, h, w)."""
+        values = contract.fed(pixels.float(), self.twin.sizes)
+        return contract.chosen(self.answers(values)).argmax(1)
+
+    def model(self, contract: Contract) -> Front:
+        """What attacks take: images in [0, 1] to logits, with gradients."""
+        return Front(self.twin, contract)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The contract that the labelled images speak for, and the next best."""
+
+    contract: Contract
+    score: Score
+    second: Contract | None
+    second_score: Score | None
+
+    def __str__(self) -> str:
+        line = f"input: {self.contract}: {self.score}"
+        if self.second is None or self.second_score is None:
+            return line
+        return f"{line}; next best {self.second}: {self.second_score.accuracy:.1%}"
+
+
+def find_contract(
+    file: File,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    classes: int | None = None,
+    ranges: Sequence[str] | None = None,
+    layout: Layout | None = None,
+    bgr: bool | None = None,
+) -> Found:
+    """Try ways to feed the file on labelled images; the one that is right most often.
+
+    The order of the classes is the file's own unless another, matched on every other image
+    (Hungarian method), is right more often on the rest, beyond their intervals.
+
+    Args:
+        images: uint8 (n, c, h, w); a few hundred are enough.
+        labels: whole numbers (n,).
+        classes: of the data; one more than the greatest label, when None.
+        ranges, layout, bgr: what is known and need not be tried; names of `RANGES`.
+
+    Raises:
+        UserError: the images do not fit the file, it has fewer columns than there are classes, or
+            the best way is right no more often than chance.
+    """
+    count = int(labels.max()) + 1 if classes is None else classes
+    if file.twin.classes < count:
+        raise UserError(
+            f"{file.path} has {file.twin.classes} outputs and the data {count} classes: use the "
+            "data that it was trained for"
+        )
+    ways = list(_ways(file.twin, images.shape[1:], ranges, layout, bgr))
+    first = _Trial(file, images[:_FIRST], labels[:_FIRST], count)
+    best = sorted(ways, key=first.matched, reverse=True)[:3]
+    trial = _Trial(file, images, labels, count)
+    scored = [(way, trial.right(way.chosen(trial.columns(way)), slice(None)))
+              for way in map(trial.ordered, best)]  # fmt: skip
+    scored.sort(key=lambda pair: pair[1].correct, reverse=True)
+    contract, score = scored[0]
+    luck = binomtest(score.correct, score.total, 1 / count, alternative="greater").pvalue
+    if not luck * len(ways) < _CHANCE:
+        raise UserError(
+            f"{file.path} guesses, however it is fed: at best {score} with {contract}, of "
+            f"{count} classes: say how its images were prepared, or give the data it was made for"
+        )
+    return Found(contract, score, *(scored[1] if len(scored) > 1 else (None, None)))
+
+
+def _ways(
+    twin: Twin,
+    image: Sequence[int],
+    ranges: Sequence[str] | None,
+    layout: Layout | None,
+    bgr: bool | None,
+) -> Iterator[Contract]:
+    """Contracts that fit the file, the plain ones first, each function once."""
+    c, h, w = image
+    layouts: list[Layout] = [layout] if layout else ["NCHW", "NHWC"]
+    fitting = [way for way in layouts if twin.port.fits((c, h, w), way)]
+    if not fitting:
+        raise UserError(
+            f"the file takes {list(twin.port.shape)} and the images are {c} x {h} x {w}: use the "
+            "data that it was trained for"
+        )
+    kind = twin.port.dtype
+    whole = {torch.uint8: (0, 255), torch.int8: (-128, 127)}.get(kind)
+    colours = [bgr] if bgr is not None else [False, True] if c == 3 else [False]
+    seen = set()
+    for name, (shift, divide) in _affines(twin, whole, ranges):
+        if len(shift) not in (1, c):
+            continue
+        for way in fitting:
+            for reverse in colours:
+                key = tuple(round(v, 6) for v in (*shift, *divide)), way, reverse
+                if key not in seen:
+                    seen.add(key)
+                    yield Contract(name, shift, divide, way, reverse, whole)
+
+
+def _affines(
+    twin: Twin, whole: tuple[int, int] | None, ranges: Sequence[str] | None
+) -> Iterator[tuple[str, Affine]]:
+    named = {name: RANGES[name] for name in ranges or RANGES}
+    if whole is None:
+        yield from named.items()
+        return
+    plain = "0..255" if whole[0] == 0 else "-128..127"
+    if plain in named:
+        yield plain, RANGES[plain]
+    if twin.grid is not None:
+        scale, zero = twin.grid
+        for name, (shift, divide) in named.items():
+            moved = tuple(s - zero * d * scale for s, d in zip(shift, divide, strict=True))
+            yield name, (moved, tuple(d * scale for d in divide))
+
+
+class _Trial:
+    """Labelled images and what the file says of them."""
+
+    def __init__(self, file: File, images: Tensor, labels: Tensor, classes: int) -> None:
+        self.file, self.labels, self.classes = file, labels, classes
+        self.pixels = images.float()
+
+    def columns(self, way: Contract) -> Tensor:
+        return self.file.answers(way.fed(self.pixels, self.file.twin.sizes))
+
+    def matched(self, way: Contract) -> int:
+        """Images right under the best order of the classes."""
+        table = self.table(self.columns(way).argmax(1), slice(None))
+        rows, columns = linear_sum_assignment(-table)
+        return int(table[rows, columns].sum())
+
+    def table(self, said: Tensor, part: slice) -> NDArray[Any]:
+        table = np.zeros((self.classes, self.file.twin.classes), np.int64)
+        np.add.at(table, (self.labels[part].numpy(), said[part].numpy()), 1)
+        return table
+
+    def ordered(self, way: Contract) -> Contract:
+        """`way` with the order of the classes that holds for images it was not found on."""
+        columns = self.columns(way)
+        said, odd = columns.argmax(1), slice(1, None, 2)
+        plain = tuple(range(self.classes)) if self.file.twin.classes > self.classes else None
+        order = tuple(linear_sum_assignment(-self.table(said, slice(0, None, 2)))[1].tolist())
+        right = [self.right(replace(way, order=o).chosen(columns), odd) for o in (plain, order)]
+        if right[1].interval[0] <= right[0].interval[1]:
+            return replace(way, order=plain)
+        whole = linear_sum_assignment(-self.table(said, slice(None)))[1]
+        return replace(way, order=tuple(whole.tolist()))
+
+    def right(self, columns: Tensor, part: slice) -> Score:
+        hits = columns.argmax(1)[part] == self.labels[part]
+        return Score(int(hits.sum()), len(hits))
