@@ -14,7 +14,7 @@ ORDER = (
     "errors", "typed", "files", "config", "results", "quantize", "weights", "lipschitz", "data",
     "models", "attacks", "captured", "integers", "progress", "distributed",
     "evaluate", "monitor", "training", "checkpoint", "runs", "replay", "measure", "images",
-    "defenses", "foreign", "deploy", "diagnose", "judge", "paper", "report", "cli", "__main__",
+    "defenses", "foreign", "deploy", "diagnose", "judging", "paper", "report", "cli", "__main__",
 )  # fmt: skip
 TORCHLESS = ("errors", "typed", "files", "config", "results", "report", "cli", "cli.verbs")
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from defquant.errors import UserError, shown
 from defquant.files import opened, read_bytes
-from defquant.judge.operators import OPERATORS
-from defquant.judge.quantized import QUANTIZED
-from defquant.judge.shapes import Step
+from defquant.judging.operators import OPERATORS
+from defquant.judging.quantized import QUANTIZED
+from defquant.judging.shapes import Step
 
 __all__ = ["LARGEST", "TABLE", "Nodes", "blamed", "read_nodes"]
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from defquant.judge.operators import OPERATORS, average_pool, conv
-from defquant.judge.shapes import Numbers, Step, along
+from defquant.judging.operators import OPERATORS, average_pool, conv
+from defquant.judging.shapes import Numbers, Step, along
 
 __all__ = ["QUANTIZED", "ZERO"]
 

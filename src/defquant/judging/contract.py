@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from defquant.deploy.runtime import session
 from defquant.errors import UserError
-from defquant.judge.nodes import blamed
-from defquant.judge.twin import Layout, Twin, read_onnx
+from defquant.judging.nodes import blamed
+from defquant.judging.twin import Layout, Twin, read_onnx
 from defquant.quantize import Rounded
 from defquant.results import Score
 

@@ -15,7 +15,7 @@ from onnx import TensorProto
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from defquant.judge.shapes import SHAPES, Numbers, Step, along, padded
+from defquant.judging.shapes import SHAPES, Numbers, Step, along, padded
 
 __all__ = ["NUMBERS", "OPERATORS", "average_pool", "conv"]
 

@@ -15,10 +15,10 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from defquant.errors import UserError, shown
-from defquant.judge.nodes import LARGEST, TABLE, Nodes, blamed, read_nodes
-from defquant.judge.operators import NUMBERS
-from defquant.judge.quantized import ZERO
-from defquant.judge.shapes import Step
+from defquant.judging.nodes import LARGEST, TABLE, Nodes, blamed, read_nodes
+from defquant.judging.operators import NUMBERS
+from defquant.judging.quantized import ZERO
+from defquant.judging.shapes import Step
 
 __all__ = ["Layout", "Port", "Twin", "laid", "read_onnx"]
 
