@@ -4,6 +4,7 @@ import hashlib
 import json
 import warnings
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,25 +56,30 @@ def replay(
     Raises `UserError` where there is no finished run. Warns where the folder cannot be written.
     """
     checkpoint = find(run)
-    header = _header(attack, seed, data, checkpoint)
+    with checkpoint.open("rb") as file:
+        substitute = hashlib.file_digest(file, "sha256").hexdigest()
+    header = json.dumps({  # all that decides the images; the attack whole, as its repr rounds
+        "format": FORMAT, "attack": repr(attack), "eps": attack.eps, "walk": asdict(attack.walk),
+        "seed": seed, "data": data.fingerprint, "substitute": substitute,
+    })  # fmt: skip
     name = hashlib.sha256(header.encode()).hexdigest()[:16]
     path = checkpoint.parent / FOLDER / f"{name}.safetensors"
     images = _read(path, header, data.images.shape)
     if images is None:
-        made = _make(attack, run, data, seed, device, batch_size)
-        images = _keep(path, header, made)
+        images, there = torch.empty(data.images.shape), data.to(device)
+        target = Target(load_on(run, device)[0], there.images, there.labels, seed, batch_size)
+        for ids, made in attacked(called(attack, target, last=True), target):
+            images[ids.cpu()] = made.cpu()
+        try:
+            write_whole(path, partial(_write, images, header))
+        except UserError:
+            warnings.warn(
+                "a substitute's folder cannot be written: its images are made again each time",
+                DefquantWarning, stacklevel=2,
+            )  # fmt: skip
+        kept = _read(path, header, images.shape)  # so that memory holds no second copy
+        images = images if kept is None else kept
     return Replay(attack, images, source or str(run))
-
-
-def _header(attack: FirstOrder, seed: int, data: Dataset, checkpoint: Path) -> str:
-    """JSON of all that decides the images; the attack whole, as its repr rounds."""
-    with checkpoint.open("rb") as file:
-        substitute = hashlib.file_digest(file, "sha256").hexdigest()
-    facts = {
-        "format": FORMAT, "attack": repr(attack), "eps": attack.eps, "walk": asdict(attack.walk),
-        "seed": seed, "data": data.fingerprint, "substitute": substitute,
-    }  # fmt: skip
-    return json.dumps(facts)
 
 
 def _read(path: Path, header: str, shape: torch.Size) -> Tensor | None:
@@ -88,35 +94,8 @@ def _read(path: Path, header: str, shape: torch.Size) -> Tensor | None:
     return images if images.shape == shape and images.dtype == torch.float32 else None
 
 
-def _make(
-    attack: FirstOrder, run: Path, data: Dataset, seed: int, device: torch.device, batch_size: int
-) -> Tensor:
-    """Last iterates on the network of `run`, float32 on the CPU, drawn as `evaluate` draws them."""
-    substitute, _ = load_on(run, device)
-    there, images = data.to(device), torch.empty(data.images.shape)
-    target = Target(substitute, there.images, there.labels, seed, batch_size)
-    for ids, made in attacked(called(attack, target, last=True), target):
-        images[ids.cpu()] = made.cpu()
-    return images
-
-
-def _keep(path: Path, header: str, made: Tensor) -> Tensor:
-    """The images `made` as the file just written has them, so that memory holds no second copy."""
-
-    def write(temporary: Path) -> None:
-        try:
-            save_file({"images": made}, temporary, metadata={"defquant": header})
-        except SafetensorError as error:  # a full disk, for one
-            raise OSError(str(error)) from None
-
+def _write(images: Tensor, header: str, path: Path) -> None:
     try:
-        write_whole(path, write)
-    except UserError:
-        _warn("a substitute's folder cannot be written: its images are made again each time")
-        return made
-    kept = _read(path, header, made.shape)
-    return made if kept is None else kept
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, DefquantWarning, stacklevel=4)
+        save_file({"images": images}, path, metadata={"defquant": header})
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(str(error)) from None
