@@ -330,7 +330,7 @@ def edit(folder: Path, line: int, **changes: Any) -> None:
         (3, {"eps": float("nan")}, "eps must be a finite number; found nan"),
         (3, {"sha256": None}, "sha256 must be a text; found None"),
         (3, {"adversarial": 4}, "labels and answers"),
-        (3, {"distance": 256}, r"distance lie in 0\.\.255"),
+        (3, {"distance": 256}, r"distance must lie in 0\.\.255"),
     ],
 )
 def test_altered_manifests_are_named(

@@ -75,28 +75,21 @@ class Facts:
         method differ in bits, beta and seed alone.
         """
         model, train = self.model, self.train
-        penalised = train.beta > 0
-        defended = penalised or model.convex
-        words = ["DQ" if defended else "float" if model.bits is None else "vanilla"]
-        if defended and not (penalised and model.convex):
-            words.append("plain-sums" if penalised else "convex-only")
-        if penalised and train.penalty == "parseval":
-            words.append("Parseval")
-        if model.activation == "tanh":
-            words.append("tanh")
-        elif model.high != 6:
-            words.append(f"ReLU{model.high:g}")
-        parts = [" ".join(words)]
-        if model.squeeze is not None:
-            depth = "" if model.squeeze == 5 else f" {model.squeeze}-bit"
-            parts.append(f"squeezing{depth}")
-        if model.weight_bits is not None:
-            parts.append(f"W{model.weight_bits}")
-        if model.deployable:
-            parts.append("deployable")
-        if train.attack != "none":
-            parts.append(train.attack.upper())
-        return " + ".join(parts)
+        penalised, defended = train.beta > 0, train.beta > 0 or model.convex
+        words = {
+            "DQ" if defended else "float" if model.bits is None else "vanilla": True,
+            "plain-sums": penalised and not model.convex,
+            "convex-only": model.convex and not penalised,
+            "Parseval": penalised and train.penalty == "parseval",
+            "tanh": model.activation == "tanh",
+            f"ReLU{model.high:g}": model.activation != "tanh" and model.high != 6,
+            "+ squeezing": model.squeeze is not None,
+            f"{model.squeeze}-bit": model.squeeze not in (None, 5),
+            f"+ W{model.weight_bits}": model.weight_bits is not None,
+            "+ deployable": model.deployable,
+            f"+ {train.attack.upper()}": train.attack != "none",
+        }
+        return " ".join(word for word, holds in words.items() if holds)
 
 
 @dataclass(frozen=True)
@@ -144,16 +137,7 @@ def _fixed() -> dict[str, str]:
         found["processor"] = next(names, "")
         root = Path(__file__).parents[2]
         if (root / ".git").exists() and (root / "src" / "defquant").is_dir():  # no installed copy
-            git = [
-                "git",
-                "-C",
-                str(root),
-                "describe",
-                "--always",
-                "--dirty",
-                "--abbrev=40",
-                "--match=",
-            ]
+            git = ("git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--match=")
             said = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True)
             found["commit"] = said.stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -203,7 +187,11 @@ def load(path: Path | str) -> Checkpoint:
     header = metadata.get("defquant")
     if header is None:
         raise UserError(f"{path} holds tensors but no defquant header: it is another program's")
-    return Checkpoint(_facts(path, header), _part(tensors, "model."), _part(tensors, "momentum."))
+    weights, momentum = (
+        {name.removeprefix(part): v for name, v in tensors.items() if name.startswith(part)}
+        for part in ("model.", "momentum.")
+    )
+    return Checkpoint(_facts(path, header), weights, momentum)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -270,10 +258,6 @@ def load_on(run: Path, device: torch.device) -> tuple[nn.Module, Facts]:
         )
     layout = torch.channels_last if facts.train.channels_last else torch.contiguous_format
     return model.to(device=device, memory_format=layout), facts  # type: ignore[call-overload]
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _facts(path: Path, header: str) -> Facts:

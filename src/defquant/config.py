@@ -8,10 +8,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from defquant.errors import UserError, shown
-from defquant.typed import check_fields
+from defquant.typed import NOT_NEGATIVE, POSITIVE, UNIT, Rule, check_fields
 
 __all__ = [
     "PRESETS", "DataConfig", "ModelConfig", "TrainConfig", "check_bits", "check_eps", "digest",
@@ -23,6 +23,9 @@ PenaltyMode = Literal["fused", "loss", "parseval"]
 Schedule = Literal["step", "one-cycle", "constant"]
 TrainingAttack = Literal["none", "fgsm", "rfgsm", "pgd"]
 
+_WEIGHTS = Rule("must be 8, 4 or 2, or none for float weights", lambda bits: bits in (2, 4, 8))
+_BATCH = Rule("must be 2 or more", lambda n: n > 1)
+_MOMENTUM = Rule("must lie in [0, 1)", lambda x: 0 <= x < 1)
 _ELSEWHERE = ("data_root", "device")
 
 
@@ -73,10 +76,10 @@ class ModelConfig:
 
     model: str = "wrn-10-1"
     bits: int | None = None
-    high: float = 6.0
+    high: Annotated[float, POSITIVE] = 6.0
     convex: bool = False
     activation: Activation = "relu"
-    weight_bits: int | None = None
+    weight_bits: Annotated[int, _WEIGHTS] | None = None
     deployable: bool = False
     squeeze: int | None = None
 
@@ -84,11 +87,6 @@ class ModelConfig:
         check_bits(self.bits)
         check_bits(self.squeeze, "squeeze", "no squeezing")
         check_fields(self)
-        _require(
-            self.weight_bits in (None, 2, 4, 8),
-            f"weight_bits must be 8, 4 or 2, or none for float weights; found {self.weight_bits!r}",
-        )
-        _above_zero(self, "high")
 
 
 @dataclass(frozen=True)
@@ -105,14 +103,11 @@ class DataConfig:
 
     data: str = "digits"
     data_root: str | None = None
-    train_images: int | None = None
-    validation_images: int = 0
+    train_images: Annotated[int, POSITIVE] | None = None
+    validation_images: Annotated[int, NOT_NEGATIVE] = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _not_negative(self, "validation_images")
-        if self.train_images is not None:
-            _above_zero(self, "train_images")
 
 
 @dataclass(frozen=True)
@@ -146,22 +141,22 @@ class TrainConfig:
         device: `cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU where there is one.
     """
 
-    epochs: int = 15
-    batch_size: int = 128
-    lr: float = 0.1
+    epochs: Annotated[int, POSITIVE] = 15
+    batch_size: Annotated[int, _BATCH] = 128
+    lr: Annotated[float, POSITIVE] = 0.1
     schedule: Schedule = "one-cycle"
     milestones: tuple[int, ...] = ()
-    gamma: float = 0.2
-    momentum: float = 0.9
+    gamma: Annotated[float, POSITIVE] = 0.2
+    momentum: Annotated[float, _MOMENTUM] = 0.9
     nesterov: bool = False
-    weight_decay: float = 5e-4
-    clip: float = 0.0
-    beta: float = 0.0
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 5e-4
+    clip: Annotated[float, NOT_NEGATIVE] = 0.0
+    beta: Annotated[float, NOT_NEGATIVE] = 0.0
     penalty: PenaltyMode = "fused"
     attack: TrainingAttack = "none"
     attack_eps: float | None = None
     attack_sigma: float = 8 / 255
-    mix: float = 1.0
+    mix: Annotated[float, UNIT] = 1.0
     augment: bool = True
     test_every: int = 0
     seed: int = 0
@@ -171,22 +166,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _above_zero(self, "epochs", "lr", "gamma")
-        _not_negative(self, "weight_decay", "clip")
-        _require(self.beta >= 0, f"beta must not be negative; found {self.beta:g}")
-        _require(self.batch_size > 1, f"batch_size must be 2 or more; found {self.batch_size}")
-        _require(0 <= self.mix <= 1, f"mix must lie in [0, 1]; found {self.mix:g}")
-        _require(0 <= self.momentum < 1, f"momentum must lie in [0, 1); found {self.momentum:g}")
-        _require(
-            self.momentum > 0 or not self.nesterov, "nesterov needs a momentum above 0; found 0"
-        )
-        _require(
-            self.penalty != "parseval" or self.beta <= 1,
-            f"beta of a Parseval retraction must be at most 1; found {self.beta:g}",
-        )
-        check_eps(self.attack_sigma)
-        if self.attack_eps is not None:
-            check_eps(self.attack_eps)
+        if self.nesterov and not self.momentum:
+            raise UserError("nesterov needs a momentum above 0; found 0")
+        if self.penalty == "parseval" and self.beta > 1:
+            raise UserError(f"beta of a Parseval retraction must be at most 1; found {self.beta:g}")
+        for eps in (self.attack_sigma, self.attack_eps):
+            check_eps(eps or 0.0)
 
 
 _CIFAR = {"lr": 0.1, "gamma": 0.2, "milestones": (60, 120, 160), "epochs": 200}
@@ -211,23 +196,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 """Named settings: `--preset NAME` sets these fields, and flags after it override them."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def _above_zero(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value > 0, f"{name} must be positive; found {value:g}")
-
-
-def _not_negative(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value >= 0, f"{name} must not be negative; found {value:g}")
 
 
 def digest(item: object) -> str:

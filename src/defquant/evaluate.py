@@ -21,19 +21,9 @@ from defquant.errors import UserError
 from defquant.results import MASKED, Score, blind
 
 __all__ = [
-    "Images",
-    "Scored",
-    "Watch",
-    "accuracy",
-    "answers",
-    "correct",
-    "device_of",
-    "linted",
-    "robust",
-    "robust_accuracy",
-    "sweep",
-    "vanishing",
-]
+    "Images", "Scored", "Watch", "accuracy", "answers", "correct", "device_of", "linted", "robust",
+    "robust_accuracy", "sweep", "vanishing",
+]  # fmt: skip
 
 _Array = Tensor | NDArray[Any]
 Images = Dataset | tuple[_Array, _Array | Sequence[int]]

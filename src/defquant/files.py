@@ -38,7 +38,6 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
             temporary = folder / path.name
             write(temporary)
             _flush(temporary)
-            temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
         with suppress(OSError):  # some network disks cannot flush a folder
             _flush(path.parent)
@@ -233,12 +232,6 @@ def claimed(lock: Path, *, wait: bool) -> Iterator[BinaryIO | None]:
             reason = error.strerror or error
             raise UserError(f"cannot lock {lock}: {reason}; use a disk that knows flock") from None
         yield held
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _last_line(file: BinaryIO) -> bytes:

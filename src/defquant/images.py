@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from defquant.evaluate import Watch, answers, device_of
 from defquant.files import owned_folder, read_lines, write_bytes
 from defquant.measure import Subject, measure
 from defquant.results import ABOUT, EIGHT_BIT, Measurement, Score, append
-from defquant.typed import from_mapping
+from defquant.typed import NOT_NEGATIVE, UNIT, Rule, from_mapping
 
 __all__ = [
     "KIND", "MANIFEST", "Manifest", "Rescored", "Saved", "fingerprint_of", "measure_and_save",
@@ -58,14 +58,14 @@ class Saved:
     """
 
     file: str
-    id: int
+    id: Annotated[int, NOT_NEGATIVE]
     label: int
     attack: str
-    eps: float
+    eps: Annotated[float, UNIT]
     settings: str
     clean: int
     adversarial: int
-    distance: int
+    distance: Annotated[int, Rule("must lie in 0..255", range(256).__contains__)]
     sha256: str
 
 
@@ -133,16 +133,8 @@ def _picture(record: Any, classes: int, where: str) -> Saved:
             f"{where}pictures are .png files inside the folder; found '{shown(found.file)}'"
         )
     answers = (found.label, found.clean, found.adversarial)
-    if not all(0 <= answer < classes for answer in answers) or not 0 <= found.eps <= 1:
-        raise UserError(
-            f"{where}labels and answers lie in 0..{classes - 1} and eps in [0, 1]; found "
-            f"{answers} and eps {found.eps:g}"
-        )
-    if found.id < 0 or not 0 <= found.distance <= 255:
-        raise UserError(
-            f"{where}id must not be negative and distance lie in 0..255; found {found.id} and "
-            f"{found.distance}"
-        )
+    if not all(0 <= answer < classes for answer in answers):
+        raise UserError(f"{where}labels and answers lie in 0..{classes - 1}; found {answers}")
     return found
 
 

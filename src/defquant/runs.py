@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,31 +47,40 @@ def train_run(
             reading the data or training raises.
     """
     with owned_folder(out) if leads() else nullcontext(lambda: None) as check:
-        before = _earlier(out, resume)
+        if (out / checkpoint.NAME).exists() and not resume:
+            raise UserError(
+                f"{out} holds a run already: continue it with --resume, or choose another"
+            )
+        before = checkpoint.load(out) if (out / checkpoint.NAME).exists() else None
         data = load_images(data_config, "train")
         facts = Facts(
             model_config, data_config, config, data.num_classes, data.in_channels, data.classes,
             data.name, data.fingerprint, versions=checkpoint.versions(pick_device(config.device)),
         )  # fmt: skip
-        model = build(
-            model_config, num_classes=data.num_classes, in_channels=data.in_channels,
-            seed=config.seed,
-        )  # fmt: skip
-        momentum: dict[str, Tensor] = {}
+        ends: Any = {"num_classes": data.num_classes, "in_channels": data.in_channels}
+        model, momentum = build(model_config, **ends, seed=config.seed), dict[str, Tensor]()
         if before is not None:
-            check_settings(before.facts, (model_config, data_config, config), out)
-            if before.facts.fingerprint != facts.fingerprint:
-                raise UserError(
-                    f"cannot resume {out}: its training images had fingerprint "
-                    f"{before.facts.fingerprint}, these have {facts.fingerprint}"
-                )
             facts, momentum = _joined(before.facts, facts, out), before.momentum
             if leads():
                 checkpoint.write_companions(out, before.facts)
             checkpoint.restore(model, before.weights, str(out))
             if config.momentum and len(facts.history) < config.epochs:
                 _check_momentum(model, momentum, out)
-        return _train(model, data, facts, momentum, out, show, check)
+        torch.backends.cudnn.deterministic = True
+        test = load_images(data_config, "test")
+        with _tensorboard(out) as log:
+
+            def keep(history: History, buffers: Mapping[str, Tensor]) -> None:
+                check()
+                now = replace(facts, history=history)
+                checkpoint.save(out, Checkpoint(now, model.state_dict(), dict(buffers)))
+                log(history[-1])
+
+            history = train(
+                model, data, config, test=test, history=facts.history, momentum=momentum,
+                on_epoch=keep, label=out.name, show=show,
+            )  # fmt: skip
+        return replace(facts, history=history)
 
 
 def _check_momentum(model: nn.Module, momentum: Mapping[str, Tensor], out: Path) -> None:
@@ -84,32 +93,6 @@ def _check_momentum(model: nn.Module, momentum: Mapping[str, Tensor], out: Path)
             f"cannot resume {out}: the momentum of {shown(name)} is missing or of another shape, "
             "so that other weights would come of it: train again, from the start"
         )
-
-
-def _train(
-    model: nn.Module,
-    data: Dataset,
-    facts: Facts,
-    momentum: Mapping[str, Tensor],
-    out: Path,
-    show: bool,
-    check: Callable[[], None],
-) -> Facts:
-    torch.backends.cudnn.deterministic = True
-    test = load_images(facts.data, "test")
-    with _tensorboard(out) as log:
-
-        def keep(history: History, buffers: Mapping[str, Tensor]) -> None:
-            check()
-            now = replace(facts, history=history)
-            checkpoint.save(out, Checkpoint(now, model.state_dict(), dict(buffers)))
-            log(history[-1])
-
-        history = train(
-            model, data, facts.train, test=test, history=facts.history, momentum=momentum,
-            on_epoch=keep, label=out.name, show=show,
-        )  # fmt: skip
-    return replace(facts, history=history)
 
 
 def load_images(config: DataConfig, split: Split) -> Dataset:
@@ -144,14 +127,6 @@ def test_images(
     return load_images(replace(facts.data, data_root=root), split).first(limit)
 
 
-def _earlier(out: Path, resume: bool) -> Checkpoint | None:
-    if not (out / checkpoint.NAME).exists():
-        return None
-    if not resume:
-        raise UserError(f"{out} holds a run already: continue it with --resume, or choose another")
-    return checkpoint.load(out)
-
-
 def check_settings(
     before: Facts, now: tuple[ModelConfig, DataConfig, TrainConfig], out: Path
 ) -> None:
@@ -170,7 +145,16 @@ def check_settings(
 
 
 def _joined(before: Facts, now: Facts, out: Path) -> Facts:
-    """`now` with the epochs of `before` and the versions of both; warns where they differ."""
+    """`now` with the epochs of `before` and the versions of both; warns where they differ.
+
+    Raises `UserError` where settings or training images do.
+    """
+    check_settings(before, (now.model, now.data, now.train), out)
+    if before.fingerprint != now.fingerprint:
+        raise UserError(
+            f"cannot resume {out}: its training images had fingerprint {before.fingerprint}, these "
+            f"have {now.fingerprint}"
+        )
     versions = dict(before.versions)
     if len(before.history) < now.train.epochs:
         last = {name: value.rpartition(" then ")[2] for name, value in versions.items()}

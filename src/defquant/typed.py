@@ -8,19 +8,33 @@ import json
 import math
 import re
 import types
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache, partial
 from numbers import Integral, Real
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from defquant.errors import UserError, shown
 
 __all__ = [
-    "check_fields", "check_sound", "convert", "decode", "from_mapping", "parse_json", "parse_yaml",
+    "NOT_NEGATIVE", "POSITIVE", "UNIT", "Rule", "check_fields", "check_sound", "convert", "decode",
+    "from_mapping", "parse_json", "parse_yaml",
 ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a number keeps to, beside its type, as in `Annotated[float, UNIT]`."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+POSITIVE = Rule("must be positive", lambda x: x > 0)
+NOT_NEGATIVE = Rule("must not be negative", lambda x: x >= 0)
+UNIT = Rule("must lie in [0, 1]", lambda x: 0 <= x <= 1)
 
 DEEPEST = 60  # lists and mappings within each other
 _LARGEST = 1 << 63
@@ -135,7 +149,7 @@ def from_mapping(kind: type[_T], values: object, where: str = "") -> _T:
     if not isinstance(values, Mapping):
         raise UserError(f"{where or 'settings: '}fields by name are needed; found {shown(values)}")
     known: dict[str, Any] = {}
-    for name, annotation, required in _fields(cast(Hashable, kind)):
+    for name, annotation, required in _fields(kind):  # type: ignore[arg-type]
         if name in values:
             value = values[name]
             plain = annotation is str and type(value) is str  # most of all, and quick
@@ -150,14 +164,15 @@ def from_mapping(kind: type[_T], values: object, where: str = "") -> _T:
 
 def check_fields(record: Any) -> None:
     """`convert` each field of a frozen dataclass in place; for the head of a `__post_init__`."""
-    for name, annotation, _ in _fields(cast(Hashable, type(record))):
+    for name, annotation, _ in _fields(type(record)):  # type: ignore[arg-type]
         object.__setattr__(record, name, convert(annotation, getattr(record, name), name))
 
 
 def convert(kind: Any, value: Any, name: str) -> Any:
     """`value` as the annotation `kind`: lists become tuples, mappings dataclasses.
 
-    Numbers are finite and have 64 bits. Raises `UserError`: `name` must be this, that was found.
+    Numbers are finite, have 64 bits and keep to each `Rule`. Raises `UserError`: `name` must be
+    this, that was found.
     """
     if type(value) is kind and (
         kind in (str, bool) or (kind is float and math.isfinite(value))
@@ -165,6 +180,12 @@ def convert(kind: Any, value: Any, name: str) -> Any:
     ):  # fmt: skip
         return value
     origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        value = convert(inner[0], value, name)
+        for rule in inner[1:]:
+            if isinstance(rule, Rule) and not rule.holds(value):
+                raise UserError(f"{name} {rule.words}; found {value!r}")
+        return value
     if kind is Any or (kind in (None, type(None)) and value is None):
         return value
     if kind is int and isinstance(value, Integral) and not isinstance(value, bool):
@@ -182,7 +203,7 @@ def convert(kind: Any, value: Any, name: str) -> Any:
         some = [one for one in inner if one is not type(None)]
         if value is None and len(some) < len(inner):
             return None
-        if len(some) == 1 and is_dataclass(some[0]):
+        if len(some) == 1 and (is_dataclass(some[0]) or get_origin(some[0]) is Annotated):
             return convert(some[0], value, name)
         for one in some:
             try:
@@ -207,7 +228,7 @@ def convert(kind: Any, value: Any, name: str) -> Any:
 
 @cache
 def _fields(kind: Any) -> tuple[tuple[str, Any, bool], ...]:
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     return tuple(
         (f.name, hints[f.name], f.default is MISSING and f.default_factory is MISSING)
         for f in fields(kind)
@@ -219,6 +240,8 @@ def _words(kind: Any) -> str:
     names = {int: "a whole number of 64 bits", float: "a finite number", bool: "true or false",
              str: "a text", type(None): "none"}  # fmt: skip
     inner = get_args(kind)
+    if get_origin(kind) is Annotated:
+        return _words(inner[0])
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, inner))}"
     if get_origin(kind) in (Union, types.UnionType):
