@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import defquant as dq
 import reference_lipschitz as slow
 from conftest import alike, tiny_images
-from defquant import checkpoint
+from defquant import checkpoint, training
 from defquant.attacks import Attack
 from defquant.checkpoint import Facts
 from defquant.config import PRESETS, DataConfig, ModelConfig, TrainConfig
@@ -115,6 +115,39 @@ def test_same_seed_same_weights_other_seed_other_weights(corners: Dataset) -> No
         models.append(trained(corners, seed=seed))
     assert same(models[0], models[1])
     assert not same(models[0], models[2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [
+        ({"beta": 0.02, "clip": 0.5}, True),
+        ({"beta": 0.02, "penalty": "loss", "amp": True}, True),
+        ({"beta": 0.02, "penalty": "parseval", "momentum": 0.0}, True),
+        ({"attack": "fgsm"}, True),
+        ({"attack": "rfgsm", "mix": 0.5}, True),
+        ({"attack": "pgd", "attack_eps": 0.03}, True),
+        ({"attack": "pgd"}, False),  # its steps are drawn
+    ],
+)
+def test_a_step_on_buffers_that_stay_is_the_step(
+    corners: Dataset, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], fits: bool
+) -> None:
+    """What a GPU records is run here as it is: after its runs beforehand, and the short batches."""
+    call, steps = training._Replay.__call__, list[int]()
+
+    def counted(self: training._Replay, draws: Tensor, step: int) -> None:
+        steps.append(step)
+        call(self, draws, step)
+
+    monkeypatch.setattr(training._Replay, "__call__", counted)
+    found = []
+    for wanted in (False, True):
+        monkeypatch.setattr(training, "recordable", lambda _, wanted=wanted: wanted)
+        model = network(convex=True)
+        (record,) = train(model, corners, replace(CONFIG, epochs=1, batch_size=24, **changes))
+        found.append((model.state_dict(), record["loss"], record["penalty"]))
+    assert steps == ([0, 1] if fits else [])
+    assert alike(found[0][0], found[1][0]) and found[0][1:] == found[1][1:]
 
 
 class Spy:

@@ -136,6 +136,8 @@ class TrainConfig:
         test_every: epochs between tests on the test images; the last epoch is always tested.
         seed: of the weights, the order of the images and every random draw.
         amp: bfloat16 autocast.
+        tf32: on a GPU, TensorFloat-32 (10 bits of a factor) in the network of the training step.
+        deterministic: on a GPU, a resumed run ends with the same weights bit for bit; slower.
         channels_last: memory format of images and weights; faster on CPUs and GPUs alike. A model
             that reshapes by `view` is trained without.
         device: `cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU where there is one.
@@ -161,6 +163,8 @@ class TrainConfig:
     test_every: int = 0
     seed: int = 0
     amp: bool = False
+    tf32: bool = False
+    deterministic: bool = False
     channels_last: bool = True
     device: str = "auto"
 

@@ -47,8 +47,8 @@ class TrainingProgress:
         self._bar.update(self._task, completed=done, text=text)
         self._next = time.monotonic() + 0.5
 
-    def epoch(self, epochs: int, record: Mapping[str, float]) -> None:
-        """Say that an epoch is done, where there is no bar to say so."""
+    def epoch(self, epochs: int, record: Mapping[str, float], how: str = "") -> None:
+        """Say that an epoch is done, and `how` its steps ran, where there is no bar to say so."""
         if not self._show or not self._bar.disable:
             return
         text = f"loss {record['loss']:.3f}  accuracy {record['accuracy']:.1%}"
@@ -58,6 +58,7 @@ class TrainingProgress:
         if "test_accuracy" in record:
             text += f"  test {record['test_accuracy']:.1%}"
         number = f"{record['epoch']:.0f}/{epochs}"
+        text += f"  {how}" if how else ""
         print(f"{self._label}: epoch {number}  {text}", file=sys.stderr, flush=True)
 
 

@@ -1,7 +1,8 @@
 """Activations onto a grid, and the straight-through gradient; weights are in `weights.py`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from defquant.errors import UserError
 
 __all__ = [
     "Cells", "QuantBranch", "QuantReLU", "QuantTanh", "Quantizer", "Rounded", "Staircase",
-    "activation", "fake_quantize", "full_precision", "set_bits",
+    "activation", "fake_quantize", "full_precision", "set_bits", "shared_by_all_bits",
 ]  # fmt: skip
 
 
@@ -119,6 +120,11 @@ for _operation in (_clip_round, _tanh_round, _signed_round):
     _operation.register_fake(lambda x, *_: torch.empty_like(x))
 
 
+def _in_operations(x: Tensor, levels: int | Tensor, high: float) -> Tensor:
+    r, step = nn.functional.hardtanh(x, 0.0, high), high / levels
+    return _sloped(r.detach().div(step).round().mul(step), r - r.detach())
+
+
 def fake_quantize(x: Tensor, bits: int | None, high: float = 6.0) -> Tensor:
     r"""Clamp `x` to [0, high] and round it to one of 2^bits values.
 
@@ -149,8 +155,7 @@ def fake_quantize(x: Tensor, bits: int | None, high: float = 6.0) -> Tensor:
         return _clip_round(x, bits, high)  # type: ignore[no-any-return]
     levels = 2**bits - 1
     if _inlined():
-        r = nn.functional.hardtanh(x, 0.0, high)
-        return _sloped(_FakeQuantize.forward(r.detach(), levels, high), r - r.detach())
+        return _in_operations(x, levels, high)
     return _FakeQuantize.apply(x, levels, high)  # type: ignore[no-untyped-call,no-any-return]
 
 
@@ -174,6 +179,9 @@ class Quantizer(nn.Module):
     on its bits.
     """
 
+    levels: Tensor | None = None
+    """2^bits - 1 inside of `shared_by_all_bits`."""
+
     def __init__(self, bits: int | None = None) -> None:
         super().__init__()
         self.bits = check_bits(bits)
@@ -193,6 +201,8 @@ class QuantReLU(Quantizer):
         self.high = float(high)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.levels is not None and torch.compiler.is_compiling():
+            return _in_operations(full_precision(x), self.levels, self.high)
         return fake_quantize(x, self.bits, self.high)
 
     def cells(self, x: Tensor) -> Cells | None:
@@ -345,6 +355,20 @@ class QuantBranch(nn.Module):
 def activation(kind: Activation, bits: int | None, high: float) -> Quantizer:
     """The quantised activation function that `ModelConfig.activation` names."""
     return QuantReLU(bits, high) if kind == "relu" else QuantTanh(bits)
+
+
+@contextmanager
+def shared_by_all_bits(model: nn.Module) -> Iterator[list[Tensor]]:
+    """What is compiled inside reads each `QuantReLU`'s bits from a tensor, those that it gives."""
+    device = next((parameter.device for parameter in model.parameters()), None)
+    found = [m for m in model.modules() if isinstance(m, QuantReLU) and m.bits is not None]
+    for module in found:
+        module.levels = torch.tensor(2.0 ** (module.bits or 0) - 1, device=device)
+    try:
+        yield [module.levels for module in found if module.levels is not None]
+    finally:
+        for module in found:
+            module.levels = None
 
 
 def set_bits(model: nn.Module, bits: int | None) -> nn.Module:

@@ -1,25 +1,31 @@
 """One training loop: plain, vanilla-quantised, Defensive Quantization and adversarial."""
 
+import logging
 import math
+import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from defquant.attacks import FGSM, PGD, RFGSM, Attack, RandomEps, untouched
-from defquant.attacks.contract import made_by
+from defquant.attacks.contract import draw_seed, made_by
+from defquant.attacks.engine import Radius, look, rows_of
 from defquant.attacks.first_order import FirstOrder
 from defquant.attacks.lint import lint_answer
 from defquant.config import TrainConfig
-from defquant.data import Dataset, batches, num_batches, to_unit
+from defquant.data import Dataset, num_batches, to_unit
+from defquant.data.dataset import cut, drawn
 from defquant.distributed import Workers, pick_device, sum_over, watched, workers
+from defquant.errors import DefquantWarning, UserError
 from defquant.evaluate import accuracy
 from defquant.integers import snap_biases_
 from defquant.lipschitz import ConvexSum, OrthogonalPenalty, project_simplex_
@@ -31,8 +37,11 @@ from defquant.monitor import (
     warn_of_weak_steps,
 )
 from defquant.progress import TrainingProgress
+from defquant.quantize import shared_by_all_bits
 
 __all__ = ["History", "TrainConfig", "learning_rate", "train", "training_attack"]
+
+_log = logging.getLogger(__name__)
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
@@ -54,12 +63,15 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
 
 def training_attack(config: TrainConfig) -> Attack | None:
     """The attack that `config.attack` names, at a fixed or at the paper's random eps."""
+    walk = _walk(config)
+    if walk is None or config.attack_eps is not None:
+        return None if walk is None else walk.last
+    return RandomEps(walk, config.attack_sigma)
+
+
+def _walk(config: TrainConfig) -> FirstOrder | None:
     kinds: dict[str, type[FirstOrder]] = {"fgsm": FGSM, "rfgsm": RFGSM, "pgd": PGD}
-    if config.attack == "none":
-        return None
-    if config.attack_eps is None:
-        return RandomEps(kinds[config.attack](0.0), config.attack_sigma)
-    return kinds[config.attack](config.attack_eps).last
+    return None if config.attack == "none" else kinds[config.attack](config.attack_eps or 0.0)
 
 
 def train(
@@ -103,11 +115,15 @@ def train(
             attack that breaks its own rules.
     """
     device = pick_device(config.device)
-    with _layout_kept(model), workers(device) as me:
+    with _layout_kept(model), _determined(config, device), workers(device) as me:
         eps = monitor_eps(config, training_attack(config) if attack is None else attack)
+        own = attack is None
         attack = training_attack(config) if attack is None else partial(made_by, attack)
         state = _Training.start(model, data.to(device), config, attack, device, me)
         state.load_momentum(momentum or {})
+        if history and device.type == "cuda" and not config.deterministic and me.leads:
+            warnings.warn(_NOT_THE_SAME, DefquantWarning, stacklevel=2)
+        state.replay = _Replay.of(state, own)
         steps = num_batches(state.data, config.batch_size, me.world)
         total, done = config.epochs * steps, len(history) * steps
         with TrainingProgress(label, total, done, show=show and me.leads) as progress:
@@ -124,8 +140,12 @@ def train(
                 history = (*history, record)
                 if on_epoch is not None and me.leads:
                     on_epoch(history, state.momentum())
-                progress.epoch(config.epochs, record)  # after it: what is said to be done is kept
+                progress.epoch(
+                    config.epochs, record, state.how
+                )  # after it: what is said to be done is kept
                 warn_of_weak_steps(history, config.epochs)
+        if state.replay is not None:
+            state.optimizer.zero_grad(set_to_none=True)  # they lie in the graph's memory
     model.eval()
     return history
 
@@ -147,6 +167,9 @@ class _Training:
         names: of the parameters.
         coefficients: whether there are convex sums to project.
         layout: channels last where `config` says so and the model takes it.
+        top: the highest label.
+        totals: of the epoch: loss, right answers, images, penalty; float64.
+        replay: the step of full batches as one CUDA graph; None where each step is run anew.
     """
 
     model: nn.Module
@@ -161,7 +184,9 @@ class _Training:
     names: dict[nn.Parameter, str]
     coefficients: bool
     layout: torch.memory_format
-    top: int  # the highest label
+    top: int
+    totals: Tensor
+    replay: "_Replay | None" = None
 
     @classmethod
     def start(
@@ -190,7 +215,21 @@ class _Training:
         return cls(
             model, network, data, config, attack, penalty, optimizer, device, me, names,
             bool(coefficients), layout, int(data.labels.max()) if len(data) else -1,
+            torch.zeros(4, dtype=torch.float64, device=device),
         )  # fmt: skip
+
+    @property
+    def how(self) -> str:
+        """A word for the log: how the steps run; none on a CPU, where there is one way."""
+        return "" if self.device.type == "cpu" else self.replay.how if self.replay else "eager"
+
+    def learn_at(self, lr: float) -> None:
+        """Set the learning rate; on a GPU in place, where a graph reads it."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
     def momentum(self) -> dict[str, Tensor]:
         """The optimiser's momentum by parameter name; empty before the first step."""
@@ -203,6 +242,18 @@ class _Training:
             if name in saved:
                 buffer = torch.empty_like(parameter).copy_(saved[name])
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer.detach()
+
+    def moved(self) -> list[Tensor]:
+        """All that a step changes; momentum is made where there is none yet, as zeros."""
+        trained = [parameter for parameter in self.names if parameter.requires_grad]
+        momenta = []
+        if self.config.momentum:
+            for parameter in trained:
+                kept = self.optimizer.state[parameter]
+                if kept.get("momentum_buffer") is None:
+                    kept["momentum_buffer"] = torch.zeros_like(parameter).detach()
+                momenta.append(kept["momentum_buffer"])
+        return [*trained, *self.model.buffers(), *momenta, self.totals]
 
 
 @contextmanager
@@ -246,29 +297,35 @@ def _optimizer(
     groups = [{"params": weights}]
     if coefficients:
         groups.append({"params": list(coefficients), "weight_decay": 0.0})  # type: ignore[dict-item]
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
         weight_decay=config.weight_decay, fused=True,
     )  # fmt: skip
+    for group in optimizer.param_groups:
+        device = group["params"][0].device if group["params"] else torch.device("cpu")
+        if device.type == "cuda":
+            group["lr"] = torch.tensor(config.lr, device=device)
+    return optimizer
 
 
 def _epoch(
     state: _Training, epoch: int, steps: int, progress: TrainingProgress
 ) -> dict[str, float]:
-    config, me = state.config, state.me
-    totals = torch.zeros(4, dtype=torch.float64, device=state.device)  # loss, right, seen, penalty
+    config, me, totals = state.config, state.me, state.totals.zero_()
     start = time.perf_counter()
     state.model.train()
     lr = config.lr
-    loader = batches(
-        state.data, config.batch_size, seed=config.seed, epoch=epoch, augment=config.augment,
-        rank=me.rank, world=me.world,
-    )  # fmt: skip
-    for index, (x, y) in enumerate(watched(loader, me)):
+    draws = drawn(
+        state.data, config.batch_size, config.seed, epoch, config.augment, me.rank, me.world
+    )
+    for index, mine in enumerate(watched(draws, me)):
         step = epoch * steps + index
         lr = learning_rate(config, step, steps)
-        whole = min(config.batch_size, len(state.data) - index * config.batch_size)
-        totals += _step(state, x, y, lr, step, share=len(x) * me.world / whole)
+        state.learn_at(lr)
+        if state.replay is not None and mine.shape[1] == config.batch_size:
+            state.replay(mine, step)
+        else:
+            _step(state, mine, step, index)
         if progress.due or index % 50 == 49 or index + 1 == steps:
             stop_if_diverged(totals[0], epoch, index, lr)
         if progress.due:
@@ -279,27 +336,40 @@ def _epoch(
     return _record(totals, epoch, lr, time.perf_counter() - start, steps)
 
 
-def _step(state: _Training, x: Tensor, y: Tensor, lr: float, step: int, share: float) -> Tensor:
-    """One optimiser step; returns (loss sum, right answers, images, penalty) of this process.
+def _step(state: _Training, draws: Tensor, step: int, index: int) -> None:
+    """One optimiser step, each operation launched anew, on any device and in any company."""
+    x, y = _batch(state, draws)
+    whole = min(state.config.batch_size, len(state.data) - index * state.config.batch_size)
+    x = _attacked(state, x, y, step)
+    _update(state, state.network, x, y, share=len(x) * state.me.world / whole)
+
+
+def _batch(state: _Training, draws: Tensor) -> tuple[Tensor, Tensor]:
+    x, y = cut(state.data, draws, state.config.augment)
+    return x.contiguous(memory_format=state.layout), y
+
+
+def _update(
+    state: _Training, network: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, share: float
+) -> None:
+    """Forward, backward, penalty, clip, optimiser, projection, sums: nothing waits for the device.
 
     `share`: this process's images over an even share; it weighs the mean that DDP takes.
     """
-    config, model, penalty = state.config, state.model, state.penalty
-    if state.layout is torch.channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
-    x = _attacked(state, x, y, step)
-    with torch.autocast(state.device.type, torch.bfloat16, enabled=config.amp):
-        logits = state.network(x)
+    config, model, penalty, kind = state.config, state.model, state.penalty, state.device.type
+    tf32, cache = config.tf32 and kind == "cuda", kind != "cuda"  # no graph may hold cast weights
+    autocast = torch.autocast(kind, torch.bfloat16, enabled=config.amp, cache_enabled=cache)
+    with _tensor_float(tf32), autocast:
+        logits = network(x)
     lint_answer(logits, len(x), state.top)
     loss = nn.functional.cross_entropy(logits.float(), y)
     value = penalty.penalty() if penalty and config.penalty == "loss" else loss.new_zeros(())
     state.optimizer.zero_grad(set_to_none=True)
     objective = loss if share == 1 else loss * share
-    (objective + value if value.requires_grad else objective).backward()
+    with _tensor_float(tf32):
+        (objective + value if value.requires_grad else objective).backward()
     if penalty and config.penalty == "fused":
         value = penalty.add_grad_()
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
     if config.clip:
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     state.optimizer.step()
@@ -310,7 +380,7 @@ def _step(state: _Training, x: Tensor, y: Tensor, lr: float, step: int, share: f
     if state.coefficients:
         project_simplex_(model)
     right = (logits.argmax(1) == y).sum()
-    return (
+    state.totals += (
         torch.stack([loss * len(x), right, torch.full_like(right, len(x)), value]).detach().double()
     )
 
@@ -319,11 +389,187 @@ def _attacked(state: _Training, x: Tensor, y: Tensor, step: int) -> Tensor:
     """`x` with the first `mix` share of it made adversarial; outside autocast, in float32."""
     if state.attack is None or state.config.mix == 0:
         return x
-    seed = (state.config.seed * 1_000_003 + step) * state.me.world + state.me.rank
-    generator = torch.Generator().manual_seed(seed)
     share = math.ceil(state.config.mix * len(x))
+    generator = _generator(state, step)
     adversarial = state.attack(state.model, x[:share], y[:share], generator=generator).detach()
     return adversarial if share == len(x) else torch.cat([adversarial, x[share:]])
+
+
+def _generator(state: _Training, step: int) -> torch.Generator:
+    """Of the draws of one step's attack, in this process."""
+    seed = (state.config.seed * 1_000_003 + step) * state.me.world + state.me.rank
+    return torch.Generator().manual_seed(seed)
+
+
+# ----------------------------------------------------------------------- one step as one CUDA graph
+
+WORTH_COMPILING = 400_000
+"""Images of a training from which on inductor's half minute comes back."""
+
+_NOT_THE_SAME = (
+    "training goes on with a GPU and without --deterministic: its weights will not be those of a "
+    "run never stopped"
+)
+
+
+class _Replay:
+    """The step of a full batch, recorded once: `_update`, batch and attack on tensors that stay.
+
+    What differs from step to step is copied into them: the batch's draws, the attack's seed and
+    radii (and the learning rate, by `_Training.learn_at`).
+    """
+
+    def __init__(self, state: _Training, walk: FirstOrder | None, compiled: bool) -> None:
+        config, device = state.config, state.device
+        self._state, self._walk = state, walk
+        self._rows = math.ceil(config.mix * config.batch_size)
+        self._draws = torch.zeros(4, config.batch_size, dtype=torch.int64, device=device)
+        self._seed = torch.zeros((), dtype=torch.int64, device=device)
+        self._eps = torch.zeros(self._rows, 1, 1, 1, device=device)
+        self.how = "compiled graph" if compiled else "graph"
+        with shared_by_all_bits(state.model) if compiled else nullcontext() as levels:
+            network = torch.compile(state.model, dynamic=False) if compiled else state.model
+            self._run = recorded(partial(self._body, network), state.moved(), device)
+        self._read = network, levels  # by the graph, which does not hold them
+
+    @classmethod
+    def of(cls, state: _Training, own_attack: bool) -> "_Replay | None":
+        """None where a step cannot be recorded: on a CPU, among several processes, ..."""
+        config, walk = state.config, _walk(state.config) if state.config.mix else None
+        full = len(state.data) >= config.batch_size
+        random_steps = walk is not None and isinstance(walk, PGD) and config.attack_eps is None
+        fit = full and own_attack and not random_steps and recordable(state)
+        images = config.epochs * len(state.data)
+        worth = images >= WORTH_COMPILING and not config.deterministic
+        for compiled in ([True] if worth else []) + [False]:
+            if fit:
+                state.model.train()
+                try:
+                    return cls(state, walk, compiled)
+                except Exception as error:  # what refuses to be recorded is run step by step
+                    _log.info("%s: %s", "compiled" if compiled else "graph", error)
+                    if state.device.type == "cuda":
+                        torch.cuda.empty_cache()
+        return None
+
+    def _body(self, network: Callable[[Tensor], Tensor]) -> None:
+        x, y = _batch(self._state, self._draws)
+        if self._walk is not None:
+            n, fixed = self._rows, self._state.config.attack_eps
+            eps = self._eps if fixed is None else fixed
+            made = _walked(self._state.model, self._walk, x[:n], y[:n], self._seed, eps)
+            x = made if n == len(x) else torch.cat([made, x[n:]])
+            x = x.contiguous(memory_format=self._state.layout)
+        _update(self._state, network, x, y, share=1)
+
+    def __call__(self, draws: Tensor, step: int) -> None:
+        """Run the step for the batch that `draws` names."""
+        self._draws.copy_(draws)
+        if self._walk is not None:
+            generator = _generator(self._state, step)
+            if isinstance(attack := self._state.attack, RandomEps):
+                self._eps.copy_(attack.radii(self._rows, generator), non_blocking=True)
+            self._seed.fill_(draw_seed(generator))
+        self._run()
+
+
+def recordable(state: _Training) -> bool:
+    """On a GPU, alone, and of modules known to do the same in each step: torch's and ours."""
+    known = all(
+        type(m).__module__.startswith(("torch.nn.", "defquant.")) for m in state.model.modules()
+    )
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in state.model.modules())
+    return state.device.type == "cuda" and state.me.world == 1 and known and not hooked
+
+
+def recorded(
+    body: Callable[[], None], moved: Sequence[Tensor], device: torch.device
+) -> Callable[[], None]:
+    """`body` as one CUDA graph; what its three runs beforehand did to `moved` is undone.
+
+    On a CPU, for tests of all the rest, `body` itself.
+    """
+    before = [tensor.detach().clone() for tensor in moved]
+    try:
+        if device.type == "cpu":
+            body()
+            return body
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(3):  # plans of cuDNN, compilation
+                body()
+        torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            body()
+        return graph.replay
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(moved, before, strict=True):
+                tensor.copy_(value)
+
+
+@torch.no_grad()
+def _walked(
+    model: nn.Module, attack: FirstOrder, x: Tensor, y: Tensor, seed: Tensor, eps: Radius
+) -> Tensor:
+    """`attack.last`, without a look at what the device says; leaves `model` in training mode."""
+    every = torch.arange(len(x), device=x.device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    model.eval()
+    rows = attack.begin(rows_of(every, x, y, every, y[:, None]), eps, seed)
+    for _ in range(attack.walk.steps):
+        rows = attack.advance(rows, look((model,), rows, attack.plan), eps, 0)
+    model.train()
+    for parameter in trained:
+        parameter.requires_grad_()
+    return rows["at"]
+
+
+@contextmanager
+def _tensor_float(wanted: bool) -> Iterator[None]:
+    """TensorFloat-32 inside, for convolutions and products on a GPU, where it is wanted."""
+    if not wanted:
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@contextmanager
+def _determined(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Deterministic algorithms alone, on a GPU where `config` asks for them."""
+    if not (config.deterministic and device.type == "cuda"):
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    rules: Any = torch.utils.deterministic
+    fill = rules.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = rules.fill_uninitialized_memory = False
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        what = str(error).split()[0]
+        raise UserError(
+            f"{what} has no deterministic form on a GPU: train without --deterministic"
+        ) from None
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+        rules.fill_uninitialized_memory = fill
 
 
 def _record(totals: Tensor, epoch: int, lr: float, seconds: float, steps: int) -> dict[str, float]:

@@ -275,13 +275,13 @@ def draw_seed(generator: Draws) -> int:
     return int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
 
-def uniform(seed: int, ids: Tensor, restart: Tensor, shape: torch.Size) -> Tensor:
+def uniform(seed: int | Tensor, ids: Tensor, restart: Tensor, shape: torch.Size) -> Tensor:
     """Uniform draws in [0, 1) that depend on (seed, example id, restart, position) alone.
 
     A counter hashed by splitmix64 (Steele, Lea, Flood 2014): the same numbers on every device,
     for every batch size and order. `ids` and `restart` are int64 (n,); returns float32 (n, *shape).
     """
-    key = _mix(_mix(_mix(torch.full_like(ids, seed)) ^ ids) + restart)
+    key = _mix(_mix(_mix(torch.zeros_like(ids) + seed) ^ ids) + restart)
     counter = torch.arange(1, shape.numel() + 1, device=ids.device)
     bits = _mix(key[:, None] + counter * _signed(0x9E3779B97F4A7C15))
     return _shift(bits, 40).float().mul_(2.0**-24).view(len(ids), *shape)

@@ -60,7 +60,7 @@ class FirstOrder(Single):
     def plan(self) -> Plan:
         return Plan(self.walk.steps, restarts=self.walk.restarts)
 
-    def begin(self, rows: State, eps: Radius, seed: int) -> State:
+    def begin(self, rows: State, eps: Radius, seed: int | Tensor) -> State:
         x, walk = rows["x"], self.walk
         if walk.start == "clean":
             return rows | {"at": x}
@@ -213,10 +213,14 @@ class RandomEps:
         self, model: nn.Module, x: Tensor, y: Tensor, *, generator: Draws = None
     ) -> Tensor:
         per_batch = isinstance(self.attack, BIM)
-        draws = torch.randn(1 if per_batch else len(x), generator=generator)
-        eps = draws.mul_(self.sigma).abs_().clamp_(max=2 * self.sigma)
+        eps = self.radii(1 if per_batch else len(x), generator)
         if per_batch:
             return replace(self.attack, eps=float(eps)).last(model, x, y, generator=generator)
-        radius = eps.to(x.device, non_blocking=True)[:, None, None, None]
+        radius = eps.to(x.device, non_blocking=True)
         seed = draw_seed(generator)
         return perturb(model, x, y, self.attack, seed=seed, eps=radius, keep="last")
+
+    def radii(self, n: int, generator: Draws) -> Tensor:
+        """The next `n` radii, (n, 1, 1, 1), on the CPU."""
+        draws = torch.randn(n, generator=generator).mul_(self.sigma).abs_()
+        return draws.clamp_(max=2 * self.sigma)[:, None, None, None]

@@ -14,8 +14,8 @@ from torch import Tensor
 from defquant.errors import UserError
 
 __all__ = [
-    "Dataset", "as_labels", "augment", "batches", "from_arrays", "in_unit", "num_batches",
-    "to_unit",
+    "Dataset", "as_labels", "augment", "batches", "cut", "drawn", "from_arrays", "in_unit",
+    "num_batches", "to_unit",
 ]  # fmt: skip
 
 _SLACK = 1e-6  # beyond [0, 1]: a last digit of float32, lost on the way from pixels
@@ -169,6 +169,14 @@ def batches(
     whatever `world` is. A short last batch is left out where it has fewer than two images for
     each process. Raises `UserError` as `num_batches` does, and where `rank` is not below `world`.
     """
+    draws = drawn(data, batch_size, seed, epoch, augment, rank, world)
+    return (cut(data, mine, augment) for mine in draws)
+
+
+def drawn(
+    data: Dataset, batch_size: int, seed: int, epoch: int, augment: bool, rank: int, world: int
+) -> list[Tensor]:
+    """What `batches` draws, on the data's device: of each batch (4, k), for `cut`."""
     steps = num_batches(data, batch_size, world)
     if not 0 <= rank < world:
         raise UserError(f"rank must lie in 0..{world - 1}; found {rank}")
@@ -177,13 +185,14 @@ def batches(
     generator = torch.Generator().manual_seed(_mix(seed, epoch))
     order = torch.randperm(len(data), generator=generator)[None]
     draws = torch.cat([order, _draw(len(data), flip, shift, generator)]).to(data.images.device)
+    starts = range(0, steps * batch_size, batch_size)
+    return [draws[:, start : start + batch_size][:, rank::world] for start in starts]
 
-    def walk() -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, steps * batch_size, batch_size):
-            mine = draws[:, start : start + batch_size][:, rank::world]
-            yield to_unit(_moved(data.images, mine, flip, shift)), data.labels[mine[0]]
 
-    return walk()
+def cut(data: Dataset, draws: Tensor, augment: bool) -> tuple[Tensor, Tensor]:
+    """The batch that `draws` (4, k) names: nothing waits for the device, nothing is drawn."""
+    flip, shift = (data.flip, data.shift) if augment else (False, 0)
+    return to_unit(_moved(data.images, draws, flip, shift)), data.labels[draws[0]]
 
 
 def augment(images: Tensor, *, flip: bool, shift: int, generator: torch.Generator) -> Tensor:
