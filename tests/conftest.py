@@ -1,5 +1,6 @@
 """Shared by all tests: few threads, small networks."""
 
+import gzip
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -54,4 +55,4 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def undraw(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("defquant.report.plot.svg", lambda spec: "<svg></svg>")
-    patch.setattr("defquant.report.plot.script", lambda: "vega")
+    patch.setattr("defquant.report.plot.script", lambda: gzip.compress(b"vega", mtime=0))

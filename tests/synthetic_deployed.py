@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from defquant.report.sources import KIND
+from defquant.report.cards import KIND
 
 ROBUST = {  # attack: eps · 255, share of vanilla's right answers, of DQ's
     "FGSM": ((2, 0.42, 0.55), (8, 0.11, 0.21)),
@@ -31,8 +31,8 @@ def record(name: str, *, dq: bool, bits: int = 4, weight_bits: int = 8, **change
             settings = f"{attack}(eps={eps}/255)"
             new = {"attack": attack, "eps": eps / 255, "settings": settings, "trained": trained}
             scores.append(new | {"deployed": [max(0, right - 3), 1000]})
-    engines = {"PyTorch float32": 14.6, "onnxruntime float32": 6.02, "onnxruntime integer": 3.31}
-    latency = {
+    engines = {"torch": 14.6, "onnxruntime": 6.02, "integer": 3.31}
+    batches = {
         str(batch): {
             engine: {
                 "median_ms": factor * time, "low_ms": 0.9 * factor * time,
@@ -47,9 +47,9 @@ def record(name: str, *, dq: bool, bits: int = 4, weight_bits: int = 8, **change
         "file_bytes": file, "float_file_bytes": 702_000, "file_ratio": file / 702_000,
         "weights": 174_000, "weight_bytes": 174_000, "float_weight_bytes": 696_000,
         "macs": 27_100_000, "float_macs": 640, "bops": 27_100_000 * bits * weight_bits,
-        "float_bops": 27_100_000 * 1024, "peak_activation_bytes": 49_152.5,
+        "float_bops": 27_100_000 * 1024, "peak_activation_bytes": 49_152,
         "uint8_peak_activation_bytes": 65_536, "float_peak_activation_bytes": 262_144,
-        "layers": [], "latency": latency, "threads": 2, "repeats": 50,
+        "layers": [], "latency": {"threads": 2, "repeats": 50, "batches": batches},
     }  # fmt: skip
     method = f"{'DQ' if dq else 'vanilla'} + W{weight_bits} + deployable"
     return {

@@ -16,9 +16,9 @@ from defquant.paper.claims import verdicts
 from defquant.paper.figures import EXPERIMENTS, cells_of, render
 from defquant.paper.grid import SCALES, read
 from defquant.paper.section import Number, Section
+from defquant.report.cards import read_cards
 from defquant.report.measured import chosen, summary
 from defquant.report.names import series_of
-from defquant.report.sources import read_deployed
 from defquant.results import aggregate, read_folder
 
 ROOT = Path(__file__).parents[1] / "results"
@@ -85,7 +85,7 @@ def of_summary(folder: str) -> Iterator[Line]:
 
 
 def of_deployed(folder: str) -> Iterator[Line]:
-    found, broken = read_deployed(ROOT / folder)
+    found, broken = read_cards(ROOT / folder)
     assert found and not broken
     for model in found:
         for place, value in leaves(asdict(model)):

@@ -18,7 +18,7 @@ from defquant.report import build_report, claims_markdown, markdown_table, print
 from defquant.report.claims import tally
 from defquant.report.measured import groups
 from defquant.report.plot import figures
-from defquant.results import read_folder
+from defquant.results import aggregate, read_folder
 from synthetic_results import fake_results
 from synthetic_runs import append, measurement
 from test_report import HOSTILE, check
@@ -66,9 +66,10 @@ def test_claims_show_every_reading_everywhere(tmp_path: Path) -> None:
 
 
 def test_claims_are_counted() -> None:
-    assert tally((C1, C2, C3)) == {
-        "holds": (["C1"], 1), "does not hold": (["C2"], 1), "not decided": (["C3"], 2)
-    }  # fmt: skip
+    assert tally((C1, C2, C3)) == [
+        ("✓", "holds", ["C1"], 1), ("✗", "does not hold", ["C2"], 1),
+        ("?", "not decided", ["C3"], 2),
+    ]  # fmt: skip
     assert claims_markdown((C1, C2, C3)).startswith(
         "Of 3 claims under the paper's own attack: 1 ✓ holds, 1 ✗ does not hold, 1 ? not decided. "
         "Of 4 readings under all attacks: 1 ✓ holds, 1 ✗ does not hold, 2 ? not decided."
@@ -153,7 +154,7 @@ def whole(experiment: Path) -> str:
 
 def test_a_large_experiment_makes_a_page_that_is_small(experiment: Path, whole: str) -> None:
     assert len(whole.encode()) < 1_500_000
-    many = [group.section.panels for group in groups(read_folder(experiment))]
+    many = [chapter.panels for chapter in groups(aggregate(read_folder(experiment)))]
     sizes = [
         len({line.label for panel in own for line in panel.lines})
         for panels in many

@@ -13,10 +13,9 @@ from defquant.errors import UserError
 from defquant.models import wide_resnet
 from defquant.paper.section import Section
 from defquant.report import build_report
-from defquant.report.measured import deployed
+from defquant.report.cards import chapters, read_cards
 from defquant.report.model import view
 from defquant.report.plot import figures
-from defquant.report.sources import INTEGER, read_deployed
 from synthetic_deployed import ROBUST, record, write, write_models
 from synthetic_runs import write_runs
 from test_report import HOSTILE, check
@@ -32,10 +31,10 @@ def page_of(folder: Path) -> str:
 
 def table_of(folder: Path) -> tuple[tuple[str, ...], dict[str, list[str]]]:
     """The heads of the models, and what stands in each row of the table."""
-    models, notes = read_deployed(folder)
+    models, notes = read_cards(folder)
     assert notes == []
-    (section,) = deployed(models)
-    shown = view(section.tables[0])
+    (chapter,) = chapters(models)
+    shown = view(chapter.tables[0])
     rows = {row[1].text: [f"{p.text} {p.more}".rstrip() for p in row[2:]] for row in shown.rows}
     assert len(rows) == len(shown.rows)
     return shown.head[2:], rows
@@ -73,12 +72,14 @@ def test_every_number_is_there(tmp_path: Path) -> None:
     } == texts  # fmt: skip
     found = check(page_of(tmp_path))
     assert found.tags.count("svg") == 1
-    names = [table[0] for table in found.tables["cards"]]
-    assert names[1:3] == [
-        ["File", "Images", "As trained", "As deployed"],
-        ["File", "Batch", "Engine", "Median", "Quartiles", "Repeats", "Threads"],
-    ]  # fmt: skip
-    (panels,) = figures(deployed(read_deployed(tmp_path)[0])[0].panels)
+    every = {row[1]: row[2] for row in found.tables["deployed-1"][-1][1:]}
+    assert every | {
+        "Same answer, unoptimised": "99.90%", "Same answer, OpenVINO": "–",
+        "Square-500(eps=8/255), deployed": "117 / 1,000",
+        "Batch 1, PyTorch": "14.6 ms (13.1 ms to 17.5 ms), 50 repeats, 2 threads",
+        "onnxruntime": "1.32.0",
+    } == every  # fmt: skip
+    (panels,) = figures(chapters(read_cards(tmp_path)[0])[0].panels)
     assert [panel.title for panel in panels] == list(ROBUST)
 
 
@@ -114,9 +115,10 @@ def test_least_and_other_data(tmp_path: Path) -> None:
     """No attack, no latency, another engine, one method alone, two data sets."""
     bare = record("a", dq=False, bits=1)
     bare["scores"] = bare["scores"][:1]
-    bare["cost"]["latency"] = {}
+    del bare["cost"]["latency"]
     other = record("b", dq=True, data="digits", model="vgg-16")
-    other["cost"]["latency"] = {"1": {"OpenVINO": other["cost"]["latency"]["1"]["PyTorch float32"]}}
+    batches = other["cost"]["latency"]["batches"]
+    batches |= {"1": {"OpenVINO": batches["1"]["torch"]}}
     write(tmp_path, bare)
     write(tmp_path, other)
     page = page_of(tmp_path)
@@ -142,7 +144,7 @@ def test_files_that_are_not_ours_are_ignored_and_broken_ones_named(tmp_path: Pat
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
     for name in ("theirs", "cut-early"):
         (tmp_path / f"{name}.onnx").write_bytes(b"")
-    models, notes = read_deployed(tmp_path)
+    models, notes = read_cards(tmp_path)
     assert len(models) == 4
     assert [note.split(":")[0] for note in notes] == [
         "cut-early.json", "cut.json", "later.json", "many.json", "nan.json", "none.json",
@@ -165,8 +167,8 @@ def test_everything_in_the_files_is_escaped(tmp_path: Path, drawn: None) -> None
     own = record("run", dq=True) | dict.fromkeys(names, HOSTILE)
     own |= {"versions": {HOSTILE: HOSTILE}}
     own["scores"][1] |= {"attack": HOSTILE, "settings": HOSTILE}
-    latency = own["cost"]["latency"]["1"]
-    latency[HOSTILE] = latency["PyTorch float32"]
+    latency = own["cost"]["latency"]["batches"]["1"]
+    latency[HOSTILE] = latency["torch"]
     write(tmp_path, own)
     write(tmp_path / "b", own | {"run": "broken", "bits": HOSTILE})
     page = page_of(tmp_path)
@@ -183,12 +185,13 @@ def test_it_reads_what_the_export_measures(tmp_path: Path) -> None:
     card = static_cost(program, **sizes)
     card["latency"] = latencies(model, integer, single, (3, 8, 8), repeats=1, threads=1)
     write(tmp_path, record("a", dq=True, cost=card))
-    (found,), notes = read_deployed(tmp_path)
+    (found,), notes = read_cards(tmp_path)
     assert notes == []
-    assert list(found.cost.latency) == [1, 32]
-    names = {INTEGER, "onnxruntime float32", "PyTorch float32"}
-    assert all(set(engines) == names for engines in found.cost.latency.values())
-    assert (found.cost.threads, found.cost.repeats) == (1, 1)
+    latency = found.cost.latency
+    assert latency and list(latency.batches) == ["1", "32"]
+    names = {"integer", "onnxruntime", "torch"}
+    assert all(set(engines) == names for engines in latency.batches.values())
+    assert (latency.threads, latency.repeats) == (1, 1)
     assert found.cost.float_macs == card["float_macs"] > 0
 
 

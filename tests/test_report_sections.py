@@ -194,8 +194,8 @@ def test_an_axis_of_numbers_is_one_and_is_drawn_in_their_order() -> None:
     line = Line("a", (("0", OURS), ("0.5", ALONE), ("16", OURS)))
     spec = chart([Panel("FGSM", "ε · 255", "accuracy", (line,))])
     assert spec["datasets"]["rows"][0]["at"] == [0.0, 0.5, 16.0]
-    assert spec["spec"]["layer"][1]["encoding"]["x"]["type"] == "quantitative"
-    assert spec["spec"]["layer"][0]["mark"]["type"] == "area"
+    assert spec["spec"]["encoding"]["x"]["type"] == "quantitative"
+    assert spec["spec"]["layer"][0]["mark"] == "area"
 
 
 def test_bars_are_the_wider_of_interval_and_spread() -> None:
@@ -206,7 +206,8 @@ def test_bars_are_the_wider_of_interval_and_spread() -> None:
 
 def test_kinds_have_colours_and_unlike_panels_their_own_figure() -> None:
     other = replace(PANEL, lines=(Line("a", (("1", OURS),), "DQ"), Line("b", (("1", OURS),), "k")))
-    layer = chart([PANEL, other])["spec"]["layer"][2]["encoding"]
+    spec = chart([PANEL, other])["spec"]
+    layer = spec["encoding"] | spec["layer"][2]["encoding"]
     names, colours = layer["color"]["scale"].values()
     assert names == layer["shape"]["scale"]["domain"] == ["vanilla", "DQ", "a", "b"]
     assert len(set(colours)) == len(set(layer["shape"]["scale"]["range"])) == 4

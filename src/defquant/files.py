@@ -16,9 +16,8 @@ from defquant.errors import UserError
 from defquant.typed import decode, parse_json
 
 __all__ = [
-    "append_line", "claimed", "make_folder", "opened", "owned_folder", "read_bytes", "read_json",
-    "read_lines", "read_text",
-    "write_bytes", "write_json", "write_whole",
+    "append_line", "cache_folder", "claimed", "make_folder", "opened", "owned_folder", "read_bytes",
+    "read_json", "read_lines", "read_text", "write_bytes", "write_json", "write_whole",
 ]  # fmt: skip
 
 
@@ -173,6 +172,12 @@ def make_folder(folder: Path) -> Path:
     except OSError as error:
         raise UserError(_cannot_write(folder, error)) from None
     return folder
+
+
+def cache_folder() -> Path:
+    """Of what can be made again at any time, one for all of a user's work."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return given / "defquant" if given.is_absolute() else Path.home() / ".cache" / "defquant"
 
 
 @contextmanager

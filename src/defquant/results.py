@@ -21,7 +21,8 @@ from defquant.typed import from_mapping
 
 __all__ = [
     "ABOUT", "BLACK", "EIGHT_BIT", "FOREIGN", "MASKED", "UNAWARE", "Cell", "Measurement", "Score",
-    "aggregate", "append", "blind", "read_folder", "read_jsonl", "record", "run_name", "told_apart",
+    "aggregate", "append", "blind", "over_seeds", "read_folder", "read_jsonl", "record", "run_name",
+    "told_apart",
 ]  # fmt: skip
 
 ABOUT = (
@@ -325,8 +326,13 @@ def aggregate(measurements: Iterable[Measurement]) -> list[Cell]:
 
     Seeds are so only where configuration and data agree: see `told_apart`.
     """
+    return over_seeds(told_apart(measurements))
+
+
+def over_seeds(measurements: Iterable[Measurement]) -> list[Cell]:
+    """The same of measurements that are told apart already."""
     groups: dict[_Kind, list[Measurement]] = {}
-    for m in told_apart(measurements):
+    for m in measurements:
         name = (m.method, m.model, m.bits, m.beta, m.data, m.attack, m.eps)
         groups.setdefault(name, []).append(m)
     return [_cell(name, sorted(group, key=lambda m: m.seed)) for name, group in groups.items()]

@@ -15,7 +15,7 @@ from defquant.errors import UserError, shown
 from defquant.images import KIND, MANIFEST, Saved, read_manifest
 from defquant.paper import grid
 from defquant.report import build_report, plot_curves
-from defquant.report.sources import read_deployed
+from defquant.report.cards import read_cards
 from defquant.results import Measurement, read_folder, read_jsonl
 from defquant.typed import convert
 from harness import SECONDS, fuzz, outcome
@@ -194,5 +194,5 @@ def test_convert_keeps_what_fits(kind: Any, value: Any, kept: Any) -> None:
 def test_broken_cards_are_notes(tmp_path: Path) -> None:
     head = b'{"kind": "defquant deployed model", "format": '
     (tmp_path / "m.json").write_bytes(head + b"[" * 10_000)
-    models, notes = read_deployed(tmp_path)
+    models, notes = read_cards(tmp_path)
     assert not models and "nested too deep" in notes[0]

@@ -442,11 +442,11 @@ def report(
     from defquant.files import write_bytes
     from defquant.report import build_report, markdown_table, plot_curves
 
-    page = build_report(Path(folder), Path(out))
     try:
         measurements = read_folder(Path(folder))
-    except UserError:  # cards of exported models alone
+    except UserError:  # cards of exported models alone, or what `build_report` refuses
         measurements = []
+    page = build_report(Path(folder), Path(out), measurements=measurements or None)
     if markdown:
         write_bytes(Path(markdown), markdown_table(measurements).encode())
     if figure:

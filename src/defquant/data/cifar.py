@@ -17,7 +17,7 @@ from defquant.data.dataset import Dataset, from_arrays
 from defquant.data.fetch import LARGEST, read_tar
 from defquant.data.pictures import decode
 from defquant.errors import UserError, shown
-from defquant.files import opened, read_bytes, write_whole
+from defquant.files import cache_folder, opened, read_bytes, write_whole
 
 __all__ = ["read_cifar10"]
 
@@ -221,8 +221,7 @@ def _decoded(path: Path, encoded: list[bytes]) -> NDArray[np.uint8]:
     """The images of `path`, from the user's cache where it holds them."""
     if len(encoded) < _WORTH_CACHING:
         return decode(encoded, str(path))
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    folder = (given if given.is_absolute() else Path.home() / ".cache") / "defquant"
+    folder = cache_folder()
     with path.open("rb") as file:
         cached = folder / f"{hashlib.file_digest(file, 'sha256').hexdigest()}.npy"
     with suppress(OSError, ValueError, MemoryError), cached.open("rb") as file:

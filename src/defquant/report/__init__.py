@@ -1,8 +1,8 @@
 """Results as one self-contained HTML page, as Markdown, pictures and terminal rows. No torch."""
 
-from defquant.report.measured import Row, summary
+from defquant.report.measured import Row, plot_curves, summary
 from defquant.report.page import build_report
-from defquant.report.plot import plot_curves, plot_matrix, section_figure
+from defquant.report.plot import plot_matrix, section_figure
 from defquant.report.show import (
     claims_markdown,
     markdown_table,

@@ -1,11 +1,11 @@
-"""What the measurements say of the paper's claims, as tables. No torch."""
+"""What the measurements say of the paper's claims. No torch."""
 
 from collections.abc import Sequence
 
-from defquant.paper.section import Answer, Number, Reading, Section, Table, Verdict
-from defquant.report.model import NOTHING
+from defquant.paper.section import Answer, Number, Reading, Table, Verdict
+from defquant.report.model import NOTHING, Chapter, Row, listing
 
-__all__ = ["ABOUT", "ICONS", "claims", "tally"]
+__all__ = ["claims", "tally"]
 
 ICONS: dict[Answer, str] = {"holds": "✓", "does not hold": "✗", "not decided": "?"}
 ABOUT = (
@@ -13,33 +13,37 @@ ABOUT = (
     "its 95% interval over seeds and test images; positive supports the claim. The first line of "
     "a claim is the paper's own attack."
 )
+EMPTY = Reading(NOTHING, None, None, None, "not decided", NOTHING)
 
 
-def claims(verdicts: Sequence[Verdict]) -> tuple[Section, Table]:
-    """A row per reading; and what is said of each claim beside, with its command."""
-    rows = tuple(_row(v, reading) for v in verdicts for reading in v.readings or (None,))
-    head = ("Claim", "Under", "Verdict", "Effect, points", "What was compared")
-    notes = tuple(
-        (v.name, v.where, v.note, v.command) for v in verdicts if v.note or v.command or v.where
-    )
-    beside = Table(("Claim", "Where", "Note", "Command"), notes, "Notes and commands")
-    return Section("claims", "The paper's claims", (), (Table(head, rows, ABOUT),)), beside
+def claims(verdicts: Sequence[Verdict]) -> Chapter:
+    """A row per reading; what is said of each claim, and its command, folded."""
+    rows: list[Row] = [
+        {
+            "Claim": f"{v.name} {v.claim} The paper: {v.paper or NOTHING}",
+            "Under": r.attack,
+            "Verdict": "" if r is EMPTY else f"{ICONS[r.verdict]} {r.verdict}",
+            "Effect, points": Number(r.effect, low=r.low, high=r.high, points=True),
+            "What was compared": r.detail,
+        }
+        for v in verdicts
+        for r in v.readings or (EMPTY,)
+    ]
+    notes = [(v.name, v.where, v.note, v.command) for v in verdicts]
+    kept = tuple(note for note in notes if any(note[1:]))
+    beside = Table(("Claim", "Where", "Note", "Command"), kept, "Notes and commands")
+    return Chapter(
+        "claims", "The paper's claims", tables=[listing(rows, ABOUT)], verdicts=verdicts,
+        folded=[(beside.caption, [beside])] * bool(kept),
+    )  # fmt: skip
 
 
-def _row(verdict: Verdict, reading: Reading | None) -> tuple[str | Number, ...]:
-    claim = f"{verdict.name} {verdict.claim} The paper: {verdict.paper or NOTHING}"
-    if reading is None:
-        return (claim, NOTHING, NOTHING, Number(None, points=True), NOTHING)
-    effect = Number(reading.effect, low=reading.low, high=reading.high, points=True)
-    answer = f"{ICONS[reading.verdict]} {reading.verdict}"
-    return (claim, reading.attack, answer, effect, reading.detail)
-
-
-def tally(verdicts: Sequence[Verdict]) -> dict[Answer, tuple[list[str], int]]:
-    """By answer: the claims that have it under the paper's own attack, and how many readings."""
+def tally(verdicts: Sequence[Verdict]) -> list[tuple[str, str, list[str], int]]:
+    """Icon, answer, the claims that have it under the paper's own attack, how many readings."""
     firsts = {v.name: v.readings[0].verdict if v.readings else "not decided" for v in verdicts}
     readings = [reading.verdict for verdict in verdicts for reading in verdict.readings]
-    return {
-        answer: ([name for name, own in firsts.items() if own == answer], readings.count(answer))
-        for answer in ICONS
-    }
+    return [
+        (icon, answer, [name for name, own in firsts.items() if own == answer],
+         readings.count(answer))
+        for answer, icon in ICONS.items()
+    ]  # fmt: skip

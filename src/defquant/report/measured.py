@@ -2,23 +2,16 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from pathlib import Path
 from statistics import fmean
+from typing import Any
 
-from defquant.paper.section import (
-    Entry,
-    Line,
-    Number,
-    Panel,
-    Section,
-    Table,
-    eps_number,
-    eps_text,
-    rate,
-)
-from defquant.report.model import EPS, NOTHING
+from defquant.errors import UserError
+from defquant.paper.section import Entry, Number, Panel, Table, eps_number, eps_text
+from defquant.report.model import EPS, NOTHING, Chapter, listing, panels
 from defquant.report.names import (
     Family,
     Series,
@@ -28,21 +21,12 @@ from defquant.report.names import (
     series_of,
     whole_text,
 )
-from defquant.report.sources import INTEGER, Deployed, Pair, Run, flatten
-from defquant.results import Cell, Measurement, Score, aggregate, blind, told_apart
+from defquant.report.plot import chart, check_name, figures, save
+from defquant.report.sources import Run, flatten
+from defquant.results import Cell, Measurement, blind, over_seeds, told_apart
 
 __all__ = [
-    "Group",
-    "Row",
-    "chosen",
-    "deployed",
-    "eps_panels",
-    "every_card",
-    "groups",
-    "settings",
-    "summary",
-    "summary_table",
-    "table_eps",
+    "Row", "chosen", "groups", "plot_curves", "settings", "summary", "summary_table", "table_eps",
     "training",
 ]  # fmt: skip
 
@@ -60,7 +44,9 @@ TRAINED = (
     "score: accuracy under PGD-10 and, in brackets, FGSM. PGD falling while FGSM stays is "
     "catastrophic overfitting."
 )
-SETTINGS = ("config", "model", "data", "train", "training")  # shown from config.json instead
+NOT_SHOWN = ("config", "model", "data", "train", "training", "command")  # of the evidence
+Point = tuple[str, str, str, str, Number]
+"""Panel, line, its kind, place on the x axis, and the number there."""
 
 
 @dataclass(frozen=True)
@@ -101,19 +87,10 @@ def chosen(measurements: Iterable[Measurement]) -> list[Measurement]:
     """
     best: dict[tuple[object, ...], Measurement] = {}
     for m in told_apart(measurements):
-        name = (
-            m.network[0] or m.run,
-            m.method,
-            m.model,
-            m.bits,
-            m.beta,
-            m.seed,
-            m.data,
-            m.attack,
-            m.eps,
-        )
-        if name not in best or (m.total, -m.correct) > (best[name].total, -best[name].correct):
-            best[name] = m
+        network = (m.network[0] or m.run, m.method, m.model, m.bits, m.beta, m.seed)
+        old = best.setdefault((*network, m.data, m.attack, m.eps), m)
+        if (m.total, -m.correct) > (old.total, -old.correct):
+            best[*network, m.data, m.attack, m.eps] = m
     return list(best.values())
 
 
@@ -123,17 +100,33 @@ def summary(measurements: Iterable[Measurement]) -> list[Row]:
     All attacks are shown at one eps (`table_eps`), or the nearest one at which they were run.
     Validation images come last.
     """
-    cells = aggregate(chosen(measurements))
+    return _rows(over_seeds(chosen(measurements)))
+
+
+def _rows(found: Sequence[Cell]) -> list[Row]:
+    radii = {data: table_eps(own) for data, own in _grouped(found, lambda c: c.data).items()}
+    places = _grouped(found, lambda c: (c.data, c.model))
     rows = []
-    groups = distinct((cell.data, cell.model) for cell in cells)
-    for data, model in sorted(groups, key=lambda group: is_validation(group[0])):
-        eps = table_eps([cell for cell in cells if cell.data == data])
-        group = [cell for cell in cells if (cell.data, cell.model) == (data, model)]
-        for family in sorted({series_of(cell).family for cell in group}, key=lambda f: f.order):
-            own = [cell for cell in group if series_of(cell).family == family]
-            attacks = sorted({cell.attack for cell in own}, key=attack_order)
-            rows += [_row(own, family, attack, eps) for attack in attacks]
+    for (data, _), own in sorted(places.items(), key=lambda item: is_validation(item[0][0])):
+        families = _grouped(own, lambda c: series_of(c).family)
+        for family in sorted(families, key=lambda f: f.order):
+            attacks = _grouped(families[family], lambda c: c.attack)
+            for attack in sorted(attacks, key=attack_order):
+                rows += [_row(family, attacks[attack], radii[data])]
     return rows
+
+
+def _row(family: Family, cells: Sequence[Cell], eps: float) -> Row:
+    nearest = min((cell.eps for cell in cells), key=lambda value: (abs(value - eps), -value))
+    found = {cell.bits: cell for cell in reversed(cells) if cell.eps == nearest}
+    return Row(cells[0].data, cells[0].model, family, cells[0].attack, nearest, found)
+
+
+def _grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    found: dict[Any, list[Any]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
 
 
 def table_eps(cells: Sequence[Cell]) -> float:
@@ -145,51 +138,38 @@ def table_eps(cells: Sequence[Cell]) -> float:
     """
     floats = [cell for cell in cells if cell.method.startswith("float")] or list(cells)
     half = fmean([cell.mean for cell in floats if cell.attack == "clean"] or [1.0]) / 2
-
-    means: dict[float, dict[str, list[float]]] = {}
-    for cell in floats:
-        if cell.attack != "clean":
-            means.setdefault(cell.eps, {}).setdefault(cell.attack, []).append(cell.mean)
-
-    def distance(eps: float) -> float:
-        return abs(min(map(fmean, means.get(eps, {}).values()), default=0.0) - half)
-
-    radii: dict[str, set[float]] = {}
-    for cell in cells:
-        if cell.attack != "clean":
-            radii.setdefault(cell.attack, set()).add(cell.eps)
-    found = list(radii.values())
+    attacked = [cell for cell in floats if cell.attack != "clean"]
+    strongest = {
+        eps: min(fmean(c.mean for c in same) for same in _grouped(own, lambda c: c.attack).values())
+        for eps, own in _grouped(attacked, lambda c: c.eps).items()
+    }
+    every = _grouped((c for c in cells if c.attack != "clean"), lambda c: c.attack)
+    found = [{cell.eps for cell in own} for own in every.values()]
     shared = set.intersection(*found) or set.union(*found) if found else set()
-    return min(sorted(shared), key=distance, default=0.0)
-
-
-def _row(cells: Sequence[Cell], family: Family, attack: str, eps: float) -> Row:
-    here = [cell for cell in cells if cell.attack == attack]
-    nearest = min((cell.eps for cell in here), key=lambda value: (abs(value - eps), -value))
-    found = {cell.bits: cell for cell in reversed(here) if cell.eps == nearest}
-    return Row(here[0].data, here[0].model, family, attack, nearest, found)
+    return min(sorted(shared), key=lambda eps: abs(strongest.get(eps, 0.0) - half), default=0.0)
 
 
 # --- measurements -------------------------------------------------------------------------
 
 
-def summary_table(rows: Sequence[Row], name: str = "") -> Table:
-    """The rows as the paper's Table 1; `name` ends its caption."""
-    several = len({(row.data, row.model) for row in rows}) > 1
+def summary_table(rows: Sequence[Row]) -> Table:
+    """The rows as the paper's Table 1."""
     bits = sorted({b for row in rows for b in row.cells}, key=lambda b: b or 0)
     whole = whole_text(row.family for row in rows if None in row.cells)
-    heads = [whole if b is None else f"{b} bit{'s' * (b > 1)}" for b in bits]
-    names = ("Data", "Network") if several else ()
-    head = (*names, "Method", "Images", *heads, "Quantize gain", "Best")
-    shown = tuple(_summary_row(row, bits, several) for row in rows)
-    return Table(head, shown, f"{name}. {SUMMARY}" if name else SUMMARY)
+    heads = {b: whole if b is None else f"{b} bit{'s' * (b > 1)}" for b in bits}
+    several = len({(row.data, row.model) for row in rows}) > 1
+    return listing([_summary_row(row, heads, several) for row in rows], SUMMARY)
 
 
-def _summary_row(row: Row, bits: Sequence[int | None], several: bool) -> tuple[Entry, ...]:
-    names = (row.data, row.model) if several else ()
-    cells = [_number(row.cells[b]) if b in row.cells else None for b in bits]
-    gain = None if row.gain is None else Number(row.gain, points=True)
-    return (*names, str(row.family), row.images, *cells, gain, Number(row.best))
+def _summary_row(row: Row, heads: Mapping[int | None, str], several: bool) -> dict[str, Entry]:
+    return {
+        **({"Data": row.data, "Network": row.model} if several else {}),
+        "Method": str(row.family),
+        "Images": row.images,
+        **{head: _number(row.cells[b]) if b in row.cells else None for b, head in heads.items()},
+        "Quantize gain": None if row.gain is None else Number(row.gain, points=True),
+        "Best": Number(row.best),
+    }
 
 
 def _number(cell: Cell) -> Number:
@@ -200,65 +180,45 @@ def _number(cell: Cell) -> Number:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Group:
-    """One network architecture on one data set: what is shown of it, and every cell, folded."""
-
-    section: Section
-    listing: Table
-
-
-def groups(measurements: Sequence[Measurement]) -> list[Group]:
-    """The largest first, validation images last."""
-    kept = chosen(measurements)
-    rows, cells = summary(kept), aggregate(kept)
-    places: dict[tuple[str, str], list[Cell]] = {}
-    for cell in cells:
-        places.setdefault((cell.data, cell.model), []).append(cell)
-    ordered = sorted(places, key=lambda name: (is_validation(name[0]), -len(places[name])))
+def groups(found: Sequence[Cell]) -> list[Chapter]:
+    """One network architecture on one data set each, with every cell folded; the largest first,
+    validation images last. The charts of the first have pictures.
+    """
+    rows = _grouped(_rows(found), lambda row: (row.data, row.model))
+    places = _grouped(found, lambda cell: (cell.data, cell.model))
     return [
-        _group(name, [row for row in rows if (row.data, row.model) == name], places[name], i)
-        for i, name in enumerate(ordered, 1)
-    ]
+        Chapter(
+            f"group-{i}", f"{name[1]} on {name[0]}", tables=[summary_table(rows[name])],
+            panels=[*_eps_panels(places[name]), *_bits_panels(rows[name])],
+            folded=[("Every number", [_listing(places[name])])], still=i == 1,
+        )
+        for i, name in enumerate(
+            sorted(places, key=lambda name: (is_validation(name[0]), -len(places[name]))), 1
+        )
+    ]  # fmt: skip
 
 
-def _group(name: tuple[str, str], rows: Sequence[Row], cells: Sequence[Cell], index: int) -> Group:
-    title = f"{name[1]} on {name[0]}"
-    panels = [*eps_panels(cells), *_bits_panels(rows)]
-    section = Section(f"group-{index}", title, (), (summary_table(rows),), tuple(panels))
-    return Group(section, _listing(cells))
-
-
-def eps_panels(cells: Sequence[Cell], several: bool = False) -> list[Panel]:
+def _eps_panels(cells: Sequence[Cell], several: bool = False) -> list[Panel]:
     """Accuracy over eps, a panel per attack; every line starts at the clean accuracy.
 
     Of many networks each technique, and each few families of it, has panels of its own.
     """
-    own: dict[Series, list[Cell]] = {}
-    for cell in cells:
-        own.setdefault(series_of(cell), []).append(cell)
-    names = sorted(own, key=lambda series: series.order)
-    panels = []
-    for part in _parts(names):
-        attacks = {c.attack for name in part for c in own[name]} - {"clean"}
-        for attack in sorted(attacks, key=attack_order):
-            lines = [line for n in part for line in _lines(n, own[n], attack, several)]
-            panels.append(Panel(attack, EPS, "accuracy", tuple(lines)))
-    return panels
+    own = _grouped(cells, series_of)
+    parts = _parts(sorted(own, key=lambda series: series.order))
+    return [p for part in parts for p in panels(_over_eps({s: own[s] for s in part}, several), EPS)]
 
 
-def _lines(name: Series, cells: Sequence[Cell], attack: str, several: bool) -> list[Line]:
-    places = distinct((cell.data, cell.model) for cell in cells)
-    lines = []
-    for data, model in places:
-        mine = [c for c in cells if (c.data, c.model) == (data, model)]
-        shown = sorted((c for c in mine if c.attack in ("clean", attack)), key=lambda c: c.eps)
-        drawn = shown[:: len(shown) // RADII + 1]
-        points = tuple((eps_number(c.eps), _number(c)) for c in drawn)
-        label = f"{name}, {model} on {data}" if several else str(name)
-        if any(c.attack == attack for c in shown):
-            lines.append(Line(label, points, _kind(name)))
-    return lines
+def _over_eps(networks: Mapping[Series, Sequence[Cell]], several: bool) -> Iterator[Point]:
+    attacks = {cell.attack for own in networks.values() for cell in own} - {"clean"}
+    for attack in sorted(attacks, key=attack_order):
+        for series, own in networks.items():
+            for (data, model), cells in _grouped(own, lambda c: (c.data, c.model)).items():
+                shown = [c for c in cells if c.attack in ("clean", attack)]
+                shown = sorted(shown, key=lambda c: c.eps)[:: len(shown) // RADII + 1]
+                label = f"{series}, {model} on {data}" if several else str(series)
+                if any(c.attack == attack for c in cells):
+                    for c in shown:
+                        yield attack, label, _kind(series), eps_number(c.eps), _number(c)
 
 
 def _kind(name: Series) -> str:
@@ -279,68 +239,46 @@ def _parts(names: Sequence[Series]) -> list[list[Series]]:
 
 def _bits_panels(rows: Sequence[Row]) -> list[Panel]:
     """Accuracy over bits, a panel for clean images and each attack; of families with several."""
-    wide = [row for row in rows if len(row.cells) > 1]
-    panels = []
-    for images in distinct(row.images for row in wide):
-        same = [row for row in wide if row.images == images]
-        lines = [Line(str(row.family), _over_bits(row), str(row.family)) for row in same]
-        panels.append(Panel(images, "activation bits", "accuracy", tuple(lines)))
-    return panels
+    points = [
+        (row.images, str(row.family), str(row.family), str(bits or "full"), _number(cell))
+        for row in rows
+        for bits, cell in sorted(row.cells.items(), key=lambda item: item[0] or 99)
+        if len(row.cells) > 1
+    ]
+    return panels(points, "activation bits")
 
 
-def _over_bits(row: Row) -> tuple[tuple[str, Number], ...]:
-    ordered = sorted(row.cells, key=lambda bits: (bits is None, bits or 0))
-    return tuple(("full" if b is None else str(b), _number(row.cells[b])) for b in ordered)
-
-
-def _listing(cells: Sequence[Cell]) -> Table:
+def _listing(cells: Iterable[Cell]) -> Table:
     ordered = sorted(cells, key=lambda c: (attack_order(c.attack), c.eps, series_of(c).order))
-    head = ("Images", "ε", "Network", "Accuracy", "95% interval", "Right / images", "Seeds")
-    return Table(head, tuple(map(_listed, ordered)), LISTING)
+    rows: list[dict[str, Entry]] = [
+        {
+            "Images": c.attack,
+            "ε": NOTHING if c.attack == "clean" else eps_text(c.eps),
+            "Network": str(series_of(c)),
+            "Accuracy": replace(_number(c), low=None, high=None, images=0),
+            "95% interval": " to ".join(f"{100 * end:.1f}" for end in c.pooled.interval),
+            "Right / images": f"{c.pooled.correct:,} / {c.pooled.total:,}",
+            "Seeds": ", ".join(map(str, c.seeds)),
+        }
+        for c in ordered
+    ]
+    return listing(rows, LISTING)
 
 
-def _listed(cell: Cell) -> tuple[Entry, ...]:
-    low, high = (f"{100 * end:.1f}" for end in cell.pooled.interval)
-    eps = NOTHING if cell.attack == "clean" else eps_text(cell.eps)
-    number = _number(cell)
-    mean = replace(number, low=None, high=None, images=0)
-    right = f"{cell.pooled.correct:,} / {cell.pooled.total:,}"
-    seeds = ", ".join(map(str, cell.seeds))
-    return (cell.attack, eps, str(series_of(cell)), mean, f"{low} to {high}", right, seeds)
+def plot_curves(measurements: Sequence[Measurement], out: Path) -> Path:
+    """Accuracy over eps, a panel per attack, a line per network.
+
+    Raises `UserError` where `out` does not end in .png, .svg or .pdf, or nothing was attacked.
+    """
+    check_name(out)
+    found = over_seeds(chosen(measurements))
+    drawn = _eps_panels(found, several=len({(cell.data, cell.model) for cell in found}) > 1)
+    if not drawn:
+        raise UserError("there are no attacks to plot: run `defquant attack` first")
+    return save([chart(own, columns=len(drawn)) for own in figures(drawn)], out)
 
 
 # --- trainings ----------------------------------------------------------------------------
-
-
-def training(runs: Sequence[Run], measurements: Sequence[Measurement]) -> Section | None:
-    """A row and a line per network, over its seeds; a run without results under its own name."""
-    on_test_last = sorted(measurements, key=lambda m: not is_validation(m.data))
-    known = {m.run: (m.data, m.model, Series(m.method, m.bits, m.beta)) for m in on_test_last}
-    several = len({item[:2] for item in known.values()}) > 1
-    networks = sorted({item[2] for item in known.values()}, key=lambda series: series.order)
-    found: dict[tuple[str, str, int], list[Run]] = {}
-    for run in (run for run in runs if run.log):
-        data, model, series = known.get(run.name, ("", "", None))
-        name = f"{series}{f', {model} on {data}' if several else ''}" if series else run.name
-        place = networks.index(series) if series else len(networks)
-        found.setdefault((name, _kind(series) if series else name, place), []).append(run)
-    ordered = [(*key[:2], found[key]) for key in sorted(found, key=lambda key: key[2])]
-    if not ordered:
-        return None
-    watched = [f for f in TRACES if any(run.curve(f) for _, _, own in ordered for run in own)]
-    panels = []
-    for field in watched:
-        lines = [Line(name, _trace(own, field), kind) for name, kind, own in ordered]
-        drawn = tuple(line for line in lines if line.points)
-        panels.append(Panel(TRACES[field], "epoch", TRACES[field], drawn, field not in LOSSES))
-    head = ["Network", "Runs", "Epochs", "Loss", "Accuracy", "Penalty", "PGD (FGSM)", "Time a run"]
-    rows = [[name, *_last(own)] for name, _, own in ordered]
-    if "monitor_pgd" not in watched:
-        for row in (head, *rows):
-            del row[6]
-    table = Table(tuple(head), tuple(map(tuple, rows)), TRAINED)
-    return Section("training", "Training", (), (table,), tuple(panels))
-
 
 TRACES = {
     "loss": "loss", "penalty": "penalty", "accuracy": "accuracy on training images",
@@ -348,42 +286,90 @@ TRACES = {
     "monitor_fgsm": "FGSM, watched",
 }  # fmt: skip
 LOSSES = ("loss", "penalty")
+Trained = tuple[str, str, Sequence[Run]]
+"""The name of a network, its kind, and its runs, one a seed."""
 
 
-def _trace(runs: Sequence[Run], field: str) -> tuple[tuple[str, Number], ...]:
+def training(runs: Sequence[Run], measurements: Sequence[Measurement]) -> list[Chapter]:
+    """A row and a line per network, over its seeds; a run without results under its own name."""
+    ordered = list(_trained([run for run in runs if run.epochs], measurements))
+    if not ordered:
+        return []
+    drawn = [
+        replace(panel, percent=field not in LOSSES)
+        for field, name in TRACES.items()
+        for panel in panels(_over_epochs(ordered, field), "epoch", name)
+    ]
+    table = listing([_last_epoch(trained, ordered) for trained in ordered], TRAINED)
+    return [Chapter("training", "Training", panels=drawn, tables=[table], still=False)]
+
+
+def _last_epoch(trained: Trained, every: Sequence[Trained]) -> dict[str, Entry]:
+    name, _, runs = trained
+    share = "{:.1%}"
+    pgd = _last(trained, "monitor_pgd", share) + _last(trained, "monitor_fgsm", f" ({share})")
+    watched = any(_curves(other, "monitor_pgd") for other in every)
+    return {
+        "Network": name,
+        "Runs": str(len(runs)),
+        "Epochs": str(max(run.epochs for run in runs)),
+        "Loss": _last(trained, "loss", "{:.3f}"),
+        "Accuracy": _last(trained, "test_accuracy", "{:.1%}")
+        or _last(trained, "accuracy", "{:.1%}"),
+        "Penalty": _last(trained, "penalty", "{:.3g}") if _any(trained, "penalty") else "",
+        **({"PGD (FGSM)": pgd} if watched else {}),
+        "Time a run": duration([sum(own) for own in _curves(trained, "seconds")]),
+    }
+
+
+def _trained(runs: Sequence[Run], measurements: Sequence[Measurement]) -> Iterator[Trained]:
+    on_test_last = sorted(measurements, key=lambda m: not is_validation(m.data))
+    known = {
+        m.run: (Series(m.method, m.bits, m.beta), f"{m.model} on {m.data}") for m in on_test_last
+    }
+    several = len({where for _, where in known.values()}) > 1
+
+    def named(run: Run) -> tuple[Any, str, str]:
+        if run.name not in known:
+            return ((), run.name, run.name)
+        series, where = known[run.name]
+        return (series.order, f"{series}" + f", {where}" * several, _kind(series))
+
+    found = _grouped(runs, named)
+    for key in sorted(found, key=lambda key: (key[0] == (), key[0])):
+        yield *key[1:], found[key]
+
+
+def _curves(trained: Trained, field: str) -> list[Sequence[float]]:
+    return [run.curves[field] for run in trained[2] if field in run.curves]
+
+
+def _any(trained: Trained, field: str) -> bool:
+    return any(map(any, _curves(trained, field)))
+
+
+def _last(trained: Trained, field: str, form: str) -> str:
+    found = _curves(trained, field)
+    return form.format(fmean(curve[-1] for curve in found)) if found else ""
+
+
+def _over_epochs(every: Sequence[Trained], field: str) -> Iterator[Point]:
     """The mean over runs, epoch by epoch; of many epochs some."""
-    curves = [curve for run in runs if (curve := run.curve(field))]
-    if not any(map(any, curves)):
-        return ()
-    longest = max(map(len, curves))
-    points = []
-    for i in range(0, longest, longest // EPOCHS + 1):
-        values = [curve[i] for curve in curves if i < len(curve)]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        points.append((str(i + 1), Number(fmean(values), spread, len(values))))
-    return tuple(points)
+    for trained in every:
+        curves = _curves(trained, field) if _any(trained, field) else []
+        longest = max(map(len, curves), default=0)
+        for i in range(0, longest, longest // EPOCHS + 1):
+            values = [curve[i] for curve in curves if i < len(curve)]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            number = Number(fmean(values), spread, len(values))
+            yield TRACES[field], trained[0], trained[1], str(i + 1), number
 
 
-def _last(runs: Sequence[Run]) -> list[str]:
-    def last(field: str, form: str) -> str:
-        ends = [curve[-1] for run in runs if (curve := run.curve(field))]
-        return form.format(fmean(ends)) if ends else NOTHING
-
-    test = "test_accuracy" if any(run.curve("test_accuracy") for run in runs) else "accuracy"
-    times = [sum(run.curve("seconds")) for run in runs if run.curve("seconds")]
-    penalty = (
-        last("penalty", "{:.3g}") if any(any(run.curve("penalty")) for run in runs) else NOTHING
-    )
-    pgd, fgsm = last("monitor_pgd", "{:.1%}"), last("monitor_fgsm", "{:.1%}")
-    return [
-        str(len(runs)), str(max(len(run.log) for run in runs)), last("loss", "{:.3f}"),
-        last(test, "{:.1%}"), penalty, NOTHING if pgd == NOTHING else f"{pgd} ({fgsm})",
-        duration(fmean(times)) if times else NOTHING,
-    ]  # fmt: skip
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3.2 h`."""
+def duration(times: Sequence[float]) -> str:
+    """The mean of seconds: `45 s`, `12 min`, `3.2 h`; empty for none."""
+    if not times:
+        return ""
+    seconds = fmean(times)
     if seconds < 90:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -392,53 +378,50 @@ def duration(seconds: float) -> str:
 # --- settings -----------------------------------------------------------------------------
 
 
-def settings(measurements: Sequence[Measurement], runs: Sequence[Run]) -> list[Table]:
+def settings(measurements: Sequence[Measurement], runs: Sequence[Run]) -> Chapter:
     """Data, versions and machine, commands, attacks whole, settings of the runs; empty ones out."""
-    tables = [
-        _data(measurements),
-        _environment(measurements),
-        _every_attack(measurements),
-        *_runs(runs),
-    ]
-    return [table for table in tables if table.rows]
+    kept = {json.dumps(m.evidence, sort_keys=True, default=str): m.evidence for m in measurements}
+    found = [_data(measurements), _environment(measurements, list(kept.values()))]
+    tables = [*found, _every_attack(measurements), *_runs([run for run in runs if run.config])]
+    commands = [evidence.get("command") for evidence in kept.values()]
+    made = distinct(" ".join(map(str, c)) if isinstance(c, list) else str(c) for c in commands if c)
+    folded = [(table.caption, [table]) for table in tables if table.rows]
+    return Chapter("settings", "Settings", folded=folded, commands=made)
 
 
 def _data(measurements: Sequence[Measurement]) -> Table:
     rows = []
-    for name, fingerprint in distinct((m.data, m.fingerprint) for m in measurements):
-        same = [m for m in measurements if (m.data, m.fingerprint) == (name, fingerprint)]
+    for (name, print_), same in _grouped(measurements, lambda m: (m.data, m.fingerprint)).items():
         totals = sorted({m.total for m in same})
-        images = f"{totals[0]:,}" + (f" to {totals[-1]:,}" if len(totals) > 1 else "")
-        seeds = ", ".join(str(seed) for seed in sorted({m.seed for m in same}))
-        draws = ", ".join(str(seed) for seed in sorted({m.attack_seed for m in same}))
-        rows.append((name, fingerprint, images, seeds, draws))
-    head = ("Data", "Fingerprint", "Images", "Training seeds", "Attack seeds")
-    return Table(head, tuple(rows), "Test images; those of two fingerprints must not be compared")
+        images, seeds = distinct([totals[0], totals[-1]]), sorted({m.seed for m in same})
+        draws = sorted({m.attack_seed for m in same})
+        rows.append({
+            "Data": name, "Fingerprint": print_, "Images": " to ".join(f"{n:,}" for n in images),
+            "Training seeds": ", ".join(map(str, seeds)),
+            "Attack seeds": ", ".join(map(str, draws)),
+        })  # fmt: skip
+    return listing(rows, "Test images; those of two fingerprints must not be compared")
 
 
 def _every_attack(measurements: Iterable[Measurement]) -> Table:
     found = distinct((m.attack, m.eps, m.settings) for m in measurements if m.attack != "clean")
     ordered = sorted(found, key=lambda item: (attack_order(item[0]), item[1]))
-    rows = tuple((attack, eps_text(eps), whole) for attack, eps, whole in ordered)
-    return Table(("Attack", "ε", "Settings"), rows, "Attacks")
+    rows = [{"Attack": name, "ε": eps_text(eps), "Settings": s} for name, eps, s in ordered]
+    return listing(rows, "Attacks")
 
 
-def _environment(measurements: Sequence[Measurement]) -> Table:
-    found: dict[str, list[str]] = {}
-    for evidence in _evidences(measurements):
-        kept = {k: v for k, v in evidence.items() if k not in (*SETTINGS, "command")}
+def _environment(
+    measurements: Sequence[Measurement], evidences: Sequence[Mapping[str, Any]]
+) -> Table:
+    found: dict[str, dict[str, None]] = {}
+    for evidence in evidences:
+        kept = {name: own for name, own in evidence.items() if name not in NOT_SHOWN}
         for name, value in flatten(kept).items():
-            found.setdefault(name, []).append(value)
-    rows = [(name, _some(distinct(values))) for name, values in found.items()]
+            found.setdefault(name, {})[value] = None
+    rows = {name: _some(list(values)) for name, values in found.items()}
     if measurements:
-        rows.append(("measuring took", duration(sum(m.seconds for m in measurements))))
-    return Table(("Setting", "Value"), tuple(rows), "Versions and machine")
-
-
-def commands(measurements: Iterable[Measurement]) -> list[str]:
-    """What made the measurements."""
-    found = [evidence.get("command") for evidence in _evidences(measurements)]
-    return distinct(" ".join(map(str, c)) if isinstance(c, list) else str(c) for c in found if c)
+        rows["measuring took"] = duration([sum(m.seconds for m in measurements)])
+    return listing([{"Setting": k, "Value": v} for k, v in rows.items()], "Versions and machine")
 
 
 def _some(values: Sequence[str]) -> str:
@@ -446,249 +429,14 @@ def _some(values: Sequence[str]) -> str:
     return " · ".join(values[:4]) + more
 
 
-def _evidences(measurements: Iterable[Measurement]) -> list[dict[str, object]]:
-    kept: dict[str, dict[str, object]] = {}
-    for m in measurements:
-        if isinstance(m.evidence, dict):
-            kept.setdefault(json.dumps(m.evidence, sort_keys=True, default=str), m.evidence)
-    return list(kept.values())
-
-
 def _runs(runs: Sequence[Run]) -> list[Table]:
     """Fields that differ with each run's values, and the fields that all runs share."""
-    configured = [run for run in runs if run.config]
-    names = distinct(name for run in configured for name in run.config)
-    values = {name: {run.config.get(name, NOTHING) for run in configured} for name in names}
+    names = distinct(name for run in runs for name in run.config)
+    values = {name: {run.config.get(name, NOTHING) for run in runs} for name in names}
     differing = [name for name in names if len(values[name]) > 1]
-    rows = [(run.name, *(run.config.get(f, NOTHING) for f in differing)) for run in configured]
-    shared = [(name, values[name].pop()) for name in names if name not in differing]
+    rows = [{"Run": r.name} | {f: r.config.get(f, NOTHING) for f in differing} for r in runs]
+    shared = [{"Setting": n, "Value": values[n].pop()} for n in names if n not in differing]
     return [
-        Table(("Run", *differing), tuple(rows) if differing else (), "Settings that differ"),
-        Table(("Setting", "Value"), tuple(shared), "Settings that all runs share"),
+        listing(rows if differing else [], "Settings that differ"),
+        listing(shared, "Settings that all runs share"),
     ]
-
-
-# --- exported models ----------------------------------------------------------------------
-
-
-def deployed(models: Sequence[Deployed]) -> list[Section]:
-    """Per architecture and data set a column per model, so that DQ stands beside vanilla."""
-    found = [list(own) for _, own in groupby(models, lambda m: (m.data, m.model))]
-    return [_deployed(own, i) for i, own in enumerate(found, 1)]
-
-
-def _deployed(models: Sequence[Deployed], index: int) -> Section:
-    blocks = {
-        "Integers": _integers(models), "Accuracy": _accuracies(models), "Cost": _costs(models),
-        "Latency": _latencies(models),
-    }  # fmt: skip
-    rows = tuple((name, *row) for name, block in blocks.items() for row in block)
-    head = ("", "", *(str(model.family) for model in models))
-    title = f"Deployed: {models[0].model} on {models[0].data}"
-    table = Table(head, rows, SHIPPED)
-    return Section(f"deployed-{index}", title, (), (table,), tuple(_deployed_panels(models)))
-
-
-SHIPPED = (
-    "The networks as trained, and as deployed: ONNX files that onnxruntime runs. Images are made "
-    "on the trained network, rounded to 8 bits, and shown to both, but Square's, which is run on "
-    "each. ✗: the file's accuracy leaves the trained network's 95% interval. × is the share of "
-    "float32's; latency: median, and how many times as fast as each engine with float32. Fewer "
-    "than 8 bits run at int8 speed on CPUs: they save bytes and BOPs, not milliseconds."
-)
-
-
-def _integers(models: Sequence[Deployed]) -> list[tuple[Entry, ...]]:
-    def convolutions(model: Deployed) -> str:
-        integer, every = model.convolutions
-        return f"{'✗ ' * (integer < every)}{integer} of {every}"
-
-    def ranges(model: Deployed) -> str:
-        return f"measured on {model.calibrated:,} images" if model.calibrated else "learnt"
-
-    same = [rate_of(model.parity.agreement, model.parity.images) for model in models]
-    return [
-        ("Precision", *(m.precision for m in models)),
-        ("Run", *(f"{m.run}, seed {m.seed}" for m in models)),
-        ("Convolutions in integers", *map(convolutions, models)),
-        ("Ranges of the quantisers", *map(ranges, models)),
-        ("Input", *(m.input for m in models)),
-        ("Same answer as trained", *same),
-        ("Codes flipped", *(f"{100 * m.parity.flipped_codes:.3f}%" for m in models)),
-    ]
-
-
-def rate_of(share: float, images: int) -> str:
-    """`99.81% of 10,000`."""
-    return f"{100 * share:.2f}% of {images:,}"
-
-
-def _accuracies(models: Sequence[Deployed]) -> list[tuple[Entry, ...]]:
-    every = sorted((p for m in models for p in m.scores), key=lambda pair: pair.order)
-    rows: list[tuple[Entry, ...]] = []
-    for attack, eps in distinct((pair.attack, pair.eps) for pair in every):
-        found = [_find(model, attack, eps) for model in models]
-        name = attack if attack == "clean" else f"{attack} {eps_text(eps)}"
-        if any(pair and pair.trained for pair in found):
-            rows.append((f"{name}, trained", *(_score(p.trained if p else None) for p in found)))
-        rows.append((f"{name}, deployed", *(_score(p.deployed if p else None) for p in found)))
-        if any(pair and pair.outside for pair in found):
-            words = [f"✗ {p.outside}" if p and p.outside else "" for p in found]
-            rows.append((f"{name}, against the interval", *words))
-    return rows
-
-
-def _score(score: Score | None) -> Number | None:
-    return rate((score.correct, score.total)) if score else None
-
-
-def _find(model: Deployed, attack: str, eps: float) -> Pair | None:
-    return next((p for p in model.scores if (p.attack, p.eps) == (attack, eps)), None)
-
-
-def _costs(models: Sequence[Deployed]) -> list[tuple[Entry, ...]]:
-    def macs(model: Deployed) -> str:
-        rest = model.cost.float_macs
-        return short(model.cost.macs).strip() + f", {short(rest).strip()} in float" * bool(rest)
-
-    def memory(model: Deployed) -> str:
-        cost = model.cost
-        share = cost.peak_activation_bytes / cost.float_peak_activation_bytes
-        stored = f"{short(cost.uint8_peak_activation_bytes)}B as bytes"
-        return f"{short(cost.peak_activation_bytes)}B, {share:.3f}×, {stored}"
-
-    files = [
-        f"{short(m.cost.file_bytes)}B, {m.cost.file_bytes / m.cost.float_file_bytes:.3f}×"
-        for m in models
-    ]
-    bops = [f"{short(m.cost.bops).strip()}, {m.cost.bops / m.cost.float_bops:.3f}×" for m in models]
-    return [
-        ("File", *files),
-        ("MACs", *map(macs, models)),
-        ("BOPs, MACs × bits × bits", *bops),
-        ("Peak activations, packed", *map(memory, models)),
-    ]
-
-
-def _latencies(models: Sequence[Deployed]) -> list[tuple[Entry, ...]]:
-    batches = sorted({batch for model in models for batch in model.cost.latency})
-    return [(f"Batch {b}", *(_latency(model, b) for model in models)) for b in batches]
-
-
-def _latency(model: Deployed, batch: int) -> str:
-    engines = model.cost.latency.get(batch, {})
-    if INTEGER not in engines:
-        return NOTHING
-    own = engines[INTEGER].median_ms
-    others = [
-        f"{other.median_ms / own:.2f}× {name.removesuffix(' float32')}"
-        for name, other in engines.items()
-        if name != INTEGER
-    ]
-    return ", ".join([milliseconds(own), *others])
-
-
-def _deployed_panels(models: Sequence[Deployed]) -> list[Panel]:
-    """Accuracy over eps, a panel per attack, as trained and as deployed."""
-    attacks = {pair.attack for model in models for pair in model.scores} - {"clean"}
-    panels = []
-    for attack in sorted(attacks, key=attack_order):
-        lines = [line for model in models for line in _both(model, attack)]
-        panels.append(Panel(attack, EPS, "accuracy", tuple(lines)))
-    return panels
-
-
-def _both(model: Deployed, attack: str) -> list[Line]:
-    attacked = [pair for pair in model.scores if pair.attack == attack]
-    pairs = [pair for pair in model.scores if pair.attack == "clean" and attacked] + attacked
-    at = [(eps_number(pair.eps), pair) for pair in pairs]
-    name = f"{model.family}, {model.bits} × {model.weight_bits} bits"
-    sides = {
-        "deployed": [(x, _score(pair.deployed)) for x, pair in at],
-        "trained": [(x, _score(pair.trained)) for x, pair in at if pair.trained],
-    }
-    return [
-        Line(f"{name}, {side}", tuple((x, n) for x, n in points if n), str(model.family))
-        for side, points in sides.items()
-        if len(points) > 1 or (side == "deployed" and points)
-    ]
-
-
-def every_card(models: Sequence[Deployed]) -> list[Table]:
-    """Every number of the cards: parity, right of images, latency, versions."""
-    tables = [
-        Table(PARITY, tuple(map(_parity, models)), PARITY_IS),
-        Table(
-            ("File", "Images", "As trained", "As deployed"),
-            tuple(_right(model, pair) for model in models for pair in model.scores),
-            "Right / images",
-        ),
-        Table(
-            ("File", "Batch", "Engine", "Median", "Quartiles", "Repeats", "Threads"),
-            tuple(row for model in models for row in _times(model)),
-            "Latency, all engines in turn",
-        ),
-        Table(("Package", "Version"), _versions(models), "Versions"),
-    ]
-    return [table for table in tables if table.rows]
-
-
-PARITY = (
-    "File", "Test images", "n", "onnxruntime", "unoptimised", "OpenVINO",
-    "Mismatches", "Logit error",
-)  # fmt: skip
-PARITY_IS = (
-    "Parity. Fingerprint and number of the test images; share of them to which the file, in each "
-    "engine, gives the trained network's answer; codes that differ from the integer reference; "
-    "largest difference of a logit, in standard deviations of the logits."
-)
-
-
-def _parity(model: Deployed) -> tuple[str, ...]:
-    p = model.parity
-    others = (p.unoptimised_agreement, p.openvino_agreement)
-    shares = [NOTHING if v is None else f"{100 * v:.2f}%" for v in (p.agreement, *others)]
-    counts = (f"{p.reference_mismatches:,}", f"{p.logit_error:.3g}")
-    return (model.place, model.fingerprint[:16], f"{p.images:,}", *shares, *counts)
-
-
-def _right(model: Deployed, pair: Pair) -> tuple[str, ...]:
-    images = pair.settings if pair.attack != "clean" and pair.settings else pair.attack
-    both = [f"{s.correct:,} / {s.total:,}" if s else NOTHING for s in (pair.trained, pair.deployed)]
-    return (model.place, images, *both)
-
-
-def _times(model: Deployed) -> list[tuple[str, ...]]:
-    cost = model.cost
-    return [
-        (
-            model.place, str(batch), engine, milliseconds(time.median_ms),
-            f"{milliseconds(time.low_ms)} to {milliseconds(time.high_ms)}", str(cost.repeats),
-            str(cost.threads),
-        )
-        for batch, engines in cost.latency.items()
-        for engine, time in engines.items()
-    ]  # fmt: skip
-
-
-def _versions(models: Sequence[Deployed]) -> tuple[tuple[str, str], ...]:
-    items = [item for model in models for item in model.versions.items()]
-    names = distinct(name for name, _ in items)
-    return tuple((name, " · ".join(distinct(v for n, v in items if n == name))) for name in names)
-
-
-def short(amount: float) -> str:
-    """Three digits: `71.4 k`, `1.23 G`."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if amount >= 0.9995 * size:
-            return f"{_digits(amount / size)} {unit}"
-    return f"{amount:.0f} "
-
-
-def milliseconds(time: float) -> str:
-    """Three digits."""
-    return f"{_digits(time)} ms"
-
-
-def _digits(value: float) -> str:
-    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"

@@ -1,22 +1,26 @@
-"""How numbers and tables are written: once, for the page, for Markdown and for the terminal.
+"""What a report is made of, and how its numbers are written: once, for page, Markdown, terminal.
 
-A `Table` of `Number`s becomes a `View` of texts. Its evidence, what each number rests on, is a
-table of its own, which repeats no mean that stands in the first.
+A report is `Chapter`s of `Table`s and `Panel`s of `Number`s. Both are made of rows
+of plain columns (`listing`, `panels`). A `View` is a table as
+texts; its evidence, what each number rests on, is a table of its own that repeats no number.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import TypeVar
 
-from defquant.paper.section import Entry, Line, Number, Panel, Section, Table, signed
+from defquant.paper.section import Entry, Line, Number, Panel, Section, Table, Verdict, signed
+from defquant.report.sources import StripTable, of_pictures
 
 __all__ = [
-    "EPS", "MARKS", "NOTHING", "Place", "View", "axis", "bar", "commands", "evidence", "height",
-    "interval_text", "line_name", "missing_text", "of_panel", "panel_tables", "places", "rests_on",
-    "said", "uncertainty_text", "value_text", "view",
+    "EPS", "MARKS", "NOTHING", "Chapter", "Place", "Row", "View", "axis", "bar", "evidence",
+    "height", "interval_text", "listing", "of_section", "panels", "places", "said",
+    "uncertainty_text", "value_text", "view",
 ]  # fmt: skip
 
+T = TypeVar("T")
 EPS = "ε · 255"  # an x axis of numbers
 NOTHING = "–"
 MARKS = {"✓": "right", "✗": "wrong", "?": "open"}
@@ -30,6 +34,65 @@ BLIND = (
     "† The loss gradient is exactly zero on more than 1% of the images that are classified "
     "rightly. Gradient attacks are blind there: this accuracy is masked, not robust."
 )
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A section as it is shown; `folded` tables open at a click, `still` charts have a picture
+    for a browser without script.
+    """
+
+    anchor: str
+    title: str
+    text: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    panels: Sequence[Panel] = ()
+    folded: Sequence[tuple[str, Sequence[Table]]] = ()
+    strips: Sequence[StripTable] = ()
+    notes: Sequence[str] = ()
+    commands: Sequence[str] = ()
+    verdicts: Sequence[Verdict] = ()  # drawn and counted
+    still: bool = True
+
+
+def of_section(section: Section) -> Chapter:
+    """A section of an experiment, with the numbers of its figures and its evidence folded."""
+    strips, notes = of_pictures(section.pictures)
+    drawn = _panel_tables(section)
+    proofs = [evidence(table) for table in (*section.tables, *drawn)]
+    folded = {"Numbers of the figure": drawn, "Evidence": [t for t in proofs if t.rows]}
+    missing = f"Measurements still missing: {section.missing:,}."
+    one = f"{section.command} --cell KEY --out again  # one number: KEY is among its cells"
+    return Chapter(
+        section.name, section.title, (*section.text, *[missing] * bool(section.missing)),
+        section.tables, section.panels, [(name, own) for name, own in folded.items() if own],
+        strips, notes, [section.command, one] if section.command else [],
+    )  # fmt: skip
+
+
+# --- tables and panels ----------------------------------------------------------------------
+
+Row = Mapping[str, Entry]
+"""Entries by column."""
+
+
+def listing(rows: Sequence[Row], caption: str = "") -> Table:
+    """A table of rows that have the same columns."""
+    found = tuple(tuple(entry or NOTHING for entry in row.values()) for row in rows)
+    return Table(tuple(rows[0]) if rows else (), found, caption)
+
+
+def panels(
+    points: Iterable[tuple[str, str, str, str, Number]], x: str, y: str = "accuracy"
+) -> list[Panel]:
+    """Of rows (panel, line, kind of line, place on the x axis, number), in order."""
+    found: dict[str, dict[tuple[str, str], list[tuple[str, Number]]]] = {}
+    for title, label, kind, at, number in points:
+        found.setdefault(title, {}).setdefault((label, kind), []).append((at, number))
+    return [
+        Panel(title, x, y, tuple(Line(label, tuple(o), kind) for (label, kind), o in own.items()))
+        for title, own in found.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -71,7 +134,8 @@ class View:
     @property
     def about(self) -> str:
         """Caption and notes as sentences."""
-        return " ".join(_sentence(text) for text in (self.caption, *self.notes) if text)
+        texts = [text.rstrip() for text in (self.caption, *self.notes) if text]
+        return " ".join(t if t.endswith((".", "!", "?")) else f"{t}." for t in texts)
 
 
 def view(table: Table) -> View:
@@ -80,42 +144,46 @@ def view(table: Table) -> View:
         tuple(_place(e, r, table.percent) for e, r in zip(row, places(table, i), strict=True))
         for i, row in enumerate(table.rows)
     )
-    return View(table.head, label_columns(table), rows, table.caption, tuple(_notes(table)))
+    return View(table.head, _label_columns(table), rows, table.caption, tuple(_notes(table)))
 
 
 def evidence(table: Table) -> Table:
     """A row for each number of `table` that says what it rests on; without rows for none."""
-    known = ("95% interval", "Seeds", "Images", "Gap to the paper", "Cells")
-    facts = [
-        (row, column, *_evidence(number, table.percent)) for row, column, number in _facts(table)
+    rows: list[Row] = [
+        {
+            "Row": row,
+            "Column": column,
+            "95% interval": interval_text(n, table.percent),
+            "Seeds": f"{n.seeds or ''}",
+            "Images": f"{n.images:,}" if n.images else "",
+            "Gap to the paper": _gap(n, table.percent),
+            "Cells": " ".join(dict.fromkeys(n.cells)),
+        }
+        for row, column, n in _named_numbers(table)
     ]
-    kept = tuple(tuple(t or NOTHING for t in fact) for fact in facts if any(fact[2:]))
-    title = table.caption.split(". ")[0].rstrip(".")
-    return Table(("Row", "Column", *known), kept, title)
+    known = [row for row in rows if any(list(row.values())[2:])]
+    return listing(known, table.caption.split(". ")[0].rstrip("."))
 
 
-def panel_tables(section: Section) -> list[Table]:
+def _panel_tables(section: Section) -> list[Table]:
     """The numbers of each panel that has one which stands in no table of the section."""
     numbers = [n for table in section.tables for n in _numbers(table)]
     known = {value for n in numbers for value in (n.mean, n.paper)}
-    found = map(of_panel, section.panels)
+    found = map(_of_panel, section.panels)
     return [table for table in found if {n.mean for n in _numbers(table)} - known]
 
 
-def of_panel(panel: Panel) -> Table:
+def _of_panel(panel: Panel) -> Table:
     """A row per line, a column per place of the x axis."""
     at = axis(panel.lines)
     rows = []
     for line in panel.lines:
-        found = {place: _own(line, number) for place, number in line.points}
-        rows.append((line_name(line), *(found.get(place) for place in at)))
+        own = " (paper)" if line.paper and "paper" not in line.label else ""
+        found = {p: replace(n, mean=height(line, n), paper=None if line.paper else n.paper)
+                 for p, n in line.points}  # fmt: skip
+        rows.append((line.label + own, *map(found.get, at)))
     caption = f"{panel.title}: {panel.y}" if panel.title else panel.y
     return Table((panel.x, *at), tuple(rows), caption, panel.percent)
-
-
-def line_name(line: Line) -> str:
-    """Its label; a paper's line says so."""
-    return f"{line.label} (paper)" if line.paper and "paper" not in line.label else line.label
 
 
 def height(line: Line, number: Number) -> float | None:
@@ -125,10 +193,9 @@ def height(line: Line, number: Number) -> float | None:
 
 def bar(number: Number) -> tuple[float, float]:
     """The wider of the 95 % interval and ± the spread over seeds."""
-    middle = number.mean or 0.0
-    lows = [middle - number.spread, *([] if number.low is None else [number.low])]
-    highs = [middle + number.spread, *([] if number.high is None else [number.high])]
-    return min(lows), max(highs)
+    middle, spread = number.mean or 0.0, number.spread
+    low, high = (middle if end is None else end for end in (number.low, number.high))
+    return min(middle - spread, low), max(middle + spread, high)
 
 
 def axis(lines: Iterable[Line]) -> list[str]:
@@ -141,12 +208,6 @@ def axis(lines: Iterable[Line]) -> list[str]:
                 after = [merged.index(names[i - 1]) + 1] if i else list(following)
                 merged.insert(min(after, default=len(merged)), place)
     return merged
-
-
-def label_columns(table: Table) -> int:
-    """How many columns on the left hold nothing but words: the names of the rows."""
-    wordy = [all(isinstance(row[i], str) for row in table.rows) for i in range(len(table.head))]
-    return wordy.index(False) if False in wordy else min(1, len(wordy))
 
 
 def places(table: Table, index: int) -> list[int]:
@@ -169,6 +230,27 @@ def places(table: Table, index: int) -> list[int]:
     return [order.index(rivals[i]) + 1 if rivals.get(i) in order else 0 for i in range(len(row))]
 
 
+def _label_columns(table: Table) -> int:
+    """How many columns on the left hold nothing but words: the names of the rows."""
+    wordy = [all(isinstance(row[i], str) for row in table.rows) for i in range(len(table.head))]
+    return wordy.index(False) if False in wordy else min(1, len(wordy))
+
+
+def _named_numbers(table: Table) -> list[tuple[str, str, Number]]:
+    """Every number row by row, with its row's and column's names; an unnamed row has the last."""
+    found, names = [], [""] * _label_columns(table)
+    for row in table.rows:
+        names = [str(own) or last for own, last in zip(row, names, strict=False)]
+        name = ", ".join(filter(None, names))
+        pairs = zip(table.head, row, strict=True)
+        found += [(name, head, entry) for head, entry in pairs if isinstance(entry, Number)]
+    return found
+
+
+def _numbers(table: Table) -> list[Number]:
+    return [entry for row in table.rows for entry in row if isinstance(entry, Number)]
+
+
 # --- words --------------------------------------------------------------------------------
 
 
@@ -181,17 +263,14 @@ def value_text(value: float | None, number: Number, percent: bool = True) -> str
 
 def uncertainty_text(number: Number, percent: bool = True) -> str:
     """`±1.2` over seeds, the interval `62–64` of a single one, `†` where it is masked."""
-    mark = "†" if number.masked else ""
-    if number.mean is None:
-        return ""
+    mark, low, high = "†" * number.masked, number.low, number.high
     if _has_spread(number):
         return f"±{_plain(number.spread, percent)}{mark}"
-    if number.low is None or number.high is None:
+    if number.mean is None or low is None or high is None:
         return mark
     if number.points:
-        return f"[{signed(number.low)}, {signed(number.high)}]{mark}"
-    ends = (number.low, number.high)
-    return "–".join(f"{100 * e:.0f}" if percent else _plain(e, False) for e in ends) + mark
+        return f"[{signed(low)}, {signed(high)}]{mark}"
+    return "–".join(f"{100 * e:.0f}" if percent else _plain(e, False) for e in (low, high)) + mark
 
 
 def interval_text(number: Number, percent: bool = True) -> str:
@@ -206,25 +285,6 @@ def said(number: Number, percent: bool = True) -> str:
     return f"{value_text(number.mean, number, percent)} {more}".rstrip()
 
 
-def rests_on(numbers: Sequence[Number]) -> str:
-    """`2 seeds, 1,000 to 10,000 images each`."""
-    there = [n for n in numbers if n.mean is not None]
-    seeds, images = {n.seeds for n in there} - {0}, {n.images for n in there} - {0}
-    parts = [_range(c, noun) for c, noun in ((seeds, "seed"), (images, "image")) if c]
-    return ", ".join(parts) + (" each" if len(parts) > 1 else "")
-
-
-def missing_text(section: Section) -> str:
-    """How many measurements are still to be made; empty when all are there."""
-    return f"Measurements still missing: {section.missing:,}." if section.missing else ""
-
-
-def commands(section: Section) -> list[str]:
-    """What makes the section, and any one of its cells alone; none where it has no command."""
-    one = f"{section.command} --cell KEY --out again  # one number: KEY is among its cells"
-    return [section.command, one] if section.command else []
-
-
 def _place(entry: Entry, rank: int, percent: bool) -> Place:
     if not isinstance(entry, Number):
         return Place(NOTHING if entry is None else entry)
@@ -235,66 +295,38 @@ def _place(entry: Entry, rank: int, percent: bool) -> Place:
 
 def _notes(table: Table) -> list[str]:
     numbers = _numbers(table)
-    rests = rests_on(numbers)
     marks = {
-        f"{rests[:1].upper()}{rests[1:]}.": bool(rests),
+        _rests_on([n for n in numbers if n.mean is not None]): True,
         PAPER: any(n.paper is not None for n in numbers),
         SPREAD: any(n.seeds > 1 and _has_spread(n) for n in numbers),
         SINGLE: any(n.low is not None and not _has_spread(n) and not n.points for n in numbers),
         BEST: any(2 in places(table, index) for index in range(len(table.rows))),
         BLIND: any(n.masked for n in numbers),
     }
-    return [text for text, there in marks.items() if there]
+    return [text for text, there in marks.items() if text and there]
 
 
-def _evidence(number: Number, percent: bool) -> tuple[str, ...]:
-    gap = "" if number.gap is None else signed(number.gap)
-    gap = f"{number.gap:+#.3g}".replace("-", "−") if gap and not percent else gap
-    return (
-        interval_text(number, percent),
-        f"{number.seeds}" if number.seeds else "",
-        f"{number.images:,}" if number.images else "",
-        gap,
-        " ".join(dict.fromkeys(number.cells)),
-    )
+def _rests_on(numbers: Sequence[Number]) -> str:
+    """`2 seeds, 1,000 to 10,000 images each.`"""
+    counts = {"seed": {n.seeds for n in numbers} - {0}, "image": {n.images for n in numbers} - {0}}
+    parts = [
+        f"{' to '.join(f'{n:,}' for n in sorted({min(c), max(c)}))} {noun}{'s' * (max(c) > 1)}"
+        for noun, c in counts.items()
+        if c
+    ]
+    return ", ".join(parts) + (" each." if len(parts) > 1 else "." * len(parts))
 
 
-def _facts(table: Table) -> list[tuple[str, str, Number]]:
-    """Every number row by row, with its row's and column's names; an unnamed row has the last."""
-    found, names = [], [""] * label_columns(table)
-    for row in table.rows:
-        for i, own in enumerate(row[: len(names)]):
-            names[i] = str(own) or names[i]
-        name = ", ".join(filter(None, names))
-        pairs = zip(table.head, row, strict=True)
-        found += [(name, head, entry) for head, entry in pairs if isinstance(entry, Number)]
-    return found
-
-
-def _numbers(table: Table) -> list[Number]:
-    return [entry for row in table.rows for entry in row if isinstance(entry, Number)]
-
-
-def _own(line: Line, number: Number) -> Number:
-    """A paper's line may hold its values as `mean` or as `paper`."""
-    only = line.paper and number.mean is None
-    return replace(number, mean=number.paper, paper=None) if only else number
+def _gap(number: Number, percent: bool) -> str:
+    if number.gap is None:
+        return ""
+    return signed(number.gap) if percent else f"{number.gap:+#.3g}".replace("-", "−")
 
 
 def _has_spread(number: Number) -> bool:
     """Whether it comes with a standard deviation; one of a difference is rarely known."""
     several = number.seeds > 1 and not number.points
     return number.mean is not None and (several or number.spread > 0)
-
-
-def _range(counts: set[int], noun: str) -> str:
-    low, high = min(counts), max(counts)
-    many = f"{low:,} to {high:,}" if low < high else f"{low:,}"
-    return f"{many} {noun}{'' if high == 1 else 's'}"
-
-
-def _sentence(text: str) -> str:
-    return text if text.rstrip().endswith((".", "!", "?")) else f"{text.rstrip()}."
 
 
 def _plain(value: float, percent: bool) -> str:

@@ -3,19 +3,17 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from defquant.errors import visible
 from defquant.results import BLACK, EIGHT_BIT, FOREIGN, UNAWARE, Cell
 
 __all__ = [
-    "Family", "Series", "attack_order", "bits_text", "distinct", "is_validation", "markdown",
-    "series_of", "whole_text",
+    "Family", "Series", "attack_order", "distinct", "is_validation", "markdown", "series_of",
+    "whole_text",
 ]  # fmt: skip
 
 ATTACKS = ("clean", "Random", "FGSM", "R+FGSM", "RFGSM", "BIM", "PGD", "APGD", "Square")
-
-FamilyOrder = tuple[int, bool, list[str], bool, float, str]
 
 T = TypeVar("T")
 
@@ -39,19 +37,23 @@ class Family:
         return self.method.startswith(FOREIGN)
 
     @property
-    def added(self) -> list[str]:
+    def added(self) -> tuple[str, ...]:
         """What is added to the network: `squeezing`, the attack it was trained on."""
-        return self.method.split(" + ")[1:]
+        return tuple(self.method.split(" + ")[1:])
 
     @property
-    def order(self) -> FamilyOrder:
+    def order(self) -> tuple[Any, ...]:
         """As the paper's tables: plain, squeezed, adversarially trained; vanilla before DQ."""
         added = self.added
         unsqueezed = not any(part.startswith("squeezing") for part in added)
         return (len(added), unsqueezed, added, self.is_dq, self.beta, self.method)
 
+    @property
+    def shown_beta(self) -> str:
+        return f"β = {self.beta:g}" if self.is_dq or self.beta else ""
+
     def __str__(self) -> str:
-        return f"{self.method} (β = {self.beta:g})" if self.is_dq or self.beta else self.method
+        return self.method + f" ({self.shown_beta})" * bool(self.shown_beta)
 
 
 @dataclass(frozen=True)
@@ -64,28 +66,24 @@ class Series:
 
     @property
     def family(self) -> Family:
-        base, space, rest = self.method.partition(" ")
-        return Family(("vanilla" if base == "float" else base) + space + rest, self.beta)
+        return Family(re.sub(r"^float(?= |$)", "vanilla", self.method), self.beta)
 
     @property
-    def order(self) -> tuple[FamilyOrder, int]:
+    def order(self) -> tuple[Any, ...]:
         return (self.family.order, self.bits or 0)
 
     @property
     def short(self) -> str:
         """Without β: `DQ 4-bit`."""
-        if self.bits is None and self.family.is_foreign:
-            return self.method
         base, space, rest = self.method.partition(" ")
-        precision = "" if base == "float" else f" {bits_text(self.bits)}"
-        return f"{base}{precision}{space}{rest}"
-
-    @property
-    def shows_beta(self) -> bool:
-        return self.family.is_dq or bool(self.beta)
+        if base == "float" or (self.bits is None and self.family.is_foreign):
+            return self.method
+        return (
+            f"{base} {'full precision' if self.bits is None else f'{self.bits}-bit'}{space}{rest}"
+        )
 
     def __str__(self) -> str:
-        return f"{self.short} (β = {self.beta:g})" if self.shows_beta else self.short
+        return self.short + f" ({self.family.shown_beta})" * bool(self.family.shown_beta)
 
 
 def series_of(cell: Cell) -> Series:
@@ -96,14 +94,8 @@ def series_of(cell: Cell) -> Series:
 def whole_text(families: Iterable[Family]) -> str:
     """The name of their column without bits: of a user's own model it is not known."""
     kinds = {family.is_foreign for family in families}
-    if True not in kinds:
-        return "Full precision"
-    return "Full precision, or as given" if False in kinds else "As given"
-
-
-def bits_text(bits: int | None) -> str:
-    """`4-bit`, or `full precision` where there are none."""
-    return "full precision" if bits is None else f"{bits}-bit"
+    both = "Full precision, or as given"
+    return both if len(kinds) > 1 else "As given" if True in kinds else "Full precision"
 
 
 def attack_order(attack: str) -> tuple[int, int, str]:

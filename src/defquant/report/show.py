@@ -12,12 +12,11 @@ from rich.text import Text
 
 from defquant.errors import visible
 from defquant.paper.section import Section, Table, Verdict
-from defquant.report import model
-from defquant.report.claims import ICONS, claims, tally
+from defquant.report.claims import claims, tally
 from defquant.report.measured import summary, summary_table
-from defquant.report.model import NOTHING, Place, View, view
+from defquant.report.model import NOTHING, Place, View, of_section, view
 from defquant.report.names import markdown
-from defquant.report.sources import Prediction, StripTable, of_pictures
+from defquant.report.sources import StripTable
 from defquant.results import Measurement
 
 __all__ = [
@@ -37,34 +36,31 @@ def section_markdown(section: Section, figure: str = "") -> str:
 
     A table has means with ± over seeds (or the interval of a single one) and the paper's in
     parentheses; intervals, seeds, images, the gap to the paper and cells stand folded below.
+    Pictures are on the page alone; here is what the networks say of them.
     """
-    blocks = [f"## {markdown(section.title)}", *map(_paragraph, section.text)]
-    if missing := model.missing_text(section):
-        blocks.append(f"*{missing}*")
+    chapter = of_section(section)
+    blocks = [f"## {markdown(chapter.title)}", *map(_paragraph, chapter.text)]
     if figure and section.panels:
         blocks.append(f"![{markdown(section.title)}]({quote(figure)})")
-    blocks += [block for table in section.tables for block in _table(table)]
-    panels = model.panel_tables(section)
-    for title, table in [
-        *(("Numbers of the figure", table) for table in panels),
-        *(("Evidence", model.evidence(table)) for table in (*section.tables, *panels)),
-    ]:
-        if table.rows:
-            name = (
-                f"{title}: {table.caption.split('. ')[0].rstrip('.')}" if table.caption else title
-            )
-            blocks.append(_folded(name, _pipes(view(table))))
-    blocks += _pictures(section)
-    if section.command:
-        blocks.append(_code("\n$ ".join(model.commands(section))))
+    blocks += [block for table in chapter.tables for block in _table(table)]
+    for title, table in ((name, table) for name, tables in chapter.folded for table in tables):
+        name = f"{title}: {table.caption.split('. ')[0].rstrip('.')}" if table.caption else title
+        shown = f"<details><summary>{escape(visible(name))}</summary>"
+        blocks.append(f"{shown}\n\n{_pipes(view(table))}\n\n</details>")
+    for strip in chapter.strips:
+        said = f"{strip.where}: ✓ right, ✗ wrong, and the confidence."
+        blocks += [_pipes(view(_guesses(strip))), f"<sub>{markdown(said)}</sub>"]
+    blocks += [f"*{markdown(note)}*" for note in chapter.notes]
+    if chapter.commands:
+        blocks.append(_code("\n$ ".join(chapter.commands)))
     return "\n\n".join(blocks) + "\n"
 
 
 def claims_markdown(verdicts: Sequence[Verdict]) -> str:
     """How many claims hold, a table with a row per reading, then notes and commands."""
-    section, beside = claims(verdicts)
-    counts = " ".join(_counted(verdicts))
-    return "\n\n".join([counts, *_table(section.tables[0]), _pipes(view(beside))]) + "\n"
+    chapter = claims(verdicts)
+    notes = [_pipes(view(table)) for _, tables in chapter.folded for table in tables]
+    return "\n\n".join([_counted(verdicts), *_table(chapter.tables[0]), *notes]) + "\n"
 
 
 def markdown_table(measurements: Iterable[Measurement]) -> str:
@@ -82,16 +78,15 @@ def text_table(measurements: Iterable[Measurement]) -> RenderableType:
 
 def print_section(section: Section, console: Console) -> None:
     """Heading, paragraphs, tables and command; the numbers of figures where it has no table."""
-    parts: list[RenderableType] = [Text(visible(section.title), style="bold")]
-    parts += [Text(visible(paragraph)) for paragraph in section.text]
-    if missing := model.missing_text(section):
-        parts.append(Text(missing, style="italic"))
-    for table in section.tables or model.panel_tables(section):
+    chapter = of_section(section)
+    parts: list[RenderableType] = [Text(visible(chapter.title), style="bold")]
+    parts += [Text(visible(paragraph)) for paragraph in chapter.text]
+    for table in chapter.tables or [t for _, tables in chapter.folded[:1] for t in tables]:
         parts += _fitted(view(table), console)
-    tables, notes = of_pictures(section.pictures)
-    parts += [_strip(table) for table in tables] + [Text(visible(note)) for note in notes]
-    if section.command:
-        parts.append(Text(f"$ {visible(section.command)}", style="dim"))
+    for strip in chapter.strips:
+        parts += [Text(visible(strip.where)), _terminal(view(_guesses(strip)), LAYOUTS[0])]
+    parts += [Text(visible(note)) for note in chapter.notes]
+    parts += [Text(f"$ {visible(command)}", style="dim") for command in chapter.commands[:1]]
     console.print(Group(*(piece for part in parts for piece in (part, Text()))), crop=False)
 
 
@@ -101,11 +96,11 @@ def print_claims(verdicts: Sequence[Verdict], console: Console) -> None:
         console.print(Text(visible(f"{verdict.name}  {verdict.claim}"), style="bold"))
         about = f"{verdict.where}. Paper: {verdict.paper or NOTHING}. {verdict.note}".rstrip()
         console.print(Text(visible(about), style="dim"))
-        (table,) = claims([verdict])[0].tables
+        (table,) = claims([verdict]).tables
         short = Table(table.head[1:-1], tuple(row[1:-1] for row in table.rows))
         console.print(_terminal(view(short), LAYOUTS[0]), crop=False)
         console.print()
-    console.print(Text(" ".join(_counted(verdicts))))
+    console.print(Text(_counted(verdicts)))
 
 
 def text_matrix(record: Mapping[str, Any]) -> list[str]:
@@ -132,15 +127,15 @@ def _rate(cell: Mapping[str, Any]) -> str:
     return f"{cell['rate']:.1%} [{cell['low']:.1%}, {cell['high']:.1%}]"
 
 
-def _counted(verdicts: Sequence[Verdict]) -> list[str]:
-    """`Claims under the paper's own attack: 8 ✓ holds, ...`, then all readings."""
+def _counted(verdicts: Sequence[Verdict]) -> str:
+    """`Of 32 claims under the paper's own attack: 8 ✓ holds, ...`, then of all readings."""
     found = tally(verdicts)
-    claimed = ", ".join(f"{len(names)} {ICONS[a]} {a}" for a, (names, _) in found.items())
-    read = ", ".join(f"{count} {ICONS[a]} {a}" for a, (_, count) in found.items())
-    return [
-        f"Of {len(verdicts)} claims under the paper's own attack: {claimed}.",
-        f"Of {sum(count for _, count in found.values())} readings under all attacks: {read}.",
-    ]
+    claimed = ", ".join(f"{len(names)} {icon} {answer}" for icon, answer, names, _ in found)
+    read = ", ".join(f"{count} {icon} {answer}" for icon, answer, _, count in found)
+    return (
+        f"Of {len(verdicts)} claims under the paper's own attack: {claimed}. "
+        f"Of {sum(count for *_, count in found)} readings under all attacks: {read}."
+    )
 
 
 # --- Markdown -----------------------------------------------------------------------------
@@ -164,10 +159,6 @@ def _cell(place: Place) -> str:
     return " ".join(filter(None, [*parts, f"({place.paper})" if place.paper else ""]))
 
 
-def _folded(title: str, content: str) -> str:
-    return f"<details><summary>{escape(visible(title))}</summary>\n\n{content}\n\n</details>"
-
-
 def _code(command: str) -> str:
     """A command in a fence that it cannot close."""
     text = "\n".join(map(visible, command.splitlines()))
@@ -184,33 +175,17 @@ def _paragraph(text: str) -> str:
     return "\\" + shown if first[:1] in ("-", "+", "#") else shown
 
 
-def _pictures(section: Section) -> list[str]:
-    """What the networks say of the pictures; the pictures themselves are on the page alone."""
-    tables, notes = of_pictures(section.pictures)
-    blocks = []
-    for table in tables:
-        blocks.append(_pipes(view(_guesses(table))))
-        blocks.append(
-            f"<sub>{markdown(f'{table.where}: ✓ right, ✗ wrong, and the confidence.')}</sub>"
-        )
-    return blocks + [f"*{markdown(note)}*" for note in notes]
-
-
 def _guesses(table: StripTable) -> Table:
-    heads = [f"{c.name}, {kind}" for c in table.columns for kind in ("clean", "attacked")]
+    kinds = ("clean", "attacked")
     rows = []
     for image in table.images:
-        row = [image, table.holders(image)[0].strip.examples[image].label]
-        for column in table.columns:
-            found = column.strip.examples.get(image)
-            row += [_guess(found.clean), _guess(found.adversarial)] if found else [NOTHING] * 2
-        rows.append(tuple(row))
+        answers = [strip.answers(image) for *_, strip in table.columns]
+        said = [
+            " ".join(found[k]).strip() if found else NOTHING for found in answers for k in kinds
+        ]
+        rows.append((image, table.first(image)[1], *said))
+    heads = [f"{name}, {kind}" for name, *_ in table.columns for kind in kinds]
     return Table(("Image", "Truth", *heads), tuple(rows))
-
-
-def _guess(found: Prediction) -> str:
-    sure = "" if found.confidence is None else f" {100 * found.confidence:.0f}%"
-    return f"{'✓' if found.right else '✗'} {found.name}{sure}"
 
 
 # --- terminal -----------------------------------------------------------------------------
@@ -247,7 +222,3 @@ def _text(place: Place, layout: tuple[str, str]) -> Text:
         shown = Text.assemble(shown, layout[0] + place.more)
     paper = (layout[1].format(place.paper), "dim")
     return Text.assemble(shown, paper) if place.paper else shown
-
-
-def _strip(table: StripTable) -> RenderableType:
-    return Group(Text(visible(table.where)), _terminal(view(_guesses(table)), LAYOUTS[0]))

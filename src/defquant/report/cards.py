@@ -1,0 +1,320 @@
+"""Exported models: the cards that `defquant export` writes beside its ONNX files, as tables."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby, product
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+from defquant.config import check_bits, check_eps
+from defquant.errors import UserError, shown, visible
+from defquant.files import read_text
+from defquant.paper.section import Entry, Number, Section, Table, eps_number, eps_text, rate
+from defquant.report.model import EPS, NOTHING, Chapter, of_section, panels
+from defquant.report.names import Family, Series, attack_order, distinct
+from defquant.results import Score
+from defquant.typed import from_mapping, parse_json
+
+__all__ = ["KIND", "Card", "chapters", "read_cards"]
+
+KIND = "defquant deployed model"
+INTEGER = "onnxruntime, integers"  # the engine that runs what ships; the others stand beside it
+ENGINES = {"torch": "PyTorch", "integer": INTEGER}
+BITS_PART = re.compile(r"W\d|deployable")  # of a method; said by the table's head
+SHIPPED = (
+    "The networks as trained, and as deployed: ONNX files that onnxruntime runs. Images are made "
+    "on the trained network, rounded to 8 bits, and shown to both, but Square's, which is run on "
+    "each. ✗: the file's accuracy leaves the trained network's 95% interval. × is the share of "
+    "float32's; latency: median, and how many times as fast as each engine with float32. Fewer "
+    "than 8 bits run at int8 speed on CPUs: they save bytes and BOPs, not milliseconds."
+)
+EVERY = (
+    "Times are medians and quartiles, all engines in turn, PyTorch and onnxruntime with float32. "
+    "Results on images of two fingerprints must not be compared."
+)
+TIME = "{median_ms:ms} ({low_ms:ms} to {high_ms:ms}), {repeats} repeats, {threads} threads"
+Counts = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One attack's [right, images] on the trained network, where it was run there, and the file."""
+
+    attack: str
+    eps: float
+    deployed: Counts
+    settings: str = ""
+    trained: Counts | None = None
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
+        for counts in filter(None, (self.deployed, self.trained)):
+            Score(*counts)
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        return (attack_order(self.attack), self.eps)
+
+    @property
+    def name(self) -> str:
+        return self.attack if self.attack == "clean" else f"{self.attack} {eps_text(self.eps)}"
+
+    @property
+    def outside(self) -> str:
+        """`✗ below` or `✗ above` where the file leaves the trained one's interval."""
+        if self.trained is None:
+            return ""
+        (low, high), accuracy = Score(*self.trained).interval, Score(*self.deployed).accuracy
+        return "✗ below" if accuracy < low else "✗ above" if accuracy > high else ""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the file is from the network; None where an engine was not there."""
+
+    images: int
+    agreement: float
+    flipped_codes: float
+    logit_error: float
+    reference_mismatches: int
+    unoptimised_agreement: float | None = None
+    openvino_agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Time:
+    """Milliseconds of one engine at one batch size."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+
+
+@dataclass(frozen=True)
+class Latency:
+    """By batch size and engine."""
+
+    threads: int
+    repeats: int
+    batches: Mapping[str, Mapping[str, Time]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes and operations; `float` is the same network in float32, `float_macs` stay in floats.
+
+    The peak of activations as packed codes, as a byte each, and in float32.
+    """
+
+    file_bytes: int
+    float_file_bytes: int
+    macs: int
+    bops: int
+    float_bops: int
+    peak_activation_bytes: int
+    uint8_peak_activation_bytes: int
+    float_peak_activation_bytes: int
+    float_macs: int = 0
+    latency: Latency | None = None
+
+    @property
+    def times(self) -> Mapping[str, Mapping[str, Time]]:
+        return self.latency.batches if self.latency else {}
+
+
+@dataclass(frozen=True)
+class Card:
+    """One exported model; `place` is its JSON's path from the report's folder."""
+
+    place: str
+    run: str
+    method: str
+    model: str
+    bits: int
+    weight_bits: int
+    beta: float
+    seed: int
+    data: str
+    fingerprint: str
+    input: str
+    convolutions: Counts
+    parity: Parity
+    scores: tuple[Pair, ...]
+    cost: Cost
+    versions: Mapping[str, str]
+    command: str
+    calibrated: int | None = None
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        check_bits(self.weight_bits, "weight_bits")
+        times = [asdict(time) for batch in self.cost.times.values() for time in batch.values()]
+        sizes = {k: v for k, v in asdict(self.cost).items() if k not in ("latency", "float_macs")}
+        for name, value in (pair for part in (sizes, *times) for pair in part.items()):
+            if value <= 0:
+                raise UserError(f"{name} must be positive; found {value:g}")
+
+    @property
+    def family(self) -> Family:
+        """Its row in the paper's tables: the method without what the bits already say."""
+        parts = [part for part in self.method.split(" + ") if not BITS_PART.fullmatch(part)]
+        return Series(" + ".join(parts), self.bits, self.beta).family
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """Equal bits stand together, vanilla before DQ."""
+        precision = (self.bits, -self.weight_bits)
+        return (self.data, self.model, *precision, self.family.order, self.seed, self.place)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What its table says, by name."""
+        cost, (integer, every) = self.cost, self.convolutions
+        return vars(self) | {
+            "amiss": "✗ " * (integer < every),
+            "ranges": f"measured on {self.calibrated:,} images" if self.calibrated else "learnt",
+            "files": cost.file_bytes / cost.float_file_bytes,
+            "bops": cost.bops / cost.float_bops,
+            "peaks": cost.peak_activation_bytes / cost.float_peak_activation_bytes,
+        }
+
+
+def read_cards(folder: Path) -> tuple[list[Card], list[str]]:
+    """The exported models everywhere below `folder`, in order, and notes on the broken ones.
+
+    A JSON file is ours by its `kind`; one that does not parse, by the ONNX file beside it.
+    """
+    cards, notes = [], []
+    for path in sorted(folder.rglob("*.json")):
+        place, ours = visible(str(path.relative_to(folder))), path.with_suffix(".onnx").exists()
+        try:
+            text = read_text(path)
+            ours = ours or KIND in text
+            record = parse_json(text, place) if ours else None
+            if isinstance(record, dict) and record.get("kind") == KIND:
+                if record.get("format") != 1:
+                    raise UserError(f"format must be 1; found {shown(record.get('format'))}")
+                cards.append(from_mapping(Card, record | {"place": place}))
+        except UserError as error:
+            notes += [f"{place}: left out ({shown(str(error), 200)})"] * ours
+    return sorted(cards, key=lambda card: card.order), notes
+
+
+# --- tables -------------------------------------------------------------------------------
+
+FACTS = {
+    "Integers": {
+        "Precision": "{bits}-bit activations, {weight_bits}-bit weights",
+        "Run": "{run}, seed {seed}",
+        "Convolutions in integers": "{amiss}{convolutions[0]} of {convolutions[1]}",
+        "Ranges of the quantisers": "{ranges}",
+        "Input": "{input}",
+        "Same answer as trained": "{parity.agreement:.2%} of {parity.images:,}",
+        "Codes flipped": "{parity.flipped_codes:.3%}",
+    },
+    "Cost": {
+        "File": "{cost.file_bytes:kB}, {files:.3f}×",
+        "MACs": "{cost.macs:k}, {cost.float_macs:k} in float",
+        "BOPs, MACs × bits × bits": "{cost.bops:k}, {bops:.3f}×",
+        "Peak activations, packed": "{cost.peak_activation_bytes:kB}, {peaks:.3f}×, "
+        "{cost.uint8_peak_activation_bytes:kB} as bytes",
+    },
+    "Parity": {
+        "Card": "{place}",
+        "Fingerprint of the test images": "{fingerprint:.16}",
+        "Same answer, unoptimised": "{parity.unoptimised_agreement:.2%}",
+        "Same answer, OpenVINO": "{parity.openvino_agreement:.2%}",
+        "Codes unlike the integer reference": "{parity.reference_mismatches:,}",
+        "Largest difference of a logit, of their spread": "{parity.logit_error:.3g}",
+    },
+}
+MAIN, FOLDED = ("Integers", "Accuracy", "Cost", "Latency"), ("Parity", "Right", "Times", "Versions")
+
+
+def chapters(cards: Sequence[Card]) -> list[Chapter]:
+    """Per architecture and data set a column per model, so that DQ stands beside vanilla."""
+    groups = [list(own) for _, own in groupby(cards, lambda card: (card.data, card.model))]
+    return [_chapter(own, f"deployed-{i}") for i, own in enumerate(groups, 1)]
+
+
+def _chapter(cards: Sequence[Card], name: str) -> Chapter:
+    found: dict[str, dict[tuple[Any, str], dict[str, Entry]]] = {}
+    for card in cards:
+        for block, order, row, entry in _answers(card):
+            found.setdefault(block, {}).setdefault((order, row), {})[card.place] = entry
+    tables = [
+        Table(("", "", *(str(card.family) for card in cards)), tuple(
+            (block, row, *(entries.get(card.place) for card in cards))
+            for block in blocks
+            for (_, row), entries in sorted(found.get(block, {}).items(), key=lambda item: item[0])
+        ), caption)
+        for blocks, caption in ((MAIN, SHIPPED), (FOLDED, EVERY))
+    ]  # fmt: skip
+    title, drawn = f"Deployed: {cards[0].model} on {cards[0].data}", panels(_points(cards), EPS)
+    whole = of_section(Section(name, title, (), tuple(tables[:1]), tuple(drawn)))
+    folded = [*whole.folded, ("Every number: parity, scores, latency, versions", tables[1:])]
+    return replace(whole, folded=folded, commands=distinct(card.command for card in cards))
+
+
+def _answers(card: Card) -> Iterator[tuple[str, Any, str, Entry]]:
+    """Rows of plain columns: block, order within it, what is said, and that."""
+    for block, facts in FACTS.items():
+        for i, (name, text) in enumerate(facts.items()):
+            yield block, i, name, _Words().vformat(text, (), card.facts)
+    for pair in card.scores:
+        for side, counts in {"trained": pair.trained, "deployed": pair.deployed}.items():
+            if counts:
+                order, right = (*pair.order, side != "trained"), f"{counts[0]:,} / {counts[1]:,}"
+                yield "Accuracy", order, f"{pair.name}, {side}", rate(counts)
+                yield "Right", order, f"{pair.settings or pair.attack}, {side}", right
+        if pair.outside:
+            yield "Accuracy", (*pair.order, 2), f"{pair.name}, against the interval", pair.outside
+    for batch, times in card.cost.times.items():
+        every = {ENGINES.get(engine, engine): time for engine, time in times.items()}
+        for i, (engine, time) in enumerate(every.items()):
+            order, rests = (len(batch), batch, i), vars(time) | vars(card.cost.latency)
+            yield "Times", order, f"Batch {batch}, {engine}", _Words().vformat(TIME, (), rests)
+        if own := every.pop(INTEGER, None):
+            ratios = [f"{t.median_ms / own.median_ms:.2f}× {e}" for e, t in every.items()]
+            said = ", ".join([_Words().vformat("{median_ms:ms}", (), vars(own)), *ratios])
+            yield "Latency", (len(batch), batch), f"Batch {batch}", said
+    for name, version in card.versions.items():
+        yield "Versions", 0, name, version
+
+
+def _points(cards: Sequence[Card]) -> Iterator[tuple[str, str, str, str, Number]]:
+    """Accuracy over eps, a panel per attack, as trained and as deployed."""
+    attacks = {pair.attack for card in cards for pair in card.scores} - {"clean"}
+    for attack in sorted(attacks, key=attack_order):
+        for card, side in product(cards, ("deployed", "trained")):
+            own = sorted(
+                (p for p in card.scores if p.attack in ("clean", attack) and getattr(p, side)),
+                key=lambda pair: pair.order,
+            )
+            name = f"{card.family}, {card.bits} × {card.weight_bits} bits, {side}"
+            if own and own[-1].attack == attack:
+                for p in own:
+                    yield attack, name, str(card.family), eps_number(p.eps), rate(getattr(p, side))
+
+
+class _Words(Formatter):
+    """`k` is for three digits with a unit, `71.4 k`, `kB` for bytes, `ms` for times."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if value is None:
+            return NOTHING
+        if format_spec == "ms":
+            return f"{_digits(value)} ms"
+        if format_spec in ("k", "kB"):
+            units = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+            found = [(size, unit) for size, unit in units if value >= 0.9995 * size]
+            text = f"{_digits(value / found[0][0])} {found[0][1]}" if found else f"{value:.0f} "
+            return text.strip() if format_spec == "k" else f"{text}B"
+        return str(super().format_field(value, format_spec))
+
+
+def _digits(value: float) -> str:
+    """Three of them."""
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
