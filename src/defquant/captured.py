@@ -231,7 +231,7 @@ class _Reading:
         self.program = program
         self.root = nn.Module()
         self.new: dict[fx.Node, Any] = {}  # of the old graph, in the new one
-        self.folded: dict[fx.Node, Tensor] = {}  # old nodes that the images do not reach
+        self.folded: dict[fx.Node, Any] = {}  # old nodes that the images do not reach
         self.meta: dict[fx.Node, dict[str, Any]] = {}  # of those
         self.used: dict[str, int] = {}
 
@@ -294,7 +294,11 @@ class _Reading:
         return name in _AS_IT_IS and off and not kept
 
     def _real(self, argument: Any) -> Any:
-        return fx.node.map_arg(argument, lambda a: self.folded[a].clone())
+        def copied(node: fx.Node) -> Any:  # what follows may change it in place
+            value = self.folded[node]
+            return value.clone() if isinstance(value, Tensor) else value
+
+        return fx.node.map_arg(argument, copied)
 
     def _copied(self, argument: Any) -> Any:
         return fx.node.map_arg(argument, self._node)

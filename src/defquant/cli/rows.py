@@ -159,8 +159,10 @@ def _audit(found: Mapping[str, Any] | None) -> Iterator[str]:
         numbers = [layer[name] for name in ("matrix_norm", "norm", "gain", "residual")]
         a, b, c, d = (float("nan") if number is None else number for number in numbers)
         yield f"  {layer['layer']:24} {a:8.3f} {b:8.3f} {c:8.3f} {d:9.3f}"
-    ends = (found["lower"], found["bound"])
-    low, high = ("unbounded" if value is None else f"{value:.3g}" for value in ends)
+    low, high = ("-" if n is None else f"{n:.3g}" for n in (found["lower"], found["bound"]))
+    if found["bound"] is None:
+        yield f"  Lipschitz constant: {low} or more; {found['unbounded']}"
+        return
     yield f"  Lipschitz constant: {low} to {high}"
     radius = found["surrogate_radius_linf"] * 255
     yield f"  largest certified radius (of the surrogate, not of the network): {radius:.2g}/255"

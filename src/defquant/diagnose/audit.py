@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from defquant.attacks import untouched
 from defquant.attacks.access import differentiable, gradient, leaf
+from defquant.captured import Captured, capture, operation
 from defquant.data import to_unit
 from defquant.diagnose.bound import BatchNormCall, LayerAudit, reach
+from defquant.diagnose.masking import Connected
 from defquant.evaluate import Images, linted
-from defquant.models import FeatureSqueezing
-from defquant.quantize import Quantizer
+from defquant.models.squeezing import median_2x2
 
 __all__ = ["Audit", "LayerAudit", "Radius", "audit", "jacobian_norms", "surrogate"]
 
@@ -38,23 +39,26 @@ class Audit:
     Attributes:
         layers: every call of a layer, in the order of the forward pass.
         batch_norms: every batch norm's own gain, max |gamma / sqrt(var + eps)|.
-        bound: Lipschitz constant of the straight-through surrogate, from above.
+        bound: Lipschitz constant of the straight-through surrogate, from above; None without one.
         lower: the same from below: the largest of `jacobians`.
         jacobians: ||J(x)||_2 of the surrogate's logits at each image.
-        surrogate_radii: certified for the surrogate, image by image.
+        surrogate_radii: certified for the surrogate, image by image; 0 without a bound.
+        unbounded: why there is no bound, in one line; empty where there is one.
     """
 
     layers: tuple[LayerAudit, ...]
     batch_norms: tuple[BatchNormCall, ...]
-    bound: float
+    bound: float | None
     lower: float
     jacobians: tuple[float, ...]
     surrogate_radii: tuple[Radius, ...]
+    unbounded: str = ""
 
 
 def audit(model: nn.Module, data: Images, *, batch_size: int = 64) -> Audit:
     """Audit every layer of `model`, and bound the whole from both sides (L2 to L2).
 
+    It reads what `model` computes (`defquant.captured.capture`), whatever its layers are called.
     All of it is about the straight-through surrogate: the same weights with every quantiser
     replaced by its clamp. A quantised network has no Lipschitz constant, as its quantisers have
     none (|Q(a) - Q(b)| <= |a - b| + step), and nothing here certifies it. The bound is the one of
@@ -62,37 +66,51 @@ def audit(model: nn.Module, data: Images, *, batch_size: int = 64) -> Audit:
     is margin / (sqrt(2) bound) (Tsuzuku et al. 2018), and over sqrt(c h w) of it per pixel.
 
     Args:
-        model: of layers that torch.fx can trace; it is left as it was found.
+        model: any that can be captured; it is left as it was found.
         data: images and labels; every layer is audited at their size.
         batch_size: images at a time for the Jacobians, one backward pass a class.
 
     Raises:
-        UserError: bad images, a graph that cannot be traced, or a layer with no known constant.
+        UserError: bad images, a model that cannot be captured, weights that are not finite.
     """
     x, y = linted(model, data, batch_size)
-    x = to_unit(x)
-    twin = surrogate(model)
-    found = reach(twin, x[:1])
-    parts = [jacobian_norms(twin, some) for some in x.split(batch_size)]
+    x, y = to_unit(x).float().cpu(), y.cpu()
+    program = capture(model, x)
+    found, twin = reach(program, x[:1]), surrogate(program)
+    parts = [jacobian_norms(Connected(twin), some) for some in x.split(batch_size)]
     jacobians = torch.cat(parts).tolist()
     some = zip(x.split(batch_size), y.split(batch_size), strict=True)
     margins = torch.cat([_margins(twin, *pair) for pair in some])
-    radii = [_radius(margin, found.bound, x[0].numel()) for margin in margins.tolist()]
+    bound = math.inf if found.bound is None else found.bound
+    radii = tuple(_radius(margin, bound, x[0].numel()) for margin in margins.tolist())
     return Audit(
-        found.layers, found.batch_norms, found.bound, max(jacobians), tuple(jacobians),
-        tuple(radii),
+        found.layers, found.batch_norms, found.bound, max(jacobians), tuple(jacobians), radii,
+        found.unbounded,
     )  # fmt: skip
 
 
-def surrogate(model: nn.Module) -> nn.Module:
-    """A copy of `model` in eval mode whose quantisers only clamp: the straight-through surrogate.
+def surrogate(program: Captured) -> nn.Module:
+    """The straight-through surrogate of `capture(model, images)`: its quantisers only clamp.
 
-    The colours of a `FeatureSqueezing` are not reduced, its median stays.
+    The depth of a `FeatureSqueezing`, and every other rounding, is left out; its median stays.
     """
-    twin = copy.deepcopy(model).eval()
-    for module in twin.modules():
-        if isinstance(module, Quantizer | FeatureSqueezing):
-            module.bits = None
+    twin = copy.deepcopy(program.module)
+    aten = torch.ops.aten
+    for node in list(twin.graph.nodes):
+        source, name = (*node.all_input_nodes, None)[0], operation(node)
+        peak = program.constant(node.args[1]) if name == "defquant.signed_round.default" else None
+        if name == "defquant.clip_round.default":
+            node.target, node.args = aten.hardtanh.default, (source, 0.0, node.args[2])
+        elif name == "defquant.tanh_round.default":
+            node.target, node.args = aten.tanh.default, (source,)
+        elif name == "defquant.median_2x2.default":
+            node.target = median_2x2
+        elif peak is not None and peak > 0:
+            ends = -128 / 127 * float(peak), float(peak)
+            node.target, node.args = aten.hardtanh.default, (source, *ends)
+        elif peak is not None or name.startswith("aten.round."):
+            node.replace_all_uses_with(source)
+    twin.recompile()
     return twin
 
 

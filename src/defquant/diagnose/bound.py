@@ -1,38 +1,60 @@
-"""An upper bound on the Lipschitz constant of a network, node by node along its graph."""
+"""An upper bound on the Lipschitz constant of a captured program, operation by operation."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from defquant.attacks import untouched
+from defquant.captured import Captured, operation
 from defquant.diagnose.norms import (
+    ROUNDING,
+    Norm,
     average_norm,
-    batch_norm_scale,
     kernel_matrix,
-    layer_norm,
+    matrix_norm,
     max_pool_norm,
+    operator_norm,
 )
 from defquant.errors import UserError
-from defquant.lipschitz import ConvexSum
-from defquant.models.squeezing import squeeze
-from defquant.quantize import Quantizer
 
 __all__ = ["BatchNormCall", "LayerAudit", "Reach", "reach"]
 
-_UNIT_MODULES = (
-    Quantizer, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Sigmoid, nn.Identity, nn.Flatten,
-    nn.Dropout, nn.Dropout2d,
-)  # fmt: skip
-_UNIT = {
-    "relu", "relu_", "relu6", "hardtanh", "clamp", "tanh", "sigmoid", "flatten", "reshape", "view",
-    "contiguous", "permute", "transpose", "unsqueeze", "float", "neg",
+_SLOPES = dict.fromkeys((
+    "relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "tanh", "softplus", "softsign",
+    "log_sigmoid", "tanhshrink", "softshrink", "celu", "abs", "neg", "sin", "cos", "atan", "round",
+    "fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine",
+    "clip_round", "tanh_round", "signed_round",
+    "amax", "amin", "max", "min", "split", "split_with_sizes", "chunk", "unbind", "tensor_split",
+    "getitem", "masked_fill",
+), 1.0) | {
+    "sigmoid": 1 / 4, "hardsigmoid": 1 / 6, "hardswish": 3 / 2, "silu": 1.09984, "gelu": 1.129,
+    "mish": 1.0885, "selu": 1.7581, "median_2x2": 2.0,
 }  # fmt: skip
-_AVERAGES = {"mean", "avg_pool2d", "adaptive_avg_pool2d"}
-_SHAPES = {"size", "getattr", "getitem", "dim"}
+"""How far they carry one moving tensor; rounding counts as the straight-through identity.
+
+The upper median of four: each pixel is in up to four windows.
+"""
+_SPREADS = {
+    "flatten", "reshape", "unflatten", "permute", "transpose", "t", "mT", "movedim", "swapaxes",
+    "squeeze", "unsqueeze", "expand", "expand_as", "repeat", "repeat_interleave", "tile", "slice",
+    "select", "narrow", "index", "index_select", "flip", "roll", "rot90", "pixel_shuffle",
+    "pixel_unshuffle", "channel_shuffle", "diagonal", "unfold", "im2col", "mean", "sum",
+    "cumsum", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "upsample_nearest2d", "upsample_bilinear2d",
+    "pad", "constant_pad_nd", "to", "_to_copy",
+}  # fmt: skip
+"""Linear maps with no negative entry."""
+_LINEAR = {"matmul", "mm", "addmm", "bmm", "mv", "einsum", "upsample_bicubic2d"}
+"""Linear in each tensor that they take."""
+_LAYERS = {"matmul": ("self", "other"), "mm": ("self", "mat2")} | dict.fromkeys((
+    "linear", "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d",
+    "conv_transpose3d",
+), ("input", "weight"))  # fmt: skip
+"""Layers, and which of their arguments are the input and the weight."""
 
 
 @dataclass(frozen=True)
@@ -72,182 +94,313 @@ class BatchNormCall:
 
 @dataclass(frozen=True)
 class Reach:
-    """||f(a) - f(b)||_2 <= `bound` ||a - b||_2, and the calls that it was made of."""
+    """||f(a) - f(b)||_2 <= `bound` ||a - b||_2, and the calls that it was made of.
 
-    bound: float
+    Without a bound it is None, and `unbounded` says why: "no bound: softmax in blocks.3.attn".
+    """
+
+    bound: float | None
+    unbounded: str
     layers: tuple[LayerAudit, ...]
     batch_norms: tuple[BatchNormCall, ...]
 
 
-class _Tracer(fx.Tracer):
-    def __init__(self) -> None:
-        super().__init__(autowrap_functions=(squeeze,))
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = (*_UNIT_MODULES, ConvexSum, nn.Conv2d, nn.Linear)
-        return isinstance(m, known) or super().is_leaf_module(m, module_qualified_name)
-
-
-class _Values(fx.Interpreter):
-    """Keeps what every node gave, for its shape."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        n.meta["value"] = super().run_node(n)
-        return n.meta["value"]
-
-
-def reach(model: nn.Module, x: Tensor) -> Reach:
-    """Bound how far `model`, in eval mode, carries a change of its input (L2 to L2).
+def reach(program: Captured, x: Tensor) -> Reach:
+    """Bound how far `program` carries a change of its input (L2 to L2).
 
     With R(node) the bound from the images to a node: a layer multiplies R by its norm (a batch norm
-    on a layer's output by that of the composed map), an activation, clamp or max-pooling without
-    overlap by 1, an average over h w by 1/sqrt(h w). A sum has R(a) + R(b), thus 1 + branch for a
-    residual one; a convex one |alpha_1| R(a) + |alpha_2| R(b). Quantisers count as their clamp: the
-    bound is the straight-through surrogate's. `x` (1, c, h, w) gives the shapes.
+    on a layer's output by that of the composed map), an activation by its largest slope, a
+    max-pooling by the root of how many windows share a pixel, an average over h w by 1/sqrt(h w).
+    A sum has R(a) + R(b), thus 1 + branch for a residual one; a convex one |alpha_1| R(a) +
+    |alpha_2| R(b). Quantisers count as their clamp, other rounding as the identity: the bound is
+    the straight-through surrogate's. `x` (1, c, h, w) gives the shapes.
 
     Raises:
-        UserError: the graph cannot be traced, or a layer has no known constant; it is named.
+        UserError: a weight or a factor that is not finite; it is named.
     """
-    graph = _traced(model)
-    with untouched(model), torch.no_grad():
-        _Values(model, graph=graph).run(x)
-    walk = _Walk(model)
-    for node in graph.nodes:
+    walk = _Walk(program, x)
+    for node in program.calls:
         walk.visit(node)
-    return Reach(walk.end, tuple(walk.layers.values()), tuple(walk.batch_norms))
+    bound = walk.reach[program.end] * (1 + ROUNDING)
+    finite = math.isfinite(bound)
+    why = "" if finite else _why(walk.unbounded)
+    layers, norms = tuple(walk.layers.values()), tuple(walk.batch_norms)
+    return Reach(bound if finite else None, why, layers, norms)
 
 
-def _traced(model: nn.Module) -> fx.Graph:
-    with untouched(model):
-        try:
-            return _Tracer().trace(model)
-        except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError) as error:
-            line = str(error).split("\n")[0].rstrip(".")
-            raise UserError(
-                f"the audit follows a fixed graph; {type(model).__name__} has none ({line}): audit "
-                "the part that torch.fx can trace"
-            ) from None
+def _why(places: list[str]) -> str:
+    if not places:
+        return "no bound: the product of the norms is beyond every number"
+    more = f", and {len(places) - 1} more" if len(places) > 1 else ""
+    return f"no bound: {places[0]}{more}"
+
+
+class _NoBound(Exception):  # noqa: N818 -- no error: a finding
+    """What an operation does that no constant bounds."""
 
 
 class _Walk:
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = dict(model.named_modules())
+    """R of each node: 0 where the images do not count, infinity where nothing bounds it."""
+
+    def __init__(self, program: Captured, x: Tensor) -> None:
+        self.value: dict[Any, Any] = {}  # of each node, for one image
         self.reach: dict[fx.Node, float] = {}
         self.layers: dict[fx.Node, LayerAudit] = {}
+        self.maps: dict[fx.Node, tuple[fx.Node, list[fx.Node], Tensor]] = {}
         self.batch_norms: list[BatchNormCall] = []
-        self.end = 0.0
+        self.unbounded: list[str] = []
+        for node in program.nodes[:-1]:
+            self.reach[node] = float(node.op == "placeholder")
+            self.value[node] = x if node.op == "placeholder" else program.constant(node)
+        program.values(x, self.value.__setitem__)
 
     def visit(self, node: fx.Node) -> None:
-        if node.op == "placeholder":
-            self.reach[node] = float(not self.reach)  # further ones are settings, not images
-        elif node.op == "get_attr":
-            self.reach[node] = 0.0
-        elif node.op == "output":
-            if not isinstance(node.args[0], fx.Node):
-                raise UserError("the audit needs a network that returns one tensor of logits")
-            self.end = self.reach[node.args[0]]
-        elif node.op == "call_module":
-            self.reach[node] = self._module(node, self.modules[str(node.target)])
-        else:
-            self.reach[node] = self._function(node)
+        name = _name(node)
+        if not self._moving(node) or not isinstance(self.value[node], Tensor | tuple | list):
+            return  # the images, or their number, do not count
+        try:
+            self.reach[node] = self._carried(node, name)
+        except _NoBound as why:
+            layer = node.meta.get("layer") or node.name
+            self.unbounded.append(str(why) if layer == node.name else f"{why} in {layer}")
+            self.reach[node] = math.inf
 
-    def _module(self, node: fx.Node, module: nn.Module) -> float:
-        sources = [arg for arg in node.args if isinstance(arg, fx.Node)]
-        if isinstance(module, ConvexSum):
-            shares = module.alpha.detach().abs().tolist()
-            return math.fsum(a * self.reach[s] for a, s in zip(shares, sources, strict=True))
-        if len(sources) != 1:
-            raise _unknown(node, type(module).__name__)
-        source, before = sources[0], self.reach[sources[0]]
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            size, matrix = _size(source), kernel_matrix(module)
-            norm = layer_norm(module, size)
-            self.layers[node] = LayerAudit(
-                str(node.target), size, *matrix, norm.value, None, norm.value, norm.upper
-            )
-            return norm.upper * before
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            return self._batch_norm(node, module, source)
-        if isinstance(module, _UNIT_MODULES):
-            return before
-        if isinstance(module, nn.MaxPool2d):
-            return max_pool_norm(module) * before
-        if isinstance(module, nn.AvgPool2d | nn.AdaptiveAvgPool2d):
-            return average_norm(module, _size(source)) * before
-        raise _unknown(node, type(module).__name__)
+    def _carried(self, node: fx.Node, name: str) -> float:
+        given, value = _given(node), self.value[node]
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            raise _NoBound(name)
+        if name in _LAYERS and (found := self._layer(node, name, given)) is not None:
+            return found
+        if (rule := getattr(self, f"_{name}", None)) is not None:
+            return float(rule(node, given))
+        if name in ("maximum", "minimum") or (name in ("max", "min") and "other" in given):
+            return self._either(node, given)
+        source = self._only(node, name)
+        if name in _SLOPES:
+            return _times(_SLOPES[name] * self._copies(source, node), self.reach[source])
+        if name in _SPREADS:
+            factor = average_norm(partial(self._again, node, source), self.value[source].shape)
+            return _times(factor, self.reach[source])
+        if name in _LINEAR:
+            return self._linear_map(node, source)
+        raise _NoBound(name)
 
-    def _batch_norm(
-        self, node: fx.Node, module: nn.BatchNorm1d | nn.BatchNorm2d, source: fx.Node
-    ) -> float:
-        scale = batch_norm_scale(module, str(node.target))
-        self.batch_norms.append(BatchNormCall(str(node.target), scale.abs().max().item()))
-        apart = self.batch_norms[-1].gain * self.reach[source]
+    # ---------------------------------------------------------------- layers
+
+    def _layer(self, node: fx.Node, name: str, given: dict[str, Any]) -> float | None:
+        """R behind a layer; None where a matrix product is none."""
+        key, weight = _LAYERS[name]
+        source, weight = given[key], given[weight]
+        if name in _LINEAR and (self._is_moving(weight) or self.value[weight].ndim != 2):
+            return None
+        if self._is_moving(weight) or self._is_moving(given.get("bias")):
+            raise _NoBound(f"{name} by weights that the image changes")
+        W = self._constant(weight)
+        W = W.mT if name in _LINEAR else W
+        pads: list[fx.Node] = []  # in front of a convolution, part of its map
+        while _name(source) in ("pad", "constant_pad_nd") and len(source.users) == 1:
+            pads.insert(0, source)
+            source = source.all_input_nodes[0]
+        self.maps[node] = source, pads, W
+        norm, size = self._norm(node), tuple(self.value[source].shape[1:])
+        matrix = kernel_matrix(W, given.get("groups", 1))
+        self.layers[node] = LayerAudit(
+            node.meta["layer"], size, *matrix, norm.value, None, norm.value, norm.upper
+        )
+        return _times(norm.upper, self.reach[source])
+
+    def _norm(self, layer: fx.Node, scale: Tensor | None = None) -> Norm:
+        """Of a layer, each of its outputs times `scale`; the padding before it is part of it."""
+        source, pads, W = self.maps[layer]
+        if W.ndim == 2:
+            return matrix_norm(W if scale is None else W * scale.view(-1, 1))
+        factor = None if scale is None else scale.view(-1, *[1] * (W.ndim - 2))
+
+        def called(v: Tensor) -> Tensor:
+            for pad in pads:
+                v = self._called(pad, {"self": v, "value": 0.0})
+            out = self._called(layer, {"input": v, "weight": W, "bias": None})
+            return out if factor is None else out * factor
+
+        return operator_norm(called, tuple(self.value[source].shape), W)
+
+    def _called(self, node: fx.Node, changed: dict[str, Any]) -> Tensor:
+        known = fx.node.map_arg(_given(node), self.value.__getitem__)
+        out: Tensor = node.target(**known | changed)  # type: ignore[operator]
+        return out
+
+    def _batch_norm(self, node: fx.Node, given: dict[str, Any]) -> float:
+        source, layer = given["input"], node.meta["layer"]
+        if given["training"] or given["running_var"] is None:
+            raise _NoBound("batch_norm by its own batch")
+        scale = (self._constant(given["running_var"]) + given["eps"]).rsqrt()
+        if given["weight"] is not None:
+            scale = scale * self._constant(given["weight"])
+        self.batch_norms.append(BatchNormCall(layer, scale.abs().max().item()))
+        apart = _times(self.batch_norms[-1].gain, self.reach[source])
         call = self.layers.get(source)
-        if call is None:
+        if call is None or (self.maps[source][2].ndim == 2 and self.value[source].ndim > 2):
             return apart
-        layer = self.modules[str(source.target)]
-        assert isinstance(layer, nn.Conv2d | nn.Linear)
-        composed = layer_norm(layer, call.size, scale)
+        composed = self._norm(source, scale)
         if call.batch_norm is None:
             self.layers[source] = replace(
-                call, batch_norm=str(node.target), gain=composed.value, upper=composed.upper
+                call, batch_norm=layer, gain=composed.value, upper=composed.upper
             )
-        (before,) = (self.reach[arg] for arg in source.args if isinstance(arg, fx.Node))
-        return min(composed.upper * before, apart)
+        return min(_times(composed.upper, self.reach[self.maps[source][0]]), apart)
 
-    def _function(self, node: fx.Node) -> float:
-        name = node.target if isinstance(node.target, str) else node.target.__name__
-        reaches = [self.reach[arg] for arg in node.all_input_nodes]
-        if node.target is squeeze:  # the upper median of four: each pixel is in up to four windows
-            return reaches[0] * (2 if node.args[2] else 1)
-        if name in _SHAPES and not isinstance(node.meta["value"], Tensor):
-            return 0.0
-        if name in ("add", "iadd", "sub") and not node.kwargs:
-            return sum(self.reach[arg] for arg in node.args if isinstance(arg, fx.Node))
-        if name in ("mul", "truediv", "div") and not node.kwargs:
-            return self._product(node, name)
-        if name == "cat":
-            return math.hypot(*reaches)
-        moving = [arg for arg in node.all_input_nodes if self.reach[arg]]
-        if len(moving) == 1 and moving[0] is node.args[0]:
-            if name in _UNIT:
-                return self.reach[moving[0]]
-            if name in _AVERAGES:
-                return average_norm(_again(node), _size(moving[0])) * self.reach[moving[0]]
-        raise _unknown(node, name)
+    # ------------------------------------------------- other operations, by name
 
-    def _product(self, node: fx.Node, name: str) -> float:
-        """A tensor times, or over, a constant: a normalisation in front of the network."""
-        first, second = node.args[:2]
-        if name == "mul" and not (isinstance(first, fx.Node) and self.reach[first]):
-            first, second = second, first
-        factor = second.meta["value"] if isinstance(second, fx.Node) else second
-        fixed = not isinstance(second, fx.Node) or self.reach[second] == 0
-        if not isinstance(first, fx.Node) or not fixed:
-            raise _unknown(node, name)
-        size = torch.as_tensor(factor, dtype=torch.float64).abs()
-        gain = size.max() if name == "mul" else 1 / size.min()
-        return float(gain) * self.reach[first]
+    def _add(self, node: fx.Node, given: dict[str, Any]) -> float:
+        alpha = given.get("alpha", 1)
+        return self._total(node, [(given["self"], 1.0), (given["other"], alpha)])
+
+    def _sub(self, node: fx.Node, given: dict[str, Any]) -> float:
+        alpha = given.get("alpha", 1)
+        return self._total(node, [(given["self"], 1.0), (given["other"], -alpha)])
+
+    def _rsub(self, node: fx.Node, given: dict[str, Any]) -> float:
+        return self._total(node, [(given["self"], -given["alpha"]), (given["other"], 1.0)])
+
+    def _mul(self, node: fx.Node, given: dict[str, Any]) -> float:
+        return self._total(node, [self._product(node, given["self"], given["other"])])
+
+    def _div(self, node: fx.Node, given: dict[str, Any]) -> float:
+        if self._is_moving(given["other"]) or given.get("rounding_mode"):
+            raise _NoBound("div by what the image changes, or rounded")
+        least = self._constant(given["other"]).abs().min().item()
+        return self._total(node, [(given["self"], 1 / least if least else math.inf)])
+
+    def _addcmul(self, node: fx.Node, given: dict[str, Any]) -> float:
+        moving, size = self._product(node, given["tensor1"], given["tensor2"])
+        return self._total(node, [(given["self"], 1.0), (moving, size * abs(given["value"]))])
+
+    def _lerp(self, node: fx.Node, given: dict[str, Any]) -> float:
+        if self._is_moving(given["weight"]):
+            raise _NoBound("lerp by what the image changes")
+        w = self._constant(given["weight"])
+        ends = [(given["self"], (1 - w).abs().max().item()), (given["end"], w.abs().max().item())]
+        return self._total(node, ends)
+
+    def _product(self, node: fx.Node, a: Any, b: Any) -> tuple[Any, float]:
+        """The factor that moves, and the largest size of the other."""
+        if self._is_moving(a) and self._is_moving(b):
+            raise _NoBound(f"{_name(node)} of two moving tensors")
+        a, b = (b, a) if self._is_moving(b) else (a, b)
+        return a, self._constant(b).abs().max().item()
+
+    def _total(self, node: fx.Node, terms: Iterable[tuple[Any, float]]) -> float:
+        weights: dict[fx.Node, float] = {}
+        for term, weight in terms:
+            if self._is_moving(term):
+                weights[term] = weights.get(term, 0.0) + weight
+        return math.fsum(
+            _times(abs(weight) * self._copies(term, node), self.reach[term])
+            for term, weight in weights.items()
+        )
+
+    def _cat(self, node: fx.Node, given: dict[str, Any]) -> float:
+        return math.hypot(*(self.reach[part] for part in given["tensors"]))
+
+    _stack = _cat
+
+    def _where(self, node: fx.Node, given: dict[str, Any]) -> float:
+        if self._is_moving(given["condition"]):
+            raise _NoBound("where, by what the image changes")
+        return self._either(node, given)
+
+    def _either(self, node: fx.Node, given: dict[str, Any]) -> float:
+        moving = [part for part in (given["self"], given["other"]) if self._is_moving(part)]
+        return math.hypot(*(_times(self._copies(m, node), self.reach[m]) for m in moving))
+
+    def _leaky_relu(self, node: fx.Node, given: dict[str, Any]) -> float:
+        return _times(max(1.0, abs(given["negative_slope"])), self.reach[given["self"]])
+
+    def _elu(self, node: fx.Node, given: dict[str, Any]) -> float:
+        ends = given["scale"], given["scale"] * given["alpha"] * given["input_scale"]
+        return _times(max(map(abs, ends)), self.reach[given["self"]])
+
+    def _prelu(self, node: fx.Node, given: dict[str, Any]) -> float:
+        slope = self._constant(given["weight"]).abs().max().item()
+        return _times(max(1.0, slope), self.reach[given["self"]])
+
+    def _max_pool2d(self, node: fx.Node, given: dict[str, Any]) -> float:
+        windows = (given[name] for name in ("kernel_size", "stride", "dilation"))
+        return _times(max_pool_norm(*windows), self.reach[given["self"]])
+
+    def _adaptive_max_pool2d(self, node: fx.Node, given: dict[str, Any]) -> float:
+        sides = zip(self.value[given["self"]].shape[-2:], given["output_size"], strict=True)
+        shared = math.prod(1 if n % o == 0 else math.ceil(o / n) + 1 for n, o in sides)
+        return _times(math.sqrt(shared), self.reach[given["self"]])
+
+    def _linear_map(self, node: fx.Node, source: fx.Node) -> float:
+        value = self.value[source]
+        norm = operator_norm(partial(self._again, node, source), tuple(value.shape), value)
+        return _times(norm.upper, self.reach[source])
+
+    # ------------------------------------------------------------------ helpers
+
+    def _is_moving(self, argument: Any) -> bool:
+        return isinstance(argument, fx.Node) and self.reach[argument] != 0
+
+    def _moving(self, node: fx.Node) -> list[fx.Node]:
+        """The inputs that the image reaches, as often as they are named."""
+        inputs: list[fx.Node] = []
+        fx.node.map_arg((node.args, node.kwargs), inputs.append)
+        return [one for one in inputs if self._is_moving(one)]
+
+    def _only(self, node: fx.Node, name: str) -> fx.Node:
+        moving = self._moving(node)
+        if len(moving) > 1:
+            number = "two" if len(moving) == 2 else len(moving)
+            raise _NoBound(f"{name} of {number} moving tensors")
+        return moving[0]
+
+    def _constant(self, argument: Any) -> Tensor:
+        """What does not move, in float64; `UserError` where it is not finite."""
+        value = self.value[argument] if isinstance(argument, fx.Node) else argument
+        tensor = torch.as_tensor(value)
+        if not bool(tensor.isfinite().all()):
+            name = argument.meta.get("name", argument.name) if isinstance(argument, fx.Node) else ""
+            raise UserError(f"the audit needs finite weights; {name!r} holds NaN or infinity")
+        return tensor if tensor.is_floating_point() and tensor.ndim else tensor.double()
+
+    def _again(self, node: fx.Node, source: fx.Node, v: Tensor) -> Tensor:
+        """The operation as a linear map of `source`."""
+
+        def at(v: Tensor) -> Any:
+            def put(n: fx.Node) -> Any:
+                return v if n is source else self.value[n]
+
+            args = fx.node.map_arg(node.args, put)
+            return node.target(*args, **node.kwargs)  # type: ignore[operator]
+
+        out: Tensor = at(v) - at(torch.zeros_like(v))
+        return out
+
+    def _copies(self, source: fx.Node, node: fx.Node) -> float:
+        """The root of how often broadcasting shows each entry of `source`."""
+        before, after = self.value[source], self.value[node]
+        if not (isinstance(before, Tensor) and isinstance(after, Tensor) and before.numel()):
+            return 1.0
+        return math.sqrt(max(1.0, after.numel() / before.numel()))
 
 
-def _size(node: fx.Node) -> tuple[int, ...]:
-    return tuple(node.meta["value"].shape[1:])
+def _name(node: fx.Node) -> str:
+    """`conv2d` of `aten.conv2d.default`."""
+    parts = operation(node).split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
 
 
-def _again(node: fx.Node) -> Callable[[Tensor], Tensor]:
-    """The node's operation as a function of its first argument."""
-    if isinstance(node.target, str):
-        method = node.target
-        return lambda x: getattr(x, method)(*node.args[1:], **node.kwargs)
-    function = node.target
-    return lambda x: function(x, *node.args[1:], **node.kwargs)
+def _given(node: fx.Node) -> dict[str, Any]:
+    """The arguments by name, and the defaults of those that are not given."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {}
+    names = [argument.name for argument in schema.arguments]
+    defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    return defaults | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
-def _unknown(node: fx.Node, kind: str) -> UserError:
-    stack = list(node.meta.get("nn_module_stack", {}))
-    where = str(node.target) if node.op == "call_module" else f"{node.name}, in {stack[-1]!r}"
-    where = where if node.op == "call_module" or (stack and stack[-1]) else node.name
-    return UserError(
-        f"the audit knows no Lipschitz constant of the layer {where!r} ({kind}): replace it by one "
-        "that it knows, or audit the part before it"
-    )
+def _times(a: float, b: float) -> float:
+    """The product, where 0 times infinity is 0."""
+    return a * b if a and b else 0.0

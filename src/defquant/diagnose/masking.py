@@ -204,7 +204,7 @@ def masking_verdict(
             warnings.filterwarnings("ignore", seen, DefquantWarning)
         x, y = linted(model, data, effort.batch_size)
     known = any(isinstance(m, Quantizer) and m.bits is not None for m in model.modules())
-    connected, images = _Connected(model), to_unit(x)
+    connected, images = Connected(model), to_unit(x)
     right = answers(connected, (images, y), batch_size=effort.batch_size) == y
     scene, total = _Scene(connected, images[right], y[right], eps, effort), int(right.sum())
     usual, strongest, raised = _raised(scene, substitute, known) if total else (right, right, {})
@@ -234,7 +234,7 @@ def collapsed(usual: int, strongest: int, right: int) -> bool:
     return Score(usual - strongest, right).interval[0] > COLLAPSE and 2 * strongest < usual
 
 
-class _Connected(nn.Module):
+class Connected(nn.Module):
     """The network, whose logits depend on the image for autograd too, with gradient 0 if need be.
 
     A network that leaves torch, or detaches, has no gradient at all and would stop an attack.

@@ -6,18 +6,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-
-from defquant.errors import UserError
+from torch import Tensor
 
 __all__ = [
-    "KernelMatrix", "Norm", "average_norm", "batch_norm_scale", "kernel_matrix", "layer_norm",
-    "max_pool_norm",
+    "ROUNDING", "KernelMatrix", "Norm", "average_norm", "kernel_matrix", "matrix_norm",
+    "max_pool_norm", "operator_norm",
 ]  # fmt: skip
 
 STEPS = 100
 FAILURE = 1e-9
-_ROUNDING = 1e-5  # of float32 sums, far above what a hundred steps gather
+ROUNDING = 1e-5  # of float32 sums, far above what a hundred steps gather
 
 
 @dataclass(frozen=True)
@@ -47,43 +45,19 @@ class KernelMatrix(NamedTuple):
 
 
 @torch.no_grad()
-def kernel_matrix(layer: nn.Conv2d | nn.Linear) -> KernelMatrix:
+def kernel_matrix(weight: Tensor, groups: int = 1) -> KernelMatrix:
     """The weight's extreme singular values and its distance from orthonormal, in float64."""
-    groups = getattr(layer, "groups", 1)
-    W = layer.weight.double().reshape(groups, len(layer.weight) // groups, -1)
+    W = weight.double().reshape(groups, len(weight) // groups, -1)
     gram = W @ W.mT if W.shape[1] <= W.shape[2] else W.mT @ W
     squares = torch.linalg.eigvalsh(gram).clamp(min=0)
     largest, smallest = math.sqrt(squares.max().item()), math.sqrt(squares.min().item())
     return KernelMatrix(largest, smallest, (squares - 1).norm().item())
 
 
-def layer_norm(
-    layer: nn.Conv2d | nn.Linear, size: tuple[int, ...], scale: Tensor | None = None
-) -> Norm:
-    """||A|| of x -> scale * (layer(x) - bias) on inputs of `size`, without the batch.
-
-    `scale`, (c_out,), is a batch norm that follows: the norm of the composed map may be far below
-    the product of both norms. Stride, padding, dilation and groups are the layer's.
-    """
-    W = layer.weight.detach()
-    W = W.to(torch.promote_types(W.dtype, torch.float32))
-    if scale is not None:
-        W = W * scale.to(W).view(-1, *[1] * (W.dim() - 1))
-    if isinstance(layer, nn.Linear):
-        norm = torch.linalg.matrix_norm(W.double(), 2).item()
-        return Norm(norm, norm)
-    return _operator_norm(lambda x: layer._conv_forward(x[None], W, None), size, W)
-
-
-def batch_norm_scale(norm: nn.BatchNorm1d | nn.BatchNorm2d, name: str) -> Tensor:
-    """gamma / sqrt(var + eps), (c,): what a batch norm in eval mode multiplies each channel by."""
-    if norm.running_var is None:
-        raise UserError(
-            f"{name!r} normalises by its batch, which has no Lipschitz constant: train it with "
-            "track_running_stats"
-        )
-    scale = (norm.running_var + norm.eps).rsqrt()
-    return scale if norm.weight is None else scale * norm.weight.detach()
+def matrix_norm(W: Tensor) -> Norm:
+    """||W||_2 of a linear layer's weight, exact."""
+    norm = torch.linalg.matrix_norm(W.double(), 2).item()
+    return Norm(norm, norm)
 
 
 @torch.inference_mode(False)
@@ -93,24 +67,28 @@ def average_norm(pool: Callable[[Tensor], Tensor], size: tuple[int, ...]) -> flo
     Exact, 1/sqrt(h w), for windows of h w pixels that do not overlap, and for a global mean.
     """
     with torch.enable_grad():
-        ones = torch.ones(1, *size, dtype=torch.float64, requires_grad=True)
+        ones = torch.ones(*size, dtype=torch.float64, requires_grad=True)
         rows = pool(ones)
         (columns,) = torch.autograd.grad(rows.sum(), ones)
     return math.sqrt(rows.max().item() * columns.max().item())
 
 
-def max_pool_norm(pool: nn.MaxPool2d) -> float:
+def max_pool_norm(kernel: list[int], stride: list[int], dilation: list[int] | int) -> float:
     """sqrt of how many windows share a pixel at most: no window's maximum moves more than it."""
-    sides = zip(*(_pair(v) for v in (pool.kernel_size, pool.stride, pool.dilation)), strict=True)
+    sides = zip(*(_pair(v) for v in (kernel, stride or kernel, dilation)), strict=True)
     return math.sqrt(math.prod(math.ceil(k * math.gcd(s, d) / s) for k, s, d in sides))
 
 
-def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (value, value) if isinstance(value, int) else value
+def _pair(value: list[int] | int) -> list[int]:
+    value = [value] if isinstance(value, int) else value
+    return list(value) * 2 if len(value) == 1 else list(value)
 
 
-def _operator_norm(A: Callable[[Tensor], Tensor], size: tuple[int, ...], like: Tensor) -> Norm:
-    """`Norm` by Lanczos on v -> A'Av, every new vector made orthogonal to all before it."""
+def operator_norm(A: Callable[[Tensor], Tensor], size: tuple[int, ...], like: Tensor) -> Norm:
+    """`Norm` of a linear map on tensors of `size`: Lanczos on v -> A'Av.
+
+    Every new vector is made orthogonal to all before it.
+    """
     n = math.prod(size)
     steps = min(STEPS, n)
     start = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -123,7 +101,7 @@ def _operator_norm(A: Callable[[Tensor], Tensor], size: tuple[int, ...], like: T
         for _ in range(2):  # once leaves what rounding puts back
             w = w - (basis[: k + 1] @ w) @ basis[: k + 1]
         rest = float(w.norm())
-        if rest <= _ROUNDING * max(diagonal):
+        if rest <= ROUNDING * max(diagonal):
             break
         beside.append(rest)
         v = w / rest
@@ -134,7 +112,7 @@ def _operator_norm(A: Callable[[Tensor], Tensor], size: tuple[int, ...], like: T
     value = math.sqrt(max(0.0, torch.linalg.eigvalsh(T)[-1].item()))
     exhausted = done == n or len(beside) < done
     short = 0.0 if exhausted else _shortfall(n, done)
-    return Norm(value, value / math.sqrt(1 - short) * (1 + _ROUNDING))
+    return Norm(value, value / math.sqrt(1 - short) * (1 + ROUNDING))
 
 
 def _shortfall(n: int, steps: int) -> float:

@@ -95,7 +95,8 @@ def _layers(model: nn.Module, data: Dataset, eps: float, effort: Effort) -> list
 def _audited(found: Audit) -> dict[str, Any]:
     return {
         "images": len(found.jacobians),
-        "bound": _finite(found.bound),
+        "bound": found.bound,
+        "unbounded": found.unbounded,
         "lower": _finite(found.lower),
         "surrogate_radius_linf": max(_finite(r.linf) or 0.0 for r in found.surrogate_radii),
         "layers": [
