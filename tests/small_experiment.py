@@ -11,7 +11,7 @@ import torch
 
 from defquant.config import DataConfig, ModelConfig, TrainConfig
 from defquant.paper import grid
-from defquant.paper.grid import Cell, Network, by_network
+from defquant.paper.grid import Network, Trial, by_network
 from defquant.paper.run import work
 
 DATA = DataConfig("digits", train_images=96, validation_images=20)
@@ -19,22 +19,15 @@ TRAIN = TrainConfig(epochs=3, batch_size=32, lr=0.1, clip=1.0, device="cpu")
 FLOAT = Network(ModelConfig("wrn-10-1"), DATA, TRAIN)
 DQ = Network(ModelConfig("wrn-10-1", bits=2, convex=True), DATA, replace(TRAIN, beta=0.1))
 SUBSTITUTE = Network(ModelConfig("vgg-16x0.0625"), DATA, replace(TRAIN, seed=1000))
-FAMILY = [Cell(FLOAT, attack="fgsm", eps=pixels / 255, images=100) for pixels in (32, 64, 128)]
-
-
-def cells_on(network: Network) -> list[Cell]:
-    through = {"images": 40, "substitute": SUBSTITUTE}
-    return [
-        Cell(network, attack="fgsm", eps=8 / 255, **through),  # type: ignore[arg-type]
-        Cell(network, attack="fgsm", eps=24 / 255, **through),  # type: ignore[arg-type]
-        Cell(network, images=40),
-        Cell(network, attack="pgd-3", eps=24 / 255, images=20),
-        Cell(network, attack="random", eps=8 / 255, images=10, split="validation"),
-        Cell(network, "layers", "fgsm", 8 / 255, 8),
-    ]
-
-
-CELLS = [*FAMILY, *cells_on(FLOAT), *cells_on(DQ)]
+FAMILY = [Trial("fgsm", pixels / 255, 100).cell(FLOAT) for pixels in (32, 64, 128)]
+TRIALS = (
+    *(Trial("fgsm", eps / 255, 40, substitute=SUBSTITUTE) for eps in (8, 24)),
+    Trial(images=40),
+    Trial("pgd-3", 24 / 255, 20),
+    Trial("random", 8 / 255, 10, split="validation"),
+    Trial("fgsm", 8 / 255, 8, kind="layers"),
+)
+CELLS = [*FAMILY, *(trial.cell(network) for network in (FLOAT, DQ) for trial in TRIALS)]
 
 
 def counts(out: Path) -> dict[str, tuple[int, int, float | None]]:

@@ -19,7 +19,7 @@ import pytest
 from defquant.errors import UserError
 from defquant.files import append_line, claimed
 from defquant.paper import workers
-from defquant.paper.grid import Cell
+from defquant.paper.grid import Trial
 from defquant.paper.run import run
 from defquant.paper.workers import each_on_cluster
 from small_experiment import CELLS, FLOAT, each_once, make_undisturbed, same, stamps, until
@@ -64,7 +64,7 @@ def test_networks_of_gpus_ask_for_one(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("defquant.paper.run.each_on_cluster", cluster)
     for device in ("auto", "cpu", "cuda", "cuda:0"):
         network = replace(FLOAT, train=replace(FLOAT.train, device=device))
-        assert run([Cell(network)], tmp_path, workers="ray") == [f"{network.name}: no"]
+        assert run([Trial().cell(network)], tmp_path, workers="ray") == [f"{network.name}: no"]
     assert asked == [("ray", None), ("ray", 0), ("ray", 1), ("ray", 1)]
 
 

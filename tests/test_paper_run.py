@@ -23,7 +23,7 @@ from defquant.errors import UserError
 from defquant.paper import grid
 from defquant.paper import run as run_module
 from defquant.paper.figures import EXPERIMENTS, cells_of
-from defquant.paper.grid import SCALES, Cell, Network
+from defquant.paper.grid import SCALES, Cell, Network, Trial
 from defquant.paper.run import run
 from defquant.paper.workers import Job, each
 from small_experiment import (
@@ -197,9 +197,9 @@ def test_one_bad_network_does_not_stop_the_others(
 ) -> None:
     wild = replace(FLOAT, train=replace(TRAIN, lr=1e18, clip=0.0))
     homeless = replace(FLOAT, data=DataConfig("cifar10", str(tmp_path / "none")))
-    bad_substitute = Cell(FLOAT, attack="fgsm", eps=8 / 255, images=10, substitute=wild)
-    good = Cell(FLOAT, images=10)
-    cells = [Cell(wild, images=10), Cell(homeless), bad_substitute, good]
+    on_10 = Trial(images=10)
+    bad_substitute = Trial("fgsm", 8 / 255, 10, substitute=wild).cell(FLOAT)
+    cells = [on_10.cell(wild), Trial().cell(homeless), bad_substitute, on_10.cell(FLOAT)]
     failed = run(cells, tmp_path, jobs=1)
     assert [line.split(":")[0] for line in failed] == [wild.name, homeless.name, FLOAT.name]
     for line, words in zip(failed, ("training diverged", "none", "training diverged"), strict=True):
@@ -310,12 +310,12 @@ def test_keys_do_not_change() -> None:
     vgg = Network(ModelConfig("vgg-16x0.25"), data, replace(train, beta=0.0, seed=1000))
     assert network.name == "wrn-10-1_4bit_beta0.1_s0_6920163c"
     assert vgg.name == "vgg-16x0.25_float_s1000_d744ebc1"
-    assert Cell(network).key == "ac4c359f4f65eec8"
-    black = Cell(network, attack="fgsm", eps=8 / 255, images=1000, substitute=vgg)
+    assert Trial().cell(network).key == "ac4c359f4f65eec8"
+    black = Trial("fgsm", 8 / 255, 1000, substitute=vgg).cell(network)
     assert black.key == "b31aacd806a63330"
-    assert Cell(network, "layers", "fgsm", 8 / 255, 128).key == "de52a225ed69aee8"
+    assert Trial("fgsm", 8 / 255, 128, kind="layers").cell(network).key == "de52a225ed69aee8"
     adversarial = replace(train, attack="pgd", milestones=(60, 120), schedule="step")
-    assert Cell(replace(network, train=adversarial)).key == "6a49c3cedd5ff702"
+    assert Trial().cell(replace(network, train=adversarial)).key == "6a49c3cedd5ff702"
 
 
 def test_defaults_do_not_change() -> None:
@@ -343,19 +343,20 @@ def test_keys_tell_apart_what_differs_and_only_that() -> None:
         for part, some in changes.items()
         for change in some
     ]
-    cell = Cell(FLOAT)
+    cell = Trial().cell(FLOAT)
     own: list[dict[str, Any]] = [
         {"kind": "layers"}, {"attack": "fgsm"}, {"eps": 0.1}, {"images": 10},
         {"split": "validation"}, {"substitute": DQ}, {"unaware": True},
     ]  # fmt: skip
-    cells = [cell, *[replace(cell, **change) for change in own], *map(Cell, networks)]
+    cells = [cell, *[replace(cell, **change) for change in own], *map(Trial().cell, networks)]
     assert len({c.key for c in cells}) == len(cells)
     assert len({n.name for n in (FLOAT, *networks)}) == 1 + len(networks)
     elsewhere = replace(
         FLOAT, data=replace(DATA, data_root="/data"), train=replace(TRAIN, device="cuda")
     )
-    assert (elsewhere.name, Cell(elsewhere).key) == (FLOAT.name, cell.key)
-    assert Cell(DQ, substitute=elsewhere).key == Cell(DQ, substitute=FLOAT).key
+    assert (elsewhere.name, Trial().cell(elsewhere).key) == (FLOAT.name, cell.key)
+    through = [Trial(substitute=own).cell(DQ).key for own in (elsewhere, FLOAT)]
+    assert through[0] == through[1]
 
 
 def test_cells_of_all_scales_can_live_in_one_folder() -> None:

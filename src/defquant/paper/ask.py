@@ -4,20 +4,48 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from defquant.paper.grid import Cell, Network, Results, Trial
+from defquant.paper.grid import Cell, Network, Results, Scale, Trial, written
 from defquant.paper.section import Entry, Line, Number, Panel, Table, bits_text, eps_text, number
 
-__all__ = ["Ask", "Found", "Shown", "ask_all", "by_bits", "panel", "pivot", "select"]
+__all__ = ["NUMBERS", "Ask", "Found", "Shown", "ask_all", "panel", "pivot", "printed", "select"]
+
+Row = Mapping[str, float]
+
+
+def _row(columns: str, line: object) -> Row:
+    values = zip(columns.split(), str(line).split(), strict=False)
+    return {column: float(value) / 100 for column, value in values}
+
+
+NUMBERS: Mapping[str, Mapping[str, Row]] = {
+    table: {
+        str(name): _row(rows["columns"], line) for name, line in rows.items() if name != "columns"
+    }
+    for table, rows in written("numbers.yaml").items()
+}
+"""The paper's own, by table, row and column."""
+
+
+def printed(scale: Scale, table: str, row: str) -> Row:
+    """The paper's numbers in that row, none where the images are not the paper's."""
+    return NUMBERS[table].get(row, {}) if scale.on(table).papers else {}
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One number: its place by labels, the networks (one a seed), their trial, the paper's."""
+    """One number: its place by labels, the networks (one a seed), their trial, and the `column` of
+    the paper's own row where its number stands.
+    """
 
     at: Mapping[str, Any]
     networks: tuple[Network, ...] = ()
     trial: Trial = field(default_factory=Trial)
-    paper: float | None = None
+    row: Row = field(default_factory=dict)
+    column: str = ""
+
+    @property
+    def paper(self) -> float | None:
+        return self.row.get(self.column)
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -27,7 +55,6 @@ class Ask:
         """The label `key` in words; `trial`, `attack` and `eps` are those of the trial, `width` is
         short for `bits`.
         """
-        bits = self.at.get("bits")
         match key:
             case "trial":
                 return self.trial.name
@@ -36,39 +63,33 @@ class Ask:
             case "eps":
                 return eps_text(self.at.get("eps", self.trial.eps))
             case "bits":
-                return "Full prec." if bits is None else bits_text(bits)
+                return bits_text(self.at["bits"]) if self.at["bits"] else "Full prec."
             case "width":
-                return "full" if bits is None else str(bits)
+                return str(self.at["bits"] or "full")
         return str(self.at[key])
 
 
-Found = Sequence[tuple[Ask, Number]]
+Found = Sequence[tuple[Ask, Any]]
+"""Questions with their answers: a `Number`, or what the cell found where that is no accuracy."""
+
 Shown = tuple[Sequence[Table], Sequence[Panel]]
 
 
-def ask_all(asks: Iterable[Ask], results: Results) -> list[tuple[Ask, Any]]:
-    """Each question with its number, of the seeds that are there; with what its cell found where
-    that is no accuracy.
-    """
-    found: list[tuple[Ask, Any]] = []
-    for ask in asks:
-        if ask.trial.kind == "accuracy":
-            there = [m for m in map(results.score, ask.cells) if m is not None]
-            found.append((ask, number(there, ask.paper)))
-        else:
-            found.append((ask, results.value(ask.cells[0])))
-    return found
+def ask_all(asks: Iterable[Ask], results: Results) -> Found:
+    """Each question with its number, of the seeds that are there, or its cell's values."""
+    every = [(ask, [f for f in map(results.of, ask.cells) if f is not None]) for ask in asks]
+    return [
+        (ask, number(there, ask.paper))
+        if ask.trial.kind == "accuracy"
+        else (ask, there[0] if there else None)
+        for ask, there in every
+    ]
 
 
-def select(found: Iterable[tuple[Ask, Any]], **at: Any) -> list[tuple[Ask, Any]]:
+def select(found: Found, **at: Any) -> Found:
     """Those with these labels; `kind` and `trial` are the trial's, too."""
     own = [({**a.at, "trial": a.trial, "kind": a.trial.kind}, a, n) for a, n in found]
     return [(a, n) for labels, a, n in own if all(labels.get(k) == v for k, v in at.items())]
-
-
-def by_bits(found: Found) -> Found:
-    """Few bits first, full precision last."""
-    return sorted(found, key=lambda pair: pair[0].at["bits"] or 99)
 
 
 def pivot(
@@ -94,15 +115,15 @@ def panel(title: str, x: str, found: Found, line: str, place: str, colour: str) 
     drawn = []
     for (label,), own in _grouped(found, line).items():
         points = tuple((ask.label(place), answer) for ask, answer in own)
-        printed = tuple((at, Number(n.paper)) for at, n in points if n.paper is not None)
+        theirs = tuple((at, Number(n.paper)) for at, n in points if n.paper is not None)
         kind = own[0][0].label(colour)
         drawn.append(Line(label, points, kind))
-        drawn += [Line(f"{label} (paper)", printed, kind, paper=True)] * (len(printed) > 1)
+        drawn += [Line(f"{label} (paper)", theirs, kind, paper=True)] * (len(theirs) > 1)
     return Panel(title, x, "accuracy", tuple(drawn))
 
 
-def _grouped(found: Found, *labels: str) -> dict[tuple[str, ...], list[tuple[Ask, Number]]]:
-    groups: dict[tuple[str, ...], list[tuple[Ask, Number]]] = {}
+def _grouped(found: Found, *labels: str) -> dict[tuple[str, ...], list[tuple[Ask, Any]]]:
+    groups: dict[tuple[str, ...], list[tuple[Ask, Any]]] = {}
     for ask, answer in found:
         groups.setdefault(tuple(map(ask.label, labels)), []).append((ask, answer))
     return groups

@@ -1,43 +1,35 @@
 """The paper's claims, each with a verdict: rows of `claims.yaml`, evaluated. No torch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import comb
-from pathlib import Path
 from typing import Any, Literal, cast
 
-import yaml
-
-from defquant.paper.ask import Ask
-from defquant.paper.figures import EXPERIMENTS, fig3, fig7
-from defquant.paper.grid import Cell, Results, Scale, Trial
-from defquant.paper.section import Verdict, bits_text, eps_text, listed, signed
-from defquant.paper.tables import fig6
+from defquant.paper.ask import Ask, Found
+from defquant.paper.figures import EXPERIMENTS
+from defquant.paper.grid import Results, Scale, Trial, written
+from defquant.paper.section import Number, Reading, Verdict, bits_text, eps_text, listed, signed
 from defquant.paper.verdict import (
-    MARGIN,
+    Blind,
     Contrast,
     Evidence,
-    Question,
-    Row,
-    Sample,
-    Spread,
-    Term,
-    chosen,
+    answer,
     counted,
     evidence_of,
-    fitted,
-    means,
-    question,
     trend,
+    unmeasured,
     versus,
 )  # fmt: skip
 from defquant.typed import from_mapping
 
-__all__ = ["CLAIMS", "Claim", "cells", "verdicts"]
+__all__ = ["CLAIMS", "Claim", "verdicts"]
+
+MARGIN = 0.01  # what "no loss" and "no gap" leave open
 
 Labels = Mapping[str, Any]
+Answers = Mapping[str, Found]
+"""What the experiments have, by name."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +37,13 @@ class Comparison:
     """Rows of one table against others, asked under several trials; a line of `claims.yaml`."""
 
     what: str  # is compared, in words
-    of: Sequence[str] = ("table1",)  # tables whose questions it reads
+    of: Sequence[str] = ("table1",)  # tables whose rows it reads
     trials: Sequence[str] = ("fgsm", "strong")  # sets of trials by name, as in `_trials`
+    under: str = ""  # instead, of the name of a reading over rows of every trial
     suffix: str = ""  # of the readings' names
     # a label: a contrast for each of its values; `every LABEL` with none (full precision)
     each: str = ""
+    values: Sequence[Any] = ()  # with `each`, these alone
     # with `each`, a contrast for each pair of values; `next` for each and its successor
     pairs: Sequence[Sequence[Any]] | Literal["next"] = ()
     # labels of the rows that are compared; several groups add up
@@ -57,52 +51,66 @@ class Comparison:
     minus: Labels | Sequence[Labels] = field(default_factory=dict)
     # instead, by name: `plus` and `minus` each
     contrasts: Mapping[str, Mapping[str, Labels]] = field(default_factory=dict)
-    trend: str = ""  # the label over whose values the line is fitted, of the rows `plus`
+    # the line fitted to the rows `plus`: last minus first, or first minus last
+    trend: Literal["", "up", "down"] = ""
+    # contrasts chosen on the same images, so that intervals allow for every choice
+    choose: Literal["", "peak", "ranges"] = ""
     margin: bool = False  # whether a loss of 1 point is none
-    blind: Literal["supporting", "any", "none", "either"] = "supporting"  # as in `Contrast`
+    blind: Blind = "supporting"  # as in `Contrast`
     # of Tables 2 and 3, the bits to ask at: the `first`, which are the paper's, or the `rest`
     widths: Literal["", "first", "rest"] = ""
     maximum: bool = False  # tell the paper's Quantize Gain, too
 
-    def questions(self, scale: Scale) -> Iterator[Question]:
-        every = [ask for name in self.of for ask in EXPERIMENTS[name].asks(scale)]
-        asks = [ask for ask in every if ask.trial.kind == "accuracy"]
+    def readings(self, scale: Scale, answers: Answers, evidence: Evidence) -> Iterator[Reading]:
+        every = [(a, n) for name in self.of for a, n in answers[name] if isinstance(n, Number)]
+        if self.under:
+            contrasts = list(self._contrasts(_Rows(every, None, {})))
+            yield answer(self.under, self.what, contrasts, evidence)
+            return
         first, *rest = scale.defense_bits
         for bits in [None] if not self.widths else [first] if self.widths == "first" else rest:
             at = {"bits": bits} if self.widths else {}
             more = f", {bits_text(bits)}" if self.widths else ""
-            for trial in _trials(scale, asks, self.trials):
-                what = self.what.format(
-                    eps=eps_text(trial.eps), attack=trial.column, bits=bits_text(bits)
-                )
-                contrasts = list(self._contrasts(_Rows(asks, trial, at)))
-                extra = partial(_best_gains, contrasts) if self.maximum else None
-                yield question(trial.name + more + self.suffix, what, contrasts, extra=extra)
+            for trial in _trials(scale, every, self.trials):
+                words = {"eps": eps_text(trial.eps), "attack": trial.column}
+                what = self.what.format(bits=bits_text(bits), **words)
+                name, rows = trial.name + more + self.suffix, _Rows(every, trial, at)
+                if self.choose:
+                    clean = _Rows(every, scale.trial(), {})
+                    yield _chosen(self.choose, name, what, clean.find({}), rows.find({}), evidence)
+                else:
+                    contrasts = list(self._contrasts(rows))
+                    extra = _best_gains(contrasts) if self.maximum else ""
+                    yield answer(name, what, contrasts, evidence, extra=extra)
 
     def _contrasts(self, rows: "_Rows") -> Iterator[Contrast]:
-        options: dict[str, Any] = {"margin": MARGIN * self.margin, "blind": self.blind}
+        options = MARGIN * self.margin, self.blind
         plus, minus = _groups(self.plus), _groups(self.minus)
         for name, sides in self.contrasts.items():
-            yield versus(name, rows.find(sides["plus"]), rows.find(sides["minus"]), **options)
+            yield versus(name, [rows.find(sides["plus"])], [rows.find(sides["minus"])], *options)
         label = self.each.removeprefix("every ")
-        values = rows.values(label, plus[0], whole=self.each != label) if label else []
+        values = self.values or rows.values(label, plus[0], whole=self.each != label)
         if self.trend:
-            over = rows.values(self.trend, plus[0])
-            yield fitted("trend", [rows.find({**plus[0], self.trend: v})[0] for v in over])
+            for value in values if label else [None]:
+                own = {**plus[0], label: value} if label else plus[0]
+                found, sign = rows.find(own), -1 if self.trend == "down" else 1
+                weights = trend(len(found)) if len(found) > 1 else (1.0,)
+                terms = [(sign * w, row) for w, row in zip(weights, found, strict=True) if w]
+                yield Contrast(_value(label, value), terms, *options)
         elif self.pairs == "next":
             for a, b in pairwise(values):
                 name = f"{_value(label, a)} to {b:g}"
-                yield versus(name, rows.find({label: b}), rows.find({label: a}), **options)
+                yield versus(name, [rows.find({label: b})], [rows.find({label: a})], *options)
         elif self.pairs:
             for a, b in cast(Sequence[Sequence[Any]], self.pairs):
                 ours, theirs = rows.find({**plus[0], label: a}), rows.find({**minus[0], label: b})
-                yield versus(f"{a} minus {b}", ours, theirs, **options)
+                yield versus(f"{a} minus {b}", [ours], [theirs], *options)
         elif self.each:
             for value in values:
-                more, fewer = ([rows.find({label: value, **g}) for g in s] for s in (plus, minus))
-                yield means(_value(label, value), more, fewer, **options)
+                both = ([rows.find({label: value, **g}) for g in side] for side in (plus, minus))
+                yield versus(_value(label, value), *both, *options)
         elif not self.contrasts:
-            yield means("", map(rows.find, plus), map(rows.find, minus), **options)
+            yield versus("", [*map(rows.find, plus)], [*map(rows.find, minus)], *options)
 
 
 def _groups(labels: Labels | Sequence[Labels]) -> Sequence[Labels]:
@@ -112,18 +120,19 @@ def _groups(labels: Labels | Sequence[Labels]) -> Sequence[Labels]:
 def _value(label: str, value: Any) -> str:
     if label in ("trial", "bits"):
         return str(value.name) if label == "trial" else bits_text(value)
-    return {"beta": "beta {:g}", "high": "ReLU{:g}"}.get(label, "{}").format(value)
+    words = {"beta": "beta {:g}", "high": "ReLU{:g}", "row": "eps {}/255"}
+    return words.get(label, "{}").format(value)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of `asks` under `trial`, found by labels; `at` are labels that DQ rows have, too."""
+    """The rows `found` under `trial`, by their labels; `at` are labels that DQ rows have, too."""
 
-    asks: Sequence[Ask]
-    trial: Trial
+    found: Found
+    trial: Trial | None
     at: Labels
 
-    def find(self, labels: Labels) -> list[Row]:
+    def find(self, labels: Labels) -> Found:
         """A label is a value, `max` or `min` of those that are not 0, or `quantised` for bits.
 
         `box` is `white` or `black`: this attack as such, or what there is at its radius. `trial`
@@ -131,49 +140,57 @@ class _Rows:
         """
         other = labels.get("trial", "this")
         trial = self._box(labels.get("box")) if other == "this" else other
-        found = dict.fromkeys(a.cells for a in self._having(labels) if a.trial == trial)
-        assert found, f"no row has {labels}"
-        return list(found)
+        own = [(a, n) for a, n in self._having(labels) if trial in (None, a.trial)]
+        assert own, f"no row has {labels}"
+        return own
 
     def values(self, label: str, plus: Labels, whole: bool = False) -> list[Any]:
         """Those of the rows that `plus` may be; without 0 and none, but for `whole`."""
         if label == "trial":
             return self._weaker()
         there = self._having({k: v for k, v in plus.items() if k != label})
-        found = dict.fromkeys(a.at[label] for a in there if label in a.at)
+        found = dict.fromkeys(a.at[label] for a, _ in there if label in a.at)
         return [value for value in found if value or whole]
 
-    def _having(self, labels: Labels) -> list[Ask]:
+    def _having(self, labels: Labels) -> Found:
         labels = {**labels, **(self.at if labels.get("dq") else {})}
         wanted = {k: self._wanted(k, v) for k, v in labels.items() if k not in ("box", "trial")}
-        return [a for a in self.asks if all(a.at.get(k) in v for k, v in wanted.items())]
+        return [(a, n) for a, n in self.found if all(a.at.get(k) in v for k, v in wanted.items())]
 
     def _wanted(self, label: str, value: Any) -> list[Any]:
-        every = [a.at[label] for a in self.asks if a.at.get(label)]
+        every = [a.at[label] for a, _ in self.found if a.at.get(label)]
         if value in ("max", "min"):
             return [max(every) if value == "max" else min(every)]
         return every if value == "quantised" else [value]
 
-    def _box(self, box: str | None) -> Trial:
-        if box != "black" or self.trial.through:
-            return self.trial.direct if box == "white" else self.trial
-        through = [a.trial for a in self.asks if a.trial.through and a.trial.eps == self.trial.eps]
-        same = [trial for trial in through if trial.attack == self.trial.attack]
-        return (same or through)[0]
+    def _box(self, box: str | None) -> Trial | None:
+        if self.trial is None or box is None:
+            return self.trial
+        if box == "white":
+            return replace(self.trial, substitute=None)
+        if self.trial.substitute:
+            return self.trial
+        through = [t for t in self._here() if t.substitute]
+        return next((t for t in through if t.attack == self.trial.attack), through[0])
+
+    def _here(self) -> list[Trial]:
+        """The trials at this radius."""
+        every = dict.fromkeys(a.trial for a, _ in self.found)
+        return [trial for trial in every if self.trial and trial.eps == self.trial.eps]
 
     def _weaker(self) -> list[Trial]:
         """The paper's other attacks at this radius."""
-        every = dict.fromkeys(a.trial for a in self.asks if a.trial.eps == self.trial.eps)
         direct = ("random", "fgsm", "rfgsm")
-        return [t for t in every if (t.through or t.attack in direct) and not t.unaware]
+        every = self._here()
+        return [t for t in every if (t.substitute or t.attack in direct) and not t.unaware]
 
 
-def _trials(scale: Scale, asks: Sequence[Ask], names: Sequence[str]) -> list[Trial]:
+def _trials(scale: Scale, found: Found, names: Sequence[str]) -> list[Trial]:
     """The trials of these sets, each once; FGSM is at the paper's radius and where small networks
     are right at times.
     """
     radii = dict.fromkeys((scale.paper_eps, scale.hard_eps[0]))
-    through = dict.fromkeys(a.trial for a in asks if a.trial.through)
+    through = dict.fromkeys(a.trial for a, _ in found if a.trial.substitute)
     black = [trial for eps in radii for trial in through if trial.eps == eps]
     sets = {
         "clean": [scale.trial()],
@@ -183,131 +200,45 @@ def _trials(scale: Scale, asks: Sequence[Ask], names: Sequence[str]) -> list[Tri
         "pgd": [scale.trial("pgd", eps) for eps in radii],
         "strong": scale.strong_trials,
         "black": black,
-        "white": [trial.direct for trial in black],
+        "white": [replace(trial, substitute=None) for trial in black],
     }
     return list(dict.fromkeys(trial for name in names for trial in sets[name]))
 
 
-def _best_gains(contrasts: Sequence[Contrast], evidence: Evidence) -> str:
+def _best_gains(contrasts: Sequence[Contrast]) -> str:
     """The paper's Quantize Gain of each contrast: the best bits minus full precision."""
     words = []
     for contrast in contrasts:
-        samples = [term.sample(evidence) for term in contrast.terms]
-        *quantized, full = [None if s is None else s.mean for s in samples]
-        there = [mean for mean in quantized if mean is not None]
+        *quantised, full = [n.mean for _, (_, n) in contrast.terms]
+        there = [mean for mean in quantised if mean is not None]
         if there and full is not None:
             words.append(f"{signed(max(there) - full)} at {contrast.name}")
     return f"best bits minus full precision, biased upward as a maximum: {listed(words)}"
 
 
-# --- Figure 3: distances ------------------------------------------------------------------
-
-WITHIN = Spread(0.0, 1.0)  # all distances come from one network: its training plays no part
-TOLD = "distances D, not accuracies"
-
-
-def _distance(part: str, spread: Spread | None = None) -> Callable[[Any], Sample | None]:
-    """Reads one side of the first block, the distance at the `last` layer, or last minus first of
-    the line fitted to all `layers`.
-
-    The variance is that of means over examples: sum w^2 spread^2 / examples.
+def _chosen(
+    choose: str, name: str, what: str, clean: Found, attacked: Found, evidence: Evidence
+) -> Reading:
+    """By beta: the best one inside against both ends, or the range under attack against that of
+    clean images; among how many choices.
     """
-
-    def read(value: Any) -> Sample | None:
-        block = isinstance(value, dict)
-        found = [value[part]] if block else [layer["distance"] for layer in value]
-        found = found[-1:] if part == "last" else found
-        if any(d["mean"] is None for d in found):
-            return None
-        pairs = list(zip(trend(len(found)) if len(found) > 1 else (1.0,), found, strict=True))
-        squares = [(w * d["spread"]) ** 2 / (d["examples"] - d["left_out"]) for w, d in pairs]
-        return Sample(sum(w * d["mean"] for w, d in pairs), sum(squares), 1, spread)
-
-    return read
-
-
-def _rows(scale: Scale, part: str) -> list[tuple[Any, Row]]:
-    """Bits and cells."""
-    return [(ask.at["bits"], ask.cells) for ask in fig3(scale) if ask.at["part"] == part]
+    if any(n.mean is None for _, n in [*attacked, *(clean if choose == "ranges" else ())]):
+        return unmeasured(name)
+    low, *inner, high = attacked
+    if choose == "peak":
+        best, choices = max(inner, key=_mean), 2 * len(inner)
+        contrasts = [
+            versus(f"beta {best[0].at['name']} minus {end[0].at['name']}", [[best]], [[end]])
+            for end in (low, high)
+        ]
+    else:
+        (a, *_, b), (c, *_, d) = (sorted(rows, key=_mean) for rows in (clean, attacked))
+        contrasts, choices = [versus("ranges", [[d], [a]], [[c], [b]])], comb(len(clean), 2) ** 2
+    return answer(name, what, contrasts, evidence, choices)
 
 
-def _rounding(scale: Scale) -> Iterator[Question]:
-    rows = _rows(scale, "first")
-
-    def rounded(eps: int, sign: int) -> Contrast:
-        sides = (("quantized", sign), ("plain", -sign))
-        terms = (Term(w, rows[eps - 1][1], _distance(side, WITHIN)) for side, w in sides)
-        return Contrast(f"eps {eps}/255", tuple(terms))
-
-    yield question("FGSM 1/255", f"D minus D rounded to 3 bits; {TOLD}", [rounded(1, -1)])
-    large = [rounded(eps, 1) for eps in range(4, 9)]
-    yield question("FGSM 4/255 to 8/255", f"D rounded to 3 bits minus D; {TOLD}", large)
-
-
-def _amplified(scale: Scale) -> Iterator[Question]:
-    read = _distance("layers", WITHIN)
-    terms = {bits_text(bits): [Term(1.0, row, read)] for bits, row in _rows(scale, "vgg")}
-    yield _over_layers(
-        "line fitted to D over the layers, last minus first, at each bit width", terms
-    )
-
-
-def _amplified_more(scale: Scale) -> Iterator[Question]:
-    few = sorted(((b, row) for b, row in _rows(scale, "vgg") if b), key=lambda pair: -pair[0])
-    weights = zip(trend(len(few)), few, strict=True)
-    terms = [Term(w, row, _distance("last")) for w, (_, row) in weights if w]
-    what = "line fitted to D at the last layer over bits, its value at 1 minus at 5"
-    yield _over_layers(what, {"trend": terms})
-
-
-def _amplified_less(scale: Scale) -> Iterator[Question]:
-    pairs = zip((1.0, -1.0), _rows(scale, "wrn"), strict=True)
-    terms = [Term(w, row, _distance("last")) for w, (_, row) in pairs]
-    what = "D at the last layer of the Wide ResNet at 4 bits, vanilla minus DQ"
-    yield _over_layers(what, {"4 bits": terms})
-
-
-def _over_layers(what: str, terms: Mapping[str, Sequence[Term]]) -> Question:
-    contrasts = [Contrast(name, tuple(own), blind="either") for name, own in terms.items()]
-    return question("FGSM 8/255", f"{what}; {TOLD}", contrasts)
-
-
-# --- Figure 6: chosen on the same images, so the intervals allow for every choice ----------
-
-
-def _by_beta(scale: Scale, trial: Trial) -> dict[str, Row]:
-    return {ask.at["name"]: ask.cells for ask in fig6(scale) if ask.trial == trial}
-
-
-def _peak(scale: Scale) -> Iterator[Question]:
-    what = "best beta that is neither the smallest nor the largest, minus both of these"
-    for trial in _trials(scale, [], ["fgsm", "strong"]):
-        rows = _by_beta(scale, trial)
-        choose = partial(_inside, rows)
-        yield chosen(trial.name, what, rows, choose, comparisons=2 * (len(rows) - 2))
-
-
-def _inside(rows: Mapping[str, Row], found: Mapping[str, float]) -> list[Contrast]:
-    first, *inner, last = rows
-    best = max(inner, key=found.__getitem__)
-    return [versus(f"beta {best} minus {end}", [rows[best]], [rows[end]]) for end in (first, last)]
-
-
-def _stable(scale: Scale) -> Iterator[Question]:
-    clean = {f"clean {name}": row for name, row in _by_beta(scale, scale.trial()).items()}
-    what = "range over beta under attack minus the clean range"
-    for trial in _trials(scale, [], ["fgsm", "strong"]):
-        rows = clean | _by_beta(scale, trial)
-        choices = comb(len(clean), 2) ** 2
-        yield chosen(trial.name, what, rows, partial(_ranges, rows), comparisons=choices)
-
-
-def _ranges(rows: Mapping[str, Row], found: Mapping[str, float]) -> list[Contrast]:
-    ordered = sorted(rows, key=found.__getitem__)
-    clean = [rows[name] for name in ordered if name.startswith("clean")]
-    attacked = [rows[name] for name in ordered if not name.startswith("clean")]
-    highs, lows = ([attacked[-1]], [clean[0]]), ([attacked[0]], [clean[-1]])
-    return [means("ranges", highs, lows)]
+def _mean(row: tuple[Ask, Number]) -> float:
+    return row[1].mean or 0.0
 
 
 # --- Figure 7: pictures -------------------------------------------------------------------
@@ -333,34 +264,19 @@ PICTURES: Sequence[tuple[str, str, float, Picture]] = (
 )  # fmt: skip
 
 
-def _confidence(scale: Scale) -> Iterator[Question]:
-    asks = fig7(scale)
-    row = tuple(ask.cells[0] for ask in asks)
+def _surer(found: Found) -> Iterator[Reading]:
+    whole = all(value is not None for _, value in found)
+    pictures = [[(e["label"], e["adversarial"]) for e in v["examples"]] for _, v in found if whole]
     for name, what, chance, rule in PICTURES:
-        attack = f"{asks[0].trial.name}, {name}"
-        yield counted(attack, what, row, partial(_outcomes, rule), chance)
-
-
-def _outcomes(rule: Picture, values: Sequence[Any]) -> list[bool]:
-    found = []
-    for picture in zip(*(value["examples"] for value in values), strict=True):
-        answers = [(example["label"], example["adversarial"]) for example in picture]
-        right = [label == answer["prediction"] for label, answer in answers]
-        found.append(rule(right, [float(answer["confidence"]) for _, answer in answers]))
-    return [outcome for outcome in found if outcome is not None]
+        attack, outcomes = f"{found[0][0].trial.name}, {name}", []
+        for answers in zip(*pictures, strict=True):
+            right = [label == guess["prediction"] for label, guess in answers]
+            outcomes.append(rule(right, [float(guess["confidence"]) for _, guess in answers]))
+        told = [outcome for outcome in outcomes if outcome is not None]
+        yield counted(attack, what, told, chance) if whole else unmeasured(attack)
 
 
 # --- all claims ---------------------------------------------------------------------------
-
-OTHERS: Mapping[str, Callable[[Scale], Iterator[Question]]] = {
-    "rounding-threshold": _rounding,
-    "noise-amplified": _amplified,
-    "fewer-bits-amplify": _amplified_more,
-    "penalty-suppresses-noise": _amplified_less,
-    "beta-peak": _peak,
-    "clean-more-stable": _stable,
-    "surer": _confidence,
-}
 
 
 @dataclass(frozen=True)
@@ -368,7 +284,7 @@ class Claim:
     """A claim of the paper: where it stands, its numbers, and the comparisons that decide it.
 
     `made` has the experiments that make the measurements; `note` the paper's contradictions.
-    Without comparisons its questions are those of `OTHERS`.
+    The one without comparisons is that on Figure 7.
     """
 
     slug: str
@@ -379,44 +295,37 @@ class Claim:
     note: str = ""
     asks: tuple[Comparison, ...] = ()
 
-    def questions(self, scale: Scale) -> list[Question]:
-        if not self.asks:
-            return list(OTHERS[self.slug](scale))
-        return [question for one in self.asks for question in one.questions(scale)]
+    def readings(self, scale: Scale, answers: Answers, evidence: Evidence) -> tuple[Reading, ...]:
+        every = [r for one in self.asks for r in one.readings(scale, answers, evidence)]
+        return tuple(every or _surer(answers["fig7"]))
 
 
-def _claims() -> list[Claim]:
-    path = Path(__file__).with_name("claims.yaml")
-    every = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return [from_mapping(Claim, {"slug": s, **entry}, f"{s}: ") for s, entry in every.items()]
+CLAIMS: Sequence[Claim] = [
+    from_mapping(Claim, {"slug": slug, **entry}, f"{slug}: ")
+    for slug, entry in written("claims.yaml").items()
+]
 
 
-CLAIMS: Sequence[Claim] = _claims()
-
-
-def verdicts(scale: Scale, results: Results) -> tuple[Verdict, ...]:
+def verdicts(
+    scale: Scale, results: Results, evidence: Evidence | None = None
+) -> tuple[Verdict, ...]:
     """Every claim with a reading for each attack.
 
     A reading's interval covers the choice of test images and, where some setting was trained with
     several seeds, the chance in training. 5 in 100 intervals miss; readings are not corrected for
     there being many of them.
     """
-    evidence = evidence_of(scale, results)
+    known = evidence or evidence_of(scale, results)
+    answers = {name: experiment.found(scale, results) for name, experiment in EXPERIMENTS.items()}
     return tuple(
         Verdict(
             name=f"C{i}",
             where=claim.where,
             claim=claim.claim,
             paper=claim.paper,
-            readings=tuple(question.answer(evidence) for question in claim.questions(scale)),
+            readings=claim.readings(scale, answers, known),
             note=claim.note,
             command=f"defquant reproduce {claim.made} --preset {scale.name}",
         )
         for i, claim in enumerate(CLAIMS, start=1)
     )
-
-
-def cells(scale: Scale) -> list[Cell]:
-    """All cells that the claims read, each once."""
-    asked = (question for claim in CLAIMS for question in claim.questions(scale))
-    return list(dict.fromkeys(cell for question in asked for cell in question.cells))

@@ -4,14 +4,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-from defquant.config import DataConfig, TrainConfig
+from defquant.config import TrainConfig
 from defquant.paper import tables
-from defquant.paper.ask import Ask, Shown, ask_all, panel, pivot, select
-from defquant.paper.grid import Cell, Network, Results, Scale, Trial
+from defquant.paper.ask import Ask, Found, Shown, ask_all, panel, pivot, select
+from defquant.paper.grid import Cell, Network, Results, Scale, Task, Trial
 from defquant.paper.section import (
     Number,
     Section,
@@ -23,14 +22,9 @@ from defquant.paper.section import (
     listed,
     method_text,
     model_text,
-    without_paper,
 )  # fmt: skip
 
 __all__ = ["EXPERIMENTS", "WORDS", "cells_of", "fig3", "fig7", "render"]
-
-IMAGES = 128  # of Figure 3
-
-Values = Sequence[tuple[Ask, Any]]
 
 
 # --- error amplification: Figure 3 --------------------------------------------------------
@@ -43,8 +37,9 @@ def fig3(scale: Scale) -> list[Ask]:
     """
 
     def ask(part: str, name: str, network: Network, kind: Any = "layers", eps: float = 8) -> Ask:
-        at = {"part": part, "name": name, "bits": network.model.bits}
-        return Ask(at, (network,), Trial("fgsm", eps / 255, IMAGES, kind=kind))
+        model, train = network.model, network.train
+        at = {"part": part, "name": name, "bits": model.bits, "beta": train.beta}
+        return Ask(at, (network,), Trial("fgsm", eps / 255, 128, kind=kind))
 
     first = [ask("first", "", scale.network(), "first-block", eps) for eps in range(1, 9)]
     vgg = [ask("vgg", bits_text(b), scale.network(scale.vgg, bits=b)) for b in scale.bits]
@@ -55,51 +50,61 @@ def fig3(scale: Scale) -> list[Ask]:
     return first + vgg + wrn
 
 
-def show_fig3(scale: Scale, found: Values) -> Shown:
-    vgg = sorted(select(found, part="vgg"), key=lambda pair: -(pair[0].at["bits"] or 99))
-    parts = [
-        ("(a) first activation, Wide ResNet", "ε · 255", _sides(select(found, part="first"))),
-        ("(b) VGG-16", "Layer", _layers(vgg)),
-        ("Wide ResNet (not in the paper)", "Layer", _layers(select(found, part="wrn"))),
-    ]
-    tables, panels = [], []
-    for title, x, numbers in ((title, x, list(numbers)) for title, x, numbers in parts):
-        if numbers:
-            drawn = [pair for pair in numbers if "batch" not in pair[0].at["name"]]
-            tables.append(replace(pivot(numbers, {x: "row"}, "name"), percent=False))
-            one = panel(title, x.lower(), drawn, "line", "place", "colour")
-            panels.append(replace(one, y="D", percent=False))
-    return tables, panels
+SIDES = (
+    ("plain", "As it is", "as it is", "full precision"),
+    ("quantized", "3 bits", "rounded to 3 bits", "3 bits"),
+)
 
 
-def _sides(found: Values) -> Iterator[tuple[Ask, Number]]:
-    """D after the first block at one eps, as it is and rounded: mean, and of the batch."""
-    sides = (
-        ("plain", "As it is", "as it is", "full precision"),
-        ("quantized", "3 bits", "rounded to 3 bits", "3 bits"),
-    )
-    for (ask, value), batch, (side, name, line, colour) in product(found, (False, True), sides):
-        eps = f"{255 * ask.trial.eps:.3g}"
-        at = {"row": eps, "place": eps, "name": name + ", batch" * batch, "line": line}
-        yield _distance(ask, at | {"colour": colour}, (value or {}).get(side), batch)
-
-
-def _layers(found: Values) -> Iterator[tuple[Ask, Number]]:
-    """D at each layer's input."""
+def distances(found: Found) -> Iterator[tuple[Ask, Number]]:
+    """D of each measurement: after the first block as it is and rounded, and both of the batch as
+    one vector; or at the input of each layer, `place` -1 being the last.
+    """
     for ask, value in found:
-        name = ask.at["name"]
-        for i, record in enumerate(value or ()):
-            at = {"row": f"{i} {record['layer']}", "place": i, "name": name, "line": name}
-            yield _distance(ask, at | {"colour": name}, record["distance"])
+        if ask.trial.kind == "first-block":
+            eps = f"{255 * ask.trial.eps:.3g}"
+            for batch in (False, True):
+                for side, name, line, colour in SIDES:
+                    at = {"row": eps, "place": eps, "name": name + ", batch" * batch, "line": line}
+                    d = (value or {}).get(side)
+                    yield _distance(ask, at | {"colour": colour, "batch": batch}, d)
+        else:
+            name, layers = ask.at["name"], value or ()
+            if not layers:
+                yield replace(ask, at={**ask.at, "last": True}), Number(None)
+            for i, record in enumerate(layers):
+                at = {"row": f"{i} {record['layer']}", "name": name, "line": name, "colour": name}
+                more = {"place": i, "last": i == len(layers) - 1}
+                yield _distance(ask, at | more, record["distance"])
 
 
-def _distance(ask: Ask, at: Mapping[str, Any], d: Any, batch: bool = False) -> tuple[Ask, Number]:
-    """D over the examples, with their standard deviation; of the `batch` as one vector."""
+def _distance(ask: Ask, at: Mapping[str, Any], d: Any) -> tuple[Ask, Number]:
+    """D over the examples, with their standard deviation; of the batch as one vector."""
+    whole = replace(ask, at={**ask.at, "batch": False, **at})
     if d is None:
-        return Ask(at), Number(None)
-    mean, spread = (d["whole"], 0.0) if batch else (d["mean"], d["spread"])
+        return whole, Number(None)
+    mean, spread = (d["whole"], 0.0) if whole.at["batch"] else (d["mean"], d["spread"])
     count, keys = d["examples"] - d["left_out"], (ask.cells[0].key,)
-    return Ask(at), Number(mean, spread=spread, images=count, seeds=1, cells=keys)
+    return whole, Number(mean, spread=spread, images=count, seeds=1, cells=keys)
+
+
+def show_fig3(scale: Scale, found: Found) -> Shown:
+    found = [(ask, n) for ask, n in found if "row" in ask.at]
+    vgg = sorted(select(found, part="vgg"), key=lambda pair: -(pair[0].at["bits"] or 99))
+    parts = (
+        ("(a) first activation, Wide ResNet", "ε · 255", select(found, part="first")),
+        ("(b) VGG-16", "Layer", vgg),
+        ("Wide ResNet (not in the paper)", "Layer", select(found, part="wrn")),
+    )
+    shown = [
+        (
+            replace(pivot(own, {x: "row"}, "name"), percent=False),
+            panel(title, x.lower(), select(own, batch=False), "line", "place", "colour"),
+        )
+        for title, x, own in parts
+        if own
+    ]
+    return [t for t, _ in shown], [replace(p, y="D", percent=False) for _, p in shown]
 
 
 # --- pictures with predictions: Figure 7 --------------------------------------------------
@@ -115,11 +120,11 @@ def fig7(scale: Scale) -> list[Ask]:
     return [Ask({"name": name}, (network,), trial) for name, network in networks.items()]
 
 
-def show_fig7(scale: Scale, found: Values) -> Shown:
+def show_fig7(scale: Scale, found: Found) -> Shown:
     rows = [
-        (a.label("name"), *(_right(record["examples"], kind) for kind in ("clean", "adversarial")))
-        for a, record in found
-        if record
+        (ask.label("name"), *(_right(v["examples"], kind) for kind in ("clean", "adversarial")))
+        for ask, v in found
+        if v
     ]
     return [Table(("Network", "Clean pictures", "Attacked"), tuple(rows))] if rows else [], []
 
@@ -133,10 +138,14 @@ def _right(examples: Sequence[Any], kind: str) -> str:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Its questions, and how their answers are shown."""
+    """Its questions, how their answers are shown, and which rows each answer has."""
 
     asks: Callable[[Scale], list[Ask]]
-    show: Callable[[Scale, Values], Shown]
+    show: Callable[[Scale, Found], Shown]
+    rows: Callable[[Found], Iterable[tuple[Ask, Any]]] = list
+
+    def found(self, scale: Scale, results: Results) -> Found:
+        return list(self.rows(ask_all(self.asks(scale), results)))
 
     def cells(self, scale: Scale) -> list[Cell]:
         """Each once; the first seed of everything before the second."""
@@ -147,11 +156,11 @@ class Experiment:
 
 EXPERIMENTS: Mapping[str, Experiment] = {
     "fig1": Experiment(tables.fig1, tables.show_fig1),
-    "fig3": Experiment(fig3, show_fig3),
+    "fig3": Experiment(fig3, show_fig3, distances),
     "table1": Experiment(tables.table1, tables.show_table1),
     "fig5": Experiment(tables.fig5, tables.show_fig5),
-    "table2": Experiment(partial(tables.beside_defences, table=2), tables.show_defended),
-    "table3": Experiment(partial(tables.beside_defences, table=3), tables.show_defended),
+    "table2": Experiment(partial(tables.beside_defences, table="table2"), tables.show_defended),
+    "table3": Experiment(partial(tables.beside_defences, table="table3"), tables.show_defended),
     "table4": Experiment(tables.table4, tables.show_ranges),
     "table5": Experiment(tables.table5, tables.show_boxes),
     "table6": Experiment(tables.table6, tables.show_boxes),
@@ -191,27 +200,24 @@ WORDS = dict(_words())
 
 def render(name: str, scale: Scale, results: Results) -> Section:
     """The section `name` of what is there; panels without a point are left out."""
-    experiment, words = EXPERIMENTS[name], WORDS[name]
-    found = ask_all(experiment.asks(scale), results)
+    experiment, words, task = EXPERIMENTS[name], WORDS[name], scale.on(name)
+    found, cells = experiment.found(scale, results), experiment.cells(scale)
     shown, panels = experiment.show(scale, found)
-    svhn = name == "table2"
-    cells = experiment.cells(scale)
-    facts = _facts(scale, svhn, cells, results)
+    scored = (results.scores.get(cell.key) for cell in cells if cell.split == "test")
+    names = sorted({m.data for m in scored if m is not None})
+    facts = _facts(scale, task, listed(names) if names else DATA[task.data.data])
     facts["chosen"] = tables.chosen_beta(found) or "none yet"
+    note = "The images are not the paper's, so its numbers do not stand beside ours."
     captions = [caption.format(**facts) for caption in words.captions]
-    pictures = [(ask.at["name"], v) for ask, v in select(found, kind="examples") if v]
-    whole = Section(
+    return Section(
         name=name,
         title=words.title,
-        text=tuple(paragraph.format(**facts) for paragraph in words.text),
+        text=(*(text.format(**facts) for text in words.text), *[note] * (not task.papers)),
         tables=_captioned(shown, captions, scale),
-        panels=tuple(panels),
-        pictures=tuple(pictures),
+        panels=tuple(panel for panel in panels if panel.drawn),
+        pictures=tuple((a.at["name"], v) for a, v in select(found, kind="examples") if v),
         missing=len(results.missing(cells)),
     )
-    data, paper = (scale.svhn, "svhn") if svhn else (scale.data, "cifar10")
-    section = whole if data.data == paper else without_paper(whole)
-    return replace(section, panels=tuple(one for one in section.panels if one.drawn))
 
 
 def _captioned(shown: Sequence[Table], captions: Sequence[str], scale: Scale) -> tuple[Table, ...]:
@@ -223,55 +229,42 @@ def _captioned(shown: Sequence[Table], captions: Sequence[str], scale: Scale) ->
     return tuple(replace(t, caption=c) for t, c in zip(shown, each + rest, strict=False))
 
 
-_DATA = {"cifar10": "CIFAR-10", "svhn": "SVHN", "digits": "handwritten digits"}
+DATA = {"cifar10": "CIFAR-10", "svhn": "SVHN", "digits": "handwritten digits"}
 
 
-def _facts(
-    scale: Scale, svhn: bool, cells: Sequence[Cell], results: Results
-) -> dict[str, str | float]:
-    """What the words of `text.md` may name in braces."""
-    train = scale.svhn_train if svhn else scale.train
-    data = scale.svhn if svhn else scale.data
+def _facts(scale: Scale, task: Task, images: str) -> dict[str, Any]:
+    """What the words of `text.md` may name in braces, beside fields of the `scale`."""
+
+    def trained(train: TrainConfig) -> str:
+        """`5 epochs on 20,000 training images of CIFAR-10`."""
+        count, held = task.data.train_images, task.data.validation_images
+        some = f"all but {held:,}" if held else "all"
+        epochs = f"{train.epochs} epoch{'s' * (train.epochs > 1)}"
+        return f"{epochs} on {some if count is None else f'{count:,}'} training images of {images}"
+
     usual, worst = map(attack_text, scale.strong)
     sigma = 255 * float(scale.adversarial["attack_sigma"])
-    madry = replace(train, **scale.madry)  # type: ignore[arg-type]
     return {
-        "wrn": model_text(scale.svhn_wrn if svhn else scale.wrn),
+        "scale": scale,
+        "wrn": model_text(task.wrn),
         "vgg": model_text(scale.vgg),
         "resnet": model_text(scale.resnet),
-        "trained": _trained(train, data, cells, results),
-        "madry_trained": _trained(madry, data, cells, results),
+        "trained": trained(task.train),
+        "madry_trained": trained(replace(task.train, **scale.madry)),  # type: ignore[arg-type]
         "madry_eps": eps_text(float(scale.madry["attack_eps"])),
         "random_eps": f"clip(|N(0, {sigma:g})|, 0, {2 * sigma:g})/255",
-        "eps": _radii(scale.eps),
-        "hard": _radii(scale.hard_eps),
+        "eps": listed(map(eps_number, scale.eps)) + "/255",
+        "hard": listed(map(eps_number, scale.hard_eps)) + "/255",
         "first_hard": eps_text(scale.hard_eps[0]),
         "many": _images(scale.many),
         "few": _images(scale.few),
         "usual": usual,
         "worst": worst,
-        "beta": f"{scale.beta:g}",
         "betas": listed(f"{beta:g}" for beta in scale.table1_betas),
         "largest_beta": f"{max(scale.table1_betas):g}",
         "defense_bits": listed(map(bits_text, scale.defense_bits)),
-        "steps": scale.surrogate_steps,
     }
-
-
-def _trained(train: TrainConfig, data: DataConfig, cells: Sequence[Cell], results: Results) -> str:
-    """`5 epochs on 20,000 training images of CIFAR-10`, by the name under which it was measured."""
-    scores = (results.score(cell) for cell in cells if cell.split == "test")
-    names = {m.data for m in scores if m is not None}
-    images = "all" if data.train_images is None else f"{data.train_images:,}"
-    held = f" but {data.validation_images:,}" * (images == "all" and data.validation_images > 0)
-    name = listed(sorted(names)) if names else _DATA.get(data.data, data.data)
-    epochs = f"{train.epochs} epoch{'s' * (train.epochs > 1)}"
-    return f"{epochs} on {images}{held} training images of {name}"
 
 
 def _images(images: int | None) -> str:
     return "all test images" if images is None else f"the first {images:,} test images"
-
-
-def _radii(eps: Sequence[float]) -> str:
-    return listed(map(eps_number, eps)) + "/255"

@@ -4,23 +4,22 @@ A measurement is a `Cell`; its key, a hash of all that was asked, names its resu
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
 from defquant.config import DataConfig, ModelConfig, TrainConfig, digest
-from defquant.errors import UserError
 from defquant.files import append_line, read_lines
-from defquant.paper.section import attack_text, eps_text
+from defquant.paper.section import attack_text, eps_number, eps_text
 from defquant.results import Measurement, append, read_jsonl
 from defquant.typed import from_mapping
 
 __all__ = [
-    "SCALES", "SCORES", "VALUES", "Cell", "Kind", "Network", "Results", "Scale", "Trial", "begin",
-    "by_network", "keep", "keep_values", "read",
+    "SCALES", "SCORES", "VALUES", "Cell", "Kind", "Network", "Results", "Scale", "Task", "Trial",
+    "by_network", "keep", "read", "written",
 ]  # fmt: skip
 
 Kind = Literal["accuracy", "layers", "first-block", "detector", "examples"]
@@ -41,6 +40,10 @@ class Network:
     data: DataConfig
     train: TrainConfig
 
+    @property
+    def settings(self) -> tuple[ModelConfig, DataConfig, TrainConfig]:
+        return self.model, self.data, self.train
+
     @cached_property
     def name(self) -> str:
         """Its folder: what a reader looks for, then a hash of the whole configuration."""
@@ -54,54 +57,20 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One measurement of one network.
+class Trial:
+    """What a network is put to.
 
     Its kind: `accuracy` under `attack`; `layers` and `first-block`, the distances of Figure 3
     between clean and attacked images; `detector`, what feature squeezing detects; `examples`,
     pictures with predictions (Figure 7).
     """
 
-    network: Network
-    kind: Kind = "accuracy"
     attack: str = "clean"  # as the command line has it: `fgsm`, `pgd-50x10`, ...
     eps: float = 0.0  # its radius in [0, 1]
     images: int | None = None  # the first so many of the split; all when None
-    split: Split = "test"  # `validation` where something is chosen
     substitute: Network | None = None  # whose adversarial examples are used (black box)
     unaware: bool = False  # attack what is behind a feature squeezing as if that were not there
-
-    @cached_property
-    def key(self) -> str:
-        """The name under which its result is kept: 16 hex digits."""
-        return digest(self)[:16]
-
-    @property
-    def family(self) -> tuple[object, ...]:
-        """Cells of one family differ in eps alone and are measured together."""
-        rest = (self.kind, self.attack, self.images, self.split, self.substitute, self.unaware)
-        return (self.network, *rest)
-
-
-def by_network(cells: Iterable[Cell]) -> dict[Network, list[Cell]]:
-    """Each network once, with its cells; substitutes before the networks they attack."""
-    every = list(dict.fromkeys(cells))
-    groups: dict[Network, list[Cell]] = {c.substitute: [] for c in every if c.substitute}
-    for cell in every:
-        groups.setdefault(cell.network, []).append(cell)
-    return groups
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What a network is put to, clean images or an attack at a radius: a `Cell` without network."""
-
-    attack: str = "clean"
-    eps: float = 0.0
-    images: int | None = None
-    through: Network | None = None
-    unaware: bool = False
-    split: Split = "test"
+    split: Split = "test"  # `validation` where something is chosen
     kind: Kind = "accuracy"
 
     @property
@@ -113,20 +82,60 @@ class Trial:
     @property
     def column(self) -> str:
         """Without the radius: `Clean`, `FGSM`, `FGSM(B)`, `FGSM (unaware)`."""
-        black_box = "(B)" * (self.through is not None)
-        return attack_text(self.attack) + black_box + " (unaware)" * self.unaware
+        return attack_text(self.attack) + self.ways
 
     @property
-    def direct(self) -> "Trial":
-        """The same attack as a white box."""
-        return replace(self, through=None)
+    def mark(self) -> str:
+        """As in `numbers.yaml`: `clean`, `fgsm@8`, `fgsm(B)@8`."""
+        radius = "" if self.attack == "clean" else f"@{eps_number(self.eps)}"
+        return self.attack + self.ways + radius
 
-    def cell(self, network: Network) -> Cell:
-        asked = (self.attack, self.eps, self.images, self.split, self.through, self.unaware)
-        return Cell(network, self.kind, *asked)
+    @property
+    def ways(self) -> str:
+        return "(B)" * (self.substitute is not None) + " (unaware)" * self.unaware
+
+    def cell(self, network: Network) -> "Cell":
+        return Cell(network=network, **{f.name: getattr(self, f.name) for f in fields(Trial)})
+
+
+@dataclass(frozen=True)
+class Cell(Trial):
+    """One measurement of one network."""
+
+    network: Network = field(kw_only=True)
+
+    @cached_property
+    def key(self) -> str:
+        """The name under which its result is kept: 16 hex digits."""
+        return digest(self)[:16]
+
+    @property
+    def family(self) -> "Cell":
+        """Equal for cells that differ in eps alone; they are measured together."""
+        return replace(self, eps=0.0)
+
+
+def by_network(cells: Iterable[Cell]) -> dict[Network, list[Cell]]:
+    """Each network once, with its cells; substitutes before the networks they attack."""
+    every = list(dict.fromkeys(cells))
+    groups: dict[Network, list[Cell]] = {c.substitute: [] for c in every if c.substitute}
+    for cell in every:
+        groups.setdefault(cell.network, []).append(cell)
+    return groups
 
 
 # --- presets ------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    data: DataConfig
+    train: TrainConfig
+    wrn: str
+
+    @property
+    def papers(self) -> bool:
+        """Whether the images are those of the paper's experiment."""
+        return self.data.data != "digits"
 
 
 @dataclass(frozen=True)
@@ -165,24 +174,24 @@ class Scale:
     def paper_eps(self) -> float:
         return 8 / 255
 
+    def on(self, table: str) -> "Task":
+        """Images, training and Wide ResNet of a table or figure: Table 2 has its own."""
+        if table == "table2":
+            return Task(self.svhn, self.svhn_train, self.svhn_wrn)
+        return Task(self.data, self.train, self.wrn)
+
     def network(
         self,
         model: str | None = None,
         *,
-        bits: int | None = None,
         beta: float = 0.0,
         seed: int | None = None,
         train: TrainConfig | None = None,
         data: DataConfig | None = None,
-        high: float = 6.0,
-        tanh: bool = False,
-        squeeze: int | None = None,
+        **options: Any,
     ) -> Network:
         """The `model`, `wrn` when None; DQ, with penalty and convex sums, where `beta` > 0."""
-        chosen = ModelConfig(
-            model or self.wrn, bits=bits, high=high, convex=beta > 0,
-            activation="tanh" if tanh else "relu", squeeze=squeeze,
-        )  # fmt: skip
+        chosen = ModelConfig(model or self.wrn, convex=beta > 0, **options)
         first = self.seeds[0] if seed is None else seed
         training = replace(train or self.train, beta=beta, seed=first)
         return Network(chosen, data or self.data, training)
@@ -236,14 +245,15 @@ def _in_unit(key: str, value: Any) -> Any:
     return value / 255 if key in _RADII else value
 
 
-def _presets() -> dict[str, Scale]:
-    path = Path(__file__).with_name("presets.yaml")
-    every = yaml.safe_load(path.read_text(encoding="utf-8"))
-    named = {name: {"name": name, **_in_unit("", entry)} for name, entry in every.items()}
-    return {name: from_mapping(Scale, entry, f"{name}: ") for name, entry in named.items()}
+def written(name: str) -> Any:
+    """What stands in the YAML file `name` beside this one."""
+    return yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
 
-SCALES: Mapping[str, Scale] = _presets()
+SCALES: Mapping[str, Scale] = {
+    name: from_mapping(Scale, {"name": name, **_in_unit("", entry)}, f"{name}: ")
+    for name, entry in written("presets.yaml").items()
+}
 
 
 # --- results ------------------------------------------------------------------------------
@@ -256,18 +266,12 @@ class Results:
     scores: Mapping[str, Measurement] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
 
-    def __contains__(self, cell: Cell) -> bool:
-        return cell.key in (self.scores if cell.kind == "accuracy" else self.values)
-
-    def score(self, cell: Cell) -> Measurement | None:
-        return self.scores.get(cell.key)
-
-    def value(self, cell: Cell) -> Any | None:
-        """What a cell of another kind than `accuracy` found; see `paper.run`."""
-        return self.values.get(cell.key)
+    def of(self, cell: Cell) -> Any | None:
+        """Its measurement, or what a cell of another kind found (see `paper.run`)."""
+        return (self.scores if cell.kind == "accuracy" else self.values).get(cell.key)
 
     def missing(self, cells: Iterable[Cell]) -> list[Cell]:
-        return [cell for cell in dict.fromkeys(cells) if cell not in self]
+        return [cell for cell in dict.fromkeys(cells) if self.of(cell) is None]
 
 
 @dataclass(frozen=True)
@@ -276,20 +280,6 @@ class _Value:
 
     cell: str
     values: Any
-
-
-def begin(out: Path) -> None:
-    """Make the folder and its files: a file made later shows up late on a network disk.
-
-    Raises `UserError` where they cannot be written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name in (SCORES, VALUES):
-            with (out / name).open("a"):
-                pass
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
 
 
 def read(out: Path) -> Results:
@@ -301,13 +291,11 @@ def read(out: Path) -> Results:
     return Results({m.cell: m for m in measured if m.cell}, {v.cell: v.values for v in found})
 
 
-def keep(out: Path, cell: Cell, measurement: Measurement) -> None:
-    """Append the score of `cell`."""
-    append(out / SCORES, replace(measurement, run=cell.network.name, cell=cell.key))
-
-
-def keep_values(out: Path, cell: Cell, values: Any, evidence: Mapping[str, Any]) -> None:
-    """Append what a cell of another kind found, with what was asked."""
+def keep(out: Path, cell: Cell, found: Any, evidence: Mapping[str, Any] | None = None) -> None:
+    """Append the measurement of `cell`, or the values that it found with what was asked."""
+    if cell.kind == "accuracy":
+        append(out / SCORES, replace(found, run=cell.network.name, cell=cell.key))
+        return
     asked = {"kind": cell.kind, "run": cell.network.name, "attack": cell.attack, "eps": cell.eps}
-    line = {"cell": cell.key, **asked, "network": asdict(cell.network), "values": values}
-    append_line(out / VALUES, line | {"evidence": dict(evidence)})
+    line = {"cell": cell.key, **asked, "network": asdict(cell.network), "values": found}
+    append_line(out / VALUES, line | {"evidence": dict(evidence or {})})

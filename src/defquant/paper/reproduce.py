@@ -243,14 +243,14 @@ def _rate(network: Network, seconds: float) -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        size, end = 2, float("inf")
-        while True:
+        size, rate = 2, _steps(network, 2)  # pays for imports, too
+        end = time.perf_counter() + seconds
+        while size < (larger := int((end - time.perf_counter()) * rate / STEPS)):
+            if size == network.train.batch_size:
+                break
+            size = min(network.train.batch_size, larger)
             rate = _steps(network, size)
-            end = min(end, time.perf_counter() + seconds)  # the first one pays for imports, too
-            larger = min(network.train.batch_size, int((end - time.perf_counter()) * rate / STEPS))
-            if larger <= size:
-                return rate
-            size = larger
+        return rate
     finally:
         torch.set_num_threads(threads)
 

@@ -5,7 +5,7 @@ A network is one job: trained where it is missing, then measured, by one process
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,6 +18,7 @@ from torch import nn
 from defquant.attacks import Attack, Composition, Single
 from defquant.attacks.names import parse_attack, parse_first_order
 from defquant.checkpoint import Facts, versions
+from defquant.data import Dataset
 from defquant.defenses import CALIBRATION, Unaware, detection
 from defquant.diagnose import first_block_distances, layer_distances
 from defquant.distributed import pick_device
@@ -25,7 +26,7 @@ from defquant.errors import UserError
 from defquant.files import claimed
 from defquant.measure import examples, load_on, measure
 from defquant.paper import grid
-from defquant.paper.grid import Cell, Kind, Network, by_network
+from defquant.paper.grid import Cell, Network, by_network
 from defquant.paper.workers import cores, each, each_on_cluster
 from defquant.replay import replay
 from defquant.results import Measurement
@@ -33,7 +34,6 @@ from defquant.runs import load_images, test_images, train_run
 
 __all__ = ["run", "work"]
 
-DISTANCE_IMAGES = 128  # as section 3 of the paper
 PICTURES = 8
 
 
@@ -59,10 +59,9 @@ def run(
     todo = {network.name: network for network in by_network(grid.read(out).missing(cells))}
     failed: list[str] = []
     if todo:
-        grid.begin(out)
+        _begin(out)
     for wait in (False, True):
         calls = [(name, partial(work, out, n, own[n], wait=wait)) for name, n in todo.items()]
-        busy = {}
         if not calls:
             break
         if workers == "local":
@@ -71,6 +70,7 @@ def run(
             devices = {network.train.device for network in todo.values()}
             gpus = None if "auto" in devices else int(devices != {"cpu"})
             states = each_on_cluster("reproduce", calls, workers, gpus=gpus)
+        busy = {}
         with closing(states):
             for name, state in states:
                 if state == "busy":
@@ -82,12 +82,21 @@ def run(
     return failed
 
 
+def _begin(out: Path) -> None:
+    """Make the folder and its files: a file made later shows up late on a network disk."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in (grid.SCORES, grid.VALUES):
+            (out / name).open("a").close()
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+
+
 def _lost(out: Path, name: str, cells: list[Cell]) -> str:
     """What is wrong where a network is done and its results are not here; else nothing."""
     lost = len(grid.read(out).missing(cells))
-    return (
-        lost > 0
-    ) * f"{name}: done, but {lost} results are not in {out}: does every worker see it?"
+    what = f"{name}: done, but {lost} results are not in {out}: does every worker see it?"
+    return what if lost else ""
 
 
 # --- one network --------------------------------------------------------------------------
@@ -120,7 +129,7 @@ def _claim(out: Path, network: Network) -> Path:
 
 def _train(out: Path, network: Network) -> Path:
     run = out / "networks" / network.name
-    train_run(network.model, network.data, network.train, run, resume=True, show=False)
+    train_run(*network.settings, run, resume=True, show=False)
     return run
 
 
@@ -145,20 +154,14 @@ def _measure(out: Path, network: Network, cells: list[Cell], missing: set[Cell])
     device = pick_device(network.train.device)
     model, facts = load_on(run, device)
     facts = replace(facts, data=replace(facts.data, data_root=network.data.data_root))
-    if first.kind == "accuracy":
-        _scores(out, run, model, facts, cells, missing)
+    few = first.kind in ("layers", "first-block")  # take as many as there are, where that is fewer
+    images = test_images(facts, None, None if few else first.images, first.split)
+    if first.kind != "accuracy":
+        start = time.perf_counter()
+        values = _values(model, facts, images, first)
+        seconds = round(time.perf_counter() - start, 3)
+        grid.keep(out, first, values, {"versions": versions(device), "seconds": seconds})
         return
-    start = time.perf_counter()
-    values = _PROBES[first.kind](model, facts, first)
-    seconds = round(time.perf_counter() - start, 3)
-    grid.keep_values(out, first, values, {"versions": versions(device), "seconds": seconds})
-
-
-def _scores(
-    out: Path, run: Path, model: nn.Module, facts: Facts, cells: list[Cell], missing: set[Cell]
-) -> None:
-    device = next(model.parameters()).device
-    images = test_images(facts, None, cells[0].images, cells[0].split)
     asked = {_label(cell): cell for cell in cells}
     attacks: list[Single | Composition] = []
     others: list[Attack] = []
@@ -166,8 +169,8 @@ def _scores(
         if cell.substitute is not None:
             with claimed(_claim(out, cell.substitute), wait=True):
                 substitute = _train(out, cell.substitute)
-                name, first = cell.substitute.name, parse_first_order(cell.attack, cell.eps)
-                others.append(replay(first, substitute, images, device=device, source=name))
+                name, attack = cell.substitute.name, parse_first_order(cell.attack, cell.eps)
+                others.append(replay(attack, substitute, images, device=device, source=name))
         elif cell.unaware:
             others.append(Unaware(parse_first_order(cell.attack, cell.eps)))
         elif cell.attack != "clean":
@@ -186,52 +189,23 @@ def _label(cell: Cell) -> tuple[str, float]:
     """How the measurement of `cell` will be called: attack and eps."""
     if cell.attack == "clean":
         return "clean", 0.0
-    name = parse_attack(cell.attack, cell.eps).name
-    black_box, unaware = cell.substitute is not None, cell.unaware
-    return name + "(B)" * black_box + " (unaware)" * unaware, cell.eps
+    return parse_attack(cell.attack, cell.eps).name + cell.ways, cell.eps
 
 
-def _layers(model: nn.Module, facts: Facts, cell: Cell) -> list[dict[str, Any]]:
-    """Records of Figure 3b: layer, index, bits, distance."""
-    return [asdict(one) for one in layer_distances(model, *_attacked(model, facts, cell))]
-
-
-def _first_block(model: nn.Module, facts: Facts, cell: Cell) -> dict[str, Any]:
-    """One eps of Figure 3a: eps, bits, plain, quantized."""
-    x, x_adv = _attacked(model, facts, cell)
-    (found,) = first_block_distances(model, x, [(cell.eps, x_adv)])
-    return asdict(found)
-
-
-def _attacked(model: nn.Module, facts: Facts, cell: Cell) -> tuple[torch.Tensor, torch.Tensor]:
-    images = test_images(facts, None, None, cell.split)
-    device = next(model.parameters()).device
-    x, y = images.to(device).take(torch.arange(min(cell.images or DISTANCE_IMAGES, len(images))))
-    attack = parse_first_order(cell.attack, cell.eps)
-    return x, attack.last(model, x, y, generator=torch.Generator().manual_seed(0))
-
-
-def _detector(model: nn.Module, facts: Facts, cell: Cell) -> dict[str, Any]:
-    """Detected of the fooling images and false positives of the clean: [correct, total] each."""
-    images = test_images(facts, None, cell.images, cell.split)
-    train = load_images(facts.data, "train")
-    calibration = train.first(min(len(train), CALIBRATION))
-    found = detection(model, images, calibration, parse_first_order(cell.attack, cell.eps))
-    scores = {"detected": found.detected, "false_positives": found.false_positives}
-    return {name: score and [score.correct, score.total] for name, score in scores.items()}
-
-
-def _pictures(model: nn.Module, facts: Facts, cell: Cell) -> dict[str, Any]:
-    """Figure 7: the pictures and predictions of `defquant.measure.examples`."""
-    images = test_images(facts, None, cell.images, cell.split)
-    return examples(
-        Path(cell.network.name), model, facts, images, parse_attack(cell.attack, cell.eps), PICTURES
-    )
-
-
-_PROBES: dict[Kind, Callable[[nn.Module, Facts, Cell], Any]] = {
-    "layers": _layers,
-    "first-block": _first_block,
-    "detector": _detector,
-    "examples": _pictures,
-}
+def _values(model: nn.Module, facts: Facts, images: Dataset, cell: Cell) -> Any:
+    """What a cell finds that is no accuracy, as JSON holds it."""
+    if cell.kind == "examples":
+        attack, run = parse_attack(cell.attack, cell.eps), Path(cell.network.name)
+        return examples(run, model, facts, images, attack, PICTURES)
+    moved = parse_first_order(cell.attack, cell.eps)
+    if cell.kind == "detector":  # [correct, total] of the fooling images and of the clean ones
+        train = load_images(facts.data, "train")
+        found = detection(model, images, train.first(min(len(train), CALIBRATION)), moved)
+        scores = {"detected": found.detected, "false_positives": found.false_positives}
+        return {name: score and [score.correct, score.total] for name, score in scores.items()}
+    on = images.to(next(model.parameters()).device)
+    x, y = on.take(torch.arange(min(cell.images or len(on), len(on))))
+    x_adv = moved.last(model, x, y, generator=torch.Generator().manual_seed(0))
+    if cell.kind == "layers":
+        return [asdict(layer) for layer in layer_distances(model, x, x_adv)]
+    return asdict(first_block_distances(model, x, [(cell.eps, x_adv)])[0])

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from defquant.results import MASKED, Measurement, Score, blind
@@ -10,7 +10,7 @@ from defquant.results import MASKED, Measurement, Score, blind
 __all__ = [
     "Answer", "Entry", "Line", "Number", "Panel", "Reading", "Section", "Table", "Verdict",
     "attack_text", "bits_text", "difference", "eps_number", "eps_text", "listed", "method_text",
-    "model_text", "number", "percent", "rate", "signed", "without_paper",
+    "model_text", "number", "rate", "signed",
 ]  # fmt: skip
 
 
@@ -164,38 +164,11 @@ def rate(counts: Sequence[int] | None, cell: str = "") -> Number:
 def difference(a: Number, b: Number, paper: float | None = None) -> Number:
     """a - b, without an interval; the seeds are those of the one with fewer."""
     gap = None if a.mean is None or b.mean is None else a.mean - b.mean
-    return Number(
-        gap, seeds=min(a.seeds, b.seeds), paper=paper, points=True, cells=a.cells + b.cells
-    )
-
-
-def without_paper(whole: Section) -> Section:
-    """`whole` on other images than the paper's, whose numbers would compare nothing."""
-    note = "The images are not the paper's, so its numbers do not stand beside ours."
-    tables = (
-        replace(t, rows=tuple(tuple(map(_ours, row)) for row in t.rows)) for t in whole.tables
-    )
-    panels = (
-        replace(p, lines=tuple(_our_line(line) for line in p.lines if not line.paper))
-        for p in whole.panels
-    )
-    return replace(whole, text=(*whole.text, note), tables=tuple(tables), panels=tuple(panels))
-
-
-def _our_line(line: Line) -> Line:
-    return replace(line, points=tuple((at, replace(n, paper=None)) for at, n in line.points))
-
-
-def _ours(entry: Entry) -> Entry:
-    return replace(entry, paper=None) if isinstance(entry, Number) else entry
+    cells = a.cells + b.cells
+    return Number(gap, seeds=min(a.seeds, b.seeds), paper=paper, points=True, cells=cells)
 
 
 # --- words --------------------------------------------------------------------------------
-
-
-def percent(fraction: float) -> str:
-    """`39.2%`."""
-    return f"{100 * fraction:.1f}%"
 
 
 def signed(fraction: float) -> str:

@@ -1,29 +1,28 @@
-"""Questions to the results: contrasts of cells in, readings out. No torch.
+"""Answers to claims: contrasts of numbers in, readings out. No torch.
 
 Two kinds of chance stand between a measured difference of accuracies and the true one: which test
 images there are, and how each training happened to end. A 95 % interval here covers both.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import NormalDist, fmean, variance
-from typing import Any, Literal, NamedTuple
+from statistics import NormalDist
+from typing import Literal, NamedTuple
 
 from defquant.paper import tables
+from defquant.paper.ask import Ask, Found, ask_all
 from defquant.paper.grid import Cell, Results, Scale
-from defquant.paper.section import Answer, Reading, bits_text
-from defquant.results import Measurement
+from defquant.paper.section import Answer, Number, Reading, bits_text
 
 __all__ = [
-    "ALONE", "MARGIN", "Contrast", "Evidence", "Interval", "Question", "Row", "Sample", "Spread",
-    "Term", "accuracy", "chosen", "counted", "decide", "evidence_of", "exact", "fitted", "interval",
-    "means", "pooled", "question", "stratum", "trend", "versus",
+    "ALONE", "Blind", "Contrast", "Evidence", "Interval", "Sample", "Spread", "accuracy", "answer",
+    "counted", "decide", "evidence_of", "exact", "interval", "pooled", "stratum", "trend",
+    "unmeasured", "versus",
 ]  # fmt: skip
 
 LEVEL = 0.95
 ALONE = 0.10  # what a single training must show where nothing is known of the chance in training
-MARGIN = 0.01  # what "no loss" and "no gap" leave open
 UNTRAINED = 0.2  # clean accuracy: twice that of a guess among ten classes
 ONE_SEED = "one seed: training not in the interval"
 HARDLY = ", hardly trained"
@@ -35,16 +34,14 @@ _KINDS = {"fgsm": "one step", "rfgsm": "one step", "adaptive": "worst case"}
 # --- intervals ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Spread:
+class Spread(NamedTuple):
     """Standard deviation between trainings that differ in their seed, `df` degrees of freedom."""
 
     sd: float
     df: float
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """The mean over `seeds` trainings; its `variance` by the choice of test images, which are the
     same for every seed, so that more do not reduce it; the `spread` between trainings, if known.
     """
@@ -55,8 +52,7 @@ class Sample:
     spread: Spread | None = None
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """An effect with its interval; `trained` where that covers the chance in training."""
 
     effect: float
@@ -65,23 +61,21 @@ class Interval:
     trained: bool
 
 
-def accuracy(shares: Sequence[float], images: int, spread: Spread | None) -> Sample:
-    """The accuracies of equal trainings on the same `images`.
+def accuracy(mean: float, images: int, seeds: int, spread: Spread | None) -> Sample:
+    """The accuracy of equal trainings on the same `images`.
 
     Variance p (1 - p) / n at p = (correct + 1) / (n + 2), so that 0 of n is not taken for
     certainty (Agresti and Caffo 2000).
     """
-    mean = fmean(shares)
     p = (mean * images + 1) / (images + 2)
-    return Sample(mean, p * (1 - p) / images, len(shares), spread)
+    return Sample(mean, p * (1 - p) / images, seeds, spread)
 
 
-def pooled(groups: Iterable[Sequence[float]]) -> Spread | None:
-    """s^2 = sum (k - 1) s_g^2 / sum (k - 1) over groups of k seeds; None where all have one."""
-    several = [group for group in groups if len(group) > 1]
-    df = sum(len(group) - 1 for group in several)
-    squares = sum((len(group) - 1) * variance(group) for group in several)
-    return Spread(math.sqrt(squares / df), df) if df else None
+def pooled(numbers: Iterable[Number]) -> Spread | None:
+    """s^2 = sum (k - 1) s_g^2 / sum (k - 1) over numbers of k seeds; None where all have one."""
+    several = [(n.seeds - 1, n.spread) for n in numbers if n.seeds > 1]
+    df = sum(k for k, _ in several)
+    return Spread(math.sqrt(sum(k * s**2 for k, s in several) / df), df) if df else None
 
 
 def interval(terms: Sequence[tuple[float, Sample]], comparisons: int = 1) -> Interval:
@@ -147,9 +141,6 @@ def exact(successes: int, trials: int) -> tuple[float, float]:
 
 # --- evidence -----------------------------------------------------------------------------
 
-Row = tuple[Cell, ...]
-"""Cells that differ in their seed alone."""
-
 Stratum = tuple[str, float, bool]
 
 
@@ -177,13 +168,15 @@ class Evidence:
     spreads: Mapping[Stratum, Spread]
     untrained: frozenset[str] = frozenset()
 
-    def sample(self, row: Row) -> Sample | None:
-        """The accuracy over the seeds that are there; None where none is."""
-        found = self._found(row)
-        if not found:
+    def sample(self, ask: Ask, n: Number, alone: bool) -> Sample | None:
+        """None where nothing was measured. Distances vary over the examples, whose standard
+        deviation is known; `alone`, of one network, its training plays no part in them.
+        """
+        if n.mean is None:
             return None
-        shares = [m.score.accuracy for _, m in found]
-        return accuracy(shares, min(m.total for _, m in found), self.spread(row[0]))
+        if ask.trial.kind == "accuracy":
+            return accuracy(n.mean, n.images, n.seeds, self.spread(ask.cells[0]))
+        return Sample(n.mean, n.spread**2 / n.images, 1, Spread(0.0, 1.0) if alone else None)
 
     def spread(self, cell: Cell) -> Spread | None:
         """That of the cell's stratum; at an eps without one, the largest of its kind."""
@@ -191,22 +184,18 @@ class Evidence:
         alike = {e: s for (k, e, b), s in self.spreads.items() if (k, b) == (kind, one_bit)}
         return alike.get(eps) or max(alike.values(), key=lambda s: s.sd, default=None)
 
-    def masked(self, row: Row) -> list[str]:
-        """Networks of `row` whose accuracy under attack is no robustness: `vanilla at 1 bit`.
+    def masked(self, ask: Ask) -> list[str]:
+        """Networks whose accuracy under attack is no robustness: `vanilla at 1 bit`.
 
         The attack was blind, or the network hardly trained: it keeps what it answers to anything.
         """
-        found = self._found(row)
+        hardly = [cell for cell in ask.cells if cell.network.name in self.untrained]
+        if ask.trial.kind != "accuracy":
+            return [bits_text(cell.network.model.bits) + HARDLY for cell in hardly]
+        found = [(cell, m) for cell in ask.cells if (m := self.results.of(cell)) is not None]
         names = [f"{m.method} at {bits_text(m.bits)}" for _, m in found if m.masked]
-        hardly = [m for cell, m in found if cell.attack != "clean" and m.run in self.untrained]
-        names += [f"{m.method} at {bits_text(m.bits)}" + HARDLY for m in hardly]
-        probed = [cell.network for cell in row if cell.kind != "accuracy"]
-        weak = [network.model.bits for network in probed if network.name in self.untrained]
-        return names + [bits_text(bits) + HARDLY for bits in weak]
-
-    def _found(self, row: Row) -> list[tuple[Cell, Measurement]]:
-        pairs = [(cell, self.results.score(cell)) for cell in row]
-        return [(cell, m) for cell, m in pairs if m is not None]
+        attacked = [m for cell, m in found if cell.attack != "clean" and cell in hardly]
+        return names + [f"{m.method} at {bits_text(m.bits)}{HARDLY}" for m in attacked]
 
 
 def evidence_of(scale: Scale, results: Results) -> Evidence:
@@ -215,36 +204,22 @@ def evidence_of(scale: Scale, results: Results) -> Evidence:
     Elsewhere (other architectures, adversarial training, SVHN) there is one training of each, and
     these spreads are taken for theirs.
     """
-    found: dict[Stratum, list[Sequence[float]]] = {}
-    for row in dict.fromkeys(a.cells for a in tables.table1(scale) + tables.fig5(scale)):
-        shares = [m.score.accuracy for cell in row if (m := results.score(cell)) is not None]
-        found.setdefault(stratum(row[0]), []).append(shares)
-    spreads = {key: pooled(groups) for key, groups in found.items()}
+    found: dict[Stratum, dict[tuple[Cell, ...], Number]] = {}
+    for ask, n in ask_all(tables.table1(scale) + tables.fig5(scale), results):
+        found.setdefault(stratum(ask.cells[0]), {})[ask.cells] = n
+    spreads = {key: pooled(numbers.values()) for key, numbers in found.items()}
     clean = (m for m in results.scores.values() if m.attack == "clean")
     untrained = frozenset(m.run for m in clean if m.score.accuracy < UNTRAINED)
     return Evidence(results, {key: s for key, s in spreads.items() if s is not None}, untrained)
 
 
-# --- contrasts ----------------------------------------------------------------------------
+# --- readings -----------------------------------------------------------------------------
+
+Blind = Literal["supporting", "any", "none", "either"]
 
 
-class Term(NamedTuple):
-    """A weight and what it stands before: an accuracy, or what `read` makes of a cell's value."""
-
-    weight: float
-    row: Row
-    read: Callable[[Any], Sample | None] | None = None
-
-    def sample(self, evidence: Evidence) -> Sample | None:
-        if self.read is None:
-            return evidence.sample(self.row)
-        value = evidence.results.value(self.row[0])
-        return None if value is None else self.read(value)
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """A sum of weighted terms that the claim says is above -`margin`.
+class Contrast(NamedTuple):
+    """A sum of weighted numbers that the claim says is above -`margin`.
 
     `blind` says what a masked accuracy spoils. A blind attack overstates robustness, so by rule it
     spoils a verdict that leans on the masked network: `supporting`. For "nothing is masked" it
@@ -253,9 +228,9 @@ class Contrast:
     """
 
     name: str
-    terms: tuple[Term, ...]
+    terms: Sequence[tuple[float, tuple[Ask, Number]]]
     margin: float = 0.0
-    blind: Literal["supporting", "any", "none", "either"] = "supporting"
+    blind: Blind = "supporting"
 
     def spoilt(self, evidence: Evidence, verdict: Answer) -> list[str]:
         """The masked networks for whose sake `verdict` cannot stand."""
@@ -263,89 +238,31 @@ class Contrast:
             return []
         sign = -1 if verdict == "does not hold" else 1
         every = self.blind in ("any", "either")
-        rows = [t.row for t in self.terms if every or sign * t.weight > 0]
-        return list(dict.fromkeys(name for row in rows for name in evidence.masked(row)))
+        asks = [ask for weight, (ask, _) in self.terms if every or sign * weight > 0]
+        return list(dict.fromkeys(name for ask in asks for name in evidence.masked(ask)))
+
+    def judged(self, evidence: Evidence, comparisons: int) -> Reading | None:
+        """The reading, called by the contrast's name; None where a term is missing."""
+        alone = len({ask.networks for _, (ask, _) in self.terms}) == 1
+        pairs = [(weight, evidence.sample(*term, alone)) for weight, term in self.terms]
+        terms = [(weight, sample) for weight, sample in pairs if sample is not None]
+        if len(terms) < len(pairs):
+            return None
+        found = interval(terms, comparisons)
+        verdict = decide(found, self.margin)
+        remarks = [_seeds([sample for _, sample in terms])]
+        remarks += [f"margin {100 * self.margin:g} point"] if self.margin else []
+        if masked := self.spoilt(evidence, verdict):
+            remarks.append(f"masked, which proves nothing: {', '.join(masked)}")
+            verdict = "not decided"
+        return Reading(self.name, *found[:3], verdict, "; ".join(remarks))
 
 
-def means(
-    name: str, plus: Iterable[Sequence[Row]], minus: Iterable[Sequence[Row]], **options: Any
-) -> Contrast:
+def versus(name: str, plus: Sequence[Found], minus: Sequence[Found], *options: object) -> Contrast:
     """The mean of each group in `plus`, less that of each in `minus`."""
     signed = [(1, group) for group in plus] + [(-1, group) for group in minus]
-    terms = tuple(Term(sign / len(group), row) for sign, group in signed for row in group)
-    return Contrast(name, terms, **options)
-
-
-def versus(name: str, plus: Sequence[Row], minus: Sequence[Row], **options: Any) -> Contrast:
-    """The mean of `plus` minus the mean of `minus`."""
-    return means(name, [plus], [minus], **options)
-
-
-def fitted(name: str, rows: Sequence[Row]) -> Contrast:
-    """Last minus first of the line fitted to `rows`."""
-    pairs = zip(trend(len(rows)), rows, strict=True)
-    return Contrast(name, tuple(Term(weight, row) for weight, row in pairs if weight))
-
-
-# --- questions ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Question:
-    """Reads `cells` and answers."""
-
-    cells: Sequence[Cell]
-    answer: Callable[[Evidence], Reading]
-
-
-def question(
-    attack: str,
-    what: str,
-    contrasts: Sequence[Contrast],
-    comparisons: int = 0,
-    extra: Callable[[Evidence], str] | None = None,
-) -> Question:
-    """Whether all `contrasts` are positive.
-
-    Their intervals hold together (Bonferroni over `comparisons`, where they were chosen among more
-    than their number). It holds if all lower ends are positive, and fails if any upper end is
-    negative. The reading, called `attack`, has the numbers of the worst contrast and says `what` is
-    compared and the remark `extra`. With one of them missing it cannot hold.
-    """
-
-    def answer(evidence: Evidence) -> Reading:
-        count = comparisons or len(contrasts)
-        judged = [_judge(contrast, evidence, count) for contrast in contrasts]
-        found = [reading for reading in judged if reading is not None]
-        if not found:
-            return _unmeasured(attack)
-        worst = min(found, key=lambda r: (_RANK[r.verdict], r.low))
-        missing = len(judged) - len(found)
-        verdict: Answer = "not decided" if missing and worst.verdict == "holds" else worst.verdict
-        words = [what, (len(judged) > 1) * f"worst: {worst.attack}", worst.detail]
-        words += [(missing > 0) * f"{missing} of {len(judged)} not measured"]
-        words += [extra(evidence)] if extra else []
-        detail = "; ".join(filter(None, words))
-        return replace(worst, attack=attack, verdict=verdict, detail=detail)
-
-    return Question([cell for c in contrasts for term in c.terms for cell in term.row], answer)
-
-
-def _judge(contrast: Contrast, evidence: Evidence, comparisons: int) -> Reading | None:
-    """The reading of one contrast, called by its name; None where a term is missing."""
-    pairs = [(term.weight, term.sample(evidence)) for term in contrast.terms]
-    terms = [(weight, sample) for weight, sample in pairs if sample is not None]
-    if len(terms) < len(pairs):
-        return None
-    found = interval(terms, comparisons)
-    verdict = decide(found, contrast.margin)
-    remarks = [_seeds([sample for _, sample in terms])]
-    remarks += [f"margin {100 * contrast.margin:g} point"] if contrast.margin else []
-    if masked := contrast.spoilt(evidence, verdict):
-        remarks.append(f"masked, which proves nothing: {', '.join(masked)}")
-        verdict = "not decided"
-    ends = found.effect, found.low, found.high
-    return Reading(contrast.name, *ends, verdict, "; ".join(remarks))
+    terms = [(sign / len(group), row) for sign, group in signed for row in group]
+    return Contrast(name, terms, *options)  # type: ignore[arg-type]
 
 
 def _seeds(samples: Sequence[Sample]) -> str:
@@ -358,51 +275,46 @@ def _seeds(samples: Sequence[Sample]) -> str:
     return "1 seed, spread as between those of Table 1" if of_others else "1 seed"
 
 
-def chosen(
+def answer(
     attack: str,
     what: str,
-    rows: Mapping[str, Row],
-    choose: Callable[[Mapping[str, float]], Sequence[Contrast]],
-    comparisons: int,
-) -> Question:
-    """A question whose contrasts are chosen, by the means that were found, among `comparisons`."""
+    contrasts: Sequence[Contrast],
+    evidence: Evidence,
+    comparisons: int = 0,
+    extra: str = "",
+) -> Reading:
+    """Whether all `contrasts` are positive.
 
-    def answer(evidence: Evidence) -> Reading:
-        samples = {name: evidence.sample(row) for name, row in rows.items()}
-        found = {name: sample.mean for name, sample in samples.items() if sample is not None}
-        if len(found) < len(samples):
-            return _unmeasured(attack)
-        return question(attack, what, choose(found), comparisons).answer(evidence)
+    Their intervals hold together (Bonferroni over `comparisons`, where they were chosen among more
+    than their number). It holds if all lower ends are positive, and fails if any upper end is
+    negative. The reading, called `attack`, has the numbers of the worst contrast and says `what` is
+    compared and the remark `extra`. With one of them missing it cannot hold.
+    """
+    judged = [contrast.judged(evidence, comparisons or len(contrasts)) for contrast in contrasts]
+    found = [reading for reading in judged if reading is not None]
+    if not found:
+        return unmeasured(attack)
+    worst = min(found, key=lambda r: (_RANK[r.verdict], r.low))
+    missing = len(judged) - len(found)
+    words = [what, (len(judged) > 1) * f"worst: {worst.attack}", worst.detail]
+    words += [(missing > 0) * f"{missing} of {len(judged)} not measured", extra]
+    verdict: Answer = "not decided" if missing and worst.verdict == "holds" else worst.verdict
+    return replace(worst, attack=attack, verdict=verdict, detail="; ".join(filter(None, words)))
 
-    return Question([cell for row in rows.values() for cell in row], answer)
 
-
-def counted(
-    attack: str,
-    what: str,
-    row: Row,
-    outcomes: Callable[[list[Any]], Sequence[bool]],
-    chance: float,
-) -> Question:
-    """Whether `outcomes`, made of the cells' values, are true more often than by `chance`.
+def counted(attack: str, what: str, outcomes: Sequence[bool], chance: float) -> Reading:
+    """Whether `outcomes` are true more often than by `chance`.
 
     The effect is a share minus `chance`; its interval is exact, over the pictures alone.
     """
-
-    def answer(evidence: Evidence) -> Reading:
-        values = [evidence.results.value(cell) for cell in row]
-        if any(value is None for value in values):
-            return _unmeasured(attack)
-        found = outcomes(values)
-        if not found:
-            return _unmeasured(attack, f"{what}; no such picture")
-        low, high = (end - chance for end in exact(sum(found), len(found)))
-        whole = Interval(sum(found) / len(found) - chance, low, high, trained=False)
-        detail = f"{what}: {sum(found)} of {len(found)}, {chance:.0%} by chance; {ONE_SEED}"
-        return Reading(attack, whole.effect, low, high, decide(whole), detail)
-
-    return Question(row, answer)
+    if not outcomes:
+        return unmeasured(attack, f"{what}; no such picture")
+    right, count = sum(outcomes), len(outcomes)
+    low, high = (end - chance for end in exact(right, count))
+    whole = Interval(right / count - chance, low, high, trained=False)
+    detail = f"{what}: {right} of {count}, {chance:.0%} by chance; {ONE_SEED}"
+    return Reading(attack, *whole[:3], decide(whole), detail)
 
 
-def _unmeasured(attack: str, why: str = "not measured") -> Reading:
+def unmeasured(attack: str, why: str = "not measured") -> Reading:
     return Reading(attack, None, None, None, "not decided", why)

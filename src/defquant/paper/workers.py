@@ -23,7 +23,7 @@ from textwrap import shorten
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from defquant.errors import UserError
 
@@ -57,7 +57,7 @@ def each(
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_child)
     try:
         with _progress(title, len(jobs)) as advance:
-            with _deaf_children():
+            with _late_ctrl_c(sys.maxsize), _deaf_children():
                 names = {pool.submit(job): name for name, job in jobs}
                 pool.submit(int)  # wakes Python's watcher once all it must watch has been started
             for future in as_completed(names):
@@ -79,26 +79,40 @@ def each(
 
 @contextmanager
 def _deaf_children() -> Iterator[None]:
-    """Processes started meanwhile do not hear Ctrl-C: their parent does, and ends them.
-
-    It hears it at the end: another thread may take the signal that this one blocks, and a child
-    half started would print a traceback.
-    """
+    """Processes started meanwhile do not hear Ctrl-C: their parent does, and ends them."""
     resource_tracker.ensure_running()  # its start would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    heard: list[int] = []
-    main = threading.current_thread() is threading.main_thread()
-    late = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if late:
-        signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
     try:
         yield
     finally:
-        if late:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    if heard:
-        raise KeyboardInterrupt
+
+
+@contextmanager
+def _late_ctrl_c(most: int) -> Iterator[Callable[[], None]]:
+    """Ctrl-C waits for a call of what is yielded, or the end: a child half started would print a
+    traceback, a call of Ray's could leave locks held. Those after the first `most` do not wait.
+    """
+    heard: list[int] = []
+
+    def stop(late: int = 0) -> None:
+        if len(heard) > late:
+            raise KeyboardInterrupt
+
+    def hear(number: int, _: object) -> None:
+        heard.append(number)
+        stop(most)
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield stop
+        return
+    signal.signal(signal.SIGINT, hear)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    stop()
 
 
 def _start_child() -> None:
@@ -122,10 +136,10 @@ def _one_thread() -> None:
 def _progress(title: str, total: int) -> Iterator[Callable[[str, object], None]]:
     """A bar on a terminal, elsewhere one line per job that is done: whose result says no more."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn())
     hidden = not console.is_terminal
+    columns = BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(
-        *columns, TimeElapsedColumn(), console=console, transient=True, disable=hidden
+        "{task.description}", *columns, console=console, transient=True, disable=hidden
     ) as bar:
         task = bar.add_task(title, total=total)
 
@@ -159,7 +173,7 @@ def each_on_cluster(
     Raises `UserError`: Ray is not installed, nothing answers, or a node lacks defquant.
     """
     with (
-        _late_ctrl_c() as stop,
+        _late_ctrl_c(1) as stop,
         _connected(address) as ray,
         _one_line(ray),
         _progress(title, len(jobs)) as advance,
@@ -171,7 +185,7 @@ def each_on_cluster(
         kinds = ("WorkerCrashedError", "NodeDiedError", "OutOfMemoryError")
         death = tuple(getattr(ray.exceptions, kind) for kind in kinds)
         folder = str(Path.cwd())
-        begun = {task.remote(folder, job): (name, job, 0) for name, job in jobs}
+        begun = {task.remote(folder, job): (name, job, 1) for name, job in jobs}
         try:
             while begun:
                 if not ray.is_initialized():  # Ray would join or start another cluster by itself
@@ -179,14 +193,18 @@ def each_on_cluster(
                 ready, _ = ray.wait(list(begun), timeout=1.0)
                 stop()
                 for reference in ready:
-                    name, job, deaths = begun.pop(reference)
+                    name, job, turn = begun.pop(reference)
                     try:
                         result = ray.get(reference)
                     except death as error:
-                        if deaths + 1 < DEATHS:
-                            begun[task.remote(folder, job)] = (name, job, deaths + 1)
+                        if turn < DEATHS:
+                            begun[task.remote(folder, job)] = (name, job, turn + 1)
                             continue
-                        result = _given_up(name, error)
+                        reason = shorten(str(error) or type(error).__name__, 200)
+                        result = (
+                            f"{name}: its worker died {DEATHS} times (out of memory?): {reason}: "
+                            "run again, with more memory for each; what was finished stands"
+                        )
                     advance(name, result)
                     yield name, result
         except BaseException:
@@ -202,43 +220,6 @@ def _run(folder: str, job: Any) -> Any:
     with suppress(OSError):
         os.chdir(folder)
     return job()
-
-
-def _given_up(name: str, error: Exception) -> str:
-    reason = shorten(str(error) or type(error).__name__, 200)
-    return (
-        f"{name}: its worker died {DEATHS} times (out of memory?): {reason}: run again, with more "
-        "memory for each; what was finished stands"
-    )
-
-
-@contextmanager
-def _late_ctrl_c() -> Iterator[Callable[[], None]]:
-    """Ctrl-C waits for a call of what is yielded: amid one of Ray's, it could leave locks held.
-
-    The second Ctrl-C does not wait.
-    """
-    heard: list[int] = []
-
-    def hear(number: int, _: object) -> None:
-        if heard:
-            raise KeyboardInterrupt
-        heard.append(number)
-
-    def stop() -> None:
-        if heard:
-            raise KeyboardInterrupt
-
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield stop
-        return
-    signal.signal(signal.SIGINT, hear)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    stop()
 
 
 @contextmanager
