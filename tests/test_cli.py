@@ -379,8 +379,8 @@ def test_a_demo_of_other_settings_is_refused_at_once(
     from defquant.paper import demo
     from defquant.runs import train_run
 
-    first = demo.networks(1, smoke=True)[0]
-    train_run(*first.settings, tmp_path / first.name, show=False)
+    name, first = next(iter(demo.networks(1, smoke=True).items()))
+    train_run(*first.settings, tmp_path / name, show=False)
     monkeypatch.setattr(demo, "each", lambda *_: pytest.fail("it began to work"))
     assert "started with train_images=256, not None: choose another folder" in refused(
         capsys, "demo", "--out", str(tmp_path)

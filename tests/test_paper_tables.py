@@ -178,7 +178,7 @@ def test_seeds_are_averaged_and_the_first_comes_first() -> None:
 def test_the_papers_numbers_do_not_change() -> None:
     """All were read twice, from the paper; this is their digest."""
     plain = json.dumps(NUMBERS, sort_keys=True)
-    assert hashlib.sha256(plain.encode()).hexdigest()[:16] == "7b11cb717d4e861d"
+    assert hashlib.sha256(plain.encode()).hexdigest()[:16] == "3f6b519e6b2f14d4"
 
 
 def papers_own(cell: Cell) -> float:

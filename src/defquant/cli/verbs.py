@@ -383,11 +383,11 @@ def _show(names: Sequence[str], scale: "Scale", out: Path, *, as_json: bool) -> 
     from defquant.paper.figures import EXPERIMENTS, render
 
     results = grid.read(out)
-    command = f"defquant reproduce {{}} --preset {scale.name}"
     every = [
-        replace(render(name, scale, results), command=command.format(name))
+        render(name, scale, results)
         for name in EXPERIMENTS
-        if name in names or any(c in results for c in EXPERIMENTS[name].cells(scale))
+        if name in names
+        or [cell for cell in EXPERIMENTS[name].cells(scale) if results.of(cell) is not None]
     ]
     judged = verdicts(scale, results)
     for section in every:

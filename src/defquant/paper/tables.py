@@ -242,7 +242,9 @@ def table4(scale: Scale) -> list[Ask]:
 
 
 show_ranges = _table(
-    {"Quantisation": "name", "Images": "trial"}, "cut", {"Difference": _minus("high", 1.0, 6.0)}
+    {"Quantisation": "name", "Images": "trial"},
+    "cut",
+    {"Difference": _minus("high", 1.0, 6.0, "difference")},
 )
 
 
