@@ -1,0 +1,377 @@
+"""One GPU, checked and timed in under 4 minutes: quantisers, the recorded training step, attacks.
+
+`PYTHONPATH=src python benchmarks/gpu.py --json gpu.json` needs no installed package. Each part
+stands alone: one that fails prints its reason in a line and the rest goes on; one that would begin
+after `--seconds` is left out, and says so. `--device cpu` tries the script on tiny images.
+"""
+
+import argparse
+import json
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import defquant as dq
+from defquant import training
+from defquant.attacks import Attack
+from defquant.config import TrainConfig
+from defquant.data import Dataset, batches, load
+from defquant.quantize import QuantBranch, QuantTanh
+
+Found = dict[str, Any]
+
+
+class Scene:
+    """What the parts share: device, images, sizes, and the networks that were trained."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.device, self.quick = torch.device(options.device), options.quick
+        self.cpu = self.device.type == "cpu"
+        self.net = (10, 1) if self.cpu else (16, 4)
+        self.batch = 16 if self.cpu else 256
+        n = 160 if self.cpu else 12_800 if self.quick else 51_200
+        self.data = (
+            synthetic(n, 8 if self.cpu else 32)
+            if options.data_root is None
+            else load("cifar10", options.data_root)
+        )
+        self.data = self.data.to(self.device)
+        self.config = TrainConfig(
+            epochs=3,
+            batch_size=self.batch,
+            lr=0.1,
+            clip=1.0,
+            device=options.device,
+            amp=not self.cpu,
+        )
+        self.trained: nn.Module | None = None
+
+    def model(
+        self, bits: int | None = None, convex: bool = False, small: bool = False
+    ) -> nn.Module:
+        depth, width = (10, 1) if small else self.net
+        return dq.wide_resnet(depth, width, bits=bits, convex=convex)
+
+    def wait(self) -> float:
+        if not self.cpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def synthetic(n: int, size: int) -> Dataset:
+    """Ten random patterns under noise: a network learns them in an epoch; no image of anything."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 10, (n,), generator=generator)
+    patterns = torch.randint(0, 65, (10, 3, size, size), generator=generator)
+    noise = torch.randint(0, 192, (n, 3, size, size), generator=generator)
+    images = (patterns[labels] + noise).to(torch.uint8)
+    return Dataset(images, labels, tuple("0123456789"), "random patterns", flip=False, shift=4)
+
+
+@contextmanager
+def stepping(how: str) -> Iterator[list[str]]:
+    """Train `eager`, by `graph` or by `compiled` graph; gives the reasons where one is refused."""
+    reasons: list[str] = []
+
+    class Reasons(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            reasons.append(" ".join(record.getMessage().split())[:300])
+
+    before, fits, handler = training.WORTH_COMPILING, training.recordable, Reasons()
+    training._log.addHandler(handler)
+    training._log.setLevel(logging.INFO)
+    training.WORTH_COMPILING = 0 if how == "compiled" else 1 << 60
+    if how == "eager" or not torch.cuda.is_available():
+        training.recordable = lambda state: how == "graph"
+    try:
+        yield reasons
+    finally:
+        training.WORTH_COMPILING, training.recordable = before, fits
+        training._log.removeHandler(handler)
+
+
+def run(scene: Scene, model: nn.Module, config: TrainConfig, how: str, **more: Any) -> Found:
+    """Train; the last epoch's images/s, the wall, and how the steps ran."""
+    words: list[str] = []
+
+    def hear(state: training._Training, own: bool) -> training._Replay | None:
+        state.replay = found(state, own)
+        words.append("eager" if state.replay is None else state.replay.how)
+        return state.replay
+
+    found, start = training._Replay.of, scene.wait()
+    training._Replay.of = hear  # type: ignore[method-assign, assignment]
+    try:
+        with stepping(how) as reasons:
+            history = dq.train(model, more.pop("data", scene.data), config, **more)
+    finally:
+        training._Replay.of = found  # type: ignore[method-assign]
+    last = history[-1]
+    return {
+        "images_per_second": round(last["images_per_second"]), "loss": last["loss"],
+        "accuracy": last["accuracy"], "wall": round(scene.wait() - start, 2), "how": words[0],
+        **({"refused": reasons} if reasons else {}),
+    }  # fmt: skip
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([t.detach().double().flatten().cpu() for t in model.state_dict().values()])
+
+
+# ------------------------------------------------------------------------------------------ checks
+
+
+def parity(scene: Scene) -> Found:
+    """Quantisers and a network's logits and gradient, on this device against the CPU."""
+    found: Found = {}
+    x = torch.randn(64, 32, 16, 16, generator=torch.Generator().manual_seed(0)) * 3
+    branch = QuantBranch().eval()
+    branch.peak.fill_(4.0)
+    for name, module in {"relu": dq.QuantReLU(4), "tanh": QuantTanh(4), "branch": branch}.items():
+        values = []
+        for device in (torch.device("cpu"), scene.device):
+            at = x.to(device).requires_grad_()
+            y = module.to(device)(at)
+            values.append((y.detach().cpu(), torch.autograd.grad(y.square().sum(), at)[0].cpu()))
+        differ = [(a != b).float().mean().item() for a, b in zip(*values, strict=True)]
+        found[name] = {"values that differ": differ[0], "gradients that differ": differ[1]}
+    model = scene.model(None, small=True).eval()
+    images = scene.data.images[:64].cpu().float() / 255
+    pairs = []
+    for device in (torch.device("cpu"), scene.device):
+        at = images.to(device).requires_grad_()
+        logits = model.to(device)(at)
+        pairs.append((logits.detach().cpu(), torch.autograd.grad(logits.sum(), at)[0].cpu()))
+    found["network"] = {
+        name: float((a - b).abs().max() / b.abs().max())
+        for name, a, b in zip(("logits", "gradient"), *pairs, strict=True)
+    }
+    return found
+
+
+def graph(scene: Scene) -> Found:
+    """After the same few steps: eager against recorded against compiled, float32, all penalties."""
+    data, found = scene.data.first(4 * scene.batch + 7), {}
+    base = replace(scene.config, amp=False, epochs=1, lr=0.02, beta=0.01)
+    cases: dict[str, tuple[int | None, dict[str, Any], tuple[str, ...]]] = {
+        "float": (None, {}, ("graph", "compiled")),
+        "4 bits": (4, {}, ("graph",)),
+        "loss": (None, {"penalty": "loss"}, ("graph",)),
+        "parseval": (None, {"penalty": "parseval"}, ("graph",)),
+        "fgsm": (None, {"attack": "fgsm"}, ("graph",)),
+        "rfgsm, half": (None, {"attack": "rfgsm", "mix": 0.5}, ("graph",)),
+        "pgd": (None, {"attack": "pgd", "attack_eps": 0.01}, ("graph",)),
+        "amp": (None, {"amp": True}, ("graph",)),
+        "tf32": (None, {"tf32": True}, ("graph",)),
+    }
+    for name, (bits, changes, ways) in cases.items():
+        weights = {}
+        for how in ("eager", *ways):
+            model = scene.model(bits, convex=True, small=True)
+            ran = run(scene, model, replace(base, **changes), how, data=data)
+            weights[how] = flat(model), ran
+        reference = weights["eager"][0]
+        for how in ways:
+            distance = (weights[how][0] - reference).norm() / reference.norm()
+            found[f"{name}, {how}"] = {"distance": float(distance), "how": weights[how][1]["how"]}
+            if "refused" in weights[how][1]:
+                found[f"{name}, {how}"]["refused"] = weights[how][1]["refused"]
+    return found
+
+
+def resume(scene: Scene) -> Found:
+    """Two epochs and two more against four: the same bits?"""
+    data, found = scene.data.first(8 * scene.batch + 7), {}
+    for name, settings, how in (
+        ("deterministic", {"deterministic": True}, "graph"),
+        ("deterministic, amp", {"deterministic": True, "amp": True}, "graph"),
+        ("deterministic, fgsm", {"deterministic": True, "attack": "fgsm"}, "graph"),
+        ("free, amp", {"amp": True}, "graph"),
+    ):
+        changes: dict[str, Any] = {"amp": False, "epochs": 4, "beta": 0.01, **settings}
+        config = replace(scene.config, **changes)
+        kept: dict[int, tuple[Any, Any, Any]] = {}
+        model = scene.model(4, convex=True, small=True)
+
+        def keep(history: Any, momentum: Any, model: nn.Module = model, kept: Any = kept) -> None:
+            state = {key: value.clone() for key, value in model.state_dict().items()}
+            kept[len(history)] = (history, {k: v.clone() for k, v in momentum.items()}, state)
+
+        ran = run(scene, model, config, how, data=data, on_epoch=keep)
+        again = scene.model(4, convex=True, small=True)
+        history, momentum, state = kept[2]
+        again.load_state_dict(state)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run(scene, again, config, how, data=data, history=history, momentum=momentum)
+        same = torch.equal(flat(model), flat(again))
+        found[name] = {"same bits": same, "how": ran["how"]}
+    return found
+
+
+# ------------------------------------------------------------------------------------------ speeds
+
+
+def peer(scene: Scene) -> Found:
+    """What one writes without a library, compiled: float network, bfloat16, images on the GPU."""
+    found = {}
+    for how in ("eager", "compiled"):
+        model = scene.model().to(scene.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+        network = torch.compile(model, dynamic=False) if how == "compiled" else model
+        speeds, start = [], scene.wait()
+        for epoch in range(3):
+            began, seen = scene.wait(), 0
+            for x, y in batches(scene.data, scene.batch, seed=0, epoch=epoch):
+                if len(x) < scene.batch:
+                    continue
+                with torch.autocast(scene.device.type, torch.bfloat16):
+                    logits = network(x.contiguous(memory_format=torch.channels_last))
+                loss = nn.functional.cross_entropy(logits.float(), y)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                seen += len(x)
+            speeds.append(seen / (scene.wait() - began))
+        found[how] = {
+            "images_per_second": round(speeds[-1]),
+            "wall": round(scene.wait() - start, 2),
+        }
+    return found
+
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "DQ": {"bits": 4, "convex": True, "beta": 0.01}, "float": {}, "4 bits": {"bits": 4},
+}  # fmt: skip
+
+
+def speed(scene: Scene, names: tuple[str, ...], how: str, **changes: Any) -> Found:
+    """Images/s of `dq.train`'s own loop."""
+    found = {}
+    for name in names:
+        settings = NETWORKS[name]
+        model = scene.model(settings.get("bits"), settings.get("convex", False))
+        config = replace(scene.config, beta=settings.get("beta", 0.0), **changes)
+        found[name] = run(scene, model, config, how)
+        scene.trained = scene.trained or (model if name == "DQ" else None)
+    return found
+
+
+def attacks(scene: Scene) -> Found:
+    """Walls on 1,000 images: PGD-20 and the adaptive worst case; PGD-20 by a bare float32 walk."""
+    if scene.trained is None:
+        scene.trained = scene.model(4, convex=True)
+        run(scene, scene.trained, replace(scene.config, epochs=1, beta=0.01), "eager")
+    model, found = scene.trained.to(scene.device).eval(), {}
+    data = scene.data.first(64 if scene.cpu else 1000)
+    x, y = data.images.float() / 255, data.labels
+    for name, eps in (("all fall", 8 / 255), ("some stand", 1 / 255)):
+
+        def bare(eps: float = eps) -> float:
+            standing = torch.ones(len(x), dtype=torch.bool, device=x.device)
+            for part in torch.arange(len(x), device=x.device).split(256):
+                clean, at = x[part], x[part].clone()
+                for _ in range(20):
+                    at.requires_grad_()
+                    loss = nn.functional.cross_entropy(model(at), y[part])
+                    (grad,) = torch.autograd.grad(loss, at)
+                    at = at.detach() + eps / 8 * grad.sign()
+                    at = at.clamp(clean - eps, clean + eps).clamp_(0, 1)
+                with torch.no_grad():
+                    standing[part] &= model(at).argmax(1) == y[part]
+            return float(standing.float().mean())
+
+        ours: dict[str, Attack] = {
+            "pgd-20": dq.PGD(eps, steps=20, alpha=eps / 8), "pgd-50": dq.PGD(eps, steps=50),
+            "adaptive": dq.Adaptive(eps),
+        }  # fmt: skip
+        scores = {way: partial(dq.robust_accuracy, model, data, ours[way]) for way in ours}
+        calls: dict[str, Callable[[], Any]] = {"bare": bare, **scores}
+        for way, call in calls.items():
+            times = []
+            for _ in range(2):  # the first warms up
+                start = scene.wait()
+                score = call()
+                accuracy = score if isinstance(score, float) else score.accuracy
+                times.append(scene.wait() - start)
+            found[f"{name}, {way}"] = {
+                "seconds": round(min(times), 3), "first": round(times[0], 3), "stand": accuracy,
+                "images_per_second": round(len(x) / min(times)),
+            }  # fmt: skip
+    return found
+
+
+PARTS: dict[str, Callable[[Scene], Found]] = {
+    "parity": parity,
+    "graph": graph,
+    "resume": resume,
+    "bf16 eager": lambda s: speed(s, ("DQ",), "eager"),
+    "bf16 graph": lambda s: speed(s, ("DQ", "float"), "graph"),
+    "bf16 compiled": lambda s: speed(s, ("DQ", "float", "4 bits"), "compiled"),
+    "peer bf16": peer,
+    "attacks": attacks,
+    "tf32 compiled": lambda s: speed(s, ("DQ",), "compiled", amp=False, tf32=True),
+    "tf32 graph": lambda s: speed(s, ("DQ", "float", "4 bits"), "graph", amp=False, tf32=True),
+    "fgsm eager": lambda s: speed(s, ("DQ",), "eager", attack="fgsm", epochs=2),
+    "fgsm graph": lambda s: speed(s, ("DQ",), "graph", attack="fgsm", epochs=2),
+    "fp32 graph": lambda s: speed(s, ("DQ",), "graph", amp=False),
+}
+
+
+def shown(found: Found) -> str:
+    """`0.0012`, `54,100`, ...: the numbers of a row, in a line."""
+    words = []
+    for name, value in found.items():
+        if isinstance(value, float):
+            value = f"{value:.4g}"
+        elif isinstance(value, int) and not isinstance(value, bool):
+            value = f"{value:,}"
+        words.append(f"{name} {value}")
+    return "  ".join(words)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="written after each part")
+    parser.add_argument("--only", nargs="*", default=list(PARTS), metavar="PART", choices=PARTS)
+    parser.add_argument("--data-root", help="CIFAR-10; random patterns when not given")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the images")
+    parser.add_argument("--seconds", type=float, default=225, help="no part begins after them")
+    options = parser.parse_args()
+    begun = time.perf_counter()
+    scene = Scene(options)
+    card = "CPU" if scene.cpu else torch.cuda.get_device_name(scene.device)
+    print(f"{card}, torch {torch.__version__}; {len(scene.data):,} images: {scene.data.name}")
+    print(f"WRN-{scene.net[0]}-{scene.net[1]}, batch {scene.batch}", flush=True)
+    results: Found = {"device": card, "torch": torch.__version__, "data": scene.data.name}
+    for name in options.only:
+        start = time.perf_counter()
+        if start - begun > options.seconds:
+            results[name] = {"left out": f"after {options.seconds:g} s"}
+        else:
+            try:
+                results[name] = PARTS[name](scene)
+            except Exception as error:
+                reason = " ".join(str(error).split())[:300]
+                results[name] = {"failed": f"{type(error).__name__}: {reason}"}
+            results[name]["took"] = round(time.perf_counter() - start, 1)
+        for row, values in results[name].items():
+            text = shown(values) if isinstance(values, dict) else values
+            print(f"{name:14} {row:22} {text}", flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1))
+    print(f"in {time.perf_counter() - begun:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
