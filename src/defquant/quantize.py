@@ -269,16 +269,17 @@ class Staircase(Quantizer):
     def forward(self, u: Tensor) -> Tensor:
         u = full_precision(u)
         if self.bits is None:
-            return u.clamp(self.low, self.high)
+            return (u - self.shift).clamp(self.low, self.high)
         step, low = self.step()
         with torch.no_grad():
+            at = u - self.shift
             if self.bits == self.own:
                 rounded = self.rounding(u)
             else:
-                rounded = u.sub(low).div_(step).round_().mul_(step).add_(low)
+                rounded = at.sub(low).div_(step).round_().mul_(step).add_(low)
             rounded = rounded.clamp(self.low, self.high)
             endless = math.isinf(self.low) and math.isinf(self.high)
-            inside = None if endless else (u > self.low) & (u < self.high)
+            inside = None if endless else (at > self.low) & (at < self.high)
         return Rounded.apply(u, rounded, inside)  # type: ignore[no-untyped-call,no-any-return]
 
     def step(self) -> tuple[float, float]:

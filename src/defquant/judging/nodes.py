@@ -133,9 +133,9 @@ def blamed(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {shown(said, 200)}") from None
 
 
-def _versions(imports: Any) -> dict[str, int]:
+def _versions(imports: Any, default: int = 1) -> dict[str, int]:
     versions = {entry.domain: int(entry.version) for entry in imports}
-    version = versions.setdefault("", versions.get("ai.onnx", 1))
+    version = versions.setdefault("", versions.get("ai.onnx", default))
     if not _OLDEST <= version <= onnx.defs.onnx_opset_version():
         newest = onnx.defs.onnx_opset_version()
         raise ValueError(f"operator sets {_OLDEST} to {newest} are read; found {version}")
@@ -203,7 +203,7 @@ def _called(
     names |= dict(zip(function.output, outputs, strict=False))
     attributes = {a.name: a for a in function.attribute_proto} | dict(given)
     prefix = f"{place.prefix}/{function.name}.{number}"
-    versions = _versions(function.opset_import)
+    versions = _versions(function.opset_import, place.versions[""])
     return _Place(versions, place.functions, names, attributes, prefix, place.depth + 1)
 
 

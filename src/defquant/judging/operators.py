@@ -225,6 +225,11 @@ def gelu(s: Step, x: Tensor, b: Tensor | None = None) -> Tensor:
     return F.gelu(x if b is None else x + b, approximate=how)
 
 
+def product(x: Tensor, dims: tuple[int, ...], keep: bool) -> Tensor:
+    kept = reduce(lambda y, axis: y.prod(axis, True), dims, x)
+    return kept if keep else kept.squeeze(dims)
+
+
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "Abs": torch.abs, "Cos": torch.cos, "Dropout": lambda x: x, "Erf": torch.erf, "Exp": torch.exp,
     "HardSwish": F.hardswish, "Identity": lambda x: x, "Log": torch.log, "Mish": F.mish,
@@ -260,7 +265,7 @@ REDUCED: dict[str, Reduce] = {
     "ReduceL2": lambda x, d, k: x.square().sum(d, k).sqrt(),
     "ReduceLogSumExp": torch.logsumexp,
     "ReduceMax": torch.amax, "ReduceMean": torch.mean, "ReduceMin": torch.amin,
-    "ReduceProd": lambda x, d, k: x.reshape(-1).prod().reshape([1] * x.ndim if k else []),
+    "ReduceProd": product,
     "ReduceSum": torch.sum, "ReduceSumSquare": lambda x, d, k: x.square().sum(d, k),
 }  # fmt: skip
 
