@@ -59,6 +59,7 @@ class Scene:
         self, bits: int | None = None, convex: bool = False, small: bool = False
     ) -> nn.Module:
         depth, width = (10, 1) if small else self.net
+        torch.manual_seed(0)
         return dq.wide_resnet(depth, width, bits=bits, convex=convex)
 
     def wait(self) -> float:
