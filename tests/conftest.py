@@ -1,7 +1,7 @@
 """Shared by all tests: few threads, small networks."""
 
 import gzip
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from defquant.data import Dataset
+from defquant.errors import UserError
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -29,6 +30,17 @@ def tiny_images(n: int = 64, *, size: int = 8, channels: int = 1, seed: int = 0)
         row, column = corners[label]
         images[index, :, row : row + half, column : column + half] += 120
     return Dataset(images.to(torch.uint8), labels, ("nw", "ne", "sw", "se"), "corners")
+
+
+def refused(call: Callable[[], object], *parts: str) -> str:
+    """The message of the `UserError` that `call` must raise: one line that holds all `parts`."""
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+    return message
 
 
 def alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
