@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import defquant as dq
+from conftest import refused
 from defquant.attacks import FGSM, PGD, Attack, Random, Transfer
 from defquant.attacks.contract import Ask
 from defquant.data import Dataset
@@ -34,12 +35,31 @@ def ladder() -> tuple[Tensor, Tensor]:
     return images.view(-1, 1, 1, 1).expand(-1, 1, 4, 4), torch.ones(100, dtype=torch.int64)
 
 
+class Foreign:
+    """An attack of someone else's."""
+
+    def __init__(
+        self, move: Callable[[Tensor, Tensor], object], eps: float = 1 / 255, name: str = "Foreign"
+    ) -> None:
+        self.move, self.eps, self.name = move, eps, name
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, **_: object) -> Tensor:
+        return self.move(x, y)  # type: ignore[return-value]
+
+
+def idle(x: Tensor, y: Tensor) -> Tensor:
+    return x
+
+
+EVERYONE = torch.ones(100, dtype=torch.bool)
+
+
 def test_robust_accuracy_counts_exactly_those_within_reach() -> None:
     model, data = Threshold().eval(), ladder()
     for pixels in (5, 20, 60):
-        score = dq.robust_accuracy(model, data, FGSM((pixels + 0.5) / 255))
-        assert score.correct == 100 - pixels - 1
-        assert score.total == 100
+        eps = (pixels + 0.5) / 255
+        for attack in (FGSM(eps), Foreign(lambda x, y, eps=eps: x - eps, eps)):  # type: ignore[misc]
+            assert dq.robust_accuracy(model, data, attack) == dq.Score(100 - pixels - 1, 100)
     assert dq.accuracy(model, data).correct == 99  # the first is on the threshold: argmax says 0
 
 
@@ -47,9 +67,7 @@ def test_uint8_and_float_images_score_the_same() -> None:
     images = torch.randint(0, 256, (50, 1, 4, 4), generator=torch.Generator().manual_seed(0))
     labels = torch.ones(50, dtype=torch.int64)
     data = Dataset(images.to(torch.uint8), labels, ("0", "1"), "noise")
-    model = Threshold().eval()
-    floats = (images.float() / 255, labels)
-    attack = PGD(4 / 255)
+    model, floats, attack = Threshold().eval(), (images.float() / 255, labels), PGD(4 / 255)
     assert dq.robust_accuracy(model, data, attack) == dq.robust_accuracy(model, floats, attack)
     assert torch.equal(correct(model, data), correct(model, floats))
 
@@ -57,11 +75,7 @@ def test_uint8_and_float_images_score_the_same() -> None:
 def test_sweeps_fall_monotonically_and_carry_the_fallen() -> None:
     model, data = Threshold().eval(), ladder()
 
-    def weak(model: nn.Module, x: Tensor, y: Tensor, *, generator: object = None) -> Tensor:
-        return x
-
-    weak.eps = 0.2  # type: ignore[attr-defined]
-    weak.name = "FGSM"  # type: ignore[attr-defined]
+    weak = Foreign(idle, 0.2, "FGSM")
     attacks: list[Attack] = [FGSM(30 / 255), FGSM(10 / 255), Random(5 / 255), weak]
     found = list(sweep(model, data, attacks))
     assert found[0].attack is None
@@ -78,12 +92,10 @@ def test_progress_rises_to_the_end_and_changes_nothing() -> None:
     """Batches, restarts, looks without a gradient, parts and a user's own function alike."""
     model, data = Threshold().eval(), ladder()
 
-    def own(model: nn.Module, x: Tensor, y: Tensor, *, generator: object = None) -> Tensor:
-        return x
-
     eps = 40 / 255
     attacks: list[Attack] = [
-        PGD(eps, steps=5, restarts=2), dq.Square(eps, queries=30), dq.Adaptive(eps, 4), own,
+        PGD(eps, steps=5, restarts=2), dq.Square(eps, queries=30), dq.Adaptive(eps, 4),
+        Foreign(idle),
     ]  # fmt: skip
     told: list[list[tuple[float, int]]] = []
 
@@ -100,39 +112,6 @@ def test_progress_rises_to_the_end_and_changes_nothing() -> None:
         assert all(b > a - 0.1 for a, b in pairwise(shares))  # a guess: what falls is left out
         assert sorted(standing, reverse=True) == list(standing)
         assert standing[0] > 80 and standing[-1] == scored.score.correct
-
-
-def test_any_function_is_an_attack_and_its_ball_is_checked() -> None:
-    model, data = Threshold().eval(), ladder()
-
-    class Darken:
-        eps = 0.18
-
-        def __init__(self, by: float) -> None:
-            self.by = by
-
-        def __call__(
-            self, model: nn.Module, x: Tensor, y: Tensor, *, generator: object = None
-        ) -> Tensor:
-            return x - self.by
-
-    assert dq.robust_accuracy(model, data, Darken(10.5 / 255)).correct == 89
-    with pytest.raises(dq.UserError, match="further than its eps"):
-        dq.robust_accuracy(model, data, Darken(0.2))
-    with pytest.raises(dq.UserError, match="outside"):
-        dq.robust_accuracy(model, data, Darken(-0.15))
-
-
-class Foreign:
-    """An attack of someone else's, of eps 1/255."""
-
-    eps, name = 1 / 255, "Foreign"
-
-    def __init__(self, move: Callable[[Tensor, Tensor], object]) -> None:
-        self.move = move
-
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, **_: object) -> Tensor:
-        return self.move(x, y)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("inside", [lambda a: a, lambda a: dq.Worst((a, FGSM(1 / 255))),
@@ -205,11 +184,10 @@ class Whole(Threshold):
 @pytest.mark.parametrize("way", ["detached", "numpy", "another graph"])
 def test_without_a_gradient_square_and_random_run_and_the_others_say_so(way: str) -> None:
     model, data = Whole(way).eval(), ladder()
-    everyone = torch.ones(100, dtype=torch.bool)
     honest = Threshold().eval()
     for blind in (dq.Square(5.5 / 255, 20), Random(5.5 / 255)):
         assert dq.robust_accuracy(model, data, blind) == dq.robust_accuracy(honest, data, blind)
-    assert vanishing(model, data, everyone) is None
+    assert vanishing(model, data, EVERYONE) is None
     for sighted in (FGSM(0.1), dq.DIVA(0.1, model, steps=1), dq.Adaptive(0.1, 4)):
         with pytest.raises(dq.UserError, match="or use square"):
             dq.robust_accuracy(model, data, sighted)
@@ -222,17 +200,16 @@ def test_without_a_gradient_square_and_random_run_and_the_others_say_so(way: str
 
 def test_only_the_standing_are_attacked() -> None:
     model, data = Threshold().eval(), ladder()
-    seen = 0
+    seen: list[int] = []
 
-    def spy(model: nn.Module, x: Tensor, y: Tensor, *, generator: object = None) -> Tensor:
-        nonlocal seen
-        seen += len(x)
+    def spy(x: Tensor, y: Tensor) -> Tensor:
+        seen.append(len(x))
         return x
 
     standing = torch.zeros(100, dtype=torch.bool)
     standing[3:9] = True
-    assert torch.equal(robust(model, data, spy, standing=standing), standing)
-    assert seen == 6
+    assert torch.equal(robust(model, data, Foreign(spy), standing=standing), standing)
+    assert seen == [6]
 
 
 def warned(model: nn.Module, data: tuple[Tensor, Tensor]) -> list[str]:
@@ -253,14 +230,14 @@ def test_usual_mistakes_are_named() -> None:
             return super().forward(x - x.mean(0) + 0.5)
 
     assert "batch" in warned(Centred().eval(), data)[0]
-    with pytest.raises(dq.UserError, match=r"must return logits \(n, classes\)"):
-        dq.accuracy(nn.Flatten(0).eval(), data)
-    with pytest.raises(dq.UserError, match=r"labels must lie in 0\.\.1"):
-        dq.accuracy(Threshold().eval(), (data[0], data[1] * 7))
-    with pytest.raises(dq.UserError, match=r"images must lie in \[0, 1\]"):
-        dq.accuracy(Threshold().eval(), (data[0] * 255, data[1]))
-    with pytest.raises(dq.UserError, match="no images"):
-        dq.accuracy(Threshold().eval(), (data[0][:0], data[1][:0]))
+    images, labels = data
+    for model, given, message in (
+        (nn.Flatten(0), data, "must return logits (n, classes)"),
+        (Threshold(), (images, labels * 7), "labels must lie in 0..1"),
+        (Threshold(), (images * 255, labels), "images must lie in [0, 1]"),
+        (Threshold(), (images[:0], labels[:0]), "no images"),
+    ):
+        refused(lambda m=model, g=given: dq.accuracy(m.eval(), g), message)  # type: ignore[misc]
 
 
 def test_vanishing_gradients_are_counted() -> None:
@@ -307,8 +284,4 @@ def test_an_answer_of_nan_is_wrong_even_where_argmax_hits() -> None:
     sound = int((data[0].mean((1, 2, 3)) <= 0.7).sum()) - 1  # the first is on the threshold
     assert dq.accuracy(model, data).correct == sound
 
-    def idle(model: nn.Module, x: Tensor, y: Tensor, *, generator: object = None) -> Tensor:
-        return x
-
-    everyone = torch.ones(100, dtype=torch.bool)
-    assert int(robust(model, data, idle, standing=everyone).sum()) == sound
+    assert int(robust(model, data, Foreign(idle), standing=EVERYONE).sum()) == sound

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -132,8 +131,7 @@ def test_one_folder_one_run(tmp_path: Path) -> None:
         "with owned_folder(pathlib.Path(sys.argv[1])): print('mine', flush=True); input()"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
-    popen = partial(subprocess.Popen, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    with popen(command) as other:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline() == b"mine\n"
         refused(owned_folder(tmp_path).__enter__, "in use by another run")
         other.kill()

@@ -3,28 +3,30 @@
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import defquant as dq
+from conftest import alike, refused
 from defquant.cli import main
 from defquant.foreign import load_foreign
 from defquant.results import FOREIGN, read_folder
 
-CODE = '''
+CODE = """
 import torch
 from helper import WIDTH
 from torch import nn
 from torch.nn import functional as F
 
 print("hello from my code")
-
 
 class Net(nn.Module):
     def __init__(self, channels=1, classes=10):
@@ -36,101 +38,62 @@ class Net(nn.Module):
         print("and when it is asked")
         return self.fc(F.relu(self.conv(x)).flatten(1))
 
-
-def make_model():
-    return Net()
-
-
-def raises():
-    return [1, 2][3]
-
-
-def leaves():
-    raise SystemExit("bye")
-
-
-def no_module():
-    return 3
-
-
-def rgb():
-    return Net(channels=3)
-
-
-def many():
-    return Net(classes=100)
-
-
 class Late(Net):
     def forward(self, x):
         if len(x) > 8:
             raise KeyError("boom")
         return super().forward(x)
 
-
 class Pair(Net):
     def forward(self, x):
         return super().forward(x), x
-
 
 class Shut(Net):
     def forward(self, x):
         with torch.no_grad():
             return super().forward(x)
 
+class One(Net):  # an engine that was built for one image
+    def forward(self, x):
+        assert len(x) == 1
+        return super().forward(x)
+
+def raises():
+    return [1, 2][3]
+
+def leaves():
+    raise SystemExit("bye")
 
 def tied():
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 10))
     net[2].weight = net[1].weight
     return net
 
-
-def wrapped():
-    return nn.DataParallel(Net())
-
-
-def normed():
-    return nn.Sequential(Net(), nn.BatchNorm1d(10))
-
-
-def old_names():
-    return nn.utils.parametrizations.weight_norm(nn.Linear(64, 10))
-
-
-def lazy():
-    return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
-
-
-def asks(width):
-    return Net(width)
-
-
 def exported():
     batch = {0: torch.export.Dim("batch", min=1, max=4096)}
     image = torch.rand(4, 1, 8, 8)
     return torch.export.export(Net(), (image,), dynamic_shapes=(batch,)).module()
 
-
-def frozen():
-    return torch.jit.freeze(torch.jit.script(Net().eval()))
-
-
 def quantised():
     import defquant as dq
-
     return dq.wide_resnet(10, 1, bits=3, in_channels=1)
 
-
-class One(Net):
-    """An engine that was built for one image."""
-
-    def forward(self, x):
-        assert len(x) == 1
-        return super().forward(x)
-
-
+make_model = lambda: Net()
+no_module = lambda: 3
+rgb = lambda: Net(channels=3)
+many = lambda: Net(classes=100)
+wrapped = lambda: nn.DataParallel(Net())
+normed = lambda: nn.Sequential(Net(), nn.BatchNorm1d(10))
+old_names = lambda: nn.utils.parametrizations.weight_norm(nn.Linear(64, 10))
+lazy = lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+asks = lambda width: Net(width)
+frozen = lambda: torch.jit.freeze(torch.jit.script(Net().eval()))
 not_callable = 3
-'''
+"""
+
+
+def loaded(spec: str, weights: Path | None = None) -> nn.Module:
+    return load_foreign(spec, weights and str(weights), torch.device("cpu")).model
 
 
 def line(text: str) -> int:
@@ -145,7 +108,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "my.py").write_text(CODE)
     (folder / "helper.py").write_text("WIDTH = 8\n")
     torch.manual_seed(0)
-    net = load_foreign(f"{folder}/my.py:make_model", None, torch.device("cpu")).model
+    net = loaded(f"{folder}/my.py:make_model")
     data = dq.load("digits").first(512)
     dq.train(net, data, dq.TrainConfig(epochs=6, batch_size=32, lr=0.02, device="cpu"))
     save_file(net.state_dict(), folder / "w.safetensors")
@@ -159,7 +122,7 @@ def words(place: Path, function: str, out: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def refused(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+def refuses(capsys: pytest.CaptureFixture[str], *command: str) -> str:
     capsys.readouterr()
     assert main(command) == 2
     captured = capsys.readouterr()
@@ -184,10 +147,10 @@ def test_scores_are_those_of_python(
         str(out / "results.jsonl"), str(tmp_path / "images" / "manifest.jsonl"),
     )  # fmt: skip
     records = {r["attack"]: r for r in map(json.loads, captured.out.splitlines())}
-    found = load_foreign(f"{place}/my.py:make_model", weights, torch.device("cpu"))
+    found = loaded(f"{place}/my.py:make_model", Path(weights))
     data = dq.load("digits", split="test").first(60)
     for name, attack in (("FGSM", dq.FGSM(8 / 255)), ("PGD-3", dq.PGD(8 / 255, steps=3))):
-        assert records[name]["correct"] == dq.robust_accuracy(found.model, data, attack).correct
+        assert records[name]["correct"] == dq.robust_accuracy(found, data, attack).correct
     assert records["clean"]["correct"] > 45
     assert {m.method for m in read_folder(out)} == {f"{FOREIGN} (w.safetensors)"}
     assert records["clean"]["model"] == "my.py:make_model"
@@ -234,16 +197,11 @@ def test_two_weight_files_of_one_name_in_one_folder_are_two_networks(
     save_file({k: -v for k, v in load_file(place / "w.safetensors").items()}, other)
     for weights in (place / "w.safetensors", other, other):
         assert main(words(place, "make_model", out, "--weights", str(weights))) == 0
-    assert (
-        main(["report", str(out), "--out", str(tmp_path / "p.html"), "--markdown", str(table)]) == 0
-    )
-    rows = [line for line in table.read_text().splitlines() if " | clean |" in line]
-    assert len(rows) == 2
-    for row, digest in zip(
-        sorted(rows), sorted(map(_hash, (place / other.name, other))), strict=True
-    ):
-        assert digest[:6] in row
-        assert "±" not in row
+    page = ["report", str(out), "--out", str(tmp_path / "p.html"), "--markdown", str(table)]
+    assert main(page) == 0
+    rows = sorted(line for line in table.read_text().splitlines() if " | clean |" in line)
+    digests = sorted(map(_hash, (place / other.name, other)))
+    assert all(d[:6] in row and "±" not in row for d, row in zip(digests, rows, strict=True))
 
 
 def _hash(path: Path) -> str:
@@ -259,16 +217,13 @@ def test_a_quantised_one_says_its_bits(place: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("absent", "has no function 'absent'; it has: Net, make_model, raises"),
+        ("absent", "has no function 'absent'; it has: Net, Late, Pair"),
         ("not_callable", "has no function 'not_callable'"),
         ("raises", f"my.py, line {line('[1, 2][3]')}: IndexError: list index out of range"),
         ("leaves", f"my.py, line {line('SystemExit')}: SystemExit: bye"),
         ("no_module", "must return a torch.nn.Module; found int"),
-        ("asks", "my.py: TypeError: asks() missing 1 required positional argument: 'width'"),
-        (
-            "rgb",
-            f"my.py, line {line('self.fc(F.relu')}: RuntimeError on images of 1 x 8 x 8",
-        ),
+        ("asks", "my.py: TypeError: <lambda>() missing 1 required positional argument: 'width'"),
+        ("rgb", f"my.py, line {line('self.fc(F.relu')}: RuntimeError on images of 1 x 8 x 8"),
         ("many", "gives 100 logits, and digits has 10 classes"),
         ("Late", f"my.py, line {line('KeyError')}: KeyError: 'boom'"),
         ("Pair", "it returned a tuple of 2 (Tensor, Tensor): wrap it"),
@@ -278,7 +233,7 @@ def test_a_quantised_one_says_its_bits(place: Path, capsys: pytest.CaptureFixtur
 def test_what_the_code_does_wrong(
     function: str, message: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in refused(capsys, *words(place, function, tmp_path / "out"))
+    assert message in refuses(capsys, *words(place, function, tmp_path / "out"))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit's
@@ -291,53 +246,43 @@ def test_programs_that_know_no_modes_are_attacked(
     command = words(place, function, tmp_path / "out", "--examples", "0", "--json")
     assert main(command) == 0
     assert [json.loads(line)["total"] for line in capsys.readouterr().out.splitlines()] == [60] * 3
-    model = load_foreign(f"{place}/my.py:{function}", None, torch.device("cpu")).model
+    model = loaded(f"{place}/my.py:{function}")
     del vars(model)["training"]
     data = dq.load("digits", split="test").first(60)
     assert dq.robust_accuracy(model, data, dq.FGSM(8 / 255)).total == 60
 
 
-def test_files_that_do_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cpu = torch.device("cpu")
+def test_files_that_do_not_run(tmp_path: Path) -> None:
+    spec = f"{tmp_path}/my.py:f"
     for text, message in (
-        ("x = 1\ndef f(:\n", r"my\.py, line 2: SyntaxError"),
-        ("import nosuchmodule\n", r"my\.py, line 1: ModuleNotFoundError: No module named"),
-        ("x = 1\n\nraise ValueError('a\\nb')\n", r"my\.py, line 3: ValueError: a b"),
+        ("x = 1\ndef f(:\n", "my.py, line 2: SyntaxError"),
+        ("import nosuchmodule\n", "my.py, line 1: ModuleNotFoundError: No module named"),
+        ("x = 1\n\nraise ValueError('a\\nb')\n", "my.py, line 3: ValueError: a b"),
     ):
         (tmp_path / "my.py").write_text(text)
-        with pytest.raises(dq.UserError, match=message):
-            load_foreign(f"{tmp_path}/my.py:f", None, cpu)
-    for spec in ("my.py", "my.txt:f", "my.py:f()", ":"):
-        with pytest.raises(dq.UserError, match="a Python file and a function"):
-            load_foreign(spec, None, cpu)
-    with pytest.raises(dq.UserError, match="no file"):
-        load_foreign(f"{tmp_path}/other.py:f", None, cpu)
+        refused(lambda: loaded(spec), message)
+    for wrong in ("my.py", "my.txt:f", "my.py:f()", ":"):
+        refused(partial(loaded, wrong), "a Python file and a function")
+    refused(lambda: loaded(f"{tmp_path}/other.py:f"), "no file")
 
 
 def test_weights_that_do_not_fit(place: Path, tmp_path: Path) -> None:
-    cpu, spec = torch.device("cpu"), f"{place}/my.py:make_model"
-    state = load_foreign(spec, None, cpu).model.state_dict()
-    path = tmp_path / "x.safetensors"
-
-    def message(change: dict[str, torch.Tensor], without: tuple[str, ...] = ()) -> str:
-        save_file({k: v for k, v in (state | change).items() if k not in without}, path)
-        with pytest.raises(dq.UserError) as error:
-            load_foreign(spec, str(path), cpu)
-        return str(error.value)
-
-    assert "fit the Net of" in message({}, ("fc.bias",))
-    assert 'Missing key(s) in state_dict: "fc.bias"' in message({}, ("fc.bias",))
-    assert 'Unexpected key(s) in state_dict: "head"' in message({"head": torch.zeros(1)})
-    assert "size mismatch for fc.bias" in message({"fc.bias": torch.zeros(3)})
+    spec, path = f"{place}/my.py:make_model", tmp_path / "x.safetensors"
+    state = loaded(spec).state_dict()
+    without = {name: v for name, v in state.items() if name != "fc.bias"}
+    for tensors, message in (
+        (without, 'does not fit the Net of'), (without, 'Missing key(s) in state_dict: "fc.bias"'),
+        (state | {"head": torch.zeros(1)}, 'Unexpected key(s) in state_dict: "head"'),
+        (state | {"fc.bias": torch.zeros(3)}, "size mismatch for fc.bias"),
+    ):  # fmt: skip
+        save_file(tensors, path)
+        refused(lambda: loaded(spec, path), message)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(dq.UserError, match="not a whole safetensors file"):
-        load_foreign(spec, str(path), cpu)
+    refused(lambda: loaded(spec, path), "not a whole safetensors file")
     for name in ("w.pt", "renamed.safetensors"):
         torch.save(state, tmp_path / name)
-        with pytest.raises(dq.UserError, match="is a pickle, which can run code"):
-            load_foreign(spec, str(tmp_path / name), cpu)
-    with pytest.raises(dq.UserError, match="no weights at"):
-        load_foreign(spec, str(tmp_path / "none.safetensors"), cpu)
+        refused(partial(loaded, spec, tmp_path / name), "is a pickle, which can run code")
+    refused(lambda: loaded(spec, tmp_path / "none.safetensors"), "no weights at")
 
 
 Weights = dict[str, torch.Tensor]
@@ -369,36 +314,29 @@ def named(pattern: str, state: Weights) -> Weights:
 def test_torch_decides_whether_weights_fit(
     function: str, written: Callable[[Any], Weights], place: Path, tmp_path: Path
 ) -> None:
-    cpu, spec, path = torch.device("cpu"), f"{place}/my.py:{function}", tmp_path / "x.safetensors"
-    state = written(load_foreign(spec, None, cpu).model)
-    given = {name: torch.full_like(v, 3) for name, v in state.items()}
+    spec, path = f"{place}/my.py:{function}", tmp_path / "x.safetensors"
+    given = {name: torch.full_like(v, 3) for name, v in written(loaded(spec)).items()}
     save_file(given, path)
-    found = load_foreign(spec, str(path), cpu).model.state_dict()
+    found = loaded(spec, path).state_dict()
     assert all((v == 3).all() for n, v in found.items() if "num_batches" not in n)
 
 
 def test_tied_weights_and_the_line_that_converts(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import safetensors.torch
-
-    cpu, spec = torch.device("cpu"), f"{place}/my.py:tied"
-    path = tmp_path / "x.safetensors"
-    tied = load_foreign(spec, None, cpu).model
+    spec, path = f"{place}/my.py:tied", tmp_path / "x.safetensors"
+    tied = loaded(spec)
     safetensors.torch.save_model(tied, str(path))
-    again = load_foreign(spec, str(path), cpu).model
-    assert all(torch.equal(v, again.state_dict()[k]) for k, v in tied.state_dict().items())
+    assert alike(loaded(spec, path).state_dict(), tied.state_dict())
 
-    model = load_foreign(f"{place}/my.py:rgb", None, cpu).model
-    state = dict(model.state_dict())
+    spec = f"{place}/my.py:rgb"
+    state = dict(loaded(spec).state_dict())
     state["conv.weight"] = state["conv.weight"].to(memory_format=torch.channels_last)
     torch.save(state, tmp_path / "x.pt")
-    with pytest.raises(dq.UserError) as error:
-        load_foreign(f"{place}/my.py:rgb", str(tmp_path / "x.pt"), cpu)
+    said = refused(lambda: loaded(spec, tmp_path / "x.pt"))
     monkeypatch.chdir(tmp_path)
-    exec(str(error.value).partition("where you trust it, ")[2])
-    again = load_foreign(f"{place}/my.py:rgb", str(path), cpu).model
-    assert all(torch.equal(v, again.state_dict()[k]) for k, v in state.items())
+    exec(said.partition("where you trust it, ")[2])
+    assert alike(loaded(spec, path).state_dict(), state)
 
 
 def test_flags_that_do_not_go_together(
@@ -414,16 +352,16 @@ def test_flags_that_do_not_go_together(
         (["--batch-size", "0"], "--batch_size must be 1"),
         (["--data", "mnist"], "unknown data set 'mnist'"),
     ):
-        assert message in refused(capsys, *command, *more)
+        assert message in refuses(capsys, *command, *more)
     model = ["--model-file", f"{place}/my.py:make_model"]
-    assert "needs --data" in refused(capsys, "attack", *model, "--out", str(out))
-    assert "needs --out" in refused(capsys, "attack", *model, "--data", "digits")
-    assert "not both; found 'x'" in refused(capsys, "attack", "x", *command[1:])
-    assert "attack needs folders of runs" in refused(capsys, "attack", "--eps", "0.1")
-    assert "--data belongs to --model_file" in refused(capsys, "attack", "x", "--data", "digits")
+    assert "needs --data" in refuses(capsys, "attack", *model, "--out", str(out))
+    assert "needs --out" in refuses(capsys, "attack", *model, "--data", "digits")
+    assert "not both; found 'x'" in refuses(capsys, "attack", "x", *command[1:])
+    assert "attack needs folders of runs" in refuses(capsys, "attack", "--eps", "0.1")
+    assert "--data belongs to --model_file" in refuses(capsys, "attack", "x", "--data", "digits")
     out.mkdir()
     (out / "checkpoint.safetensors").touch()
-    assert "holds a run of" in refused(capsys, *command)
+    assert "holds a run of" in refuses(capsys, *command)
 
 
 @pytest.mark.filterwarnings("always::defquant.DefquantWarning")
