@@ -93,7 +93,7 @@ not_callable = 3
 
 
 def loaded(spec: str, weights: Path | None = None) -> nn.Module:
-    return load_foreign(spec, weights and str(weights), torch.device("cpu")).model
+    return load_foreign(spec, str(weights) if weights else None, torch.device("cpu")).model
 
 
 def line(text: str) -> int:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 import defquant as dq
+from conftest import refused
 from defquant.cli.rows import print_measurements
-from defquant.errors import UserError
 from defquant.results import (
     Measurement,
     Score,
@@ -40,10 +40,9 @@ def test_interval_is_wilsons_as_scipy_has_it(total: int, data: st.DataObject) ->
     assert low <= correct / total <= high
 
 
-@pytest.mark.parametrize(("correct", "total"), [(1, 0), (2, 1), (-1, 3)])
-def test_a_score_must_make_sense(correct: int, total: int) -> None:
-    with pytest.raises(UserError):
-        Score(correct, total)
+@pytest.mark.parametrize("counts", [(1, 0), (2, 1), (-1, 3)])
+def test_a_score_must_make_sense(counts: tuple[int, int]) -> None:
+    refused(lambda: Score(*counts), "0 <= correct <= total")
 
 
 def test_lines_are_read_back_and_later_ones_replace(tmp_path: Path) -> None:
@@ -70,8 +69,7 @@ def test_a_cut_last_line_is_left_out_but_a_broken_one_is_named(tmp_path: Path) -
     assert len(read_jsonl(path)) == 1
     for broken in ("[]", "{}", whole[:40], '{"run": 1}', whole.strip().replace("10", '"x"')):
         path.write_text(broken + "\n" + whole)
-        with pytest.raises(UserError, match="line 1"):
-            read_jsonl(path)
+        refused(lambda: read_jsonl(path), "line 1")
 
 
 def test_lines_of_other_weights_or_code_stand_beside_each_other(tmp_path: Path) -> None:
@@ -150,6 +148,5 @@ def test_attack_marks_a_masked_row(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_empty_folder_is_one_line(tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(UserError, match=r"run `defquant attack`|no folder"):
-            read_folder(folder)
+    refused(lambda: read_folder(tmp_path), "run `defquant attack`")
+    refused(lambda: read_folder(tmp_path / "none"), "no folder")
