@@ -1,12 +1,11 @@
 """CIFAR-10 as its authors pack it (pickles, in a tar.gz or loose) and as the hub does (parquet)."""
 
 import hashlib
-import io
 import os
-import pickle
 import pickletools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -76,68 +75,31 @@ def _from_pickles(found: Mapping[str, bytes], names: Sequence[str], where: Path)
     return from_arrays(images, labels, where=str(where), name=name, **_AS)
 
 
-class _Part:
-    """Stands for an array or a type of numbers while a pickle is read: keeps what it is given."""
-
-    state: Any = None
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _Unpickler(pickle.Unpickler):
-    """Builds lists, dictionaries and inert `_Part`s; nothing that the pickle names is imported."""
-
-    def __init__(self, raw: bytes, where: str) -> None:
-        super().__init__(io.BytesIO(raw), encoding="bytes")
-        self.where = where
-
-    def find_class(self, module: str, name: str, /) -> type[_Part]:
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            allowed = name == "_reconstruct"
-        else:
-            allowed = module == "numpy" and name in ("ndarray", "dtype")
-        if allowed:
-            return _Part
-        raise UserError(
-            f"{self.where} must be a pickle of plain arrays; found a call for "
-            f"{shown(module + '.' + name)!r}, which is not run: remove the file and {_AGAIN}"
-        )
-
-
-_OPERATIONS = {
-    "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1",
-    "BININT2", "LONG1", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE",
-    "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES", "LIST", "EMPTY_LIST", "APPEND", "APPENDS",
-    "DICT", "EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2",
-    "TUPLE3", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET", "GLOBAL",
-    "STACK_GLOBAL", "REDUCE", "BUILD",
-}  # fmt: skip
-
-
-def _check_operations(raw: bytes) -> None:
-    """Raise `ValueError`, before it is run, for what costs the unpickler more than its bytes.
-
-    Nine bytes have it allot a memo of 2^31 entries; tuples of tuples, taken from the memo again and
-    again, are hashed for hours as a key, and Ctrl-C waits. Batches take next to nothing back.
-    """
-    taken = 0
-    for operation, argument, _ in pickletools.genops(raw):
-        name = operation.name
-        taken += "GET" in name
-        far = "PUT" in name and not 0 <= (argument or 0) < len(raw)
-        if name not in _OPERATIONS or far or taken > 32:
-            raise ValueError(f"it has the operation {name}, which no batch needs here")
+_ARRAYS = ("_reconstruct", "ndarray", "dtype")  # what a pickled array calls
 
 
 def _read_batch(raw: bytes, where: str) -> tuple[NDArray[np.uint8], NDArray[np.integer]]:
-    """Images (n, 3, 32, 32) and labels (n,) of one official batch."""
+    """Images (n, 3, 32, 32) and labels (n,) of one official batch, a pickle, which is not run.
+
+    Its constants stand in this order: `data`, n, 3072, `u1`, whether columns come first, the
+    pixels; and `labels`, then each label.
+    """
+    values: list[Any] = []
     try:
-        _check_operations(raw)
-        batch = _Unpickler(raw, where).load()
+        for operation, argument, _ in pickletools.genops(raw):
+            kind = operation.name
+            if kind in ("GLOBAL", "STACK_GLOBAL"):
+                called = argument.split(" ") if argument else [str(v) for v in values[-2:]]
+                if called[-1] not in _ARRAYS:
+                    raise UserError(
+                        f"{where} must be a pickle of plain arrays; found a call for "
+                        f"{shown('.'.join(called))!r}, which is not run: remove the file and "
+                        f"{_AGAIN}"
+                    )
+            elif kind in ("NEWTRUE", "NEWFALSE"):
+                values.append(kind == "NEWTRUE")
+            elif argument is not None and not kind.endswith(("PUT", "GET", "PROTO", "FRAME")):
+                values.append(argument.encode("latin-1") if "STRING" in kind else argument)
     except UserError:
         raise
     except Exception as error:  # damaged opcodes raise errors of many kinds
@@ -145,20 +107,25 @@ def _read_batch(raw: bytes, where: str) -> tuple[NDArray[np.uint8], NDArray[np.i
             f"{where} must be a whole pickle ({shown(str(error), 200)}): it is damaged, {_AGAIN}"
         ) from None
     try:
-        data, labels = batch[b"data"], batch[b"labels"]
-        _, shape, dtype, fortran, pixels = data.state
-        if dtype.arguments[0] not in (b"u1", "u1") or shape[1:] != (3072,):
+        told = values[values.index(b"data") :]
+        end = next(
+            i for i in range(len(told)) if type(told[i]) is bool and type(told[i + 1]) is bytes
+        )
+        n = len(told[end + 1]) // 3072
+        if (n, 3072) not in pairwise(told[:end]) or not {b"u1", "u1"} & set(told[:end]):
             raise ValueError
-        array = np.frombuffer(pixels, np.uint8).reshape(shape, order="F" if fortran else "C")
-        if not all(type(label) is int for label in labels):
+        flat = np.frombuffer(told[end + 1], np.uint8)
+        pixels = flat.reshape((n, 3072), order="F" if told[end] else "C")
+        after = values[values.index(b"labels") + 1 :]
+        labels = list(takewhile(lambda value: type(value) is int, after))
+        if len(labels) != n:
             raise ValueError
-        return array.reshape(-1, 3, 32, 32), np.array(labels, np.int64)
-    except Exception:
-        plain = isinstance(batch, dict) and all(isinstance(key, bytes | str) for key in batch)
-        keys = shown(sorted(map(str, batch)), 200) if plain else type(batch).__name__
+        return pixels.reshape(-1, 3, 32, 32), np.array(labels, np.int64)
+    except (ValueError, IndexError, StopIteration, OverflowError):
+        found = shown([shown(value, 20) for value in values[:9]], 200)
         raise UserError(
-            f"{where} must hold b'data', uint8 (n, 3072), and b'labels', a list of integers; found "
-            f"{keys} of other types or shapes: {_AGAIN}"
+            f"{where} must hold b'data', uint8 (n, 3072), and b'labels', n integers; found "
+            f"{found}: {_AGAIN}"
         ) from None
 
 
