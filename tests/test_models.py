@@ -12,9 +12,8 @@ from conftest import alike
 from defquant.config import ModelConfig
 from defquant.lipschitz import ConvexSum
 from defquant.models import build
-from defquant.models.nets import FirstConv
 from defquant.quantize import QuantBranch, Quantizer, QuantTanh
-from defquant.weights import QuantConv2d, QuantLinear
+from defquant.weights import FirstConv, QuantConv2d, QuantLinear
 
 FIRST = {"wrn-10-1": "stem", "vgg-16x0.125": "features.0", "resnet-18x0.125": "stem.0"}
 every_network = pytest.mark.parametrize("name", FIRST)
@@ -172,7 +171,7 @@ def test_the_first_convolution_alone_stays_in_float32(name: str) -> None:
 
 
 def test_it_is_a_plain_convolution_otherwise() -> None:
-    ours, plain = FirstConv(3, 5), nn.Conv2d(3, 5, 3, padding=1, bias=False)
+    ours, plain = (kind(3, 5, 3, padding=1, bias=False) for kind in (FirstConv, nn.Conv2d))
     plain.load_state_dict(ours.state_dict())
     x = torch.rand(2, 3, 9, 9)
     assert torch.equal(ours(x), plain(x))

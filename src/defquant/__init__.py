@@ -45,7 +45,9 @@ if TYPE_CHECKING:
     from defquant.models import resnet18 as resnet18
     from defquant.models import vgg16 as vgg16
     from defquant.models import wide_resnet as wide_resnet
+    from defquant.prepared import prepare as prepare
     from defquant.quantize import QuantReLU as QuantReLU
+    from defquant.quantize import QuantSigned as QuantSigned
     from defquant.quantize import QuantTanh as QuantTanh
     from defquant.quantize import fake_quantize as fake_quantize
     from defquant.quantize import set_bits as set_bits
@@ -80,7 +82,8 @@ _HOMES = {
     "evaluate": ("accuracy", "robust_accuracy", "sweep"),
     "lipschitz": ("ConvexSum", "OrthogonalPenalty", "project_simplex_"),
     "models": ("FeatureSqueezing", "resnet18", "vgg16", "wide_resnet"),
-    "quantize": ("QuantReLU", "QuantTanh", "fake_quantize", "set_bits"),
+    "prepared": ("prepare",),
+    "quantize": ("QuantReLU", "QuantSigned", "QuantTanh", "fake_quantize", "set_bits"),
     "report": ("build_report",),
     "results": ("Score",),
     "training": ("train",),

@@ -38,7 +38,8 @@ class Captured:
             and all that is computed from them alone), `call_function` and `output`. In the `meta`
             of a node: `layer`, the path of the module it was called in or whose parameter it
             takes; `val`, a tensor of its shape and type, whose batch is symbolic; of a constant
-            `name`, its path in the model, and `bits`, where it is a weight on a grid.
+            `name`, its path in the model, `sources`, the paths of all that went into it, and
+            `bits`, where it is a weight on a grid.
         model: the name of the network's class.
     """
 
@@ -261,7 +262,7 @@ class _Reading:
                 tensors = self.program.constants, self.program.state_dict
                 held = next(t[spec.target] for t in tensors if spec.target in t)
                 self.folded[node] = held.detach()
-                self.meta[node] = {"name": spec.target}
+                self.meta[node] = {"name": spec.target, "sources": (spec.target,)}
 
     def _call(self, node: fx.Node) -> None:
         if "assert" in str(node.target) or "sym_constrain" in str(node.target):
@@ -322,6 +323,7 @@ class _Reading:
         sources = [self.meta[a] for a in inputs if "name" in self.meta[a]]
         found = dict(sources[0]) if len(sources) == 1 else {}
         found.pop("bits", None)
+        found["sources"] = tuple({s: 0 for a in inputs for s in self.meta[a].get("sources", ())})
         if str(node.target) == "defquant.weight_round.default":
             found |= {"bits": node.args[1], "float": self.folded[inputs[0]]}
         return found

@@ -24,7 +24,7 @@ from defquant.data import Dataset
 from defquant.errors import DefquantWarning, UserError
 from defquant.evaluate import device_of
 from defquant.measure import Subject
-from defquant.quantize import Quantizer
+from defquant.quantize import adjustable
 from defquant.results import FOREIGN, Score
 
 __all__ = ["Foreign", "blamed", "load_foreign", "probe", "warn_of_chance"]
@@ -65,7 +65,7 @@ def load_foreign(spec: str, weights: str | None, device: torch.device) -> Foreig
         _load_weights(model, Path(weights), path)
         method = f"{FOREIGN} ({Path(weights).name})"
         evidence |= {"weights": Path(weights).name, "weights_sha256": _sha256(Path(weights))}
-    widths = {part.bits for part in model.modules() if isinstance(part, Quantizer)}
+    widths = {quantizer.bits for quantizer in adjustable(model)}
     bits = widths.pop() if len(widths) == 1 else None
     subject = Subject(method, f"{path.name}:{function}", bits, evidence=evidence)
     return Foreign(to_eval(model.to(device)), subject, path)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from defquant.attacks.access import untouched
 from defquant.config import check_bits
 from defquant.errors import UserError
-from defquant.quantize import QuantBranch, QuantReLU
+from defquant.quantize import QuantReLU, QuantSigned
 from defquant.weights import weight_grid
 
 __all__ = [
@@ -42,17 +42,17 @@ class Grid:
 PIXELS = Grid(1 / 255)
 
 
-def branch_grid(peak: float) -> Grid:
-    """Of signed values up to `peak`."""
-    return Grid(peak / 127, 128, 255)
+def branch_grid(peak: float, bits: int = 8) -> Grid:
+    """Of signed values up to `peak`, as `QuantSigned` has them."""
+    return Grid(peak / (2 ** (bits - 1) - 1), 2 ** (bits - 1), 2**bits - 1)
 
 
 def grid_of(module: nn.Module) -> Grid | None:
     """Of what a quantiser returns; None for one of full precision, or before its training."""
     if isinstance(module, QuantReLU) and (bits := check_bits(module.bits)) is not None:
         return Grid(module.high / (2**bits - 1), 0, 2**bits - 1)
-    if isinstance(module, QuantBranch) and float(module.peak):
-        return branch_grid(float(module.peak))
+    if isinstance(module, QuantSigned) and module.bits is not None and float(module.peak):
+        return branch_grid(float(module.peak), module.bits)
     return None
 
 
@@ -196,7 +196,7 @@ def snap_biases_(model: nn.Module, x: Tensor) -> None:
     (1, c, h, w), shows which layer reads which.
 
     Nothing moves in a network with a convolution of float weights, or with one that reads anything
-    but codes (pixels, or what a `QuantReLU` with bits or a trained `QuantBranch` returns): it has
+    but codes (pixels, or what a `QuantReLU` with bits or a trained `QuantSigned` returns): it has
     no integer form. Nor does a bias that has no unit: one added in several calls has many, one
     beyond 32 bits, or beside products that saturate, none. Their export is refused by name.
     """

@@ -12,8 +12,9 @@ from defquant.config import Activation, check_bits
 from defquant.errors import UserError
 
 __all__ = [
-    "Cells", "QuantBranch", "QuantReLU", "QuantTanh", "Quantizer", "Rounded", "Staircase",
-    "activation", "fake_quantize", "full_precision", "set_bits", "shared_by_all_bits",
+    "Cells", "QuantBranch", "QuantReLU", "QuantSigned", "QuantTanh", "Quantizer", "Rounded",
+    "Staircase", "activation", "adjustable", "fake_quantize", "full_precision", "set_bits",
+    "shared_by_all_bits",
 ]  # fmt: skip
 
 
@@ -66,38 +67,38 @@ class _FakeQuantize(torch.autograd.Function):
         return _FakeQuantize.apply(x, *how), in_dims[0]  # type: ignore[no-untyped-call]
 
 
-class _OnBranch(torch.autograd.Function):
-    """Forward on the signed grid of `step` (0: x itself), no gradient beyond its ends."""
+class _Signed(torch.autograd.Function):
+    """Forward on the signed grid of `step` (0: x itself), no gradient beyond its ends -n, n - 1."""
 
     @staticmethod
-    def forward(x: Tensor, step: Tensor) -> Tensor:
-        return torch.where(step > 0, x.div(step).round_().clamp_(-128, 127).mul_(step), x)
+    def forward(x: Tensor, step: Tensor, n: int) -> Tensor:
+        return torch.where(step > 0, x.div(step).round_().clamp_(-n, n - 1).mul_(step), x)
 
     @staticmethod
-    def inside(x: Tensor, step: Tensor) -> Tensor:
-        """Where x / step rounds to -128..127, ties to even; everywhere at step 0."""
+    def inside(x: Tensor, step: Tensor, n: int) -> Tensor:
+        """Where x / step rounds to -n..n-1, ties to even; everywhere at step 0."""
         codes = x.div(step)
-        return ((codes >= -128.5) & (codes < 127.5)) | (step == 0)
+        return ((codes >= -n - 0.5) & (codes < n - 0.5)) | (step == 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(_OnBranch.inside(*inputs))
+            ctx.save_for_backward(_Signed.inside(*inputs))
 
     @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
-        return _masked(ctx, grad[0]), None
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None, None]:
+        return _masked(ctx, grad[0]), None, None
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, int | None], x: Tensor, step: Tensor
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, step: Tensor, n: int
     ) -> tuple[Tensor, int | None]:
         """Networks that are stacked have a step each."""
         dim = in_dims[0]
         if in_dims[1] is not None:
             x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
             dim, step = 0, step.view(-1, *[1] * (x.dim() - 1))
-        return _OnBranch.apply(x, step), dim  # type: ignore[no-untyped-call]
+        return _Signed.apply(x, step, n), dim  # type: ignore[no-untyped-call]
 
 
 @torch.library.custom_op("defquant::clip_round", mutates_args=())
@@ -112,8 +113,13 @@ def _tanh_round(x: Tensor, bits: int) -> Tensor:
 
 
 @torch.library.custom_op("defquant::signed_round", mutates_args=())
-def _signed_round(x: Tensor, peak: Tensor) -> Tensor:
-    return _OnBranch.forward(x, peak.to(x.dtype) / 127)
+def _signed_round(x: Tensor, peak: Tensor, bits: int) -> Tensor:
+    return _Signed.forward(x, *_step(peak.to(x.dtype), bits))
+
+
+def _step(peak: Tensor, bits: int) -> tuple[Tensor, int]:
+    """Of the signed grid: its step, and n of its codes -n..n-1."""
+    return peak / (2 ** (bits - 1) - 1), 2 ** (bits - 1)
 
 
 for _operation in (_clip_round, _tanh_round, _signed_round):
@@ -175,10 +181,11 @@ class Cells(NamedTuple):
 class Quantizer(nn.Module):
     """An activation function whose output is rounded to `bits` bits, or not at all (None).
 
-    It holds no parameters and no buffers, so that the state dict of a network does not depend
-    on its bits.
+    What it holds does not depend on its bits, so neither does the state dict of a network.
     """
 
+    fixed: int | None = None
+    """The bits of one that `set_bits` only turns off and on."""
     levels: Tensor | None = None
     """2^bits - 1 inside of `shared_by_all_bits`."""
 
@@ -316,41 +323,71 @@ class Rounded(torch.autograd.Function):
         return grad[0] if ctx.saved_tensors[0] is None else _masked(ctx, grad[0]), None, None
 
 
-class QuantBranch(nn.Module):
-    r"""A signed 8-bit grid for the output of a convolution that enters a residual stream.
+class QuantSigned(Quantizer):
+    r"""A signed grid whose range follows what it sees: for values that no ReLU bounds.
 
-    Q(x) = s · clamp(round(x / s), -128, 127),  s = peak / 127; straight-through inside the range,
-    no gradient outside it. With it every convolution ends in integers and runs in integers when
-    deployed (uint8 codes with zero point 128). `peak`, a buffer, is a moving average of the
-    batches' max|x|, taken in training mode (a batch with an infinite or NaN x is passed over); 0
-    before the first batch, when x passes unrounded.
+    Q(x) = s · clamp(round(x / s), -2^(bits-1), 2^(bits-1) - 1),  s = peak / (2^(bits-1) - 1), ties
+    to even; straight-through inside the range, no gradient outside it. `peak`, a buffer, is a
+    moving average of the batches' max|x|, taken in training mode (a batch with an infinite or NaN x
+    is passed over); 0 before the first batch, when x passes unrounded, as it does at bits None.
+
+    Deployed it is uint8 codes with zero point 2^(bits-1).
+
+    Raises `UserError` for bits other than 2 to 8, and a `peak` that is negative or not finite.
     """
 
     MOMENTUM = 0.1
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, bits: int | None = None, *, peak: float = 0.0) -> None:
+        super().__init__(bits)
+        if bits == 1:
+            raise UserError("a signed quantiser has 2 bits at least; found 1")
+        if not (math.isfinite(peak) and peak >= 0):
+            raise UserError(f"peak, the largest magnitude, must not be negative; found {peak}")
         self.peak: Tensor
-        self.register_buffer("peak", torch.zeros(()))
+        self.register_buffer("peak", torch.tensor(float(peak)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = full_precision(x)
-        if whole:
-            return _signed_round(x, self.peak)  # type: ignore[no-any-return]
-        if self.training:
+        if self.training and not whole:
             self._watch(x.detach())
-        step = self.peak.to(x.dtype) / 127
+        if self.bits is None:
+            return x
+        if whole:
+            return _signed_round(x, self.peak, self.bits)  # type: ignore[no-any-return]
+        step, n = _step(self.peak.to(x.dtype), self.bits)
         if _inlined():
             fixed = x.detach()
-            slope = torch.where(_OnBranch.inside(fixed, step), x - fixed, 0.0)
-            return _sloped(_OnBranch.forward(fixed, step), slope)
-        return _OnBranch.apply(x, step)  # type: ignore[no-untyped-call,no-any-return]
+            slope = torch.where(_Signed.inside(fixed, step, n), x - fixed, 0.0)
+            return _sloped(_Signed.forward(fixed, step, n), slope)
+        return _Signed.apply(x, step, n)  # type: ignore[no-untyped-call,no-any-return]
+
+    def cells(self, x: Tensor) -> Cells | None:
+        if self.bits is None:
+            return None
+        step, n = _step(self.peak.to(x.dtype), self.bits)
+        return Cells(x / step.where(step > 0, 1.0), -n, n - 2)
 
     @torch.no_grad()
     def _watch(self, x: Tensor) -> None:
         now = torch.linalg.vector_norm(x, math.inf).to(self.peak)
         mean = torch.lerp(self.peak, now, self.MOMENTUM).where(self.peak > 0, now)
         self.peak.copy_(mean.where(now.isfinite(), self.peak))
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
+
+
+class QuantBranch(QuantSigned):
+    """One of 8 bits whatever those of the activations: between layers, not of an activation.
+
+    Behind a convolution that enters a residual stream it lets that convolution end in integers.
+    """
+
+    fixed = 8
+
+    def __init__(self, *, peak: float = 0.0) -> None:
+        super().__init__(self.fixed, peak=peak)
 
 
 def activation(kind: Activation, bits: int | None, high: float) -> Quantizer:
@@ -372,14 +409,27 @@ def shared_by_all_bits(model: nn.Module) -> Iterator[list[Tensor]]:
             module.levels = None
 
 
+def adjustable(model: nn.Module) -> list[Quantizer]:
+    """The quantisers of `model` whose bits `set_bits` sets."""
+    found = [module for module in model.modules() if isinstance(module, Quantizer)]
+    return [quantizer for quantizer in found if quantizer.fixed is None]
+
+
 def set_bits(model: nn.Module, bits: int | None) -> nn.Module:
     """Change every activation quantiser of `model` to `bits` (None: full precision), in place.
 
-    Returns `model`. Raises `UserError` for bits outside 1 to 8 or a model without quantisers.
+    One of `fixed` bits is turned off by None and else on. Returns `model`. Raises `UserError` for
+    bits outside 1 to 8, 1 for a `QuantSigned`, or a model without quantisers.
     """
-    quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
+    check_bits(bits)
+    quantizers = adjustable(model)
     if not quantizers:
         raise UserError(f"{type(model).__name__} has no activation quantiser to set")
-    for quantizer in quantizers:
-        quantizer.bits = check_bits(bits)
+    if bits == 1 and any(isinstance(quantizer, QuantSigned) for quantizer in quantizers):
+        raise UserError(
+            f"{type(model).__name__} has signed quantisers, of 2 bits at least; found 1"
+        )
+    for module in model.modules():
+        if isinstance(module, Quantizer):
+            module.bits = bits if bits is None else module.fixed or bits
     return model

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from defquant import quantize
 from defquant.errors import UserError
 
-__all__ = ["QuantConv2d", "QuantLinear", "effective_weight", "quantize_weight", "weight_grid"]
+__all__ = [
+    "FirstConv", "QuantConv2d", "QuantLinear", "effective_weight", "quantize_weight", "weight_grid",
+]  # fmt: skip
 
 
 def weight_grid(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -78,6 +80,20 @@ class QuantConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         weight = quantize_weight(self.weight, self.weight_bits)
         return self._conv_forward(x, weight, self.bias)  # type: ignore[no-any-return]
+
+
+class FirstConv(QuantConv2d):
+    """The convolution of the pixels: in float32 under autocast, too.
+
+    bfloat16 rounds pixels near 1 to 1/256, the size of an attack's step.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return super().forward(x)
+        with torch.autocast(kind, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
 
 
 class QuantLinear(nn.Linear):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from defquant.attacks import untouched
 from defquant.config import check_bits, check_eps
 from defquant.errors import UserError
-from defquant.quantize import Quantizer, set_bits
+from defquant.quantize import Quantizer, adjustable, set_bits
 
 __all__ = [
     "BlockDistance", "Distance", "LayerDistance", "first_block_distances", "layer_distances",
@@ -94,7 +94,7 @@ def layer_distances(
     _check_pair(x, x_adv)
     former = [(module, module.bits) for module in model.modules() if isinstance(module, Quantizer)]
     if bits is None:
-        own = {width for _, width in former}
+        own = {quantizer.bits for quantizer in adjustable(model)}
         shown: int | Literal["mixed"] | None = "mixed" if len(own) > 1 else next(iter(own), None)
         return _layers(model, x, x_adv, shown, batch_size)
     try:
@@ -171,7 +171,8 @@ def _look(
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         found.append(look(module, args[0]))
 
-    handles = [m.register_forward_pre_hook(hook) for m in model.modules() if isinstance(m, kinds)]
+    layers = [m for m in model.modules() if isinstance(m, kinds) and not getattr(m, "fixed", None)]
+    handles = [layer.register_forward_pre_hook(hook) for layer in layers]
     try:
         with untouched(model), torch.no_grad():
             model(x)

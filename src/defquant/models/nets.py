@@ -10,9 +10,9 @@ from defquant.config import Activation, ModelConfig
 from defquant.errors import UserError
 from defquant.lipschitz import ConvexSum
 from defquant.quantize import QuantBranch, Quantizer, activation
-from defquant.weights import QuantConv2d, QuantLinear
+from defquant.weights import FirstConv, QuantConv2d, QuantLinear
 
-__all__ = ["VGG", "FirstConv", "Parts", "ResNet", "WideResNet", "resnet18", "vgg16", "wide_resnet"]
+__all__ = ["VGG", "Parts", "ResNet", "WideResNet", "resnet18", "vgg16", "wide_resnet"]
 
 
 class Precision(TypedDict, total=False):
@@ -44,9 +44,10 @@ class Parts:
             c_in, c_out, kernel, stride=stride, padding=kernel // 2, bias=False, weight_bits=bits
         )
 
-    def first(self, c_in: int, c_out: int) -> "FirstConv":
-        """The convolution of the pixels, whose codes have 8 bits."""
-        return FirstConv(c_in, c_out, 7 if self.config.weight_bits else None)
+    def first(self, c_in: int, c_out: int) -> FirstConv:
+        """The 3x3 convolution of the pixels, whose codes have 8 bits."""
+        bits = 7 if self.config.weight_bits else None
+        return FirstConv(c_in, c_out, 3, padding=1, bias=False, weight_bits=bits)
 
     def classifier(self, channels: int, num_classes: int) -> "Classifier":
         return Classifier(channels, num_classes, 8 if self.config.weight_bits else None)
@@ -76,24 +77,6 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
-
-
-class FirstConv(QuantConv2d):
-    """3x3 convolution of the pixels, padding 1, no bias: in float32 under autocast, too.
-
-    bfloat16 rounds pixels near 1 to 1/256, the size of an attack's step. Parameters and state dict
-    are those of `nn.Conv2d`.
-    """
-
-    def __init__(self, c_in: int, c_out: int, weight_bits: int | None = None) -> None:
-        super().__init__(c_in, c_out, 3, padding=1, bias=False, weight_bits=weight_bits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
-        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-            return super().forward(x)
-        with torch.autocast(kind, enabled=False):
-            return super().forward(x.to(self.weight.dtype))
 
 
 def initialize(model: nn.Module) -> None:

@@ -1,0 +1,406 @@
+"""Any image classifier as a quantised copy to train, with an account of every layer."""
+
+import math
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+
+from defquant.captured import capture
+from defquant.config import check_bits
+from defquant.data import Dataset
+from defquant.errors import UserError
+from defquant.integers import finest
+from defquant.lipschitz import ConvexSum
+from defquant.quantize import QuantBranch, Quantizer, QuantReLU, QuantSigned, fake_quantize
+from defquant.rebuilt import Rebuilt, arguments, is_tensor, name_of
+from defquant.weights import QuantConv2d, QuantLinear
+
+__all__ = ["Account", "Part", "Prepared", "prepare"]
+
+_OPEN = 1e30
+"""The end of a range that is not yet known."""
+_KEEPS = {
+    "adaptive_max_pool2d", "cat", "channel_shuffle", "chunk", "clone", "constant_pad_nd",
+    "contiguous", "detach", "expand", "flatten", "flip", "getitem", "max_pool2d",
+    "max_pool2d_with_indices", "movedim", "narrow", "pad", "permute", "pixel_shuffle",
+    "pixel_unshuffle", "repeat", "reshape", "roll", "select", "slice", "split", "split_with_sizes",
+    "squeeze", "stack", "t", "transpose", "unbind", "unflatten", "unsqueeze", "upsample_nearest2d",
+    "view",
+}  # fmt: skip
+"""Operations whose output has the values of their inputs."""
+_POOLS = {"adaptive_avg_pool2d", "avg_pool2d", "mean"}
+_DROPOUT = nn.Dropout | nn.Dropout2d | nn.AlphaDropout
+
+
+@dataclass(frozen=True)
+class Part:
+    """One layer of a prepared network: its path, what it is, how it is quantised or why not.
+
+    `integers`: whether it can run in integers when it is exported; None for what has no arithmetic.
+    """
+
+    layer: str
+    kind: str
+    how: str
+    integers: bool | None = None
+
+
+@dataclass(frozen=True)
+class Account:
+    """What `prepare` made of each layer, in order; `print` it for a table."""
+
+    parts: tuple[Part, ...]
+    images: int
+
+    def __str__(self) -> str:
+        runs = {True: "integers", False: "float", None: ""}
+        rows = [(p.layer, p.kind, runs[p.integers], p.how) for p in self.parts]
+        sides = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(t.ljust(n) for t, n in zip(row, sides, strict=True)) for row in rows]
+        layers = [p for p in self.parts if p.kind in ("convolution", "linear")]
+        whole = sum(p.integers is True for p in layers)
+        summary = f"{whole} of {len(layers)} convolutions and linear layers in integers"
+        if any("calibrated" in part.how for part in self.parts):
+            summary += f"; ranges calibrated on {self.images} images"
+        return "\n".join([*(line.rstrip() for line in lines), summary])
+
+
+class Prepared(fx.GraphModule):
+    """A quantised copy of a network: train, attack, diagnose and export it as any other."""
+
+    @property
+    def account(self) -> Account:
+        """What became of each layer when it was prepared."""
+        account: Account = self.meta["account"]
+        return account
+
+
+def prepare(
+    model: nn.Module,
+    example: Tensor | Dataset,
+    bits: int | None = 4,
+    weight_bits: int | None = None,
+    *,
+    ranges: float | Literal["calibrate"] = "calibrate",
+    convex: bool = False,
+) -> Prepared:
+    """A copy of `model` whose activations, and weights if asked, are quantised; trainable.
+
+    ReLU, ReLU6 and the like, as modules, functions or methods, become `QuantReLU`. What else a
+    convolution or linear layer reads (GELU, SiLU, a norm, a sum, a linear bottleneck) goes through
+    a `QuantSigned` of the same bits. With `weight_bits` the network is made to run in integers:
+    what is between layers and of no activation gets 8 bits whatever `bits` are (`QuantBranch`):
+    convolutions that no quantiser follows, pooled features, and pixels that the network normalises
+    itself. Weights of the first and the last layer have 8 bits, and 7 beside codes of 8, where
+    products of 8 and 8 would saturate. All else stays in float; `.account` says what and why.
+
+    State-dict keys are the model's own, but for a weight that is computed (weight norm, pruning,
+    standardisation): it becomes a plain one, `<layer>.plain.weight`, and trains as such.
+
+    Args:
+        model: images (n, c, h, w) in [0, 1] to logits; left as it was found.
+        example: such images, or data to take 64 of: their size is that of all later images, and
+            ranges are measured on them. Take training images.
+        bits: of activations, 1 to 8 (2 to 8 where there are signed ones), or None for no rounding;
+            `set_bits` changes them.
+        weight_bits: 8, 4, 2 or None for float weights.
+        ranges: the end of ReLU's range: `calibrate` takes, of each, the one of least squared error
+            on `example`, as the scale of a user's network is not known; 6.0 is the paper's. ReLU6
+            and `hardtanh` keep their own. Batch norms that have seen no image use the batch's
+            statistics meanwhile.
+        convex: residual sums become `ConvexSum`.
+
+    Raises:
+        UserError: what cannot be captured (`capture`), weights or ranges that are not finite,
+            images outside [0, 1], nothing to quantise.
+    """
+    images = _images(example)
+    check_bits(bits)
+    if weight_bits not in (None, 2, 4, 8):
+        raise UserError(f"weight_bits must be 8, 4 or 2, or none; found {weight_bits!r}")
+    if ranges != "calibrate" and not (isinstance(ranges, int | float) and 0 < ranges < math.inf):
+        raise UserError(f"ranges must be 'calibrate' or a positive end of [0, h]; found {ranges!r}")
+    net = Rebuilt(capture(model, images, trainable=True), model)
+    quantising = _Quantising(net, bits, weight_bits)
+    quantising.run(_OPEN if ranges == "calibrate" else float(ranges), convex=convex)
+    prepared = net.finish(Prepared)
+    if not any(_quantises(module) for module in prepared.modules()):
+        raise UserError(
+            f"{type(model).__name__} has nothing to quantise: no activation that a convolution or "
+            "linear layer reads; give weight_bits for its weights"
+        )
+    words = _calibrate(prepared, images[:256], bits)
+    prepared.meta["account"] = Account(tuple(quantising.parts(words)), min(256, len(images)))
+    device = next((tensor.device for tensor in model.state_dict().values()), images.device)
+    return prepared.train(model.training).to(device)
+
+
+def _images(example: Tensor | Dataset) -> Tensor:
+    if isinstance(example, Dataset):
+        example = example.take(torch.arange(min(64, len(example))))[0]
+    images = example.detach().float().cpu()
+    if (
+        images.ndim == 4
+        and len(images)
+        and not 0 <= float(images.min()) <= float(images.max()) <= 1
+    ):
+        raise UserError(
+            f"images lie in [0, 1]; found {float(images.min()):.3g} to {float(images.max()):.3g}: "
+            "normalise inside the model"
+        )
+    return images
+
+
+class _Quantising:
+    """Puts quantisers into a rebuilt network; `codes` are the bits of each value on a grid."""
+
+    def __init__(self, net: Rebuilt, bits: int | None, weight_bits: int | None) -> None:
+        self.net, self.bits, self.weight_bits = net, bits, weight_bits
+        self.codes: dict[fx.Node, int] = {}
+        self.signed: dict[tuple[fx.Node, type], fx.Node] = {}
+        self.notes: dict[str, list[str]] = {}
+
+    def run(self, high: float, *, convex: bool) -> None:
+        """`high` ends the ranges of ReLUs; `_OPEN` ones and peaks of 0 are to be measured."""
+        for node in list(self.net.graph.nodes):
+            module = self.net.module(node)
+            if node.op == "placeholder":
+                self.codes[node] = 8
+            elif isinstance(module, QuantConv2d | QuantLinear):
+                node.replace_input_with(
+                    x := node.all_input_nodes[0], self._read(x, str(node.target))
+                )
+            elif isinstance(module, Quantizer):
+                deep = node in self.net.deep  # what quantises pixels keeps its bits
+                module.bits = self.bits if module.fixed is None and deep else module.bits
+                self.codes[node] = module.bits or 8
+            elif module is None and node in self.net.deep:
+                node = self._replaced(node, high, convex)
+            if module is None or isinstance(module, _DROPOUT):
+                self._pass_on(node)
+        if self.weight_bits is not None:
+            self._end_in_integers()
+        self._set_weight_bits()
+
+    def _replaced(self, node: fx.Node, high: float, convex: bool) -> fx.Node:
+        """A module instead of a ReLU or a residual sum."""
+        inputs = tuple(node.all_input_nodes)
+        if (end := _end(node)) is not None:
+            made = QuantReLU(self.bits, high if end == math.inf else end)
+            node = self.net.replace(node, self.net.place(node, name_of(node)), made, inputs[:1])
+            self.codes[node] = self.bits or 8
+        elif convex and _residual(node, inputs):
+            node = self.net.replace(node, self.net.place(node, "sum"), ConvexSum(2), inputs)
+        return node
+
+    def _keeps(self, node: fx.Node) -> bool:
+        """Whether an operation gives the values it reads, or their share in training."""
+        if "pad" in name_of(node) and (arguments(node).get("value") or 0) != 0:
+            return False
+        return name_of(node) in _KEEPS or isinstance(self.net.module(node), _DROPOUT)
+
+    def _pass_on(self, node: fx.Node) -> None:
+        widths = [self.codes.get(n) for n in node.all_input_nodes if is_tensor(n)]
+        if widths and self._keeps(node) and None not in widths:
+            self.codes[node] = max(width or 0 for width in widths)
+
+    def _read(self, x: fx.Node, path: str) -> fx.Node:
+        """What the layer at `path` reads instead of `x`: codes, where it is to read some."""
+        chain, origin = [x], x  # the quantiser stands before what only moves values
+        while self._keeps(origin) and origin not in self.codes:
+            inputs = [n for n in origin.all_input_nodes if is_tensor(n)]
+            origin = inputs[0]
+            if chain[-1].all_input_nodes == inputs == [origin] and len(chain[-1].users) == 1:
+                chain.append(origin)
+        between = x not in self.net.deep or name_of(origin) in _POOLS
+        if x in self.codes or (between and self.weight_bits is None):
+            return x
+        at, kind = chain[-1], QuantBranch if between else QuantSigned
+        if (at, kind) not in self.signed:
+            made = QuantBranch() if between else QuantSigned(self.bits)
+            self.signed[at, kind] = self.net.insert(at, f"{path}_in", made)
+        codes = self.signed[at, kind]
+        self.codes[codes] = 8 if between else self.bits or 8
+        if at is x:
+            return codes
+        chain[-2].replace_input_with(at, codes)
+        self.codes |= dict.fromkeys(chain[:-1], self.codes[codes])
+        return x
+
+    def _end_in_integers(self) -> None:
+        """A quantiser behind each convolution, and its norm, that none follows."""
+        for node in list(self.net.graph.nodes):
+            if not isinstance(self.net.module(node), QuantConv2d):
+                continue
+            end, (reader, *others) = node, list(node.users)
+            norm = isinstance(self.net.module(reader), BatchNorm)
+            if not others and (norm or name_of(reader) == "batch_norm"):
+                end = reader
+            if not all(self._lands(user) for user in end.users):
+                made = self.net.insert(end, f"{end.target}_out", QuantBranch())
+                end.replace_all_uses_with(made, delete_user_cb=partial(operator.is_not, made))
+
+    def _lands(self, node: fx.Node) -> bool:
+        """Whether what `node` reads goes to a quantiser, or is the logits."""
+        if node.op == "output" or isinstance(self.net.module(node), Quantizer):
+            return True
+        return self._keeps(node) and all(self._lands(user) for user in node.users)
+
+    def _set_weight_bits(self) -> None:
+        below: set[fx.Node] = set()  # what a layer reads, at once or later
+        for node in reversed(self.net.graph.nodes):
+            layer, follows = self.net.module(node), node in below
+            if follows or isinstance(layer, QuantConv2d | QuantLinear):
+                below |= set(node.all_input_nodes)
+            if not isinstance(layer, QuantConv2d | QuantLinear):
+                continue
+            (source,), path = node.all_input_nodes, str(node.target)
+            width = self.codes.get(source)
+            edge = "first layer" if source not in self.net.deep else "last layer" * (not follows)
+            notes = [f"reads {width}-bit codes" if width else "reads floats", edge]
+            if self.weight_bits is not None:
+                wanted = 8 if edge else self.weight_bits
+                layer.weight_bits = min(wanted, finest(2**width - 1) if width else 8)
+                if layer.weight_bits < wanted:
+                    notes.append(f"{wanted} bits would not fit beside these")
+            if path in self.net.computed:
+                notes.append(f"a plain weight now, computed from {self.net.computed[path]}")
+            self.notes[path] = [note for note in notes if note]
+
+    def parts(self, ranges: dict[str, str]) -> Iterator[Part]:
+        """One for each layer in order, then what was left out; `ranges` by quantiser."""
+        whole: set[fx.Node] = set()  # convolutions and linear layers in integers
+        for node in self.net.graph.nodes:
+            module, path = self.net.module(node), str(node.target)
+            if isinstance(module, QuantConv2d | QuantLinear):
+                width, bits = self.codes.get(node.all_input_nodes[0]), module.weight_bits
+                runs = None not in (width, bits, self.bits)
+                whole |= {node} if runs else set()
+                kind = "linear" if isinstance(module, QuantLinear) else "convolution"
+                words = "float weights" if bits is None else f"weights of {bits} bits"
+                yield Part(path, kind, "; ".join([words, *self.notes[path]]), runs)
+            elif isinstance(module, Quantizer):
+                yield Part(path, type(module).__name__, ranges[path], module.bits is not None)
+            elif isinstance(module, BatchNorm):
+                merged = node.all_input_nodes[0] in whole
+                yield Part(path, "batch norm", "part of the layer before" * merged, merged)
+            elif isinstance(module, ConvexSum):
+                yield Part(path, "convex sum", "", False)
+            elif isinstance(module, _DROPOUT):
+                yield Part(path, "dropout", f"p = {module.p:g} in training")
+            elif module is None and name_of(node) and is_tensor(node) and not self._keeps(node):
+                yield Part(str(node.meta["layer"]), name_of(node), "", False)
+        for path in dict.fromkeys(name.rpartition(".")[0] for name in self.net.unused):
+            kind = type(self.net.owners[path]).__name__
+            yield Part(path, kind, "left out: no part of what the network computes in eval mode")
+
+
+def _end(node: fx.Node) -> float | None:
+    """h of an operation that clamps to [0, h], infinity for ReLU; None for any other."""
+    name, given = name_of(node), arguments(node)
+    if name == "relu":
+        return math.inf
+    if name == "relu6":
+        return 6.0
+    if name not in ("hardtanh", "clamp", "clamp_min"):
+        return None
+    ends = ("min_val", "max_val") if name == "hardtanh" else ("min", "max")
+    low, high = (given.get(end) for end in ends)
+    if not isinstance(low, int | float) or low != 0:
+        return None
+    return math.inf if high is None else float(high) if isinstance(high, int | float) else None
+
+
+def _residual(node: fx.Node, inputs: tuple[fx.Node, ...]) -> bool:
+    """Whether it is x + y of two values of one shape that depend on the image."""
+    if name_of(node) != "add" or len(inputs) != 2 or node.kwargs.get("alpha", 1) != 1:
+        return False
+    if any(n.op == "get_attr" for n in inputs):
+        return False
+    a, b = (n.meta["val"] for n in inputs)
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape
+
+
+def _quantises(module: nn.Module) -> bool:
+    return isinstance(module, Quantizer) or getattr(module, "weight_bits", None) is not None
+
+
+@torch.no_grad()
+def _calibrate(model: nn.Module, images: Tensor, bits: int | None) -> dict[str, str]:
+    """Measure the open ranges on `images`, then set the bits; says what there is, by quantiser."""
+    quantisers = {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}
+    own = {m: m.bits for m in quantisers.values()}
+    found: dict[nn.Module, float] = {}
+
+    def measure(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if isinstance(module, QuantSigned) and float(module.peak) == 0:
+            found[module] = _range(args[0], module.fixed or bits, signed=True)
+        elif isinstance(module, QuantReLU) and module.high == _OPEN:
+            found[module] = _range(args[0].clamp_min(0), bits, signed=False)
+
+    handles = [m.register_forward_pre_hook(measure) for m in own]
+    for quantiser in own:
+        quantiser.bits = None
+    with _untrained_by_the_batch(model.eval()):
+        model(images if len(images) > 1 else torch.cat([images, images]))
+    for handle in handles:
+        handle.remove()
+    for quantiser, width in own.items():
+        quantiser.bits = None if bits is None else width
+    return {name: _ranged(name, m, found.get(m)) for name, m in quantisers.items()}
+
+
+def _ranged(name: str, module: Quantizer, found: float | None) -> str:
+    """Give a quantiser the range that was found; says what it is now."""
+    if found is not None and not math.isfinite(found):
+        raise UserError(f"cannot prepare a network whose values are not finite at {name!r}")
+    said = "full precision" if module.bits is None else f"{module.bits} bits"
+    how = "" if found is None else "calibrated" if found else "nothing above 0 was seen"
+    if isinstance(module, QuantSigned):
+        if found is not None:
+            module.peak.fill_(found)
+        return f"{said}, peak {float(module.peak):.3g} {how}".rstrip()
+    if isinstance(module, QuantReLU):
+        if found is not None:
+            module.high = found or 6.0
+        return f"{said}, [0, {module.high:.3g}] {how}".rstrip()
+    return said
+
+
+def _range(x: Tensor, bits: int | None, *, signed: bool) -> float:
+    """The end of the range of least squared error at `bits`: the largest value, or less."""
+    most = float(x.abs().max())
+    if bits is None or most == 0 or not math.isfinite(most):
+        return most
+    sample = x.flatten()[:: max(1, x.numel() // 10_000)]
+
+    def error(end: float) -> float:
+        grid = (
+            QuantSigned(bits, peak=end).eval()
+            if signed
+            else partial(fake_quantize, bits=bits, high=end)
+        )
+        return float((grid(sample) - sample).square().sum())
+
+    return min((most * part / 16 for part in range(16, 3, -1)), key=error)
+
+
+@contextmanager
+def _untrained_by_the_batch(model: nn.Module) -> Iterator[bool]:
+    """Batch norms that have seen nothing normalise by the batch, as they will in training."""
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [m for m in model.modules() if isinstance(m, kind) and m.running_var is not None]
+    fresh = [m for m in norms if not m.running_mean.any() and bool((m.running_var == 1).all())]  # type: ignore[union-attr]
+    kept = [(m.momentum, m.num_batches_tracked) for m in fresh]
+    for norm in fresh:
+        norm.train().momentum, norm.num_batches_tracked = 0.0, None
+    yield bool(fresh)
+    for norm, (norm.momentum, norm.num_batches_tracked) in zip(fresh, kept, strict=True):
+        norm.eval()

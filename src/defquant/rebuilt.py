@@ -1,0 +1,310 @@
+"""A captured program whose layers are modules again, under the model's own names."""
+
+import operator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+
+from defquant.captured import Captured, operation
+from defquant.errors import UserError
+from defquant.quantize import QuantBranch, Quantizer, QuantReLU, QuantSigned, QuantTanh
+from defquant.weights import FirstConv, QuantConv2d, QuantLinear
+
+__all__ = ["Constant", "Rebuilt", "arguments", "is_tensor", "name_of"]
+
+_Module = TypeVar("_Module", bound=fx.GraphModule)
+_DROPOUTS: dict[str, type[nn.Module]] = {
+    "dropout": nn.Dropout, "feature_dropout": nn.Dropout2d, "alpha_dropout": nn.AlphaDropout,
+}  # fmt: skip
+_NORMS: dict[int, Any] = {
+    2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d,
+}  # fmt: skip
+
+
+class Rebuilt:
+    """The program of `captured` with modules for what learns or changes in training.
+
+    Convolutions and linear layers (`QuantConv2d`, `QuantLinear`), batch norms, dropouts and
+    quantisers are modules, at the path of their parameters, so that names in the state dict stay;
+    one whose weight is computed, of pruning, norms or standardisation, is a plain layer of that
+    weight at `<path>.plain`. All else stays an operation.
+
+    Attributes:
+        graph, modules: nodes `call_module` and the modules by path.
+        deep: nodes that a convolution or linear layer comes before.
+        computed: by path of a plain layer, the names of what its weight was computed from.
+        unused: names of parameters that the program does not read.
+
+    Raises `UserError` for a parameter that is not finite.
+    """
+
+    def __init__(self, captured: Captured, model: nn.Module) -> None:
+        self.captured = captured
+        self.graph, self.modules = fx.Graph(), dict[str, nn.Module]()
+        self.graph.output(self.graph.graph_copy(captured.module.graph, {}))
+        self.owners = dict(model.named_modules())
+        self.held: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        self.trains = {name for name, tensor in self.held.items() if tensor.requires_grad}
+        self.unused = dict.fromkeys(self.held)
+        self.held |= dict(model.named_buffers(remove_duplicate=False))
+        self.saved = set(model.state_dict())
+        self.deep: set[fx.Node] = set()
+        self.computed: dict[str, str] = {}
+        self.paths: dict[tuple[fx.Node, str], str] = {}  # of the layer of a weight and its options
+        self.parameters: dict[tuple[Any, ...], nn.Parameter] = {}
+        for node in list(self.graph.nodes):
+            if node.op == "call_function":
+                self._visit(node)
+        for node in list(self.graph.nodes):
+            if node.op == "get_attr":
+                self._constant(node)
+
+    def finish(self, kind: type[_Module]) -> _Module:
+        """The network, a `kind`."""
+        root = nn.Module()
+        for path in sorted(self.modules, key=lambda path: path.count(".")):
+            _attach(root, path, self.modules[path])
+        for node in self.graph.nodes:
+            if node.op == "get_attr":
+                _attach(root, node.target, node.meta["own"])
+        return kind(root, self.graph, self.captured.model)
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """What a node calls; None for an operation."""
+        return self.modules.get(str(node.target)) if node.op == "call_module" else None
+
+    def place(self, node: fx.Node, kind: str) -> str:
+        """A path for a layer without weights: that of the module it was, or one in it."""
+        layer = str(node.meta["layer"])
+        owner = self.owners.get(layer)
+        path = f"{layer}.{kind}" if owner is not None and list(owner.children()) else layer
+        for end in (i for i, sign in enumerate(path) if sign == "."):
+            if path[:end] in self.modules:  # no layer stands within another
+                path = path[:end] + path[end:].replace(".", "_")
+        return path
+
+    def insert(self, after: fx.Node, path: str, module: nn.Module) -> fx.Node:
+        """A call of `module` on what `after` gives, which no node reads yet."""
+        with self.graph.inserting_after(after):
+            return self._called(after, path, module, (after,))
+
+    def replace(
+        self, node: fx.Node, path: str, module: nn.Module, inputs: tuple[fx.Node, ...]
+    ) -> fx.Node:
+        """A call of `module` on `inputs` instead of `node`."""
+        with self.graph.inserting_before(node):
+            made = self._called(node, path, module, inputs)
+        node.replace_all_uses_with(made)
+        self.graph.erase_node(node)
+        return made
+
+    def _called(
+        self, like: fx.Node, path: str, module: nn.Module, inputs: tuple[fx.Node, ...]
+    ) -> fx.Node:
+        taken, number = path, 0
+        while self.modules.get(path, module) is not module:
+            path = f"{taken}_{(number := number + 1)}"
+        self.modules[path] = module
+        made = self.graph.call_module(path, inputs)
+        made.meta = dict(like.meta)
+        if like in self.deep:
+            self.deep.add(made)
+        return made
+
+    # ---------------------------------------------------------------------------------- layers
+
+    def _visit(self, node: fx.Node) -> None:
+        name, given = name_of(node), arguments(node)
+        if self.deep.intersection(node.all_input_nodes):
+            self.deep.add(node)
+        if name in ("conv2d", "linear") and self._value(given["weight"]) is not None:
+            self._layer(node, name, given)
+        elif name == "batch_norm":
+            self._batch_norm(node, given)
+        elif name in _DROPOUTS:
+            if given["p"]:
+                made = _DROPOUTS[name](given["p"])
+                self.replace(node, self.place(node, name), made, (given["input"],))
+            else:
+                node.replace_all_uses_with(given["input"])
+                self.graph.erase_node(node)
+        elif (quantiser := self._quantiser(name, given)) is not None:
+            self.replace(node, self.place(node, "act"), quantiser, (given["x"],))
+        elif "device" in node.kwargs:  # a tensor that the program makes lies where the images do
+            image = next(n for n in self.graph.nodes if n.op == "placeholder")
+            with self.graph.inserting_before(node):
+                where = self.graph.call_function(getattr, (image, "device"))
+            node.kwargs = {**node.kwargs, "device": where}
+
+    def _layer(self, node: fx.Node, name: str, given: dict[str, Any]) -> None:
+        weight, bias = given["weight"], given["bias"]
+        key = weight, repr({k: v for k, v in given.items() if k != "input"})
+        if key not in self.paths:
+            path = self._home(weight, "weight")
+            if path is None:
+                path = node.meta["layer"] + ".plain"
+                self.computed[path] = ", ".join(weight.meta.get("sources", ())) or "constants"
+            layer = _made(name, given, self._value(weight), node in self.deep)
+            layer.weight, layer.weight_bits = self._parameter(weight), weight.meta.get("bits")
+            layer.bias = None if bias is None else self._parameter(bias)
+        else:
+            path = self.paths[key]
+            layer = self.modules[path]
+        self.deep.add(node)
+        made = self.replace(node, path, layer, (given["input"],))
+        self.paths[key] = str(made.target)
+
+    def _batch_norm(self, node: fx.Node, given: dict[str, Any]) -> None:
+        """A batch norm that trains; one whose statistics are constants stays an operation."""
+        weight, mean = given["weight"], given["running_mean"]
+        path = self._home(mean, "running_mean") if weight is None else self._home(weight, "weight")
+        trains = weight is not None and weight.meta.get("name") in self.trains
+        if not (trains or isinstance(self.owners.get(path or ""), BatchNorm)):
+            return
+        shape, options = node.meta["val"].shape, (weight is not None, mean is not None)
+        norm = _NORMS[len(shape)](int(shape[1]), given["eps"], given["momentum"], *options)
+        if weight is not None:
+            norm.weight, norm.bias = self._parameter(weight), self._parameter(given["bias"])
+        if mean is not None:
+            norm.running_mean.copy_(self._value(mean))
+            norm.running_var.copy_(self._value(given["running_var"]))
+            count = self.held.get(f"{path}.num_batches_tracked")
+            norm.num_batches_tracked = None if count is None else count.detach().cpu().clone()
+        self.replace(node, path or self.place(node, "norm"), norm, (given["input"],))
+
+    def _quantiser(self, name: str, given: dict[str, Any]) -> Quantizer | None:
+        """One that the model had."""
+        if name == "clip_round":
+            return QuantReLU(given["bits"], given["high"])
+        if name == "tanh_round":
+            return QuantTanh(given["bits"])
+        if name != "signed_round":
+            return None
+        peak = self._value(given["peak"])
+        assert peak is not None
+        between = given["bits"] == QuantBranch.fixed
+        return (
+            QuantBranch(peak=float(peak))
+            if between
+            else QuantSigned(given["bits"], peak=float(peak))
+        )
+
+    # ------------------------------------------------------------------------------- constants
+
+    def _value(self, node: Any) -> Tensor | None:
+        """The tensor of a constant; of a weight on a grid the float one."""
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            return None
+        held: Tensor = getattr(self.captured.module, str(node.target))
+        value: Tensor = node.meta.get("float", held)
+        return value
+
+    def _parameter(self, node: fx.Node) -> nn.Parameter:
+        """A copy of a constant, one for all that share it; it trains if what it is made of did."""
+        value, sources = self._value(node), node.meta.get("sources", ())
+        assert value is not None
+        key = value.data_ptr(), value.shape, value.stride()
+        if key not in self.parameters:
+            if not bool(value.isfinite().all()):
+                names = " and ".join(map(repr, sources))
+                raise UserError(f"cannot prepare {self.captured.model}: {names} is not finite")
+            trains = bool(self.trains.intersection(sources))
+            self.parameters[key] = nn.Parameter(value.detach().clone(), requires_grad=trains)
+        for name in sources:
+            self.unused.pop(name, None)
+        return self.parameters[key]
+
+    def _own(self, node: fx.Node) -> str | None:
+        """The name of the model's tensor that a constant is; None for a computed one."""
+        name, value = node.meta.get("name", ""), self._value(node)
+        own = self.held.get(name)
+        if own is None or value is None or own.shape != value.shape:
+            return None
+        return name if torch.equal(own.detach().to(value), value) else None
+
+    def _home(self, node: fx.Node | None, ending: str) -> str | None:
+        """The path of the layer that holds a constant as it is; None for a computed one."""
+        name = None if node is None else self._own(node)
+        if name is None or not name.endswith(ending):
+            return None
+        return name.removesuffix(ending).rstrip("._") or ending
+
+    def _constant(self, node: fx.Node) -> None:
+        """Give a constant that operations read the model's own name for it, or one of ours."""
+        if not node.users:
+            self.graph.erase_node(node)
+            return
+        name, sources = self._own(node), node.meta.get("sources", ())
+        trains = bool(self.trains.intersection(sources))
+        value = getattr(self.captured.module, str(node.target)).clone()
+        value = self._parameter(node) if trains else value
+        if name is not None and (trains or name in self.saved):
+            node.target, node.meta["own"] = name, value
+        else:
+            path = "constants." + (name or str(node.target)).replace(".", "_")
+            self.replace(node, path, Constant(value, save=bool(sources)), ())
+
+
+class Constant(nn.Module):
+    """A tensor of the program that is none of the model's own."""
+
+    def __init__(self, value: Tensor, *, save: bool) -> None:
+        super().__init__()
+        self.value: Tensor
+        if isinstance(value, nn.Parameter):
+            self.value = value
+        else:
+            self.register_buffer("value", value, persistent=save)
+
+    def forward(self) -> Tensor:
+        return self.value
+
+
+def name_of(node: fx.Node) -> str:
+    """`conv2d` of `aten.conv2d.default`; "" of what is no operation."""
+    if node.target is operator.getitem:
+        return "getitem"
+    parts = operation(node).split(".")
+    return parts[1] if len(parts) == 3 else ""
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Whether a node gives a tensor or several, and no size."""
+    return isinstance(node.meta.get("val"), Tensor | list | tuple)
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operation by name, defaults too."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {}
+    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
+    return {a.name: given.get(a.name, a.default_value) for a in schema.arguments}
+
+
+def _made(name: str, given: dict[str, Any], weight: Tensor | None, deep: bool) -> Any:
+    """A layer of the options of an operation; its weight and bias are yet to be set."""
+    assert weight is not None
+    rows, columns, *sides = weight.shape
+    if name == "linear":
+        return QuantLinear(columns, rows)
+    options = {key: given[key] for key in ("stride", "padding", "dilation", "groups")}
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    kind = QuantConv2d if deep else FirstConv
+    return kind(columns * options["groups"], rows, tuple(sides), **options)
+
+
+def _attach(root: nn.Module, path: str, value: nn.Module | Tensor) -> None:
+    *owners, name = path.split(".")
+    for part in owners:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    if isinstance(value, nn.Module):
+        root.add_module(name, value)
+    elif isinstance(value, nn.Parameter):
+        root.register_parameter(name, value)
+    else:
+        root.register_buffer(name, value)
