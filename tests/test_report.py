@@ -362,7 +362,7 @@ def test_the_monitor_of_adversarial_training_has_a_column_where_there_is_one(
     record = {"epoch": 1, "loss": 1.0, "accuracy": 0.5}
     for run in ("d0", "v0"):
         (tmp_path / run / "log.jsonl").write_text(json.dumps(record))
-    assert "PGD (FGSM)" not in page_of(tmp_path)
+    assert "PGD-10, watched" not in page_of(tmp_path)
     watched = [(0.5, 0.4), (0.78125, 0.03125)]
     lines = [
         json.dumps({**record, "epoch": i, "monitor_fgsm": fgsm, "monitor_pgd": pgd})
@@ -372,9 +372,9 @@ def test_the_monitor_of_adversarial_training_has_a_column_where_there_is_one(
     page = page_of(tmp_path)
     check(page)
     (table,) = check(page).tables["training"]
-    assert table[0][-2:] == ["PGD (FGSM)", "Time a run"]
-    assert {row[0]: row[-2] for row in table[1:]} == {
-        "DQ 4-bit (β = 0.1)": "–", "vanilla 4-bit": "3.1% (78.1%)"
+    assert table[0][-3:] == ["PGD-10, watched", "FGSM, watched", "Time a run"]
+    assert {row[0]: row[-3:-1] for row in table[1:]} == {
+        "DQ 4-bit (β = 0.1)": ["–", "–"], "vanilla 4-bit": ["3.1%", "78.1%"]
     }  # fmt: skip
 
 

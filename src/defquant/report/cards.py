@@ -12,7 +12,7 @@ from defquant.config import check_bits, check_eps
 from defquant.errors import UserError, shown, visible
 from defquant.files import read_text
 from defquant.paper.section import Entry, Number, Section, Table, eps_number, eps_text, rate
-from defquant.report.model import EPS, NOTHING, Chapter, of_section, panels
+from defquant.report.model import EPS, NOTHING, WORDS, Chapter, of_section, panels
 from defquant.report.names import Family, Series, attack_order, distinct
 from defquant.results import Score
 from defquant.typed import from_mapping, parse_json
@@ -23,18 +23,6 @@ KIND = "defquant deployed model"
 INTEGER = "onnxruntime, integers"  # the engine that runs what ships; the others stand beside it
 ENGINES = {"torch": "PyTorch", "integer": INTEGER}
 BITS_PART = re.compile(r"W\d|deployable")  # of a method; said by the table's head
-SHIPPED = (
-    "The networks as trained, and as deployed: ONNX files that onnxruntime runs. Images are made "
-    "on the trained network, rounded to 8 bits, and shown to both, but Square's, which is run on "
-    "each. ✗: the file's accuracy leaves the trained network's 95% interval. × is the share of "
-    "float32's; latency: median, and how many times as fast as each engine with float32. Fewer "
-    "than 8 bits run at int8 speed on CPUs: they save bytes and BOPs, not milliseconds."
-)
-EVERY = (
-    "Times are medians and quartiles, all engines in turn, PyTorch and onnxruntime with float32. "
-    "Results on images of two fingerprints must not be compared."
-)
-TIME = "{median_ms:ms} ({low_ms:ms} to {high_ms:ms}), {repeats} repeats, {threads} threads"
 Counts = tuple[int, int]
 
 
@@ -204,32 +192,6 @@ def read_cards(folder: Path) -> tuple[list[Card], list[str]]:
 
 # --- tables -------------------------------------------------------------------------------
 
-FACTS = {
-    "Integers": {
-        "Precision": "{bits}-bit activations, {weight_bits}-bit weights",
-        "Run": "{run}, seed {seed}",
-        "Convolutions in integers": "{amiss}{convolutions[0]} of {convolutions[1]}",
-        "Ranges of the quantisers": "{ranges}",
-        "Input": "{input}",
-        "Same answer as trained": "{parity.agreement:.2%} of {parity.images:,}",
-        "Codes flipped": "{parity.flipped_codes:.3%}",
-    },
-    "Cost": {
-        "File": "{cost.file_bytes:kB}, {files:.3f}×",
-        "MACs": "{cost.macs:k}, {cost.float_macs:k} in float",
-        "BOPs, MACs × bits × bits": "{cost.bops:k}, {bops:.3f}×",
-        "Peak activations, packed": "{cost.peak_activation_bytes:kB}, {peaks:.3f}×, "
-        "{cost.uint8_peak_activation_bytes:kB} as bytes",
-    },
-    "Parity": {
-        "Card": "{place}",
-        "Fingerprint of the test images": "{fingerprint:.16}",
-        "Same answer, unoptimised": "{parity.unoptimised_agreement:.2%}",
-        "Same answer, OpenVINO": "{parity.openvino_agreement:.2%}",
-        "Codes unlike the integer reference": "{parity.reference_mismatches:,}",
-        "Largest difference of a logit, of their spread": "{parity.logit_error:.3g}",
-    },
-}
 MAIN, FOLDED = ("Integers", "Accuracy", "Cost", "Latency"), ("Parity", "Right", "Times", "Versions")
 
 
@@ -250,7 +212,7 @@ def _chapter(cards: Sequence[Card], name: str) -> Chapter:
             for block in blocks
             for (_, row), entries in sorted(found.get(block, {}).items(), key=lambda item: item[0])
         ), caption)
-        for blocks, caption in ((MAIN, SHIPPED), (FOLDED, EVERY))
+        for blocks, caption in ((MAIN, WORDS["shipped"]), (FOLDED, WORDS["card"]))
     ]  # fmt: skip
     title, drawn = f"Deployed: {cards[0].model} on {cards[0].data}", panels(_points(cards), EPS)
     whole = of_section(Section(name, title, (), tuple(tables[:1]), tuple(drawn)))
@@ -260,7 +222,7 @@ def _chapter(cards: Sequence[Card], name: str) -> Chapter:
 
 def _answers(card: Card) -> Iterator[tuple[str, Any, str, Entry]]:
     """Rows of plain columns: block, order within it, what is said, and that."""
-    for block, facts in FACTS.items():
+    for block, facts in WORDS["facts"].items():
         for i, (name, text) in enumerate(facts.items()):
             yield block, i, name, _Words().vformat(text, (), card.facts)
     for pair in card.scores:
@@ -275,7 +237,12 @@ def _answers(card: Card) -> Iterator[tuple[str, Any, str, Entry]]:
         every = {ENGINES.get(engine, engine): time for engine, time in times.items()}
         for i, (engine, time) in enumerate(every.items()):
             order, rests = (len(batch), batch, i), vars(time) | vars(card.cost.latency)
-            yield "Times", order, f"Batch {batch}, {engine}", _Words().vformat(TIME, (), rests)
+            yield (
+                "Times",
+                order,
+                f"Batch {batch}, {engine}",
+                _Words().vformat(WORDS["time"], (), rests),
+            )
         if own := every.pop(INTEGER, None):
             ratios = [f"{t.median_ms / own.median_ms:.2f}× {e}" for e, t in every.items()]
             said = ", ".join([_Words().vformat("{median_ms:ms}", (), vars(own)), *ratios])

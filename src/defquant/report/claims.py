@@ -3,22 +3,17 @@
 from collections.abc import Sequence
 
 from defquant.paper.section import Answer, Number, Reading, Table, Verdict
-from defquant.report.model import NOTHING, Chapter, Row, listing
+from defquant.report.model import NOTHING, WORDS, Chapter, Plain, listing
 
 __all__ = ["claims", "tally"]
 
 ICONS: dict[Answer, str] = {"holds": "✓", "does not hold": "✗", "not decided": "?"}
-ABOUT = (
-    "Effect: the difference of accuracies in the direction that the paper claims, in points, with "
-    "its 95% interval over seeds and test images; positive supports the claim. The first line of "
-    "a claim is the paper's own attack."
-)
 EMPTY = Reading(NOTHING, None, None, None, "not decided", NOTHING)
 
 
 def claims(verdicts: Sequence[Verdict]) -> Chapter:
     """A row per reading; what is said of each claim, and its command, folded."""
-    rows: list[Row] = [
+    rows: list[Plain] = [
         {
             "Claim": f"{v.name} {v.claim} The paper: {v.paper or NOTHING}",
             "Under": r.attack,
@@ -33,7 +28,7 @@ def claims(verdicts: Sequence[Verdict]) -> Chapter:
     kept = tuple(note for note in notes if any(note[1:]))
     beside = Table(("Claim", "Where", "Note", "Command"), kept, "Notes and commands")
     return Chapter(
-        "claims", "The paper's claims", tables=[listing(rows, ABOUT)], verdicts=verdicts,
+        "claims", "The paper's claims", tables=[listing(rows, WORDS["claims"])], verdicts=verdicts,
         folded=[(beside.caption, [beside])] * bool(kept),
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from defquant.errors import UserError
 from defquant.paper.section import Entry, Number, Panel, Table, eps_number, eps_text
-from defquant.report.model import EPS, NOTHING, Chapter, listing, panels
+from defquant.report.model import EPS, NOTHING, WORDS, Chapter, Plain, listing, panels
 from defquant.report.names import (
     Family,
     Series,
@@ -32,18 +32,6 @@ __all__ = [
 
 LINES = 8  # of one figure where there are many networks
 EPOCHS, RADII = 60, 120  # that are drawn of more
-SUMMARY = (
-    "Accuracy in percent. Quantize gain: the best quantised accuracy minus full precision of the "
-    "same method, in points (float is vanilla's full precision). The radius is the one at which "
-    "the strongest attack comes nearest to halving the accuracy."
-)
-LISTING = "Every attack, radius and network: mean over seeds, interval of all seeds together."
-TRAINED = (
-    "The last epoch's mean over seeds. Accuracy is on test images where they were watched, else "
-    "on training images. Adversarial training is watched on 256 of its own images, which is no "
-    "score: accuracy under PGD-10 and, in brackets, FGSM. PGD falling while FGSM stays is "
-    "catastrophic overfitting."
-)
 NOT_SHOWN = ("config", "model", "data", "train", "training", "command")  # of the evidence
 Point = tuple[str, str, str, str, Number]
 """Panel, line, its kind, place on the x axis, and the number there."""
@@ -158,7 +146,7 @@ def summary_table(rows: Sequence[Row]) -> Table:
     whole = whole_text(row.family for row in rows if None in row.cells)
     heads = {b: whole if b is None else f"{b} bit{'s' * (b > 1)}" for b in bits}
     several = len({(row.data, row.model) for row in rows}) > 1
-    return listing([_summary_row(row, heads, several) for row in rows], SUMMARY)
+    return listing([_summary_row(row, heads, several) for row in rows], WORDS["summary"])
 
 
 def _summary_row(row: Row, heads: Mapping[int | None, str], several: bool) -> dict[str, Entry]:
@@ -250,7 +238,7 @@ def _bits_panels(rows: Sequence[Row]) -> list[Panel]:
 
 def _listing(cells: Iterable[Cell]) -> Table:
     ordered = sorted(cells, key=lambda c: (attack_order(c.attack), c.eps, series_of(c).order))
-    rows: list[dict[str, Entry]] = [
+    rows: list[Plain] = [
         {
             "Images": c.attack,
             "ε": NOTHING if c.attack == "clean" else eps_text(c.eps),
@@ -262,7 +250,7 @@ def _listing(cells: Iterable[Cell]) -> Table:
         }
         for c in ordered
     ]
-    return listing(rows, LISTING)
+    return listing(rows, WORDS["listing"])
 
 
 def plot_curves(measurements: Sequence[Measurement], out: Path) -> Path:
@@ -278,165 +266,129 @@ def plot_curves(measurements: Sequence[Measurement], out: Path) -> Path:
     return save([chart(own, columns=len(drawn)) for own in figures(drawn)], out)
 
 
-# --- trainings ----------------------------------------------------------------------------
-
-TRACES = {
-    "loss": "loss", "penalty": "penalty", "accuracy": "accuracy on training images",
-    "test_accuracy": "accuracy on test images", "monitor_pgd": "PGD-10, watched",
-    "monitor_fgsm": "FGSM, watched",
-}  # fmt: skip
-LOSSES = ("loss", "penalty")
-Trained = tuple[str, str, Sequence[Run]]
-"""The name of a network, its kind, and its runs, one a seed."""
+# --- trainings and settings ----------------------------------------------------------------
 
 
 def training(runs: Sequence[Run], measurements: Sequence[Measurement]) -> list[Chapter]:
     """A row and a line per network, over its seeds; a run without results under its own name."""
-    ordered = list(_trained([run for run in runs if run.epochs], measurements))
-    if not ordered:
-        return []
-    drawn = [
-        replace(panel, percent=field not in LOSSES)
-        for field, name in TRACES.items()
-        for panel in panels(_over_epochs(ordered, field), "epoch", name)
-    ]
-    table = listing([_last_epoch(trained, ordered) for trained in ordered], TRAINED)
-    return [Chapter("training", "Training", panels=drawn, tables=[table], still=False)]
+    networks = _networks([run for run in runs if run.epochs], measurements)
+    rows: dict[tuple[str, str], dict[str, Entry]] = {
+        (name, kind): {
+            "Network": name, "Runs": str(len(own)), "Epochs": str(max(run.epochs for run in own))
+        }
+        for (name, kind), own in networks.items()
+    }  # fmt: skip
+    drawn: list[Panel] = []
+    for field, (title, form) in WORDS["traces"].items():
+        points: list[Point] = []
+        for network, own in networks.items():
+            curves = [run.curves[field] for run in own if field in run.curves]
+            if any(map(any, curves)):  # no penalty is 0 throughout
+                rows[network][title] = form.format(fmean(curve[-1] for curve in curves))
+                points += [(title, *network, at, number) for at, number in _trace(curves)]
+        drawn += [replace(p, percent="%" in form) for p in panels(points, "epoch", title)]
+    for network, own in networks.items():
+        times = [sum(run.curves["seconds"]) for run in own if "seconds" in run.curves]
+        rows[network]["Time a run"] = duration(fmean(times)) if times else NOTHING
+    table = listing(list(rows.values()), WORDS["trained"])
+    whole = Chapter("training", "Training", panels=drawn, tables=[table], still=False)
+    return [whole] * bool(rows)
 
 
-def _last_epoch(trained: Trained, every: Sequence[Trained]) -> dict[str, Entry]:
-    name, _, runs = trained
-    share = "{:.1%}"
-    pgd = _last(trained, "monitor_pgd", share) + _last(trained, "monitor_fgsm", f" ({share})")
-    watched = any(_curves(other, "monitor_pgd") for other in every)
-    return {
-        "Network": name,
-        "Runs": str(len(runs)),
-        "Epochs": str(max(run.epochs for run in runs)),
-        "Loss": _last(trained, "loss", "{:.3f}"),
-        "Accuracy": _last(trained, "test_accuracy", "{:.1%}")
-        or _last(trained, "accuracy", "{:.1%}"),
-        "Penalty": _last(trained, "penalty", "{:.3g}") if _any(trained, "penalty") else "",
-        **({"PGD (FGSM)": pgd} if watched else {}),
-        "Time a run": duration([sum(own) for own in _curves(trained, "seconds")]),
-    }
-
-
-def _trained(runs: Sequence[Run], measurements: Sequence[Measurement]) -> Iterator[Trained]:
+def _networks(
+    runs: Sequence[Run], measurements: Sequence[Measurement]
+) -> dict[tuple[str, str], list[Run]]:
+    """Runs by the name of their network and its kind; in order, those without results last."""
     on_test_last = sorted(measurements, key=lambda m: not is_validation(m.data))
     known = {
-        m.run: (Series(m.method, m.bits, m.beta), f"{m.model} on {m.data}") for m in on_test_last
+        m.run: (Series(m.method, m.bits, m.beta), f", {m.model} on {m.data}") for m in on_test_last
     }
     several = len({where for _, where in known.values()}) > 1
-
-    def named(run: Run) -> tuple[Any, str, str]:
-        if run.name not in known:
-            return ((), run.name, run.name)
+    measured = [run for run in runs if run.name in known]
+    found: dict[tuple[str, str], list[Run]] = {}
+    for run in sorted(measured, key=lambda run: known[run.name][0].order):
         series, where = known[run.name]
-        return (series.order, f"{series}" + f", {where}" * several, _kind(series))
-
-    found = _grouped(runs, named)
-    for key in sorted(found, key=lambda key: (key[0] == (), key[0])):
-        yield *key[1:], found[key]
+        found.setdefault((f"{series}{where * several}", _kind(series)), []).append(run)
+    return found | {(run.name, run.name): [run] for run in runs if run.name not in known}
 
 
-def _curves(trained: Trained, field: str) -> list[Sequence[float]]:
-    return [run.curves[field] for run in trained[2] if field in run.curves]
-
-
-def _any(trained: Trained, field: str) -> bool:
-    return any(map(any, _curves(trained, field)))
-
-
-def _last(trained: Trained, field: str, form: str) -> str:
-    found = _curves(trained, field)
-    return form.format(fmean(curve[-1] for curve in found)) if found else ""
-
-
-def _over_epochs(every: Sequence[Trained], field: str) -> Iterator[Point]:
+def _trace(curves: Sequence[Sequence[float]]) -> Iterator[tuple[str, Number]]:
     """The mean over runs, epoch by epoch; of many epochs some."""
-    for trained in every:
-        curves = _curves(trained, field) if _any(trained, field) else []
-        longest = max(map(len, curves), default=0)
-        for i in range(0, longest, longest // EPOCHS + 1):
-            values = [curve[i] for curve in curves if i < len(curve)]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            number = Number(fmean(values), spread, len(values))
-            yield TRACES[field], trained[0], trained[1], str(i + 1), number
+    longest = max(map(len, curves))
+    for i in range(0, longest, longest // EPOCHS + 1):
+        values = [curve[i] for curve in curves if i < len(curve)]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        yield str(i + 1), Number(fmean(values), spread, len(values))
 
 
-def duration(times: Sequence[float]) -> str:
-    """The mean of seconds: `45 s`, `12 min`, `3.2 h`; empty for none."""
-    if not times:
-        return ""
-    seconds = fmean(times)
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.2 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-# --- settings -----------------------------------------------------------------------------
-
-
 def settings(measurements: Sequence[Measurement], runs: Sequence[Run]) -> Chapter:
     """Data, versions and machine, commands, attacks whole, settings of the runs; empty ones out."""
-    kept = {json.dumps(m.evidence, sort_keys=True, default=str): m.evidence for m in measurements}
-    found = [_data(measurements), _environment(measurements, list(kept.values()))]
-    tables = [*found, _every_attack(measurements), *_runs([run for run in runs if run.config])]
-    commands = [evidence.get("command") for evidence in kept.values()]
+    told = {id(m.evidence): m.evidence for m in measurements}
+    evidences = {json.dumps(e, sort_keys=True, default=str): e for e in told.values()}.values()
+    attacked = {(m.attack, m.eps, m.settings) for m in measurements if m.attack != "clean"}
+    attacks: list[Plain] = [
+        {"Attack": name, "ε": eps_text(eps), "Settings": whole}
+        for name, eps, whole in sorted(attacked, key=lambda a: (attack_order(a[0]), *a[1:]))
+    ]
+    kept = [{k: v for k, v in e.items() if k not in NOT_SHOWN} for e in evidences]
+    machines = _values([flatten(evidence) for evidence in kept])
+    if measurements:
+        machines["measuring took"] = [duration(sum(m.seconds for m in measurements))]
+    configured = [run for run in runs if run.config]
+    values = _values([run.config for run in configured])
+    shared = {k: v for k, v in values.items() if len(v) == 1 and _everywhere(k, configured)}
+    differing = [{"Run": run.name, **run.config} for run in configured]
+    differing = [{k: v for k, v in run.items() if k not in shared} for run in differing]
+    tables: dict[str, Sequence[Plain]] = {
+        WORDS["data"]: _data(measurements),
+        "Versions and machine": _settings(machines),
+        "Attacks": attacks,
+        "Settings that differ": differing if len(values) > len(shared) else [],
+        "Settings that all runs share": _settings(shared),
+    }
+    commands = [evidence.get("command") for evidence in evidences]
     made = distinct(" ".join(map(str, c)) if isinstance(c, list) else str(c) for c in commands if c)
-    folded = [(table.caption, [table]) for table in tables if table.rows]
+    folded = [(name, [listing(rows, name)]) for name, rows in tables.items() if rows]
     return Chapter("settings", "Settings", folded=folded, commands=made)
 
 
-def _data(measurements: Sequence[Measurement]) -> Table:
-    rows = []
+def _data(measurements: Sequence[Measurement]) -> list[Plain]:
+    rows: list[Plain] = []
     for (name, print_), same in _grouped(measurements, lambda m: (m.data, m.fingerprint)).items():
         totals = sorted({m.total for m in same})
-        images, seeds = distinct([totals[0], totals[-1]]), sorted({m.seed for m in same})
-        draws = sorted({m.attack_seed for m in same})
+        numbers = {
+            "Training seeds": {m.seed for m in same}, "Attack seeds": {m.attack_seed for m in same}
+        }  # fmt: skip
         rows.append({
-            "Data": name, "Fingerprint": print_, "Images": " to ".join(f"{n:,}" for n in images),
-            "Training seeds": ", ".join(map(str, seeds)),
-            "Attack seeds": ", ".join(map(str, draws)),
+            "Data": name, "Fingerprint": print_,
+            "Images": " to ".join(f"{n:,}" for n in distinct([totals[0], totals[-1]])),
+            **{k: ", ".join(map(str, sorted(own))) for k, own in numbers.items()},
         })  # fmt: skip
-    return listing(rows, "Test images; those of two fingerprints must not be compared")
+    return rows
 
 
-def _every_attack(measurements: Iterable[Measurement]) -> Table:
-    found = distinct((m.attack, m.eps, m.settings) for m in measurements if m.attack != "clean")
-    ordered = sorted(found, key=lambda item: (attack_order(item[0]), item[1]))
-    rows = [{"Attack": name, "ε": eps_text(eps), "Settings": s} for name, eps, s in ordered]
-    return listing(rows, "Attacks")
+def _values(settings: Iterable[Mapping[str, str]]) -> dict[str, list[str]]:
+    """Every value of each setting, once."""
+    found = _grouped((item for own in settings for item in own.items()), lambda item: item[0])
+    return {name: distinct(value for _, value in items) for name, items in found.items()}
 
 
-def _environment(
-    measurements: Sequence[Measurement], evidences: Sequence[Mapping[str, Any]]
-) -> Table:
-    found: dict[str, dict[str, None]] = {}
-    for evidence in evidences:
-        kept = {name: own for name, own in evidence.items() if name not in NOT_SHOWN}
-        for name, value in flatten(kept).items():
-            found.setdefault(name, {})[value] = None
-    rows = {name: _some(list(values)) for name, values in found.items()}
-    if measurements:
-        rows["measuring took"] = duration([sum(m.seconds for m in measurements)])
-    return listing([{"Setting": k, "Value": v} for k, v in rows.items()], "Versions and machine")
+def _everywhere(name: str, runs: Iterable[Run]) -> bool:
+    return all(name in run.config for run in runs)
 
 
-def _some(values: Sequence[str]) -> str:
-    more = f" and {len(values) - 4} more" if len(values) > 4 else ""
-    return " · ".join(values[:4]) + more
-
-
-def _runs(runs: Sequence[Run]) -> list[Table]:
-    """Fields that differ with each run's values, and the fields that all runs share."""
-    names = distinct(name for run in runs for name in run.config)
-    values = {name: {run.config.get(name, NOTHING) for run in runs} for name in names}
-    differing = [name for name in names if len(values[name]) > 1]
-    rows = [{"Run": r.name} | {f: r.config.get(f, NOTHING) for f in differing} for r in runs]
-    shared = [{"Setting": n, "Value": values[n].pop()} for n in names if n not in differing]
+def _settings(values: Mapping[str, Sequence[str]]) -> list[Plain]:
     return [
-        listing(rows if differing else [], "Settings that differ"),
-        listing(shared, "Settings that all runs share"),
+        {
+            "Setting": name,
+            "Value": " · ".join(own[:4]) + f" and {len(own) - 4} more" * (len(own) > 4),
+        }
+        for name, own in values.items()
     ]

@@ -9,31 +9,26 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TypeVar
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from defquant.paper.section import Entry, Line, Number, Panel, Section, Table, Verdict, signed
 from defquant.report.sources import StripTable, of_pictures
 
 __all__ = [
-    "EPS", "MARKS", "NOTHING", "Chapter", "Place", "Row", "View", "axis", "bar", "evidence",
-    "height", "interval_text", "listing", "of_section", "panels", "places", "said",
+    "EPS", "MARKS", "NOTHING", "WORDS", "Chapter", "Place", "Plain", "View", "axis", "bar",
+    "evidence", "height", "interval_text", "listing", "of_section", "panels", "places", "said",
     "uncertainty_text", "value_text", "view",
 ]  # fmt: skip
 
-T = TypeVar("T")
 EPS = "ε · 255"  # an x axis of numbers
 NOTHING = "–"
 MARKS = {"✓": "right", "✗": "wrong", "?": "open"}
 """What an answer begins with, and its class on the page."""
 PRECISION = re.compile(r"(full|fp|float)\b.*|[1-8]([ -]?bits?)?", re.IGNORECASE)
-PAPER = "In parentheses the paper's."
-SPREAD = "± is the standard deviation over training seeds."
-SINGLE = "Ranges are the 95% interval of a single seed."
-BEST = "Bold is the best bit width of a row, underlined the second."
-BLIND = (
-    "† The loss gradient is exactly zero on more than 1% of the images that are classified "
-    "rightly. Gradient attacks are blind there: this accuracy is masked, not robust."
-)
+WORDS: Mapping[str, Any] = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text("utf-8"))
 
 
 @dataclass(frozen=True)
@@ -72,14 +67,15 @@ def of_section(section: Section) -> Chapter:
 
 # --- tables and panels ----------------------------------------------------------------------
 
-Row = Mapping[str, Entry]
-"""Entries by column."""
+Plain = Mapping[str, Entry]
+"""A row: entries by column."""
 
 
-def listing(rows: Sequence[Row], caption: str = "") -> Table:
-    """A table of rows that have the same columns."""
-    found = tuple(tuple(entry or NOTHING for entry in row.values()) for row in rows)
-    return Table(tuple(rows[0]) if rows else (), found, caption)
+def listing(rows: Sequence[Plain], caption: str = "") -> Table:
+    """A table of rows by column; what a row lacks is a dash."""
+    head = dict.fromkeys(column for row in rows for column in row)
+    found = tuple(tuple(row.get(column) or NOTHING for column in head) for row in rows)
+    return Table(tuple(head), found, caption)
 
 
 def panels(
@@ -149,7 +145,7 @@ def view(table: Table) -> View:
 
 def evidence(table: Table) -> Table:
     """A row for each number of `table` that says what it rests on; without rows for none."""
-    rows: list[Row] = [
+    rows: list[Plain] = [
         {
             "Row": row,
             "Column": column,
@@ -231,9 +227,11 @@ def places(table: Table, index: int) -> list[int]:
 
 
 def _label_columns(table: Table) -> int:
-    """How many columns on the left hold nothing but words: the names of the rows."""
+    """How many columns on the left hold nothing but words, the names of the rows; where all do,
+    those without a head, or the first.
+    """
     wordy = [all(isinstance(row[i], str) for row in table.rows) for i in range(len(table.head))]
-    return wordy.index(False) if False in wordy else min(1, len(wordy))
+    return wordy.index(False) if False in wordy else max(table.head.count(""), min(1, len(wordy)))
 
 
 def _named_numbers(table: Table) -> list[tuple[str, str, Number]]:
@@ -296,14 +294,14 @@ def _place(entry: Entry, rank: int, percent: bool) -> Place:
 def _notes(table: Table) -> list[str]:
     numbers = _numbers(table)
     marks = {
-        _rests_on([n for n in numbers if n.mean is not None]): True,
-        PAPER: any(n.paper is not None for n in numbers),
-        SPREAD: any(n.seeds > 1 and _has_spread(n) for n in numbers),
-        SINGLE: any(n.low is not None and not _has_spread(n) and not n.points for n in numbers),
-        BEST: any(2 in places(table, index) for index in range(len(table.rows))),
-        BLIND: any(n.masked for n in numbers),
+        "paper": any(n.paper is not None for n in numbers),
+        "spread": any(n.seeds > 1 and _has_spread(n) for n in numbers),
+        "single": any(n.low is not None and not _has_spread(n) and not n.points for n in numbers),
+        "best": any(2 in places(table, index) for index in range(len(table.rows))),
+        "masked": any(n.masked for n in numbers),
     }
-    return [text for text, there in marks.items() if text and there]
+    rests = _rests_on([n for n in numbers if n.mean is not None])
+    return [rests] * bool(rests) + [WORDS["notes"][name] for name, there in marks.items() if there]
 
 
 def _rests_on(numbers: Sequence[Number]) -> str:

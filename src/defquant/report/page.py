@@ -17,7 +17,7 @@ from defquant.files import write_bytes
 from defquant.paper.section import Section, Verdict
 from defquant.report import cards, measured, model, plot
 from defquant.report.claims import claims, tally
-from defquant.report.model import Chapter
+from defquant.report.model import WORDS, Chapter
 from defquant.report.names import distinct, is_validation, series_of
 from defquant.report.sources import of_runs, read_runs
 from defquant.results import Cell, Measurement, over_seeds, read_folder
@@ -120,18 +120,12 @@ def _hash(text: bytes) -> str:
 def _charts(chapter: Chapter) -> list[Chart]:
     found = []
     for panels in plot.figures(chapter.panels):
-        about = BARS.format(" over seeds" * panels[0].percent)
+        about = WORDS["bars" if panels[0].percent else "deviation"]
         papers = any(line.paper for panel in panels for line in panel.lines)
-        found.append(Chart(plot.chart(panels), about + DASHED * papers, chapter.still))
+        found.append(Chart(plot.chart(panels), about + WORDS["dashed"] * papers, chapter.still))
     if any(reading.effect is not None for v in chapter.verdicts for reading in v.readings):
-        about = "A point per reading, with its 95% interval; a line per claim."
-        found.append(Chart(plot.claims_chart(chapter.verdicts), about))
+        found.append(Chart(plot.claims_chart(chapter.verdicts), WORDS["effects"]))
     return found
-
-
-BARS = "Bars and bands: the wider of the 95% interval over test images and ± the standard "
-BARS += "deviation{}."
-DASHED = " Dashed: the paper's numbers, from its tables."
 
 
 def _paper(sections: Sequence[Section]) -> list[Chapter]:

@@ -33,11 +33,7 @@ __all__ = [
 Spec = dict[str, Any]
 """A Vega-Lite chart with its rows."""
 
-# Okabe and Ito's colours, told apart by every kind of colour vision; warm for vanilla, cool for DQ
-NAMED = {"vanilla": "#D55E00", "dq": "#0072B2", "float": "#777777"}
-WORDS = {"vq": "vanilla", "defensive": "dq", "fp": "float", "full": "float"}
-OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7A5FC0")
-SHAPES = ("circle", "triangle-up", "diamond", "triangle-down", "square", "cross", "triangle-right")
+NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?(e-[0-9]+)?")
 VERSION = "6.1"  # of Vega-Lite: one that the least vl-convert of pyproject.toml knows
 COLUMNS = 3  # panels in a row
 TICKS, LETTERS = 9, 30  # names of an x axis that fit a panel, and letters that fit side by side
@@ -49,7 +45,7 @@ def _charts() -> Spec:
     return found
 
 
-def _filled(name: str, **values: Any) -> Any:
+def _filled(name: str, **values: Any) -> Spec:
     """The part `name` of charts.yaml, with `values` in the place of their names."""
 
     def fill(part: Any) -> Any:
@@ -59,51 +55,46 @@ def _filled(name: str, **values: Any) -> Any:
             return [fill(own) for own in part]
         return values[part[1:]] if isinstance(part, str) and part[:1] == "$" else part
 
-    return fill(_charts()[name])
+    return {key: fill(part) for key, part in _charts()[name].items()}
 
 
 def _drawing(name: str, rows: Sequence[Mapping[str, Any]], **values: Any) -> Spec:
-    whole: Spec = _filled(name, **values)
-    return whole | {"config": _charts()["config"], "datasets": {"rows": list(rows)}}
+    whole = _filled(name, **values)
+    return whole | {"config": _charts()["config"], "datasets": {"rows": rows}}
 
 
 def figures(panels: Sequence[Panel]) -> list[list[Panel]]:
     """The panels that have a point, in figures of one legend: one x axis, kinds of lines shared."""
     groups: list[tuple[set[str], list[Panel]]] = []
-    for panel in filter(_drawn, panels):
-        names = {f"{panel.x} {panel.percent} {_kind(line)}" for line in panel.lines}
-        near = [group for group in groups if group[0] & names]
-        merged = (names.union(*(n for n, _ in near)), [*(p for _, own in near for p in own), panel])
-        groups = [group for group in groups if group not in near] + [merged]
+    for panel in panels:
+        if any(height(line, n) is not None for line in panel.lines for _, n in line.points):
+            names = {f"{panel.x} {panel.percent} {_kind(line)}" for line in panel.lines}
+            near = [group for group in groups if group[0] & names]
+            merged = names.union(*(n for n, _ in near)), [*(p for _, o in near for p in o), panel]
+            groups = [group for group in groups if group not in near] + [merged]
     return [own for _, own in groups]
-
-
-def _drawn(panel: Panel) -> bool:
-    return any(height(line, n) is not None for line in panel.lines for _, n in line.points)
 
 
 def chart(panels: Sequence[Panel], columns: int = COLUMNS) -> Spec:
     """The panels as one figure: `panels` of charts.yaml. A line does not bridge what is missing."""
-    lines = [line for panel in panels for line in panel.lines]
+    first, lines = panels[0], [line for panel in panels for line in panel.lines]
     places = [at for line in lines for at, _ in line.points]
-    numeric = panels[0].x in (EPS, "epoch") and all(map(_is_number, places))
+    numeric = first.x in (EPS, "epoch") and all(NUMBER.fullmatch(at) for at in places)
     rows = [_row(panel, o, numeric) for panel in panels for o in panel.lines if o.points]
-    titles, units = distinct(p.title for p in panels), distinct(map(_unit, panels))
+    titles = distinct(panel.title for panel in panels)
+    units = distinct(f"{p.y} (%)" if p.percent and "%" not in p.y else p.y for p in panels)
+    scales = _filled("numbers", place=first.x) if numeric else _words(first.x, axis(lines))
     return _drawing(
-        "panels", rows, **_legend(lines), titles=titles, columns=min(columns, len(titles)),
-        about=f"{panels[0].y} over {panels[0].x}: {', '.join(titles)}", place=panels[0].x,
-        x=_x(panels[0].x, [] if numeric else axis(lines), numeric), reach=_reach(panels, rows),
+        "panels", rows, **scales, **_legend(lines), titles=titles,
+        about=f"{first.y} over {first.x}: {', '.join(titles)}", place=first.x,
+        columns=min(columns, len(titles)), reach=_reach(panels, rows),
         unit=units[0] if len(units) == 1 else None,
-        own_scales="independent" if len(units) > 1 else "shared",
-        zoomed=["x", "y"] if numeric else ["y"], bars="area" if numeric else "rule",
-        plain=0.16 if numeric else 1, faint=0.02 if numeric else 0.1,
+        scales="independent" if len(units) > 1 else "shared",
         papers=_charts()["papers"] if any(line.paper for line in lines) else None,
     )  # fmt: skip
 
 
-def _x(name: str, places: Sequence[str], numeric: bool) -> Any:
-    if numeric:
-        return _filled("numbers", place=name)
+def _words(name: str, places: Sequence[str]) -> Spec:
     every = max(1, -(-len(places) // TICKS))
     shown = places[::-1][::every]
     slant = -40 if max(map(len, places)) * len(shown) > LETTERS else 0
@@ -119,15 +110,14 @@ def _reach(panels: Sequence[Panel], rows: Sequence[Mapping[str, Any]]) -> Spec:
 
 
 def _legend(lines: Sequence[Line]) -> Spec:
-    """Colours and marks of the lines by name: a paper's line has ours' colour."""
+    """Colours of the lines by name: a paper's line has ours' colour."""
     ordered = sorted(lines, key=lambda line: line.paper)
     kinds = {_name(line): _kind(line) for line in reversed(ordered)}
     names = distinct(map(_name, ordered))
     found = _colours(distinct(kinds[name] for name in names))
     alike = {name: [n for n in names if kinds[n] == kinds[name]] for name in names}
     shades = [_shade(found[kinds[n]], alike[n].index(n), len(alike[n])) for n in names]
-    marks = [SHAPES[i % len(SHAPES)] for i in range(len(names))]
-    return {"names": names, "legend": names, "colours": shades, "shapes": marks}
+    return {"names": names, "colours": shades}
 
 
 def _colours(kinds: Sequence[str]) -> dict[str, str]:
@@ -135,8 +125,8 @@ def _colours(kinds: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for kind in kinds:
         word = (kind.lower().split() or [""])[0]
-        own = NAMED.get(WORDS.get(word, word), "")
-        free = [colour for colour in OTHERS if colour not in found.values()] or OTHERS
+        own, others = _charts()["colours"].get(word, ""), _charts()["others"]
+        free = [colour for colour in others if colour not in found.values()] or others
         found[kind] = own if own and own not in found.values() else free[0]
     return found
 
@@ -181,27 +171,10 @@ def _kind(line: Line) -> str:
     return line.kind or _name(line)
 
 
-def _unit(panel: Panel) -> str:
-    return f"{panel.y} (%)" if panel.percent and "%" not in panel.y else panel.y
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"[0-9]+(\.[0-9]+)?(e-[0-9]+)?", text) is not None
-
-
 def claims_chart(verdicts: Sequence[Verdict]) -> Spec:
     """The effect of every reading with its interval, a line of the chart per claim."""
-    rows = [
-        {
-            "claim": v.name, "of": v.claim, "under": r.attack, "verdict": r.verdict,
-            **{end: None if (n := getattr(r, end)) is None else round(100 * n, 2) for end in ENDS},
-        }
-        for v in verdicts for r in v.readings
-    ]  # fmt: skip
+    rows = [{"claim": v.name, "of": v.claim} | vars(r) for v in verdicts for r in v.readings]
     return _drawing("claims", rows, claims=[v.name for v in verdicts])
-
-
-ENDS = ("effect", "low", "high")
 
 
 def section_figure(section: Section, out: Path) -> Path:
@@ -219,11 +192,8 @@ def section_figure(section: Section, out: Path) -> Path:
 def plot_matrix(record: Mapping[str, Any], out: Path) -> Path:
     """What `diagnose.runs.transfer_runs` returns, as a heat map with numbers in percent."""
     names = [network["name"] for network in record["networks"]]
-    rates = [None if cell["rate"] is None else 100 * cell["rate"] for cell in record["cells"]]
-    rows = [
-        {"made": a, "shown": b, "rate": rate, "text": "-" if rate is None else f"{rate:.0f}"}
-        for (a, b), rate in zip(itertools.product(names, names), rates, strict=True)
-    ]
+    pairs = zip(itertools.product(names, names), record["cells"], strict=True)
+    rows = [{"made": a, "shown": b, "rate": cell["rate"]} for (a, b), cell in pairs]
     about = [record["attack"], f"{record['images']} images of {record['data']}"]
     return save([_drawing("matrix", rows, names=names, about=about)], out)
 
