@@ -15,9 +15,9 @@ from defquant.paper.figures import EXPERIMENTS, cells_of
 from defquant.paper.grid import SCALES, by_network
 from defquant.paper.section import Reading, Section, Verdict
 from defquant.report import build_report, claims_markdown, markdown_table, print_claims
-from defquant.report.claims import tally
 from defquant.report.measured import groups
 from defquant.report.plot import figures
+from defquant.report.show import tally
 from defquant.results import aggregate, read_folder
 from synthetic_results import fake_results
 from synthetic_runs import append, measurement

@@ -28,6 +28,10 @@ NOTHING = "–"
 MARKS = {"✓": "right", "✗": "wrong", "?": "open"}
 """What an answer begins with, and its class on the page."""
 PRECISION = re.compile(r"(full|fp|float)\b.*|[1-8]([ -]?bits?)?", re.IGNORECASE)
+BLIND = (
+    "† The loss gradient is exactly zero on more than 1% of the images that are classified "
+    "rightly. Gradient attacks are blind there: this accuracy is masked, not robust."
+)
 WORDS: Mapping[str, Any] = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text("utf-8"))
 
 
@@ -298,10 +302,10 @@ def _notes(table: Table) -> list[str]:
         "spread": any(n.seeds > 1 and _has_spread(n) for n in numbers),
         "single": any(n.low is not None and not _has_spread(n) and not n.points for n in numbers),
         "best": any(2 in places(table, index) for index in range(len(table.rows))),
-        "masked": any(n.masked for n in numbers),
     }
     rests = _rests_on([n for n in numbers if n.mean is not None])
-    return [rests] * bool(rests) + [WORDS["notes"][name] for name, there in marks.items() if there]
+    notes = [rests] * bool(rests) + [WORDS["notes"][name] for name, own in marks.items() if own]
+    return notes + [BLIND] * any(n.masked for n in numbers)
 
 
 def _rests_on(numbers: Sequence[Number]) -> str:

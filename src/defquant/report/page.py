@@ -6,44 +6,24 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from defquant.files import write_bytes
 from defquant.paper.section import Section, Verdict
 from defquant.report import cards, measured, model, plot
-from defquant.report.claims import claims, tally
 from defquant.report.model import WORDS, Chapter
 from defquant.report.names import distinct, is_validation, series_of
+from defquant.report.show import claims, tally
 from defquant.report.sources import of_runs, read_runs
 from defquant.results import Cell, Measurement, over_seeds, read_folder
 
 __all__ = ["build_report"]
 
 HERE = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A figure: what Vega-Lite draws, and a picture of it for a browser without script."""
-
-    spec: plot.Spec
-    about: str
-    still: bool = True
-
-    @property
-    def picture(self) -> Markup:
-        return Markup(plot.svg(self.spec)) if self.still else Markup()
-
-    @property
-    def data(self) -> Markup:
-        """JSON that no text in it can end."""
-        text = json.dumps(self.spec, ensure_ascii=False, separators=(",", ":"))
-        return Markup(re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def build_report(
@@ -103,12 +83,12 @@ def _render(title: str, facts: Sequence[str], **parts: Sequence[Chapter]) -> str
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     style, boot = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    charts = {c.anchor: _charts(c) for part in parts.values() for c in part}
+    charts = {c.anchor: list(_charts(c)) for part in parts.values() for c in part}
     vega = plot.script() if any(charts.values()) else b""
     hashes = [_hash(text) for text in (gzip.decompress(vega), boot.encode()) if vega]
     return environment.get_template("page.html").render(
         title=title, facts=facts, **parts, charts=charts, view=model.view, tally=tally,
-        marks=model.MARKS, style=Markup(style), boot=Markup(boot),
+        marks=model.MARKS, svg=plot.svg, json=_json, style=style, boot=boot,
         vega=base64.b64encode(vega).decode(), scripts=" ".join(hashes) or "'none'",
     )  # fmt: skip
 
@@ -117,15 +97,20 @@ def _hash(text: bytes) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'"
 
 
-def _charts(chapter: Chapter) -> list[Chart]:
-    found = []
+def _json(spec: plot.Spec) -> str:
+    """JSON that no text in it can end."""
+    text = json.dumps(spec, ensure_ascii=False, separators=(",", ":"))
+    return re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _charts(chapter: Chapter) -> Iterator[tuple[plot.Spec, str]]:
+    """What Vega-Lite draws, and what is said below."""
     for panels in plot.figures(chapter.panels):
         about = WORDS["bars" if panels[0].percent else "deviation"]
         papers = any(line.paper for panel in panels for line in panel.lines)
-        found.append(Chart(plot.chart(panels), about + WORDS["dashed"] * papers, chapter.still))
+        yield plot.chart(panels), about + WORDS["dashed"] * papers
     if any(reading.effect is not None for v in chapter.verdicts for reading in v.readings):
-        found.append(Chart(plot.claims_chart(chapter.verdicts), WORDS["effects"]))
-    return found
+        yield plot.claims_chart(chapter.verdicts), WORDS["effects"]
 
 
 def _paper(sections: Sequence[Section]) -> list[Chapter]:

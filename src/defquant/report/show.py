@@ -1,9 +1,11 @@
 """Sections, claims and summaries as Markdown, as GitHub shows it, and for the terminal."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import escape
 from rich import table as rich_table
 from rich.console import Console, Group, RenderableType
@@ -11,20 +13,30 @@ from rich.measure import Measurement as Width
 from rich.text import Text
 
 from defquant.errors import visible
-from defquant.paper.section import Section, Table, Verdict
-from defquant.report.claims import claims, tally
+from defquant.paper.section import Answer, Number, Reading, Section, Table, Verdict
 from defquant.report.measured import summary, summary_table
-from defquant.report.model import NOTHING, Place, View, of_section, view
+from defquant.report.model import (
+    NOTHING,
+    WORDS,
+    Chapter,
+    Place,
+    Plain,
+    View,
+    listing,
+    of_section,
+    view,
+)
 from defquant.report.names import markdown
 from defquant.report.sources import StripTable
 from defquant.results import Measurement
 
 __all__ = [
-    "claims_markdown", "markdown_table", "print_claims", "print_section", "section_markdown",
-    "text_matrix", "text_table",
+    "claims", "claims_markdown", "markdown_table", "print_claims", "print_section",
+    "section_markdown", "tally", "text_matrix", "text_table",
 ]  # fmt: skip
 
-MARKDOWN = ("{}", "**{}**", "<ins>{}</ins>")
+ICONS: dict[Answer, str] = {"holds": "✓", "does not hold": "✗", "not decided": "?"}
+EMPTY = Reading(NOTHING, None, None, None, "not decided", NOTHING)
 STYLES = ("", "bold", "underline")
 ANSWERS = {"right": "green", "wrong": "red", "open": "yellow"}
 LAYOUTS = ((" ", " (paper {})"), (" ", "\n(paper {})"), (" ", "\n({})"), ("\n", "\n({})"))
@@ -39,35 +51,17 @@ def section_markdown(section: Section, figure: str = "") -> str:
     Pictures are on the page alone; here is what the networks say of them.
     """
     chapter = of_section(section)
-    blocks = [f"## {markdown(chapter.title)}", *map(_paragraph, chapter.text)]
-    if figure and section.panels:
-        blocks.append(f"![{markdown(section.title)}]({quote(figure)})")
-    blocks += [block for table in chapter.tables for block in _table(table)]
-    for title, table in ((name, table) for name, tables in chapter.folded for table in tables):
-        name = f"{title}: {table.caption.split('. ')[0].rstrip('.')}" if table.caption else title
-        shown = f"<details><summary>{escape(visible(name))}</summary>"
-        blocks.append(f"{shown}\n\n{_pipes(view(table))}\n\n</details>")
-    for strip in chapter.strips:
-        said = f"{strip.where}: ✓ right, ✗ wrong, and the confidence."
-        blocks += [_pipes(view(_guesses(strip))), f"<sub>{markdown(said)}</sub>"]
-    blocks += [f"*{markdown(note)}*" for note in chapter.notes]
-    if chapter.commands:
-        blocks.append(_code("\n$ ".join(chapter.commands)))
-    return "\n\n".join(blocks) + "\n"
+    return _written("section", chapter=chapter, figure=figure if section.panels else "")
 
 
 def claims_markdown(verdicts: Sequence[Verdict]) -> str:
     """How many claims hold, a table with a row per reading, then notes and commands."""
-    chapter = claims(verdicts)
-    notes = [_pipes(view(table)) for _, tables in chapter.folded for table in tables]
-    return "\n\n".join([_counted(verdicts), *_table(chapter.tables[0]), *notes]) + "\n"
+    return _written("claims", chapter=claims(verdicts), counted=_counted(verdicts))
 
 
 def markdown_table(measurements: Iterable[Measurement]) -> str:
     """The summary as a GitHub table: best of a row bold, second underlined."""
-    shown = view(summary_table(summary(measurements)))
-    notes = [f"<sub>{markdown(' '.join(shown.notes))}</sub>"] if shown.notes else []
-    return "\n\n".join([_pipes(shown), *notes]) + "\n"
+    return _written("summary", table=summary_table(summary(measurements)))
 
 
 def text_table(measurements: Iterable[Measurement]) -> RenderableType:
@@ -84,7 +78,8 @@ def print_section(section: Section, console: Console) -> None:
     for table in chapter.tables or [t for _, tables in chapter.folded[:1] for t in tables]:
         parts += _fitted(view(table), console)
     for strip in chapter.strips:
-        parts += [Text(visible(strip.where)), _terminal(view(_guesses(strip)), LAYOUTS[0])]
+        drawn = _terminal(view(_guesses(strip)), LAYOUTS[0])
+        parts.append(Group(Text(visible(strip.where)), drawn))
     parts += [Text(visible(note)) for note in chapter.notes]
     parts += [Text(f"$ {visible(command)}", style="dim") for command in chapter.commands[:1]]
     console.print(Group(*(piece for part in parts for piece in (part, Text()))), crop=False)
@@ -104,27 +99,23 @@ def print_claims(verdicts: Sequence[Verdict], console: Console) -> None:
 
 
 def text_matrix(record: Mapping[str, Any]) -> list[str]:
-    """Rows are the networks attacked, columns those shown the images; each cell with its interval.
+    """Rows are the networks attacked, columns, by number, those shown the images.
 
-    A cell is the share of images fooled, of those that both networks have right; `-` where there
-    are none. Columns are numbered, as names are long. `record` is what
-    `defquant.diagnose.runs.transfer_runs` returns.
+    A cell is the share of images fooled, of those that both networks have right, with its
+    interval; `-` where there are none. `record` is what `defquant.diagnose.runs.transfer_runs`
+    returns.
     """
-    names = [network["name"] for network in record["networks"]]
-    width = max(len(name) for name in names) + 5
-    head = " " * width + "".join(f"{f'[{i}]':>25}" for i in range(1, len(names) + 1))
+    names = [f"[{i}] {network['name']}" for i, network in enumerate(record["networks"], 1)]
+    texts = [
+        "-" if c["rate"] is None else f"{c['rate']:.1%} [{c['low']:.1%}, {c['high']:.1%}]"
+        for c in record["cells"]
+    ]
+    width, count = max(map(len, names)) + 1, len(names)
+    lines = [("", [name.split(" ")[0] for name in names])]
+    lines += [(name, texts[i * count : (i + 1) * count]) for i, name in enumerate(names)]
     about = f"{record['attack']}, {record['images']} images of {record['data']}"
-    rows = [f"rows: made on; columns: shown to; {about}", head]
-    for i, name in enumerate(names):
-        cells = record["cells"][i * len(names) : (i + 1) * len(names)]
-        rows.append(f"{f'[{i + 1}] {name}':{width}}" + "".join(f"{_rate(c):>25}" for c in cells))
-    return rows
-
-
-def _rate(cell: Mapping[str, Any]) -> str:
-    if cell["rate"] is None:
-        return "-"
-    return f"{cell['rate']:.1%} [{cell['low']:.1%}, {cell['high']:.1%}]"
+    rows = [f"{name:{width}}" + "".join(f"{text:>25}" for text in own) for name, own in lines]
+    return [f"rows: made on; columns: shown to; {about}", *rows]
 
 
 def _counted(verdicts: Sequence[Verdict]) -> str:
@@ -138,32 +129,56 @@ def _counted(verdicts: Sequence[Verdict]) -> str:
     )
 
 
+# --- claims -------------------------------------------------------------------------------
+
+
+def claims(verdicts: Sequence[Verdict]) -> Chapter:
+    """A row per reading; what is said of each claim, and its command, folded."""
+    rows: list[Plain] = [
+        {
+            "Claim": f"{v.name} {v.claim} The paper: {v.paper or NOTHING}",
+            "Under": r.attack,
+            "Verdict": "" if r is EMPTY else f"{ICONS[r.verdict]} {r.verdict}",
+            "Effect, points": Number(r.effect, low=r.low, high=r.high, points=True),
+            "What was compared": r.detail,
+        }
+        for v in verdicts
+        for r in v.readings or (EMPTY,)
+    ]
+    notes = [(v.name, v.where, v.note, v.command) for v in verdicts]
+    kept = tuple(note for note in notes if any(note[1:]))
+    beside = Table(("Claim", "Where", "Note", "Command"), kept, "Notes and commands")
+    return Chapter(
+        "claims", "The paper's claims", tables=[listing(rows, WORDS["claims"])], verdicts=verdicts,
+        folded=[(beside.caption, [beside])] * bool(kept),
+    )  # fmt: skip
+
+
+def tally(verdicts: Sequence[Verdict]) -> list[tuple[str, str, list[str], int]]:
+    """Icon, answer, the claims that have it under the paper's own attack, how many readings."""
+    firsts = {v.name: v.readings[0].verdict if v.readings else "not decided" for v in verdicts}
+    readings = [reading.verdict for verdict in verdicts for reading in verdict.readings]
+    return [
+        (icon, answer, [name for name, own in firsts.items() if own == answer],
+         readings.count(answer))
+        for answer, icon in ICONS.items()
+    ]  # fmt: skip
+
+
 # --- Markdown -----------------------------------------------------------------------------
 
 
-def _table(table: Table) -> list[str]:
-    shown = view(table)
-    return [_pipes(shown)] + [f"<sub>{markdown(shown.about)}</sub>"] * bool(shown.about)
-
-
-def _pipes(shown: View) -> str:
-    """A GitHub table; all but the columns of words on the right."""
-    head = [markdown(name) or " " for name in shown.head]
-    rule = ["---"] * shown.words + ["---:"] * (len(shown.head) - shown.words)
-    rows = [[_cell(place) for place in row] for row in shown.rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
-
-
-def _cell(place: Place) -> str:
-    parts = [MARKDOWN[place.rank].format(markdown(place.text)), markdown(place.more)]
-    return " ".join(filter(None, [*parts, f"({place.paper})" if place.paper else ""]))
-
-
-def _code(command: str) -> str:
-    """A command in a fence that it cannot close."""
-    text = "\n".join(map(visible, command.splitlines()))
-    fence = "````" if "```" in text else "```"
-    return f"{fence}console\n$ {text}\n{fence}"
+def _written(kind: str, **parts: Any) -> str:
+    """What the macro `kind` of page.md makes of `parts`."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters.update(md=markdown, html=lambda text: escape(visible(text)), url=quote)
+    environment.filters.update(paragraph=_paragraph, visible=visible)
+    environment.globals.update(view=view, guesses=_guesses)
+    written: str = getattr(environment.get_template("page.md").module, kind)(**parts)
+    return written.strip("\n") + "\n"
 
 
 def _paragraph(text: str) -> str:
@@ -177,14 +192,12 @@ def _paragraph(text: str) -> str:
 
 def _guesses(table: StripTable) -> Table:
     kinds = ("clean", "attacked")
+    heads = [f"{name}, {kind}" for name, *_ in table.columns for kind in kinds]
     rows = []
     for image in table.images:
-        answers = [strip.answers(image) for *_, strip in table.columns]
-        said = [
-            " ".join(found[k]).strip() if found else NOTHING for found in answers for k in kinds
-        ]
+        found = [o.answers(image) if image in o.by_id else {} for *_, o in table.columns]
+        said = [" ".join(own.get(kind, [NOTHING])).strip() for own in found for kind in kinds]
         rows.append((image, table.first(image)[1], *said))
-    heads = [f"{name}, {kind}" for name, *_ in table.columns for kind in kinds]
     return Table(("Image", "Truth", *heads), tuple(rows))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from defquant.config import check_bits, check_eps
 from defquant.errors import UserError, shown
@@ -23,7 +23,7 @@ from defquant.results import Measurement, run_name
 from defquant.typed import convert, from_mapping
 
 __all__ = [
-    "Answer", "Example", "Run", "Strip", "StripTable", "flatten", "of_pictures", "of_runs",
+    "Example", "Run", "Strip", "StripTable", "flatten", "of_pictures", "of_runs",
     "read_runs",
 ]  # fmt: skip
 
@@ -99,14 +99,6 @@ def _finite(value: object) -> float | None:
 # --- pictures -----------------------------------------------------------------------------
 
 
-class Answer(NamedTuple):
-    """What a network says of an image: `✓` or `✗`, the class, `93%`."""
-
-    mark: str
-    name: str
-    sure: str
-
-
 @dataclass(frozen=True)
 class _Said:
     prediction: int
@@ -165,16 +157,16 @@ class Strip:
     def name(self, label: int) -> str:
         return self.classes[label] if 0 <= label < len(self.classes) else str(label)
 
-    def answers(self, image: str) -> dict[str, Answer]:
-        """What the network says of an image, clean and attacked; nothing of one it has not."""
-        found = self.by_id.get(image)
-        both = {"clean": found.clean, "attacked": found.adversarial} if found else {}
-        return {kind: self._answer(one, found.label) for kind, one in both.items() if found}
-
-    def _answer(self, one: _Said, label: int) -> Answer:
-        sure = _finite(one.confidence)
-        mark = "✓" if one.prediction == label else "✗"
-        return Answer(mark, self.name(one.prediction), "" if sure is None else f"{100 * sure:.0f}%")
+    def answers(self, image: str) -> dict[str, tuple[str, str, str]]:
+        """What the network says of an image: (`✓` or `✗`, class, `93%`), clean and attacked."""
+        own = self.by_id[image]
+        return {
+            kind: (
+                "✓" if said.prediction == own.label else "✗", self.name(said.prediction),
+                "" if (sure := _finite(said.confidence)) is None else f"{100 * sure:.0f}%",
+            )
+            for kind, said in (("clean", own.clean), ("attacked", own.adversarial))
+        }  # fmt: skip
 
 
 def _png(text: object) -> str:
