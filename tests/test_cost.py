@@ -28,9 +28,10 @@ from defquant.deploy.lower import calibrate, lower
 from defquant.deploy.program import (
     Add,
     Affine,
+    Call,
     Conv,
-    Flatten,
     Linear,
+    Name,
     Op,
     Program,
     Quantize,
@@ -53,7 +54,7 @@ def conv(
     kernel: Weight,
     *,
     stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
 ) -> Conv:
@@ -65,13 +66,17 @@ def linear(source: str, inputs: int) -> Linear:
     return Linear("fc", source, "fc", weight(10, inputs, bits=8), np.zeros(10, np.float32))
 
 
+def flatten(name: str, source: str, size: int) -> Call:
+    return Call(name, name, "aten.flatten.using_ints", (Name(source), 1), (), (-1, size))
+
+
 def program(
     *ops: Op, shape: tuple[int, int, int] = (2, 5, 5), grids: dict[str, Grid] | None = None
 ) -> Program:
     """`ops` behind the pixels; each convolution's codes have 4 bits."""
     codes = {op.name: FOUR for op in ops if isinstance(op, Conv | Quantize)}
     every: dict[str, Grid] = {"pixels": PIXELS, **codes, **(grids or {})}
-    return Program((Quantize("pixels", "image"), *ops), every, shape)
+    return Program((Quantize("pixels", "image"), *ops), every, shape, 10)
 
 
 def card(built: Program) -> dict[str, Any]:
@@ -81,7 +86,7 @@ def card(built: Program) -> dict[str, Any]:
 def test_two_layers_on_paper() -> None:
     """3x3, 2 to 3 channels, 5x5 to 3x3 places; then 27 numbers to 10 classes."""
     first = conv("a", "pixels", weight(3, 2, 3, 3, bits=4))
-    found = card(program(first, Flatten("flat", "a"), linear("flat", 27)))
+    found = card(program(first, flatten("flat", "a", 27), linear("flat", 27)))
     conv_macs, conv_bops = 9 * 3 * 2 * 9, 9 * 3 * 2 * 9 * 4 * 8  # 486 MACs, 4 x 8 bits
     assert found == {
         "file_bytes": 300,
@@ -125,7 +130,7 @@ def test_packed_bytes_end_in_whole_ones(bits: int, size: int) -> None:
 def test_groups_stride_padding_and_dilation() -> None:
     """Depthwise, 6 channels: 9 MACs for each of 6 x 4 x 3 outputs."""
     kernel = weight(6, 1, 3, 3, bits=8)
-    op = conv("a", "pixels", kernel, stride=(2, 3), padding=(1, 2), dilation=(1, 2), groups=6)
+    op = conv("a", "pixels", kernel, stride=(2, 3), padding=(1, 2, 1, 2), dilation=(1, 2), groups=6)
     built = program(op, shape=(6, 7, 9))
     assert shapes(built)["a"] == (6, 4, 3)
     assert card(built)["macs"] == 9 * 6 * 4 * 3

@@ -19,7 +19,7 @@ import defquant as dq
 from defquant.deploy.graph import METADATA, graph, packed, unpacked
 from defquant.deploy.lower import calibrate, lower
 from defquant.deploy.parity import _openvino
-from defquant.deploy.program import Conv, Linear, Mean, Program, Quantize
+from defquant.deploy.program import Call, Conv, Linear, Name, Program, Quantize
 from defquant.deploy.reference import rounded, run, steps, value
 from defquant.deploy.runtime import (
     OnnxModel,
@@ -115,12 +115,12 @@ def one_convolution(weight: Weight, channels: int, *, scale: float = 0.05) -> Pr
     last = Weight(np.eye(c_out, dtype=np.int8), np.ones(c_out, np.float32), 8)
     ops = (
         Quantize("pixels", "image"),
-        Conv("codes", "pixels", "conv", weight, bias, (1, 1), (1, 1), (1, 1), 1),
-        Mean("mean", "codes"),
+        Conv("codes", "pixels", "conv", weight, bias, (1, 1), (1, 1, 1, 1), (1, 1), 1),
+        Call("mean", "", "aten.mean.dim", (Name("codes"), (2, 3)), (), (-1, c_out)),
         Linear("out", "mean", "fc", last, np.zeros(c_out, np.float32)),
     )
     grids = {"pixels": PIXELS, "codes": Grid(scale, 128, 255)}
-    return Program(ops, grids, (channels, 4, 4))
+    return Program(ops, grids, (channels, 4, 4), c_out)
 
 
 # ------------------------------------------------------------------ code for code, and in integers

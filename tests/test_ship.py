@@ -96,7 +96,7 @@ def claiming(path: Path, **facts: object) -> None:
 
 
 SPOILED: dict[str, Callable[[Path], object]] = {
-    "2-bit activations, the run 4-bit ones": lambda path: claiming(path, bits=2),
+    "2-bit activations, dq 4-bit ones": lambda path: claiming(path, bits=2),
     "is not a whole ONNX model": lambda path: path.write_bytes(path.read_bytes()[:3000]),
     "was not made by `defquant export`": claiming,
     "was exported from another network": lambda path: claiming(path, digest="0" * 16),
@@ -159,7 +159,7 @@ def test_a_float_convolution_is_an_error_unless_allowed(
     assert "only 8 of 9" in capsys.readouterr().err and not file.exists()
     assert main(["export", str(runs / "dq"), str(file), *QUICKEST, "--allow-float"]) == 0
     assert main(["verify", str(runs / "dq"), str(file), "--images", "50"]) == 1
-    assert "1 of 9 convolutions run in float" in capsys.readouterr().err
+    assert "1 of 9 convolutions of codes run in float" in capsys.readouterr().err
 
 
 class Bright(nn.Module):
@@ -232,4 +232,4 @@ def test_bounds_of_a_trained_network(name: str, bits: int) -> None:
     found = parity(model, program, graph(program), test, deep=64)
     assert found.faults == {}
     assert found.agreement.accuracy >= AGREEMENT and found.flipped <= FLIPPED
-    assert found.unoptimised.accuracy >= AGREEMENT - 0.01
+    assert found.unoptimised.correct >= 63  # of 64: float sums may part at a tie

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
+from torch.overrides import TorchFunctionMode
 
 from defquant import quantize
 from defquant.attacks.access import untouched
@@ -170,12 +171,35 @@ def _not_finite(model: nn.Module) -> str:
 
 @contextmanager
 def _whole_quantizers() -> Iterator[None]:
-    """Quantisers are single operations of the program, and known by them."""
+    """Quantisers are single operations of the program, and known by them; torch's own, too."""
     former, quantize.whole = quantize.whole, True
     try:
-        yield
+        with _TorchsQuantizers():
+            yield
     finally:
         quantize.whole = former
+
+
+class _TorchsQuantizers(TorchFunctionMode):
+    """`torch.fake_quantize_per_tensor_affine`, which torch cannot export, as an operation of ours.
+
+    The one per channel, of weights, is written out.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = dict[str, Any](kwargs or {})
+        if function is torch.fake_quantize_per_tensor_affine:
+            x, scale, zero, low, high = [*args, *given.values()]
+            ends = (torch.as_tensor(end, dtype=x.dtype) for end in (scale, zero))
+            return quantize.affine_round(x, *ends, low, high)
+        if function is torch.fake_quantize_per_channel_affine:
+            x, scale, zero, axis, low, high = [*args, *given.values()]
+            along = [-1 if dim == axis % x.ndim else 1 for dim in range(x.ndim)]
+            scale, zero = scale.view(along), zero.view(along)
+            return x.div(scale).round().add(zero).clamp(low, high).sub(zero).mul(scale)
+        return function(*args, **given)
 
 
 def _exported(model: nn.Module, x: Tensor) -> torch.export.ExportedProgram:

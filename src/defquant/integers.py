@@ -15,7 +15,7 @@ from defquant.quantize import QuantReLU, QuantSigned
 from defquant.weights import weight_grid
 
 __all__ = [
-    "PIXELS", "Floats", "Floats64", "Grid", "Sums", "Weight", "branch_grid", "finest",
+    "PIXELS", "Floats", "Floats64", "Grid", "Sums", "Weight", "as_double", "branch_grid", "finest",
     "fold_batch_norm", "grid_of", "integers", "multiple", "snap_biases_",
 ]  # fmt: skip
 
@@ -106,18 +106,17 @@ def _whole(
     return codes.numpy().astype(np.int16), scale.double().numpy(), largest
 
 
-def fold_batch_norm(norm: nn.BatchNorm2d, layer: str) -> tuple[Floats64, Floats64]:
+def fold_batch_norm(
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> tuple[Floats64, Floats64]:
     """gain = gamma / sqrt(var + eps) and shift = beta - gain · mean, float64 (c,)."""
-    if norm.running_mean is None or norm.running_var is None:
-        raise UserError(f"cannot export layer {layer!r}: a batch norm without running statistics")
-    mean, var = _double(norm.running_mean), _double(norm.running_var)
-    gain = 1 / np.sqrt(var + norm.eps)
-    if norm.affine:
-        return gain * _double(norm.weight), _double(norm.bias) - gain * _double(norm.weight) * mean
-    return gain, -gain * mean
+    gain = 1 / np.sqrt(as_double(var) + eps)
+    gain = gain if weight is None else gain * as_double(weight)
+    shift = -gain * as_double(mean)
+    return gain, shift if bias is None else shift + as_double(bias)
 
 
-def _double(tensor: Tensor) -> Floats64:
+def as_double(tensor: Tensor) -> Floats64:
     result: Floats64 = tensor.detach().to("cpu", torch.float64).numpy()
     return result
 
@@ -126,43 +125,50 @@ def _double(tensor: Tensor) -> Floats64:
 class Sums:
     """gain · (a convolution of codes on `source`) + shift per channel, before it is given a grid.
 
-    `home` is the layer whose bias is added last.
+    `kernel` is the float weight, (c_out, c_in / groups, k, k), which has a grid of `bits` where it
+    was trained on one; `home` is the layer whose bias is added last.
     """
 
     layer: str
-    conv: nn.Conv2d
+    kernel: Tensor
+    bits: int | None
     source: Grid
     gain: Floats64
     shift: Floats64
-    home: nn.Conv2d | nn.BatchNorm2d | None
+    home: nn.Conv2d | nn.BatchNorm2d | None = None
 
     @staticmethod
-    def of(layer: str, conv: nn.Conv2d, source: Grid) -> "Sums":
-        zeros, bias = np.zeros(conv.out_channels), conv.bias
-        shift, home = (zeros, None) if bias is None else (_double(bias), conv)
-        return Sums(layer, conv, source, zeros + 1, shift, home)
+    def of(
+        layer: str, kernel: Tensor, bits: int | None, bias: Tensor | None, source: Grid
+    ) -> "Sums":
+        ones = np.ones(len(kernel))
+        return Sums(
+            layer, kernel, bits, source, ones, 0 * ones if bias is None else as_double(bias)
+        )
 
-    def normed(self, norm: nn.BatchNorm2d, layer: str) -> "Sums":
-        gain, shift = fold_batch_norm(norm, layer)
-        shift, home = self.shift * gain + shift, norm if norm.affine else None
-        return replace(self, gain=self.gain * gain, shift=shift, home=home)
+    def scaled(self, gain: Floats64, shift: Floats64, home: Any = None) -> "Sums":
+        return replace(self, gain=self.gain * gain, shift=self.shift * gain + shift, home=home)
 
     def weight(self, bits: int, grid: Grid) -> Weight:
         """`integers` of the convolution with the gain in their scale, for an output on `grid`.
 
         Where the gain is negative the channel's integers are negated, which a narrow range allows.
         Where all products together stay below 1e-3 of a step of the output, because the gain is
-        near 0, they are 0 and the scale only carries the bias.
+        near 0, they are 0 and the scale only carries the bias. Where the bias would not fit into 32
+        bits, because the scale is tiny beside it, the channel's scale is enlarged until it does.
         """
-        k, s, times = _whole(self.conv.weight, bits, self.source.top, self.layer)
+        k, s, times = _whole(self.kernel, bits, self.source.top, self.layer)
         most = np.abs(k).reshape(len(k), -1).sum(1) * s * np.abs(self.gain)
         dead = most * self.source.top * self.source.scale < 1e-3 * grid.scale
         sign = np.where(dead, 0, np.sign(self.gain)).astype(np.int16)
-        k = k * sign.reshape(-1, *[1] * (k.ndim - 1)) * times
+        per_channel = (-1, *[1] * (k.ndim - 1))
+        k = k * sign.reshape(per_channel)
         # 2^-16 of a step of the output is fine enough for a bias, and far from overflow
         bare = grid.scale / self.source.scale * 2**-16 * times
         s = np.where(dead, bare, s * np.abs(self.gain)) / times
-        return Weight(k.astype(np.int8), s.astype(np.float32), bits, times)
+        least = np.abs(self.shift) / (self.source.scale * 2.0**30)
+        k = np.rint(k * (s / np.maximum(s, least)).reshape(per_channel)) * times
+        return Weight(k.astype(np.int8), np.maximum(s, least).astype(np.float32), bits, times)
 
     def bias(self, weight: Weight, grid: Grid) -> NDArray[np.int32]:
         """`shift` in units of source.scale · weight.scale. `UserError` where it overflows."""
@@ -206,10 +212,10 @@ def snap_biases_(model: nn.Module, x: Tensor) -> None:
     found = _watched(model, x)
     homes = [sums.home for sums, _ in found]
     for sums, grid in found:
-        home, bits = sums.home, int(sums.conv.weight_bits)  # type: ignore[arg-type]
+        home, bits = sums.home, sums.bits
         if home is None or home.bias is None or homes.count(home) > 1:
             continue
-        if multiple(bits, sums.source.top):
+        if bits and multiple(bits, sums.source.top):
             weight = sums.weight(bits, grid)
             units, overflows = sums.units(weight, grid)
             missing = units * (np.float64(sums.source.scale) * weight.scale) - sums.shift
@@ -236,11 +242,15 @@ def _watched(model: nn.Module, x: Tensor) -> list[tuple[Sums, Grid]]:
         elif isinstance(module, nn.Conv2d):
             if source not in codes:
                 return False
-            open_sums[result] = Sums.of(name, module, codes[source])
+            bits = getattr(module, "weight_bits", None)
+            made = Sums.of(name, module.weight, bits, module.bias, codes[source])
+            open_sums[result] = replace(made, home=None if module.bias is None else module)
         elif isinstance(module, nn.BatchNorm2d) and sums is not None:
-            if module.running_var is None:
+            if module.running_var is None or module.running_mean is None:
                 return False
-            open_sums[result] = sums.normed(module, name)
+            own = module.weight, module.bias, module.running_mean, module.running_var, module.eps
+            home = module if module.affine else None
+            open_sums[result] = sums.scaled(*fold_batch_norm(*own), home)
         elif isinstance(module, nn.MaxPool2d | nn.Identity | nn.Dropout | nn.Dropout2d):
             if source in codes:
                 codes[result] = codes[source]

@@ -122,7 +122,13 @@ def _step(peak: Tensor, bits: int) -> tuple[Tensor, int]:
     return peak / (2 ** (bits - 1) - 1), 2 ** (bits - 1)
 
 
-for _operation in (_clip_round, _tanh_round, _signed_round):
+@torch.library.custom_op("defquant::affine_round", mutates_args=())
+def affine_round(x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
+    """scale · (clamp(round(x / scale) + zero, low, high) - zero), as torch's fake quantisers."""
+    return x.div(scale).round_().add_(zero).clamp_(low, high).sub_(zero).mul_(scale)
+
+
+for _operation in (_clip_round, _tanh_round, _signed_round, affine_round):
     _operation.register_fake(lambda x, *_: torch.empty_like(x))
 
 

@@ -109,7 +109,10 @@ def parity_rows(card: Mapping[str, Any], found: "Parity") -> Iterator[str]:
     run, (integer, convolutions) = f"{card['run']:24}", found.convolutions
     measured = card["calibrated"]
     images = f", ranges measured on {measured} training images" if measured else ""
+    floats = ", ".join(f"{kind} x {n}" for kind, n in card["floats"].items())
     yield f"{run} {integer} of {convolutions} convolutions in integers{images}"
+    if floats:
+        yield f"{run} in float: {floats}"
     yield f"{run} same answer as the trained network: {found.agreement}"
     yield (
         f"{run} activation codes that differ: {found.flipped:.2%}; "

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from defquant.measure import Subject
 
 __all__ = [
-    "Batch", "Device", "Images", "Json", "Root", "Seed", "attack", "least", "needs_onnx", "rescore",
+    "Batch", "Device", "Images", "Json", "ModelFile", "Root", "Seed", "Weights", "attack", "least",
+    "needs_onnx", "rescore",
 ]  # fmt: skip
 
 Json = Annotated[bool, Parameter(help="JSON lines alone on stdout, instead of rows")]

@@ -1,10 +1,11 @@
 """What each verb does. Its signature is its flags, its docstring its help. No torch on import."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -15,8 +16,10 @@ from defquant.cli.scores import (
     Device,
     Images,
     Json,
+    ModelFile,
     Root,
     Seed,
+    Weights,
     attack,
     least,
     needs_onnx,
@@ -27,9 +30,11 @@ from defquant.errors import UserError
 from defquant.results import read_folder
 
 if TYPE_CHECKING:
-    from defquant.checkpoint import Facts
+    from torch import nn
+
     from defquant.data import Dataset
     from defquant.deploy.parity import Parity
+    from defquant.deploy.ship import Origin
     from defquant.paper.grid import Scale
 
 __all__ = ["VERBS"]
@@ -198,10 +203,14 @@ def diagnose(
 
 def export(
     run: str,
-    model: str,
+    model: str | None = None,
     *,
+    model_file: ModelFile = None,
+    weights: Weights = None,
+    data: str | None = None,
     images: Images = None,
     allow_float: bool = False,
+    strict: bool = False,
     weight_bits: Literal[8, 4, 2] = 8,
     input: Input = "float",
     attack: tuple[str, ...] = ("fgsm", "pgd-20"),
@@ -215,12 +224,14 @@ def export(
     data_root: Root = None,
     json: Json = False,
 ) -> int:
-    """Write a trained run as an integer ONNX model, checked, attacked and priced.
+    """Write a network as an integer ONNX model, checked, attacked and priced.
 
     Args:
-        run: folder of the run.
+        run: folder of the run; with --model-file none.
         model: the ONNX file; its card lies beside it as .json.
-        allow_float: accept a file of which some convolutions run in float.
+        data: for --model-file: its data.
+        allow_float: accept a file of which this onnxruntime runs some convolutions in float.
+        strict: accept no convolution that stays in float, as what it reads is not quantised.
         weight_bits: of the weights, where the run was trained with float ones.
         input: what the file takes: images in [0, 1], or pixels.
         attack: attacks whose images are made on the trained network and shown to both; as in
@@ -239,20 +250,20 @@ def export(
     from defquant.attacks.names import parse_attack
     from defquant.deploy import cost, ship
     from defquant.files import write_json
-    from defquant.runs import load_images
 
     attacks = [parse_attack(name, radius) for name in attack for radius in eps]
     single = [a for a in attacks if isinstance(a, Single)]
     if len(single) < len(attacks):
         raise UserError("--attack takes attacks that make one image each: not standard or adaptive")
-    path = Path(model)
-    network, facts, tested = _deployable(Path(run), data_root, images)
+    path, network, origin, known, tested = _deployable(
+        run, model, model_file, weights, data, data_root, images
+    )
     program, file = ship.exported(
-        network, facts, load_images(facts.data, "train"), path, weight_bits=weight_bits,
-        input_type=input, allow_float=allow_float,
+        network, origin, known("train"), path, weight_bits=weight_bits, input_type=input,
+        allow_float=allow_float, strict=strict,
     )  # fmt: skip
     found = ship.compared(network, program, file, tested)
-    card = ship.card_of(Path(run), facts, path, file, tested, found)
+    card = ship.card_of(origin, path, file, program, tested, found)
     if not json:
         print("\n".join(rows.parity_rows(card, found)), flush=True)
     card["scores"] = []
@@ -260,63 +271,93 @@ def export(
     for scores in ship.attacked(network, file, some, single, queries, few, seed=seed):
         card["scores"].append(scores)
         if not json:
-            print(rows.scores_row(Path(run).name, scores), flush=True)
+            print(rows.scores_row(origin.name, scores), flush=True)
     card["cost"] = ship.cost(network, program, file, repeats=repeats, threads=threads)
     print_json(card) if json else print("\n".join(cost.rows(card["cost"])))
     print(path)
     print(write_json(path.with_suffix(".json"), card))
-    return _judged(found, facts, allow_float)
+    return _judged(found, origin, allow_float)
 
 
 def verify(
     run: str,
-    model: str,
+    model: str | None = None,
     *,
+    model_file: ModelFile = None,
+    weights: Weights = None,
+    data: str | None = None,
     images: Images = None,
     allow_float: bool = False,
     data_root: Root = None,
     json: Json = False,
 ) -> int:
-    """Check that an exported file computes what its run was trained to; 1 where a bound is broken.
+    """Check that an exported file computes what its network does; 1 where a bound is broken.
 
     Args:
-        run: folder of the run.
+        run: folder of the run; with --model-file none.
         model: the ONNX file.
-        allow_float: accept a file of which some convolutions run in float.
+        data: for --model-file: its data.
+        allow_float: accept a file of which this onnxruntime runs some convolutions in float.
     """
     needs_onnx()
     from defquant.deploy import ship
 
-    path = Path(model)
-    network, facts, tested = _deployable(Path(run), data_root, images)
-    program, file = ship.read(path, network, facts)
+    path, network, origin, _, tested = _deployable(
+        run, model, model_file, weights, data, data_root, images
+    )
+    program, file = ship.read(path, network, origin)
     found = ship.compared(network, program, file, tested)
-    card = ship.card_of(Path(run), facts, path, file, tested, found)
+    card = ship.card_of(origin, path, file, program, tested, found)
     print_json(card) if json else print("\n".join(rows.parity_rows(card, found)))
     print(path)
-    return _judged(found, facts, allow_float)
+    return _judged(found, origin, allow_float)
 
 
 def _deployable(
-    run: Path, data_root: str | None, images: int | None
-) -> "tuple[Any, Facts, Dataset]":
-    """The network on the CPU, its facts with `data_root` in them, its first test images."""
+    run: str,
+    file: str | None,
+    model_file: str | None,
+    weights: str | None,
+    data: str | None,
+    root: str | None,
+    images: int | None,
+) -> "tuple[Path, nn.Module, Origin, Callable[[str], Dataset], Dataset]":
+    """The ONNX file, the network on the CPU, where it is from, its data, its first test images."""
     least(1, images=images)
     import torch
 
-    from defquant.checkpoint import load_on
-    from defquant.runs import test_images
+    from defquant.deploy.ship import Origin
 
-    model, facts = load_on(run, torch.device("cpu"))
-    if data_root is not None:
-        facts = replace(facts, data=replace(facts.data, data_root=data_root))
-    return model, facts, test_images(facts, None, images, "test")
+    cpu = torch.device("cpu")
+    if model_file is None:
+        from defquant.checkpoint import load_on
+        from defquant.runs import load_images, test_images
+
+        if file is None:
+            raise UserError("give the run's folder and the ONNX file, or --model-file and the file")
+        if misplaced := weights or data:
+            raise UserError(f"a run knows its own weights and data; found {misplaced!r}")
+        model, facts = load_on(Path(run), cpu)
+        if root is not None:
+            facts = replace(facts, data=replace(facts.data, data_root=root))
+        tested = test_images(facts, None, images, "test")
+        origin = Origin.of_run(Path(run), facts)
+        return Path(file), model, origin, partial(load_images, facts.data), tested
+    from defquant.data import load
+    from defquant.foreign import load_foreign, probe
+
+    if file is not None or data is None:
+        raise UserError("--model-file takes the ONNX file alone, and --data: digits, cifar10, ...")
+    tested = load(data, root, "test").first(images)
+    foreign = load_foreign(model_file, weights, cpu)
+    probe(foreign, tested, len(tested))
+    origin = Origin.of_model(foreign.subject, tested)
+    return Path(run), foreign.model, origin, partial(load, data, root), tested
 
 
-def _judged(found: "Parity", facts: "Facts", allow_float: bool) -> int:
+def _judged(found: "Parity", origin: "Origin", allow_float: bool) -> int:
     """Says the faults that count. A network not trained to be deployed is only calibrated."""
-    trained = facts.model.deployable and facts.model.weight_bits is not None
-    counts = {"reference"} | ({"agreement", "flipped"} if trained else set())
+    counts = {"reference"} | ({"agreement", "flipped"} if origin.trained else set())
     counts |= set() if allow_float else {"float"}
     faults = [fault for kind, fault in found.faults.items() if kind in counts]
     for fault in faults:

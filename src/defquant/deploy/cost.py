@@ -14,7 +14,7 @@ import onnx
 import torch
 from torch import nn
 
-from defquant.deploy.program import Add, Affine, Conv, Linear, Op, Program
+from defquant.deploy.program import Affine, Call, Conv, Linear, Program, sources
 from defquant.deploy.reference import run
 from defquant.deploy.runtime import OnnxModel
 from defquant.errors import UserError
@@ -93,26 +93,33 @@ def _layers(program: Program, sizes: _Sizes) -> list[dict[str, Any]]:
             macs = op.weight.integers.size * math.prod(sizes[op.name][1:])
             found.append((op.layer, macs, op.weight.bits, program.grids[op.source].bits))
         elif isinstance(op, Linear):
-            found.append((op.layer, op.weight.integers.size, FLOAT, FLOAT))
+            rows = math.prod(sizes[op.name][:-1])
+            found.append((op.layer, op.weight.integers.size * rows, FLOAT, FLOAT))
         elif isinstance(op, Affine):
             found.append((op.name, math.prod(sizes[op.name]), FLOAT, FLOAT))
+        elif isinstance(op, Call) and (count := _products(op)):
+            found.append((op.layer, count, FLOAT, FLOAT))
     keys = ("layer", "macs", "weight_bits", "activation_bits")
     return [dict(zip(keys, a, strict=True)) | {"bops": math.prod(a[1:])} for a in found]
 
 
+def _products(op: Call) -> int:
+    """Multiply-adds of what stays in floats: convolutions and linear layers; others count as 0."""
+    if op.kind not in ("conv2d", "linear"):
+        return 0
+    weight, results = op.args[1], op.size[2:] if op.kind == "conv2d" else op.size[1:-1]
+    return int(weight.size) * math.prod(results)
+
+
 def _peak(program: Program, sizes: _Sizes, bits: Mapping[str, int]) -> int:
     """The most bytes alive at once; tensors that are not in `bits` are floats."""
-    last = {name: i for i, op in enumerate(program.ops) for name in _sources(op)}
+    last = {name: i for i, op in enumerate(program.ops) for name in sources(op)}
     live, peak = dict[str, int](), 0
     for i, op in enumerate(program.ops):
         live[op.name] = _bytes(math.prod(sizes[op.name]), bits.get(op.name, FLOAT))
         peak = max(peak, sum(live.values()))
         live = {name: size for name, size in live.items() if last.get(name, -1) > i}
     return peak
-
-
-def _sources(op: Op) -> tuple[str, ...]:
-    return tuple(name for name, _ in op.terms) if isinstance(op, Add) else (op.source,)
 
 
 def _bytes(count: int, bits: int) -> int:

@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from torch import fx
-
-from defquant.deploy.program import Add, Affine, Conv, Op, Program, Quantize
+from defquant.deploy.program import Add, Affine, Conv, Op, Program, Quantize, sources
 from defquant.errors import UserError
 from defquant.integers import PIXELS, Floats64, Grid, Sums, branch_grid, finest
 
-__all__ = ["Codes", "Emitter", "Scaled", "Stream", "Unfinished", "Value", "named", "pair"]
+__all__ = ["Codes", "Emitter", "Padded", "Scaled", "Stream", "Unfinished", "Value"]
 
 
 @dataclass(frozen=True)
@@ -19,8 +17,16 @@ class Codes:
 
 
 @dataclass(frozen=True)
+class Padded:
+    """Codes with a border of zeros, (top, left, bottom, right), for the convolution behind."""
+
+    codes: Codes
+    border: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
 class Stream:
-    """factor · (the float tensor `name`)."""
+    """factor · (the float tensor, or the codes, `name`)."""
 
     name: str
     factor: float = 1.0
@@ -28,24 +34,26 @@ class Stream:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """`sums` of a convolution of the codes `source`."""
+    """`sums` of a convolution of the codes `source`; stride, padding, dilation and groups."""
 
-    node: fx.Node
+    name: str
     source: str
     sums: Sums
+    ends: tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int], int]
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """gain · x + shift per channel, before it is quantised."""
+    """gain · x + shift per channel of `rank` dimensions, before it is quantised."""
 
-    node: fx.Node
+    name: str
     x: Codes | Stream
     gain: Floats64
     shift: Floats64
+    rank: int
 
 
-Value: TypeAlias = Codes | Stream | Unfinished | Scaled
+Value: TypeAlias = Codes | Padded | Stream | Unfinished | Scaled
 
 
 class Emitter:
@@ -53,110 +61,92 @@ class Emitter:
 
     Attributes:
         peaks: max|output| of convolutions whose output gets a grid of its own; None where any range
-            will do, as `unranged`, the nodes that need one, is all that is asked.
+            will do, as `unranged`, the values that need one, is all that is asked.
         weight_bits: of layers without `weight_bits` of their own.
         ops, grids: the operations so far, and the grids of their codes by name.
-        flat: tensors (n, c), among those of (n, c, h, w).
-        activations: of each activation function, the name of its codes.
+        activations: the names of the codes that the network itself quantises.
     """
 
     def __init__(self, peaks: Mapping[str, float] | None, weight_bits: int) -> None:
         self.peaks, self.weight_bits = peaks, weight_bits
-        self.unranged: list[fx.Node] = []
+        self.unranged: list[str] = []
         self.ops: list[Op] = [Quantize("pixels", "image")]
+        self.known = {"pixels"}
         self.grids = {"pixels": PIXELS}
-        self.flat: set[str] = set()
-        self.activations: dict[str, str] = {}
+        self.activations: list[str] = []
 
-    def program(self, shape: tuple[int, int, int]) -> Program:
+    def program(self, shape: tuple[int, int, int], classes: int) -> Program:
         """What the last operation needs: a branch whose coefficient is 0 is left out."""
         needed, ops = {self.ops[-1].name}, []
         for op in reversed(self.ops):
             if op.name in needed:
                 ops.append(op)
-                needed |= {name for name, _ in op.terms} if isinstance(op, Add) else {op.source}
+                needed |= set(sources(op))
         grids = {name: grid for name, grid in self.grids.items() if name in needed}
-        seen = {layer: name for layer, name in self.activations.items() if name in needed}
-        return Program(tuple(reversed(ops)), grids, shape, seen)
+        seen = tuple(name for name in self.activations if name in needed)
+        return Program(tuple(reversed(ops)), grids, shape, classes, seen)
 
-    def emit(self, op: Op, *, flat: bool = False) -> Stream:
-        """`op` written once; `flat` says that its output is (n, c)."""
-        if all(op.name != known.name for known in self.ops):
+    def emit(self, op: Op) -> Stream:
+        """`op` written once."""
+        if op.name not in self.known:
             self.ops.append(op)
-        if flat:
-            self.flat.add(op.name)
+            self.known.add(op.name)
         return Stream(op.name)
 
-    def onto(self, node: fx.Node, grid: Grid, value: Value) -> Codes:
+    def onto(self, name: str, grid: Grid, value: Value) -> Codes:
         """`value` rounded onto `grid`: the end of a convolution, or an operation of its own."""
-        name = named(node)
-        self.grids[name] = grid
-        if isinstance(value, Unfinished):
-            self._finish_conv(name, value)
-        else:
-            source = self.tensor(self.finished(value))
-            self.ops.append(Quantize(name, source))
-            if source in self.flat:
-                self.flat.add(name)
+        if name not in self.known:
+            self.grids[name] = grid
+            self.emit(self._conv(name, value) if isinstance(value, Unfinished)
+                      else Quantize(name, self.tensor(value)))  # fmt: skip
         return Codes(name)
 
     def finished(self, value: Value) -> Codes | Stream:
         """As a tensor: sums of products rounded to their own range, affine maps written out."""
         if isinstance(value, Unfinished):
-            return self.onto(value.node, branch_grid(self._peak(value)), value)
+            return self.onto(value.name, branch_grid(self._peak(value)), value)
         if isinstance(value, Scaled):
             factor = value.x.factor if isinstance(value.x, Stream) else 1.0
             scale, bias = (value.gain * factor).astype("f4"), value.shift.astype("f4")
-            return self.emit(Affine(named(value.node), value.x.name, scale, bias))
+            return self.emit(Affine(value.name, value.x.name, scale, bias, value.rank))
+        assert not isinstance(value, Padded)
         return value
 
     def _peak(self, value: Unfinished) -> float:
-        self.unranged.append(value.node)
-        if self.peaks is not None and value.node.name not in self.peaks:
+        self.unranged.append(value.name)
+        if self.peaks is not None and value.name not in self.peaks:
             raise UserError(
                 f"cannot export layer {value.sums.layer!r} in integers: its output has no range; "
                 "calibrate, or train with --deployable"
             )
-        return (self.peaks or {}).get(value.node.name) or 1.0  # of a branch of zeros any will do
+        return (self.peaks or {}).get(value.name) or 1.0  # of a branch of zeros any will do
 
-    def _finish_conv(self, name: str, value: Unfinished) -> None:
+    def _conv(self, name: str, value: Unfinished) -> Conv:
         sums, grid = value.sums, self.grids[name]
-        conv, most = sums.conv, min(self.weight_bits, finest(sums.source.top))
-        weight = sums.weight(getattr(conv, "weight_bits", None) or most, grid)
+        weight = sums.weight(sums.bits or min(self.weight_bits, finest(sums.source.top)), grid)
         bias = sums.bias(weight, grid)
-        stride, padding, dilation = (pair(v) for v in (conv.stride, conv.padding, conv.dilation))
-        ends = stride, padding, dilation, conv.groups
-        self.ops.append(Conv(name, value.source, sums.layer, weight, bias, *ends))
+        return Conv(name, value.source, sums.layer, weight, bias, *value.ends)
 
-    def tensor(self, value: Codes | Stream) -> str:
+    def tensor(self, value: Value) -> str:
         """Its name, after a multiplication where a factor is left."""
-        if isinstance(value, Stream) and value.factor != 1:
-            return self.emit(Add(f"{value.name}/scaled", ((value.name, value.factor),))).name
-        return value.name
+        x = self.finished(value)
+        if isinstance(x, Stream) and x.factor != 1:
+            return self.emit(Add(f"{x.name}/times{x.factor!r}", ((x.name, x.factor),))).name
+        return x.name
 
-    def add(self, node: fx.Node, factors: list[float], inputs: list[Value]) -> Value:
+    def add(self, name: str, factors: list[float], inputs: list[Value]) -> Value:
         """The sum in units of its first stream, whose factor is passed on and costs nothing."""
-        terms: list[tuple[str, float]] = []
+        terms: dict[str, float] = {}
         unit = 1.0
         for factor, value in zip(factors, inputs, strict=True):
             x = self.finished(value)
             if isinstance(x, Stream):
                 factor *= x.factor
-                unit = factor if unit == 1 and abs(factor) > 1e-3 else unit
-            if factor:
-                terms.append((x.name, factor))
-        if not terms:
-            raise UserError(f"cannot export the sum {node.name!r}: all its coefficients are 0")
-        if any(name in self.flat for name, _ in terms):
-            raise UserError(f"cannot export the sum {node.name!r}: it must be of images")
-        self.emit(Add(named(node), tuple((name, factor / unit) for name, factor in terms)))
-        return Stream(named(node), unit)
-
-
-def named(node: fx.Node) -> str:
-    """The name of a node's result, which the ends of a `Program` leave free."""
-    return f"layer.{node.name}" if node.name in ("image", "pixels", "logits") else node.name
-
-
-def pair(value: Any) -> tuple[int, int]:
-    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
+                stream = x.name not in self.grids
+                unit = factor if stream and unit == 1 and abs(factor) > 1e-3 else unit
+            terms[x.name] = terms.get(x.name, 0.0) + factor
+        kept = tuple((source, factor / unit) for source, factor in terms.items() if factor)
+        if not kept:
+            raise UserError(f"cannot export the sum {name!r}: all its coefficients are 0")
+        self.emit(Add(name, kept))
+        return Stream(name, unit)

@@ -15,26 +15,21 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from defquant.deploy.program import (
-    Add,
-    Affine,
-    Conv,
-    Flatten,
-    Linear,
-    MaxPool,
-    Mean,
-    Op,
-    Program,
-    Quantize,
-)  # fmt: skip
+from defquant.deploy import floats
+from defquant.deploy.program import Add, Affine, Conv, Linear, MaxPool, Op, Program, Quantize
 from defquant.integers import Weight
 
-__all__ = ["METADATA", "OPERATORS", "OPSET", "Input", "graph", "packed", "unpacked"]
+__all__ = ["METADATA", "OPERATORS", "OPSET", "Input", "Writer", "graph", "packed", "unpacked"]
 
 OPSET = 21
 OPERATORS = {
-    "Add", "Cast", "Clip", "Conv", "DequantizeLinear", "Flatten", "Gather", "Gemm",
-    "GlobalAveragePool", "Identity", "MaxPool", "Mul", "QuantizeLinear", "Reshape", "Slice",
+    "Abs", "Add", "AveragePool", "Cast", "Ceil", "Clip", "Concat", "Conv", "DequantizeLinear",
+    "Div", "Elu", "Erf", "Exp", "Expand", "Flatten", "Floor", "Gather", "Gelu", "Gemm",
+    "GlobalAveragePool", "GroupNormalization", "HardSigmoid", "HardSwish", "Identity",
+    "LayerNormalization", "LeakyRelu", "Log", "LogSoftmax", "MatMul", "Max", "MaxPool", "Min",
+    "Mish", "Mul", "Neg", "Pad", "Pow", "QuantizeLinear", "Reciprocal", "ReduceMax", "ReduceMean",
+    "ReduceMin", "ReduceSum", "Relu", "Reshape", "Round", "Shape", "Sigmoid", "Sign", "Slice",
+    "Softmax", "Softplus", "Sqrt", "Sub", "Tanh", "Transpose",
 }  # fmt: skip
 """All that `graph` writes."""
 METADATA = "defquant"
@@ -53,13 +48,13 @@ def graph(
     With `integers=False` the same network in float32, clipped but not rounded: what it would cost
     without quantisation. `facts` are kept as JSON under `METADATA`.
     """
-    writer = _Writer(program, integers)
+    writer = Writer(program, integers)
     for op in program.ops:
         writer.add(op, input_type)
     kind = TensorProto.FLOAT if input_type == "float" or not integers else TensorProto.UINT8
     image = helper.make_tensor_value_info("image", kind, ["batch", *program.shape])
-    classes = next(len(op.bias) for op in reversed(program.ops) if isinstance(op, Linear))
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", classes])
+    ends: list[str | int] = ["batch", program.classes]
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ends)
     writer.nodes[-1].output[0] = "logits"
     body = helper.make_graph(
         writer.nodes, "defquant", [image], [logits], initializer=writer.constants
@@ -75,7 +70,7 @@ def graph(
     return model
 
 
-class _Writer:
+class Writer:
     """Nodes and constants, in order; each constant once."""
 
     def __init__(self, program: Program, integers: bool) -> None:
@@ -104,21 +99,24 @@ class _Writer:
             terms = [self.real(name, factor) for name, factor in op.terms]
             self.node("Add" if len(terms) > 1 else "Identity", terms, op.name)
         elif isinstance(op, Affine):
-            rank = len(self.program.shape)
             scale, bias = (
-                self.constant(v.reshape(-1, *[1] * (rank - 1))) for v in (op.scale, op.bias)
+                self.constant(v.reshape(-1, *[1] * (op.rank - 2))) for v in (op.scale, op.bias)
             )
             scaled = self.node("Mul", [self.real(op.source), scale], f"{op.name}/scaled")
             self.node("Add", [scaled, bias], op.name)
-        elif isinstance(op, Mean):
-            mean = self.node("GlobalAveragePool", [self.real(op.source)], f"{op.name}/image")
-            self.node("Flatten", [mean], op.name)
-        elif isinstance(op, Flatten):
-            self.node("Flatten", [self.real(op.source)], op.name)
+        elif isinstance(op, Linear):
+            self.linear(op)
         else:
-            weight = self.weight(op)
-            source = self.real(op.source)
-            self.node("Gemm", [source, weight, self.constant(op.bias)], op.name, transB=1)
+            floats.write(self, op)
+
+    def linear(self, op: Linear) -> None:
+        source, bias = self.real(op.source), self.constant(op.bias)
+        if op.rank == 2:
+            self.node("Gemm", [source, self.weight(op), bias], op.name, transB=1)
+            return
+        turned = self.node("Transpose", [self.weight(op)], f"{op.name}/turned", perm=(1, 0))
+        self.node("Add", [self.node("MatMul", [source, turned], f"{op.name}/product"), bias],
+                  op.name)  # fmt: skip
 
     def convolution(self, op: Conv) -> None:
         unit = np.float32(self.program.grids[op.source].scale) * op.weight.scale
@@ -133,7 +131,7 @@ class _Writer:
         inputs = [self.real(op.source), self.weight(op), bias]
         sums = self.node(
             "Conv", inputs, f"{op.name}/sums", kernel_shape=op.weight.integers.shape[2:],
-            strides=op.stride, pads=[*op.padding, *op.padding], dilations=op.dilation,
+            strides=op.stride, pads=op.padding, dilations=op.dilation,
             group=op.groups,
         )  # fmt: skip
         self.codes(op.name, sums)

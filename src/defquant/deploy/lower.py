@@ -1,26 +1,39 @@
-"""From a trained module to integers: follow its graph, fold what is affine into scales and bias."""
+"""From a captured network to integers: fold what is affine into scales and bias."""
 
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from defquant.attacks.access import untouched
-from defquant.deploy.emit import Codes, Emitter, Scaled, Stream, Unfinished, Value, named, pair
-from defquant.deploy.program import Flatten, Linear, MaxPool, Mean, Program
+from defquant.captured import Captured, capture, operation
+from defquant.deploy.emit import Codes, Emitter, Padded, Scaled, Stream, Unfinished, Value
+from defquant.deploy.floats import KNOWN, borders, pair
+from defquant.deploy.program import BATCH, Add, Call, Linear, MaxPool, Name, Program
 from defquant.errors import UserError
-from defquant.integers import Sums, fold_batch_norm, grid_of, integers
-from defquant.lipschitz import ConvexSum
-from defquant.quantize import QuantBranch, Quantizer, QuantReLU
+from defquant.integers import (
+    Floats64,
+    Grid,
+    Sums,
+    as_double,
+    branch_grid,
+    fold_batch_norm,
+    integers,
+)
 
-__all__ = ["calibrate", "lower", "trace"]
+__all__ = ["calibrate", "captured", "lower"]
+
+
+def captured(model: nn.Module | Captured, images: Tensor) -> Captured:
+    """`capture` of a model that is not captured yet, for images of that shape."""
+    return model if isinstance(model, Captured) else capture(model, images)
 
 
 def lower(
-    model: nn.Module,
+    model: nn.Module | Captured,
     shape: tuple[int, int, int],
     *,
     peaks: Mapping[str, float] | None = None,
@@ -28,220 +41,408 @@ def lower(
 ) -> Program:
     """The integers that `model` computes with when deployed.
 
-    Batch norms and convex coefficients go into scales and biases, the integers stay those of
-    training (negated where a batch norm's gain is negative).
+    Convolutions of codes are in integers: batch norms and convex coefficients go into scales and
+    biases, the weights' integers stay those of training (negated where a gain is negative). What
+    has no integer form, or reads what is not quantised, stays in floats: `Program.floats`.
 
     Args:
-        model: in eval mode or not, made of convolutions, batch norms, `QuantReLU` with bits, sums,
-            max-pooling, a global mean or flattening, and linear layers.
+        model: any classifier that `capture` can follow.
         shape: of one image, (c, h, w); the input lies in [0, 1].
         peaks: max|output| of each convolution whose output the model leaves unquantised, as
             `calibrate` measures it.
         weight_bits: of layers without `weight_bits` of their own: 8, 4 or 2.
 
     Raises:
-        UserError: a layer that has no integer form, named.
+        UserError: what cannot be followed, or has no form in a file, by the name of its layer; a
+            network without quantised activations.
     """
     if weight_bits not in (2, 4, 8):
         raise UserError(f"weight bits must be 8, 4 or 2; found {weight_bits!r}")
-    return _follow(model, {} if peaks is None else peaks, weight_bits).program(shape)
+    seen = captured(model, torch.full((1, *shape), 0.5))
+    out = _follow(seen, {} if peaks is None else peaks, weight_bits)
+    return out.program(shape, int(seen.end.meta["val"].shape[1]))
 
 
-def calibrate(model: nn.Module, images: Tensor, *, batch_size: int = 256) -> dict[str, float]:
+def calibrate(
+    model: nn.Module | Captured, images: Tensor, *, batch_size: int = 256
+) -> dict[str, float]:
     """max|output| over `images`, float in [0, 1], of each convolution that needs a range.
 
     Empty for a deployable network, which has learnt its ranges.
     """
-    peaks = {node.name: 0.0 for node in _follow(model, None, 8).unranged}
-    if peaks:
-        with untouched(model), torch.no_grad():
-            for part in images.split(batch_size):
-                _Peaks(model, peaks).run(part)
+    seen = captured(model, images)
+    peaks = dict.fromkeys(_follow(seen, None, 8).unranged, 0.0)
+
+    def keep(node: fx.Node, value: Any) -> None:
+        if node.name in peaks:
+            peaks[node.name] = max(peaks[node.name], float(value.abs().max()))
+
+    for part in images.split(batch_size) if peaks else ():
+        seen.values(part, keep)
     return peaks
 
 
-class _Peaks(fx.Interpreter):
-    """Runs the graph of a model and keeps the largest magnitude of some of its nodes."""
-
-    def __init__(self, model: nn.Module, peaks: dict[str, float]) -> None:
-        super().__init__(fx.GraphModule(model, trace(model)))
-        self.peaks = peaks
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n.name in self.peaks:
-            self.peaks[n.name] = max(self.peaks[n.name], float(result.abs().max()))
-        return result
-
-
-class _Tracer(fx.Tracer):
-    """Sees through containers and our networks, not into layers."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        layers = Quantizer | QuantBranch | ConvexSum | nn.Conv2d | nn.Linear
-        return isinstance(m, layers) or super().is_leaf_module(m, module_qualified_name)
-
-
-def trace(model: nn.Module) -> fx.Graph:
-    """The graph of the model's layers. Raises `UserError` where its forward has none."""
-    try:
-        return _Tracer().trace(model)
-    except Exception as error:  # whatever the model's own code raises under tracing
+def _follow(seen: Captured, peaks: Mapping[str, float] | None, weight_bits: int) -> Emitter:
+    """One pass over the program; arguments and errors as of `lower` and `Emitter`."""
+    if not any(map(_rounds, seen.calls)):
         raise UserError(
-            f"cannot export {type(model).__name__}: its forward cannot be followed ({error})"
-        ) from None
-
-
-def _follow(model: nn.Module, peaks: Mapping[str, float] | None, weight_bits: int) -> Emitter:
-    """One pass over the graph of `model`; arguments and errors as of `lower` and `Emitter`."""
-    out, values = Emitter(peaks, weight_bits), dict[fx.Node, Value]()
-    for node in trace(model).nodes:
-        if node.op == "placeholder":
-            values[node] = Codes("pixels")
-        elif node.op == "output":
-            _check_end(out, node, values)
-        else:  # a value that is taken twice is there twice
-            inputs = [values[arg] for arg in node.args if isinstance(arg, fx.Node)]
-            value = _value(out, model, node, inputs)
-            shared = len(node.users) > 1 and not isinstance(value, Codes | Stream)
-            values[node] = out.finished(value) if shared else value
+            f"cannot export {seen.model} in integers: its activations have full precision; train "
+            "with --bits, use set_bits, or prepare it"
+        )
+    walk = _Walk(seen, Emitter(peaks, weight_bits))
+    for node in seen.calls:
+        walk.visit(node)
+    out, end = walk.out, walk.values[seen.end]
+    if out.ops[-1].name != out.tensor(end) or isinstance(end, Codes):  # the last op is the logits
+        name = out.tensor(end)
+        out.emit(Add(f"{name}/end", ((name, 1.0),)))
     return out
 
 
-def _check_end(out: Emitter, node: fx.Node, values: Mapping[fx.Node, Value]) -> None:
-    end = values.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
-    last = out.ops[-1]
-    if not isinstance(last, Linear) or end != Stream(last.name):
-        raise UserError("cannot export a network whose one output is not of a linear layer")
+def _rounds(node: fx.Node) -> bool:
+    """Whether it quantises an activation; a signed one may only end a branch."""
+    layers = ("aten.conv2d", "aten.linear")
+    if operation(node).startswith("defquant.signed_round"):
+        return any(operation(user).startswith(layers) for user in node.users)
+    return operation(node).startswith("defquant.")
 
 
-def _value(out: Emitter, model: nn.Module, node: fx.Node, inputs: list[Value]) -> Value:
-    if node.op == "call_module":
-        module = model.get_submodule(str(node.target))
-        for kinds, make in _MODULES:
-            if isinstance(module, kinds):
-                return make(out, node, module, inputs)
+class _Walk:
+    """Values of the nodes so far. A value that several read is finished at once."""
+
+    def __init__(self, seen: Captured, out: Emitter) -> None:
+        self.seen, self.out = seen, out
+        (image,) = (node for node in seen.nodes if node.op == "placeholder")
+        self.values: dict[fx.Node, Value] = {image: Codes("pixels")}
+        self.batch = image.meta["val"].shape[0].node.expr
+
+    def visit(self, node: fx.Node) -> None:
+        if not isinstance(node.meta["val"], Tensor):
+            return  # a size, or several tensors: whoever reads it knows
+        make = _KINDS.get(operation(node).rpartition(".")[0])
+        value = make(self, node) if make else None
+        value = self.call(node) if value is None else value
+        shared = len(node.users) > 1 and not isinstance(value, Codes | Stream)
+        self.values[node] = self.real(value) if shared else value
+
+    def real(self, value: Value) -> Codes | Stream:
+        """Finished; a border of zeros, which only a convolution takes, is written as one."""
+        if not isinstance(value, Padded):
+            return self.out.finished(value)
+        raise AssertionError("a border has one reader, the convolution")
+
+    def value(self, argument: Any) -> Value | None:
+        return self.values.get(argument) if isinstance(argument, fx.Node) else None
+
+    def floats(self, argument: Any) -> Floats64 | None:
+        """A number or a constant tensor; None for what the images reach."""
+        if isinstance(argument, int | float):
+            return np.asarray(float(argument))
+        tensor = self.seen.constant(argument)
+        return None if tensor is None else as_double(tensor)
+
+    def call(self, node: fx.Node) -> Stream:
+        """`node` in floats."""
+        name = operation(node)
+        if name.rpartition(".")[0] not in KNOWN and node.target is not operator.getitem:
+            raise UserError(
+                f"cannot export layer {node.meta['layer']!r}: a file has no form here of "
+                f"{name.removeprefix('aten.')} ({node.name})"
+            )
+        size = self._size(node)
+        if node.target is operator.getitem:
+            name, args, kwargs = self._part(node)
+        else:
+            args, kwargs = (self._plain(a) for a in (node.args, node.kwargs))
+        given = tuple(sorted(kwargs.items()))
+        return self.out.emit(Call(_named(node), node.meta["layer"], name, args, given, size))
+
+    def _size(self, node: fx.Node) -> tuple[int, ...]:
+        """Of the result, -1 for the batch, which must be one of its dimensions, and unmixed."""
+        free = [d for d in node.meta["val"].shape if isinstance(d, torch.SymInt)]
+        if len(free) != 1 or free[0].node.expr != self.batch:
+            raise UserError(
+                f"cannot export layer {node.meta['layer']!r}: the images must stay a dimension of "
+                f"their own ({node.name})"
+            )
+        return tuple(-1 if isinstance(d, torch.SymInt) else d for d in node.meta["val"].shape)
+
+    def _part(self, node: fx.Node) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+        """One of the tensors that a split, chunk or unbind gives, as a slice of its source."""
+        many, index = node.args
+        assert isinstance(many, fx.Node) and isinstance(index, int)
+        kind, source = operation(many).split(".")[1:2], many.args[0]
+        if not kind or kind[0] not in ("chunk", "split", "split_with_sizes", "unbind"):
+            raise UserError(
+                f"cannot export layer {node.meta['layer']!r}: a file has no form here of "
+                f"{operation(many) or many.name}"
+            )
+        dims = [*many.args[1:], *many.kwargs.values()]
+        if kind[0] == "unbind":
+            return "aten.select.int", (self._plain(source), dims[0] if dims else 0, index), {}
+        dim = dims[1] if len(dims) > 1 else 0
+        lengths = [part.shape[dim] for part in many.meta["val"]]
+        start = int(sum(lengths[:index]))
+        ends = start, start + lengths[index]
+        return "aten.slice.Tensor", (self._plain(source), dim, *ends), {}
+
+    def _plain(self, argument: Any) -> Any:
+        """Arguments of a `Call`: names, arrays and plain values."""
+        if isinstance(argument, fx.Node):
+            if not isinstance(argument.meta["val"], Tensor):
+                return BATCH  # the one size that is not known
+            tensor = self.seen.constant(argument)
+            if tensor is not None:
+                return tensor.detach().numpy()
+            return Name(self.out.tensor(self.real(self.values[argument])))
+        if isinstance(argument, tuple | list):
+            return tuple(self._plain(part) for part in argument)
+        if isinstance(argument, dict):
+            return {key: self._plain(value) for key, value in argument.items()}
+        if isinstance(argument, torch.SymInt):
+            return BATCH
+        return argument
+
+
+_OPEN = (Unfinished, Scaled)
+_SUMS = ("aten.add", "aten.sub", "aten.rsub")  # and addcmul
+
+_Make: TypeAlias = Callable[[_Walk, fx.Node], Value | None]
+"""The value of a node, or None where it is one of floats."""
+
+
+def _conv(walk: _Walk, node: fx.Node) -> Value | None:
+    x, kernel = walk.value(node.args[0]), node.args[1]
+    assert isinstance(kernel, fx.Node)
+    border = x.border if isinstance(x, Padded) else (0, 0, 0, 0)
+    x = x.codes if isinstance(x, Padded) else x
+    source = None if x is None else walk.real(x)
+    weight = walk.seen.constant(kernel)
+    ends = _ends(node, weight, border)
+    if source is None or source.name not in walk.out.grids or weight is None or ends is None:
+        return None
+    factor = source.factor if isinstance(source, Stream) else 1.0
+    held = walk.seen.constant(node.args[2]) if len(node.args) > 2 else None
+    bias = np.zeros(len(weight)) if held is None else as_double(held)
+    kept, bits = kernel.meta.get("float", weight), kernel.meta.get("bits")
+    sums = Sums.of(node.meta["layer"], kept, bits, None, walk.out.grids[source.name])
+    sums = sums.scaled(np.asarray(factor), bias)
+    return Unfinished(_named(node), source.name, sums, ends)
+
+
+def _ends(node: fx.Node, weight: Tensor | None, border: tuple[int, int, int, int]) -> Any:
+    """Stride, padding (top, left, bottom, right), dilation, groups; None where it is not of 2D."""
+    if weight is None or weight.ndim != 4:
+        return None
+    stride, padding, dilation, groups = _given(node, 3, 1, 0, 1, 1)
+    own = borders(padding, weight.shape[2:], pair(dilation))
+    pads = tuple(p + b for p, b in zip(own, border, strict=True))
+    return pair(stride), pads, pair(dilation), int(groups)
+
+
+def _given(node: fx.Node, first: int, *defaults: Any) -> list[Any]:
+    """The arguments from the `first` on, and the defaults of those that are not given."""
+    given = list[Any](node.args[first:])
+    return given + list(defaults[len(given) :])
+
+
+def _batch_norm(walk: _Walk, node: fx.Node) -> Value | None:
+    weight, bias, mean, var = (walk.seen.constant(a) for a in node.args[1:5])
+    if mean is None or var is None or node.args[5]:
         raise UserError(
-            f"cannot export layer {str(node.target)!r}, a {type(module).__name__}: it has no "
-            "integer form here"
+            f"cannot export layer {node.meta['layer']!r}: a batch norm without running statistics"
         )
-    name = getattr(node.target, "__name__", str(node.target))
-    sums = (operator.add, operator.iadd, torch.add)
-    if node.target in sums and len(inputs) == 2 and not node.kwargs:
-        return out.add(node, [1.0, 1.0], inputs)
-    given = (*node.args[1:], *node.kwargs.values())
-    if name == "mean" and given in (((2, 3),), ([2, 3],), ((-2, -1),), ([-2, -1],)):
-        return _flattened(out, Mean, node, inputs)
-    if name == "flatten" and given == (1,):
-        return _flattened(out, Flatten, node, inputs)
-    raise UserError(f"cannot export the operation {name!r} ({node.name}): use a layer instead")
+    folded = fold_batch_norm(weight, bias, mean, var, float(node.args[7]))  # type: ignore[arg-type]
+    channels = (-1, *[1] * (node.meta["val"].ndim - 2))
+    gain, shift = (v.reshape(channels) for v in folded)
+    return _affine(walk, node, node.args[0], gain, shift)
 
 
-def _identity(out: Emitter, _: fx.Node, __: nn.Module, inputs: list[Value]) -> Value:
-    return inputs[0]
-
-
-def _conv(out: Emitter, node: fx.Node, conv: nn.Conv2d, inputs: list[Value]) -> Value:
-    source, layer = out.finished(inputs[0]), str(node.target)
-    if not isinstance(source, Codes) or source.name in out.flat:
-        raise UserError(
-            f"cannot export layer {layer!r} in integers: its input is not quantised; put a "
-            "QuantReLU before it"
-        )
-    if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
-        raise UserError(f"cannot export layer {layer!r}: its padding must be numbers of zeros")
-    return Unfinished(node, source.name, Sums.of(layer, conv, out.grids[source.name]))
-
-
-def _batch_norm(out: Emitter, node: fx.Node, norm: nn.BatchNorm2d, inputs: list[Value]) -> Value:
-    x = inputs[0]
+def _affine(
+    walk: _Walk, node: fx.Node, source: Any, gain: Floats64, shift: Floats64
+) -> Value | None:
+    """gain · x + shift per channel; numbers, too. None where it is neither."""
+    rank, x = node.meta["val"].ndim, walk.value(source)
+    if x is None or source.meta["val"].shape != node.meta["val"].shape:
+        return None
+    if gain.size == 1 and not shift.any() and not (isinstance(x, _OPEN) and _alone(node)):
+        x = walk.real(x)
+        factor = float(gain.reshape(())) * (x.factor if isinstance(x, Stream) else 1.0)
+        return Stream(x.name, factor)
+    channels = int(node.meta["val"].shape[1]) if rank > 1 else 0
+    parts = [_by_channel(v, rank, channels) for v in (gain, shift)]
+    if parts[0] is None or parts[1] is None:
+        return None
+    gain, shift = parts[0], parts[1]
     if isinstance(x, Unfinished):
-        return replace(x, node=node, sums=x.sums.normed(norm, str(node.target)))
-    gain, shift = fold_batch_norm(norm, str(node.target))
+        return replace(x, name=_named(node), sums=x.sums.scaled(gain, shift))
     if isinstance(x, Scaled):
-        return replace(x, node=node, gain=x.gain * gain, shift=x.shift * gain + shift)
-    return Scaled(node, x, gain, shift)
+        return replace(x, name=_named(node), gain=x.gain * gain, shift=x.shift * gain + shift)
+    return Scaled(_named(node), walk.real(x), gain, shift, rank)
 
 
-def _quantizer(
-    out: Emitter, node: fx.Node, act: QuantReLU | QuantBranch, inputs: list[Value]
-) -> Value:
-    layer, grid = str(node.target), grid_of(act)
-    if grid is None and isinstance(act, QuantReLU):
+def _alone(node: fx.Node) -> bool:
+    """Whether no sum reads it, which takes a factor for nothing."""
+    return not any(operation(user).startswith(_SUMS) for user in node.users)
+
+
+def _by_channel(value: Floats64, rank: int, channels: int) -> Floats64 | None:
+    """`value`, broadcast against (n, c, ...), as (c,); None where it is no value of a channel."""
+    if value.size == 1:
+        return np.full(channels, float(value.reshape(())))
+    if value.shape == (channels,) and rank == 2:
+        return value
+    wanted = (channels, *[1] * (rank - 2))
+    return value.reshape(channels) if value.shape[-len(wanted) :] == wanted and (
+        value.size == channels) else None  # fmt: skip
+
+
+def _sum(walk: _Walk, node: fx.Node) -> Value | None:
+    """add, sub, rsub: of two values, or of one and a constant."""
+    kind = operation(node).split(".")[1]
+    alpha = float(node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1))  # type: ignore[arg-type]
+    factors = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[kind]
+    fixed = [walk.floats(a) for a in node.args[:2]]
+    values = [walk.value(a) for a in node.args[:2]]
+    for one, other in ((0, 1), (1, 0)):
+        constant = fixed[other]
+        if constant is not None:
+            gain, shift = np.asarray(factors[one]), factors[other] * constant
+            return _affine(walk, node, node.args[one], gain, shift)
+    if any(v is None for v in values) or not _alike(node):
+        return None
+    return walk.out.add(_named(node), list(factors), [v for v in values if v is not None])
+
+
+def _alike(node: fx.Node) -> bool:
+    """Whether nothing is broadcast."""
+    return all(a.meta["val"].shape == node.meta["val"].shape for a in node.all_input_nodes)
+
+
+def _times(walk: _Walk, node: fx.Node) -> Value | None:
+    """mul, div: by a constant."""
+    first, second = node.args[:2]
+    divides = operation(node).split(".")[1] == "div"
+    constant = walk.floats(second)
+    if constant is None and not divides:
+        first, second = second, first
+        constant = walk.floats(second)
+    if constant is None or len(node.args) > 2 or node.kwargs:
+        return None
+    gain = 1 / constant if divides else constant
+    return _affine(walk, node, first, gain, np.zeros(()))
+
+
+def _addcmul(walk: _Walk, node: fx.Node) -> Value | None:
+    """a + number · x, as a convex sum is written."""
+    total, one, other = node.args
+    factor = walk.floats(one)
+    if factor is None:
+        factor, other = walk.floats(other), one
+    values = walk.value(total), walk.value(other)
+    if factor is None or factor.size != 1 or None in values or node.kwargs:
         raise UserError(
-            f"cannot export layer {layer!r} in integers: its activations have full precision; "
-            "train with --bits, or set_bits"
+            f"cannot export layer {node.meta['layer']!r}: addcmul without a number ({node.name})"
         )
-    if grid is None:
-        raise UserError(f"cannot export layer {layer!r}: its range is 0, as before training")
-    codes = out.onto(node, grid, inputs[0])
-    if isinstance(act, QuantReLU):
-        out.activations[layer] = codes.name
+    inputs = [v for v in values if v is not None]
+    return walk.out.add(_named(node), [1.0, float(factor.reshape(()))], inputs)
+
+
+def _neg(walk: _Walk, node: fx.Node) -> Value | None:
+    return _affine(walk, node, node.args[0], np.asarray(-1.0), np.zeros(()))
+
+
+def _clip_round(walk: _Walk, node: fx.Node) -> Value:
+    bits, high = int(node.args[1]), float(node.args[2])  # type: ignore[arg-type]
+    return _onto(walk, node, Grid(high / (2**bits - 1), 0, 2**bits - 1))
+
+
+def _signed_round(walk: _Walk, node: fx.Node) -> Value:
+    peak = walk.seen.constant(node.args[1])
+    if peak is None or not float(peak) > 0:
+        raise UserError(
+            f"cannot export layer {node.meta['layer']!r}: its range is 0, as before training"
+        )
+    return _onto(walk, node, branch_grid(float(peak)))
+
+
+def _affine_round(walk: _Walk, node: fx.Node) -> Value | None:
+    """torch's own quantiser: scale, zero point, lowest and highest code."""
+    given = [walk.floats(a) for a in node.args[1:]]
+    if any(v is None or v.size != 1 for v in given):
+        return None
+    scale, zero, low, high = (float(v.reshape(())) for v in given if v is not None)
+    if high - low > 255:
+        return None
+    return _onto(walk, node, Grid(scale, int(zero - low), int(high - low)))
+
+
+def _onto(walk: _Walk, node: fx.Node, grid: Grid) -> Value:
+    x = walk.value(node.args[0])
+    assert x is not None
+    codes = walk.out.onto(_named(node), grid, x)
+    walk.out.activations.append(codes.name)
     return codes
 
 
-def _max_pool(out: Emitter, node: fx.Node, pool: nn.MaxPool2d, inputs: list[Value]) -> Value:
-    x = out.finished(inputs[0])
-    if not isinstance(x, Codes) or pool.dilation not in (1, (1, 1)):
-        raise UserError(f"cannot export layer {str(node.target)!r}: it must pool codes")
-    if pool.ceil_mode and pool.padding not in (0, (0, 0)):
+def _pad(walk: _Walk, node: fx.Node) -> Value | None:
+    """A border of zeros around codes that one convolution reads goes into it."""
+    x, (pads, *rest) = walk.value(node.args[0]), _given(node, 1)
+    rest += node.kwargs.values()
+    (reader, *others) = node.users
+    zeros = all(r in ("constant", 0, 0.0, None) for r in rest)
+    if others or not zeros or len(pads) != 4 or min(pads) < 0:
+        return None
+    if not operation(reader).startswith("aten.conv2d") or reader.args[0] is not node:
+        return None
+    source = None if x is None else walk.real(x)
+    left, right, top, bottom = pads
+    if not isinstance(source, Codes):
+        return None
+    return Padded(source, (top, left, bottom, right))
+
+
+def _max_pool(walk: _Walk, node: fx.Node) -> Value | None:
+    x = walk.value(node.args[0])
+    source = None if x is None else walk.real(x)
+    kernel, stride, padding, dilation, ceil = _given(node, 1, None, None, 0, 1, False)
+    if ceil and any(pair(padding)):
         raise UserError(
-            f"cannot export layer {str(node.target)!r}: ONNX pools beyond a padded border "
+            f"cannot export layer {node.meta['layer']!r}: ONNX pools beyond a padded border "
             "otherwise than torch; take padding or ceil_mode"
         )
-    kernel, stride, padding = (pair(v) for v in (pool.kernel_size, pool.stride, pool.padding))
-    out.grids[named(node)] = out.grids[x.name]
-    out.ops.append(MaxPool(named(node), x.name, kernel, stride, padding, pool.ceil_mode))
-    return Codes(named(node))
+    if not isinstance(source, Codes) or pair(dilation) != (1, 1):
+        return None
+    name = _named(node)
+    walk.out.grids[name] = walk.out.grids[source.name]
+    sizes = pair(kernel), pair(stride or kernel), pair(padding)
+    walk.out.emit(MaxPool(name, source.name, *sizes, bool(ceil)))
+    return Codes(name)
 
 
-def _mean(out: Emitter, node: fx.Node, pool: nn.AdaptiveAvgPool2d, inputs: list[Value]) -> Value:
-    if pool.output_size not in (1, (1, 1)):
-        raise UserError(f"cannot export layer {str(node.target)!r}: its output must be 1x1")
-    return _flattened(out, Mean, node, inputs)
+def _linear(walk: _Walk, node: fx.Node) -> Value | None:
+    x, kernel = walk.value(node.args[0]), node.args[1]
+    assert isinstance(kernel, fx.Node)
+    weight = walk.seen.constant(kernel)
+    if x is None or weight is None:
+        return None
+    bits, kept = kernel.meta.get("bits") or 8, kernel.meta.get("float", weight)
+    held = walk.seen.constant(node.args[2]) if len(node.args) > 2 else None
+    bias = torch.zeros(len(weight)) if held is None else held
+    source, rank = walk.out.tensor(walk.real(x)), node.meta["val"].ndim
+    made = integers(kept, bits), bias.detach().float().cpu().numpy()
+    return walk.out.emit(Linear(_named(node), source, node.meta["layer"], *made, rank))
 
 
-def _flatten(out: Emitter, node: fx.Node, flatten: nn.Flatten, inputs: list[Value]) -> Value:
-    if (flatten.start_dim, flatten.end_dim) != (1, -1):
-        raise UserError(f"cannot export layer {str(node.target)!r}: it must flatten all")
-    return _flattened(out, Flatten, node, inputs)
+def _named(node: fx.Node) -> str:
+    """The name of a node's result, which the ends of a `Program` leave free."""
+    return f"layer.{node.name}" if node.name in ("image", "pixels", "logits") else node.name
 
 
-def _flattened(
-    out: Emitter, kind: type[Mean] | type[Flatten], node: fx.Node, inputs: list[Value]
-) -> Value:
-    source = out.tensor(out.finished(inputs[0]))
-    if source in out.flat:
-        return inputs[0]
-    return out.emit(kind(named(node), source), flat=True)
-
-
-def _linear(out: Emitter, node: fx.Node, linear: nn.Linear, inputs: list[Value]) -> Value:
-    source = out.tensor(out.finished(inputs[0]))
-    if source not in out.flat:
-        raise UserError(
-            f"cannot export layer {str(node.target)!r}: its input must be (n, features)"
-        )
-    bits = getattr(linear, "weight_bits", None) or 8
-    weight = integers(linear.weight, bits)
-    bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
-    values = bias.float().cpu().numpy()
-    return out.emit(Linear(named(node), source, str(node.target), weight, values), flat=True)
-
-
-def _convex(out: Emitter, node: fx.Node, join: ConvexSum, inputs: list[Value]) -> Value:
-    return out.add(node, join.alpha.tolist(), inputs)
-
-
-_Make: TypeAlias = Callable[[Emitter, fx.Node, Any, list[Value]], Value]
-_MODULES: tuple[tuple[type | tuple[type, ...], _Make], ...] = (
-    (nn.Conv2d, _conv),
-    (nn.BatchNorm2d, _batch_norm),
-    ((QuantReLU, QuantBranch), _quantizer),
-    (ConvexSum, _convex),
-    (nn.MaxPool2d, _max_pool),
-    (nn.AdaptiveAvgPool2d, _mean),
-    (nn.Flatten, _flatten),
-    (nn.Linear, _linear),
-    ((nn.Identity, nn.Dropout, nn.Dropout2d), _identity),
-)
+_KINDS: Mapping[str, _Make] = {
+    "aten.conv2d": _conv, "aten.batch_norm": _batch_norm, "aten.add": _sum, "aten.sub": _sum,
+    "aten.rsub": _sum, "aten.mul": _times, "aten.div": _times, "aten.addcmul": _addcmul,
+    "aten.neg": _neg, "aten.pad": _pad, "aten.max_pool2d": _max_pool, "aten.linear": _linear,
+    "defquant.clip_round": _clip_round, "defquant.signed_round": _signed_round,
+    "defquant.affine_round": _affine_round,
+}  # fmt: skip

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from defquant.attacks.access import untouched
+from defquant.captured import Captured
 from defquant.data import Dataset, to_unit
+from defquant.deploy.lower import captured
 from defquant.deploy.program import Program
 from defquant.deploy.reference import rounded, run, steps, value
 from defquant.deploy.runtime import OnnxModel, integer_convolutions, tensors
@@ -32,6 +34,7 @@ class Parity:
 
     Attributes:
         convolutions: in integers, and all, of the graph that onnxruntime made of the file.
+        meant: how many convolutions of codes the program has, which should run in integers.
         agreement: images with the same top class in the file and in the network.
         flipped: share of the network's activation codes that the integer reference has otherwise.
         logit_error: largest difference of a logit, over the standard deviation of the logits.
@@ -43,6 +46,7 @@ class Parity:
     """
 
     convolutions: tuple[int, int]
+    meant: int
     agreement: Score
     flipped: float
     logit_error: float
@@ -53,13 +57,13 @@ class Parity:
     @property
     def faults(self) -> dict[str, str]:
         """The bounds that are broken, each by its name with a line that says so."""
-        integer, convolutions = self.convolutions
-        floats = f"{convolutions - integer} of {convolutions} convolutions run in float"
+        integer, _ = self.convolutions
+        floats = f"{self.meant - integer} of {self.meant} convolutions of codes run in float"
         agreement = f"top-1 agreement {self.agreement} is below {AGREEMENT:.1%}"
         flipped = f"{self.flipped:.2%} of the activation codes differ, more than {FLIPPED:.1%}"
         reference = f"{self.mismatches} codes are not those of the integer reference"
         checks = {
-            "float": (integer < convolutions, floats),
+            "float": (integer < self.meant, floats),
             "agreement": (self.agreement.accuracy < AGREEMENT, agreement),
             "flipped": (self.flipped > FLIPPED, flipped),
             "reference": (self.mismatches > 0, reference),
@@ -87,8 +91,9 @@ def parity(
     second = _openvino(file, some)
     return Parity(
         integer_convolutions(file),
+        len(program.convolutions),
         _agreement(shipped, trained),
-        _flipped(model, program, some, batch_size),
+        _flipped(captured(model, some), program, some, batch_size),
         float((shipped - trained).abs().max() / trained.std().clamp_min(1e-12)),
         _mismatches(program, file, some),
         _agreement(plain, trained[:deep]),
@@ -108,37 +113,24 @@ def _agreement(one: Tensor, other: Tensor) -> Score:
     return Score(int((one.argmax(1) == other.argmax(1)).sum()), len(one))
 
 
-def _flipped(model: nn.Module, program: Program, x: Tensor, batch_size: int) -> float:
-    """Share of activation codes in which `program` differs from `model`."""
-    kept = _activations(model, program, x, batch_size)
+def _flipped(seen: Captured, program: Program, x: Tensor, batch_size: int) -> float:
+    """Share of activation codes in which `program` differs from the captured network."""
+    kept: dict[str, list[Tensor]] = {name: [] for name in program.activations}
+
+    def keep(node: fx.Node, value: Any) -> None:
+        if node.name in kept:
+            kept[node.name].append(value)
+
+    for part in x.split(batch_size):
+        seen.values(part, keep)
     codes = run(program, x)
-    differing = seen = 0
-    for name, values in kept.items():
-        wanted = rounded(program.grids[name], values / program.grids[name].scale)
+    differing = seen_codes = 0
+    for name, parts in kept.items():
+        grid = program.grids[name]
+        wanted = rounded(grid, torch.cat(parts) / grid.scale)
         differing += int((codes[name] != wanted).sum())
-        seen += wanted.numel()
-    return differing / seen if seen else 0.0
-
-
-def _activations(
-    model: nn.Module, program: Program, x: Tensor, batch_size: int
-) -> dict[str, Tensor]:
-    """What each `QuantReLU` of `model` gives for `x`, by the name of its codes in `program`."""
-    kept: dict[str, list[Tensor]] = {name: [] for name in program.activations.values()}
-
-    def keeper(name: str) -> Any:
-        return lambda module, inputs, output: kept[name].append(output.detach().cpu())
-
-    hooks = [
-        model.get_submodule(layer).register_forward_hook(keeper(name))
-        for layer, name in program.activations.items()
-    ]
-    try:
-        _logits(model, x, batch_size)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: torch.cat(parts) for name, parts in kept.items()}
+        seen_codes += wanted.numel()
+    return differing / seen_codes if seen_codes else 0.0
 
 
 def _mismatches(program: Program, file: onnx.ModelProto, x: Tensor) -> int:

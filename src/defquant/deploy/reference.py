@@ -1,11 +1,24 @@
 """The integer reference: what a `Program` computes, in torch, slowly and without doubt."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from defquant.deploy.program import Add, Affine, Conv, Flatten, Linear, MaxPool, Mean, Op, Program
+from defquant.deploy.program import (
+    BATCH,
+    Add,
+    Affine,
+    Call,
+    Conv,
+    Linear,
+    MaxPool,
+    Name,
+    Op,
+    Program,
+)  # fmt: skip
 from defquant.integers import Grid
 
 __all__ = ["rounded", "run", "steps", "value"]
@@ -36,18 +49,36 @@ def value(program: Program, op: Op, tensors: dict[str, Tensor]) -> Tensor:
     if isinstance(op, Add):
         first, *others = (_float(program, name, tensors, factor) for name, factor in op.terms)
         return sum(others, first)
+    if isinstance(op, Call):
+        return _called(program, op, tensors)
     x = _float(program, op.source, tensors)
     if isinstance(op, Affine):
         shape = (-1, *[1] * (x.dim() - 2))
         return x * _tensor(op.scale).view(shape) + _tensor(op.bias).view(shape)
-    if isinstance(op, Mean):
-        return x.mean((2, 3))
-    if isinstance(op, Flatten):
-        return x.flatten(1)
     if isinstance(op, Linear):
         weight = _tensor(op.weight.integers).float() * _tensor(op.weight.scale)[:, None]
         return F.linear(x, weight, _tensor(op.bias))
     raise TypeError(f"{op.name} has codes and no grid")
+
+
+def _called(program: Program, op: Call, tensors: dict[str, Tensor]) -> Tensor:
+    """torch's own operation."""
+
+    def given(argument: Any) -> Any:
+        if isinstance(argument, Name):
+            return (
+                len(tensors["image"])
+                if argument == BATCH
+                else _float(program, argument.value, tensors)
+            )
+        if isinstance(argument, tuple):
+            return [given(part) for part in argument]
+        return _tensor(argument) if isinstance(argument, np.ndarray) else argument
+
+    space, name, overload = op.operation.split(".")
+    torchs = getattr(getattr(getattr(torch.ops, space), name), overload)
+    result: Tensor = torchs(*map(given, op.args), **{k: given(v) for k, v in op.kwargs})
+    return result
 
 
 def steps(program: Program, op: Op, tensors: dict[str, Tensor]) -> Tensor:
@@ -58,7 +89,7 @@ def steps(program: Program, op: Op, tensors: dict[str, Tensor]) -> Tensor:
         pooled = F.max_pool2d(codes, op.kernel, op.stride, op.padding, ceil_mode=op.ceil)
         return pooled - grid.zero
     if not isinstance(op, Conv):
-        assert not isinstance(op, Add)
+        assert not isinstance(op, Add | Call)
         return _float(program, op.source, tensors) / _float32(grid.scale)
     source = program.grids[op.source]
     multiplier = _float32(source.scale) * _tensor(op.weight.scale) / _float32(grid.scale)
@@ -74,9 +105,10 @@ def _sums(op: Conv, source: Grid, codes: Tensor) -> Tensor:
     """The exact whole sums of a convolution with its bias, as float32."""
     largest = source.top * int(np.abs(op.weight.integers.astype(np.int64)).sum((1, 2, 3)).max())
     kind = torch.float32 if largest + int(np.abs(op.bias).max()) < EXACT else torch.float64
-    x = codes.to(kind) - source.zero
+    top, left, bottom, right = op.padding
+    x = F.pad(codes.to(kind) - source.zero, (left, right, top, bottom))
     weight, bias = _tensor(op.weight.integers).to(kind), _tensor(op.bias).to(kind)
-    sums = F.conv2d(x, weight, bias, op.stride, op.padding, op.dilation, op.groups)
+    sums = F.conv2d(x, weight, bias, op.stride, 0, op.dilation, op.groups)
     return sums.float()
 
 

@@ -4,12 +4,13 @@ import hashlib
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, dataclass, is_dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
@@ -17,27 +18,70 @@ from torch import Tensor, nn
 from defquant.attacks import Single, Square
 from defquant.attacks.contract import Target, right
 from defquant.attacks.contract import attacked as made
+from defquant.captured import Captured, capture
 from defquant.checkpoint import Facts, versions
 from defquant.data import Dataset, to_unit
+from defquant.data.dataset import in_unit
 from defquant.deploy.cost import latencies, static_cost
 from defquant.deploy.graph import Input, graph
 from defquant.deploy.lower import calibrate, lower
 from defquant.deploy.parity import Parity, parity
-from defquant.deploy.program import Conv, Linear, Program
+from defquant.deploy.program import Program
 from defquant.deploy.runtime import OnnxModel, facts_of, integer_convolutions, open_model
 from defquant.errors import UserError, shown
 from defquant.evaluate import correct, device_of, robust_accuracy
 from defquant.files import write_bytes
+from defquant.measure import Subject
 from defquant.results import Score
 
 __all__ = [
-    "CALIBRATION", "FORMAT", "attacked", "card_of", "compared", "cost", "digest", "export_onnx",
-    "exported", "read", "replayed",
+    "CALIBRATION", "FORMAT", "Origin", "attacked", "card_of", "compared", "cost", "digest",
+    "export_onnx", "exported", "read", "replayed",
 ]  # fmt: skip
 
-FORMAT = 1
+FORMAT = 2
 CALIBRATION = 512
 """Training images on which the ranges of branch outputs are measured where they are not trained."""
+NEAR = 0.5
+"""Largest error of a file's logits on its first images, over their spread, before it is written."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is exported, as the card and the file name it.
+
+    Attributes:
+        name: of the run's folder, or `my.py:make`.
+        known: `method`, `model`, `bits`, and `beta` and `seed` of a run.
+        classes: their names.
+        channels: of an image.
+        weight_bits: that it was trained with.
+        trained: to be deployed, so that the file's codes must be the network's.
+    """
+
+    name: str
+    known: Mapping[str, Any]
+    classes: tuple[str, ...]
+    channels: int
+    weight_bits: int | None = None
+    trained: bool = False
+
+    @staticmethod
+    def of_run(run: Path, facts: Facts) -> "Origin":
+        known = {
+            "method": facts.method, "model": facts.model.model, "bits": facts.model.bits,
+            "beta": facts.train.beta, "seed": facts.train.seed,
+        }  # fmt: skip
+        bits = facts.model.weight_bits
+        whole = facts.model.deployable and bits is not None
+        return Origin(run.name, known, facts.classes, facts.in_channels, bits, whole)
+
+    @staticmethod
+    def of_model(subject: Subject, data: Dataset) -> "Origin":
+        """A model of the user's own, of these data."""
+        keys = ("method", "model", "bits", "beta", "seed", "evidence")
+        known = {key: getattr(subject, key) for key in keys}
+        return Origin(str(subject.model), known, tuple(data.classes), data.images.shape[1])
 
 
 def export_onnx(
@@ -49,27 +93,40 @@ def export_onnx(
     input_type: Input = "float",
     facts: Mapping[str, Any] | None = None,
     allow_float: bool = False,
+    strict: bool = False,
 ) -> tuple[Program, onnx.ModelProto]:
     """Write `model` to `path` as an ONNX file of opset 21 with a dynamic batch.
 
-    Every convolution runs in integers in onnxruntime; the optimised graph is read back to see that.
+    Every convolution of quantised values runs in integers in onnxruntime; the optimised graph is
+    read back to see that. The file has answered the first images like the network before it is
+    written.
 
     Args:
-        model: as `lower` takes it; left as it was found.
+        model: any that `capture` can follow; left as it was found.
         path: of the file, which is written whole or not at all.
         images: float in [0, 1], (n, c, h, w): their shape is that of the input, and they calibrate
             what the model does not quantise itself (`calibrate`).
         weight_bits: of layers without bits of their own: 8, 4 or 2.
         input_type: `float`, images in [0, 1], or `uint8`, pixels.
         facts: kept in the file as JSON, `classes` among them for people.
-        allow_float: accept a file of which some convolutions run in float.
+        allow_float: accept a file of which this onnxruntime runs some convolutions in float.
+        strict: accept no convolution that reads what is not quantised, and thus stays in float.
 
     Raises:
-        UserError: a layer without an integer form, named; convolutions that run in float.
+        UserError: what has no form in a file, named; convolutions that run in float; answers that
+            are not the network's.
     """
-    peaks = calibrate(model, images)
+    images = in_unit(images)
     shape = int(images.shape[1]), int(images.shape[2]), int(images.shape[3])
-    program = lower(model, shape, peaks=peaks, weight_bits=weight_bits)
+    seen = capture(model, images[:1])
+    peaks = calibrate(seen, images)
+    program = lower(seen, shape, peaks=peaks, weight_bits=weight_bits)
+    if strict and program.float_convolutions:
+        named = ", ".join(map(repr, program.float_convolutions[:3]))
+        raise UserError(
+            f"{len(program.float_convolutions)} convolutions stay in float, as what they read is "
+            f"not quantised ({named}): quantise it, or leave out --strict"
+        )
     known = {
         **(facts or {}), "format": FORMAT, "digest": digest(program), "peaks": peaks,
         "weight_bits": weight_bits,
@@ -81,61 +138,86 @@ def export_onnx(
             f"only {integer} of {convolutions} convolutions run in integers in this onnxruntime: "
             "accept that with --allow-float"
         )
+    _check_answers(seen, file, images[:8])
     write_bytes(Path(path), file.SerializeToString())
     return program, file
 
 
+def _check_answers(seen: Captured, file: onnx.ModelProto, images: Tensor) -> None:
+    wanted, found = seen.values(images), OnnxModel(file)(images)
+    away = float((found - wanted).abs().mean() / wanted.std().clamp_min(1e-6))
+    if not away < NEAR:
+        raise UserError(
+            f"the file would not answer as {seen.model} does: its logits are {away:.2g} of their "
+            "spread away; more bits, or more of the network quantised in training, bring it nearer"
+        )
+
+
 def digest(program: Program) -> str:
     """16 hex digits of SHA-256 over everything that the program computes with."""
-    found = hashlib.sha256(repr((program.shape, sorted(program.grids.items()))).encode())
-    for op in program.ops:
-        plain = {k: v for k, v in vars(op).items() if not hasattr(v, "tobytes") and k != "weight"}
-        found.update(repr((type(op).__name__, sorted(plain.items()))).encode())
-        arrays = [v for v in vars(op).values() if hasattr(v, "tobytes")]
-        if isinstance(op, Conv | Linear):
-            found.update(repr((op.weight.bits, op.weight.multiple)).encode())
-            arrays += [op.weight.integers, op.weight.scale]
-        for array in arrays:
-            found.update(array.tobytes())
+    found = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, np.ndarray):
+            found.update(repr((value.shape, str(value.dtype))).encode() + value.tobytes())
+        elif is_dataclass(value):
+            found.update(type(value).__name__.encode())
+            add(tuple(vars(value).values()))
+        elif isinstance(value, tuple):
+            found.update(b"(")
+            for part in value:
+                add(part)
+        else:
+            found.update(repr(value).encode())
+
+    add((program.shape, tuple(sorted(program.grids.items())), program.ops))
     return found.hexdigest()[:16]
 
 
 def exported(
     model: nn.Module,
-    facts: Facts,
+    origin: Origin,
     train: Dataset,
     path: Path,
     *,
     weight_bits: int = 8,
     **options: Any,
 ) -> tuple[Program, onnx.ModelProto]:
-    """`export_onnx` of a run, calibrated on training images where it must be."""
-    known = {"classes": facts.classes, "bits": facts.model.bits, "model": facts.model.model}
+    """`export_onnx`, calibrated on training images where it must be."""
+    known = {
+        "classes": origin.classes,
+        "bits": origin.known["bits"],
+        "model": origin.known["model"],
+    }
     return export_onnx(
         model, path, to_unit(train.images[:CALIBRATION]), facts=known,
-        weight_bits=facts.model.weight_bits or weight_bits, **options,
+        weight_bits=origin.weight_bits or weight_bits, **options,
     )  # fmt: skip
 
 
-def read(path: Path, model: nn.Module, facts: Facts) -> tuple[Program, onnx.ModelProto]:
+def read(path: Path, model: nn.Module, origin: Origin) -> tuple[Program, onnx.ModelProto]:
     """The file at `path` and the program of `model`, which it must hold.
 
     Raises `UserError` for a file that is cut, another program's, or of another network.
     """
     file = open_model(path)
     known = facts_of(file, path)
-    if known.get("bits") != facts.model.bits:
+    if known["format"] != FORMAT:
+        raise UserError(f"{path} was written by another version of defquant: export it again")
+    if known.get("bits") != origin.known["bits"]:
         raise UserError(
-            f"{path} has {known.get('bits')}-bit activations, the run {facts.model.bits}-bit ones"
+            f"{path} has {known.get('bits')}-bit activations, {origin.name} "
+            f"{origin.known['bits']}-bit ones"
         )
     dims = file.graph.input[0].type.tensor_type.shape.dim[1:]
-    if dims[0].dim_value != facts.in_channels:
+    if dims[0].dim_value != origin.channels:
         raise UserError(
-            f"{path} takes images of {dims[0].dim_value} channels, the run of {facts.in_channels}"
+            f"{path} takes images of {dims[0].dim_value} channels, {origin.name} of "
+            f"{origin.channels}"
         )
     given = file.graph.output[0].type.tensor_type.shape.dim[1].dim_value
-    if given != facts.num_classes:
-        raise UserError(f"{path} gives {given} logits, the run {facts.num_classes}")
+    if given != len(origin.classes):
+        raise UserError(f"{path} gives {given} logits, {origin.name} {len(origin.classes)}")
     shape = dims[0].dim_value, dims[1].dim_value, dims[2].dim_value
     try:
         program = lower(model, shape, peaks=known["peaks"], weight_bits=known["weight_bits"])
@@ -143,7 +225,7 @@ def read(path: Path, model: nn.Module, facts: Facts) -> tuple[Program, onnx.Mode
             return program, file
     except (UserError, KeyError, TypeError):
         pass  # ranges that the network does not ask for, or lacks: it is another one's file
-    raise UserError(f"{path} was exported from another network than this run")
+    raise UserError(f"{path} was exported from another network than {origin.name}")
 
 
 def compared(model: nn.Module, program: Program, file: onnx.ModelProto, images: Dataset) -> Parity:
@@ -158,22 +240,26 @@ def compared(model: nn.Module, program: Program, file: onnx.ModelProto, images: 
 
 
 def card_of(
-    run: Path, facts: Facts, path: Path, file: onnx.ModelProto, data: Dataset, found: Parity
+    origin: Origin,
+    path: Path,
+    file: onnx.ModelProto,
+    program: Program,
+    data: Dataset,
+    found: Parity,
 ) -> dict[str, Any]:
-    """Which network, from which run, in which file, and how near to it."""
+    """Which network, from where, in which file, and how near to it."""
     known = facts_of(file, path)
     floats = file.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
     engines = {name: version(name) for name in ("onnx", "onnxruntime")}
     return {
-        "format": 1, "kind": "defquant deployed model", "run": run.name, "method": facts.method,
-        "model": facts.model.model, "bits": facts.model.bits, "weight_bits": known["weight_bits"],
-        "beta": facts.train.beta, "seed": facts.train.seed, "data": data.name,
+        "format": 1, "kind": "defquant deployed model", "run": origin.name, **origin.known,
+        "weight_bits": known["weight_bits"], "data": data.name,
         "fingerprint": data.fingerprint, "file": path.name,
         "input": "float" if floats else "uint8",
         "calibrated": CALIBRATION if known["peaks"] else None,
         "versions": versions(torch.device("cpu")) | engines,
         "command": shlex.join(["defquant", *sys.argv[1:]]),
-        "convolutions": list(found.convolutions),
+        "convolutions": list(found.convolutions), "floats": program.floats,
         "parity": {
             "images": found.agreement.total, "agreement": found.agreement.accuracy,
             "flipped_codes": found.flipped, "logit_error": found.logit_error,
