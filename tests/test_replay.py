@@ -239,13 +239,11 @@ def test_no_run_and_an_unfinished_one(substitute: Path, tmp_path: Path) -> None:
 def test_measurements_go_where_they_are_sent(runs: tuple[Path, Path], substitute: Path) -> None:
     model, facts = load_on(runs[1], CPU)
     made, found = [again(FGSM(EPS), substitute)], list[Measurement]()
-    sent = measure.measure(
-        runs[1], model, facts, DATA, [FGSM(EPS)], black_box=made, write=found.append
-    )
+    sent = measure.measure(runs[1], model, facts, DATA, [FGSM(EPS), *made], write=found.append)
     assert list(sent) == found
     assert [m.attack for m in found] == ["clean", "FGSM", "FGSM(B)"]
     assert found[2].settings == repr(Transfer(FGSM(EPS), model, str(substitute)))
     assert not (runs[1] / "results.jsonl").exists()
-    written = list(measure.measure(runs[1], model, facts, DATA, [], black_box=made))
+    written = list(measure.measure(runs[1], model, facts, DATA, made))
     assert read_folder(runs[1]) == written
     (runs[1] / "results.jsonl").unlink()

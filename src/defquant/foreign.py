@@ -6,12 +6,10 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +28,7 @@ from defquant.results import FOREIGN, Score
 __all__ = ["Foreign", "blamed", "load_foreign", "probe", "warn_of_chance"]
 
 _WRAPPERS = ("module.", "model.")
+_PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 
 @dataclass(frozen=True)
@@ -54,17 +53,19 @@ def load_foreign(spec: str, weights: str | None, device: torch.device) -> Foreig
         raise UserError(f"no file {path}: give --model_file as my.py:make_model")
     print(f"defquant: runs your code from {path}", file=sys.stderr)
     with blamed(path, always=True), redirect_stdout(sys.stderr):  # stdout is for results
-        make = _function(_run(path), function, path)
-        model = make()
+        model = _function(path, function)()
     if not isinstance(model, nn.Module):
         raise UserError(
             f"{function} of {path} must return a torch.nn.Module; found {type(model).__name__}"
         )
-    method, evidence = FOREIGN, {"file": path.name, "file_sha256": _sha256(path)}
+    method, files = FOREIGN, {"file": path}
     if weights is not None:
-        _load_weights(model, Path(weights), path)
-        method = f"{FOREIGN} ({Path(weights).name})"
-        evidence |= {"weights": Path(weights).name, "weights_sha256": _sha256(Path(weights))}
+        files["weights"] = Path(weights)
+        _load_weights(model, files["weights"], path)
+        method = f"{FOREIGN} ({files['weights'].name})"
+    evidence = {what: used.name for what, used in files.items()}
+    for what, used in files.items():
+        evidence[f"{what}_sha256"] = hashlib.sha256(used.read_bytes()).hexdigest()
     widths = {quantizer.bits for quantizer in adjustable(model)}
     bits = widths.pop() if len(widths) == 1 else None
     subject = Subject(method, f"{path.name}:{function}", bits, evidence=evidence)
@@ -93,10 +94,11 @@ def probe(foreign: Foreign, data: Dataset, batch_size: int) -> None:
 def warn_of_chance(clean: Score, classes: int) -> None:
     """Warn where the model is right no more often than one that guesses."""
     if clean.interval[0] <= 1 / classes:
-        _warn(
+        warnings.warn(
             "the model guesses: look at its weights, the normalisation, the order of colours and "
-            "classes, before any of these numbers is used"
-        )
+            "classes, before any of these numbers is used",
+            DefquantWarning, stacklevel=2,
+        )  # fmt: skip
 
 
 @contextmanager
@@ -127,33 +129,39 @@ def _line(error: BaseException, path: Path) -> int | None:
     return mine[-1] if mine else None
 
 
-def _run(path: Path) -> ModuleType:
-    """The file as a module; files beside it can be imported, as under `python my.py`."""
+def _function(path: Path, name: str) -> Callable[[], object]:
+    """From the file as a module; it can import what lies beside it, as under `python my.py`."""
     spec = importlib.util.spec_from_file_location(f"_defquant_{path.stem}", path.resolve())
-    assert spec is not None
-    assert spec.loader is not None
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # dataclasses and pickles look a class's module up
     sys.path.insert(0, str(path.resolve().parent))
     spec.loader.exec_module(module)
-    return module
-
-
-def _function(module: ModuleType, name: str, path: Path) -> Any:
-    found = getattr(module, name, None)
-    if callable(found):
-        return found
-    own = [
-        key
+    own = {
+        key: value
         for key, value in vars(module).items()
         if callable(value) and getattr(value, "__module__", "") == module.__name__
-    ]
-    raise UserError(f"{path} has no function {name!r}; it has: {', '.join(own) or 'none'}")
+    }
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise UserError(f"{path} has no function {name!r}; it has: {', '.join(own) or 'none'}")
+    return found  # type: ignore[no-any-return]
 
 
 def _load_weights(model: nn.Module, weights: Path, path: Path) -> None:
     """What `load_state_dict` takes, strictly, fits: old names and lazy layers are its affair."""
-    tensors = _named_as(model.state_dict(), _read_weights(weights))
+    if not weights.is_file():
+        raise UserError(f"no weights at {weights}: give a .safetensors file")
+    with weights.open("rb") as raw:
+        start = raw.read(2)
+    if weights.suffix in _PICKLES or start in (b"PK", b"\x80\x02"):
+        raise UserError(
+            f"{weights} is a pickle, which can run code, and is not read: convert it where you "
+            "trust it, safetensors.torch.save_file({k: v.contiguous().clone() for k, v in "
+            f"torch.load({weights.name!r}, weights_only=True).items()}}, "
+            f"{weights.stem + '.safetensors'!r})"
+        )
+    tensors = _named_as(model.state_dict(), read_tensors(weights)[1])
     try:
         model.load_state_dict(tensors)
     except Exception as error:  # of torch, or of the user's own `load_state_dict`
@@ -190,26 +198,3 @@ def _place(value: object) -> tuple[object, ...]:
     if not isinstance(value, Tensor) or is_lazy(value) or not value.numel():
         return ()
     return value.data_ptr(), value.shape, value.stride()
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"no weights at {path}: give a .safetensors file")
-    with path.open("rb") as file:
-        start = file.read(2)
-    if path.suffix in (".pt", ".pth", ".ckpt", ".bin", ".pkl") or start in (b"PK", b"\x80\x02"):
-        raise UserError(
-            f"{path} is a pickle, which can run code, and is not read: convert it where you trust "
-            f"it, safetensors.torch.save_file({{k: v.contiguous().clone() for k, v in "
-            f"torch.load({path.name!r}, weights_only=True).items()}}, "
-            f"{path.stem + '.safetensors'!r})"
-        )
-    return read_tensors(path)[1]
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, DefquantWarning, stacklevel=3)

@@ -155,9 +155,10 @@ def measure_and_save(
 
     The images are made anew, with the same draws, because the score stops at an example's fall.
     """
-    how: Any = {"black_box": black_box, "seed": seed, "batch_size": batch_size, "watch": watch}
+    how: Any = {"seed": seed, "batch_size": batch_size, "watch": watch}
+    measured = measure(run, model, facts, images, [*attacks, *black_box], **how)
     if folder is None:
-        yield from measure(run, model, facts, images, attacks, **how)
+        yield from measured
         return
     with owned_folder(folder):
         found = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
@@ -167,7 +168,7 @@ def measure_and_save(
                 "choose another"
             )
         scores = []
-        for measurement in measure(run, model, facts, images, attacks, **how):
+        for measurement in measured:
             scores.append(measurement)
             yield measurement
         for measurement in _saved(folder, model, images, attacks, scores, seed, batch_size):

@@ -67,19 +67,17 @@ def measure(
     model: nn.Module,
     facts: Facts | Subject,
     images: Dataset,
-    attacks: Sequence[Single | Composition],
+    attacks: Sequence[Attack],
     *,
-    black_box: Sequence[Attack] = (),
     seed: int = 0,
     batch_size: int = 256,
     write: Callable[[Measurement], object] | None = None,
     watch: Watch | None = None,
 ) -> Iterator[Measurement]:
-    """Clean accuracy, every attack on `images`, then every one of `black_box`.
+    """Clean accuracy, then every attack on `images`, also ready made, as `defquant.replay` does.
 
     Each measurement is given to `write` at once; without it, appended to the run's
-    `results.jsonl`. `black_box` holds attacks ready made, as `defquant.replay` keeps them. `watch`
-    shows how far each attack is.
+    `results.jsonl`. `watch` shows how far each attack is.
     """
     keep = partial(append, run / "results.jsonl") if write is None else write
     subject = subject_of(facts)
@@ -88,8 +86,7 @@ def measure(
         "weights_sha256": weights_hash(model), "data_fingerprint": images.source, **stamp(device),
         **(subject.evidence or {}), "batch_size": batch_size,
     }  # fmt: skip
-    every = [*attacks, *black_box]
-    for scored in sweep(model, images, every, batch_size=batch_size, seed=seed, watch=watch):
+    for scored in sweep(model, images, attacks, batch_size=batch_size, seed=seed, watch=watch):
         attack, carried = scored.attack, {"carried_eps": list(scored.carried)}
         measurement = Measurement(
             **about(run, subject, images),

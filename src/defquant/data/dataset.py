@@ -182,7 +182,9 @@ def drawn(
         raise UserError(f"rank must lie in 0..{world - 1}; found {rank}")
     flip, shift = (data.flip, data.shift) if augment else (False, 0)
     _check_shift(data.images, shift)
-    generator = torch.Generator().manual_seed(_mix(seed, epoch))
+    # a hash: adding the two would make seed 0's epoch 1 seed 1's epoch 0
+    mixed = hashlib.sha256(f"batches {seed} {epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(mixed[:8], "little") >> 1)
     order = torch.randperm(len(data), generator=generator)[None]
     draws = torch.cat([order, _draw(len(data), flip, shift, generator)]).to(data.images.device)
     starts = range(0, steps * batch_size, batch_size)
@@ -339,9 +341,3 @@ def to_unit(images: Tensor) -> Tensor:
         return unit
     # by a tensor: CUDA multiplies by the reciprocal of a plain 255, which rounds otherwise
     return unit.div_(unit.new_full((), 255))
-
-
-def _mix(seed: int, epoch: int) -> int:
-    """63 bits for each pair; adding the two would make seed 0's epoch 1 seed 1's epoch 0."""
-    digest = hashlib.sha256(f"batches {seed} {epoch}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1

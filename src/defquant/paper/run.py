@@ -181,7 +181,7 @@ def _measure(out: Path, network: Network, cells: list[Cell], missing: set[Cell])
         if cell in missing:  # not asked for: the clean pass, or a smaller eps that stood already
             grid.keep(out, cell, m)
 
-    for _ in measure(run, model, facts, images, attacks, black_box=others, write=write):
+    for _ in measure(run, model, facts, images, [*attacks, *others], write=write):
         pass
 
 
