@@ -23,7 +23,11 @@ FAST = ["--images", "100", "--steps", "5", "--restarts", "1", "--queries", "20",
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    for name, flags in (("float", []), ("two", ["--bits", "2", "--deployable"]), ("other", ["--seed", "1"])):
+    for name, flags in (
+        ("float", []),
+        ("two", ["--bits", "2", "--deployable"]),
+        ("other", ["--seed", "1"]),
+    ):
         assert main([*TRAIN, *flags, "--out", str(folder / name)]) == 0
     return folder
 

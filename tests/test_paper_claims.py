@@ -23,9 +23,9 @@ from defquant.paper.verdict import (
     Spread,
     accuracy,
     answer,
+    counted,
     decide,
     evidence_of,
-    exact,
     interval,
     pooled,
     stratum,
@@ -86,10 +86,11 @@ def test_without_images_it_is_students_or_welchs_interval(equal: bool) -> None:
     assert [found.low, found.high] == pytest.approx([oracle.low, oracle.high])
 
 
-def test_exact_interval() -> None:
+def test_a_count_has_an_exact_interval() -> None:
+    found = counted("", "", [True] * 3 + [False] * 5, 0.25)
     oracle = stats.binomtest(3, 8).proportion_ci(0.95)
-    assert [*exact(3, 8)] == pytest.approx([oracle.low, oracle.high])
-    assert exact(8, 8)[1] == 1.0 and exact(0, 8)[0] == 0.0
+    assert (found.low, found.high) == pytest.approx((oracle.low - 0.25, oracle.high - 0.25))
+    assert counted("", "", [True] * 20, 0.5).verdict == "holds"
 
 
 N, NETWORKS, SEEDS = 400, 8, 2

@@ -127,7 +127,10 @@ def test_a_cell_alone_is_made_with_the_smaller_radii_and_shown(
         ((), "reproduce needs a name: fig1"),
         (("table9",), "unknown table or figure 'table9'"),
         (("fig1", "--cell", "0" * 16), "no cell '0000000000000000' in fig1 at preset small: take"),
-        (("fig1", "--preset", "tiny"), "unknown preset 'tiny'"),
+        (
+            ("fig1", "--preset", "tiny"),
+            "--preset must be one of smoke, small, gpu, paper; found 'tiny'",
+        ),
         (("fig1", "--jobs", "0"), "--jobs must be 1 or more"),
         (("fig1",), "preset small needs CIFAR-10: give its place with --data-root"),
         (("table2", "--data-root", "nowhere"), "preset small needs SVHN: give its place"),

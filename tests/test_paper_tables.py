@@ -247,7 +247,7 @@ def test_other_images_have_no_paper_beside_them() -> None:
 
 def test_the_papers_own_slips_are_those_of_its_numbers() -> None:
     """Black-box cells in which DQ has less than its technique alone, and white box above black."""
-    rows, words = NUMBERS["table3"], " ".join(WORDS["table3"].text)
+    rows, words = NUMBERS["table3"], " ".join(WORDS["table3"]["text"])
 
     def said(row: str, column: str) -> str:
         return f"{100 * rows[row][column]:.0f}"

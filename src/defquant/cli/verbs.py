@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from defquant.data import Dataset
     from defquant.deploy.parity import Parity
     from defquant.deploy.ship import Origin
-    from defquant.paper.grid import Scale
+    from defquant.paper.grid import Results, Scale
 
 __all__ = ["VERBS"]
 
@@ -368,7 +368,7 @@ def _judged(found: "Parity", origin: "Origin", allow_float: bool) -> int:
 def reproduce(
     names: tuple[str, ...] = (),
     *,
-    preset: str = "small",
+    preset: Literal["smoke", "small", "gpu", "paper"] = "small",
     cell: tuple[str, ...] | None = None,
     out: str | None = None,
     data_root: Root = None,
@@ -385,7 +385,7 @@ def reproduce(
 
     Args:
         names: fig1 fig3 fig5 fig6 fig7 table1 ... table6 surrogates, or all.
-        preset: how large: smoke, small, gpu or paper.
+        preset: how large.
         cell: make and show the cells of these keys alone; each number on the page names its cells.
         out: folder of results; runs/PRESET if not given.
         svhn_root: where SVHN lies.
@@ -395,73 +395,58 @@ def reproduce(
         dry_run: what is missing, in cells, image passes and hours on this machine; nothing is made.
         render_only: show what is there; make nothing.
     """
+    from defquant.paper import grid
     from defquant.paper import reproduce as paper
 
     if list:
         paper.print_list()
         return 0
-    scale = paper.scale_of(preset, data_root, svhn_root, device)
-    keys = cell or ()
-    chosen = paper.names_of(names or ["all"] * bool(keys), scale)
-    cells = paper.cells_to_make(chosen, scale, keys)
-    folder = Path(out or f"runs/{scale.name}")
+    scale = grid.SCALES[preset].placed(data_root, svhn_root, device)
+    chosen = paper.names_of(names or ["all"] * bool(cell), scale)
+    cells = paper.cells_to_make(chosen, scale, cell or ())
+    folder = Path(out or f"runs/{preset}")
     least(1, jobs=jobs)
     if dry_run:
         paper.print_plan(cells, scale, folder, jobs)
         return 0
     failed = [] if render_only else paper.make(cells, scale, folder, jobs, workers)
-    page = _show_cells if keys else _show
-    print(page(keys or chosen, scale, folder, as_json=json))
+    results = grid.read(folder)
+    for key in cell or ():
+        if key in results.scores:
+            print_measurements([results.scores[key]], as_json=json)
+        elif key in results.values:
+            print_json({"cell": key, "values": results.values[key]})
+    print(folder / grid.SCORES if cell else _show(chosen, scale, results, folder, as_json=json))
     return int(bool(failed))
 
 
-def _show(names: Sequence[str], scale: "Scale", out: Path, *, as_json: bool) -> Path:
+def _show(
+    names: Sequence[str], scale: "Scale", results: "Results", out: Path, *, as_json: bool
+) -> Path:
     """Sections as text on stdout and as `NAME.md`, `NAME.png` and `report.html` in `out`."""
     from defquant import report
     from defquant.files import write_bytes
-    from defquant.paper import grid
     from defquant.paper.claims import verdicts
     from defquant.paper.figures import EXPERIMENTS, render
 
-    results = grid.read(out)
-    every = [
-        render(name, scale, results)
-        for name in EXPERIMENTS
-        if name in names
-        or [cell for cell in EXPERIMENTS[name].cells(scale) if results.of(cell) is not None]
-    ]
-    judged = verdicts(scale, results)
-    for section in every:
-        if section.name in names:
-            picture = f"{section.name}.png" if section.panels else ""
+    judged, shown, every = verdicts(scale, results), rows.console(), []
+    for name, experiment in EXPERIMENTS.items():
+        if name in names or any(results.of(cell) is not None for cell in experiment.cells(scale)):
+            every.append(section := render(name, scale, results))
+        if name in names:
+            picture = f"{name}.png" if section.panels else ""
             if picture:
                 report.section_figure(section, out / picture)
             text = report.section_markdown(section, figure=picture)
-            write_bytes(out / f"{section.name}.md", text.encode())
+            write_bytes(out / f"{name}.md", text.encode())
+            if not as_json:
+                report.print_section(section, shown)
     write_bytes(out / "claims.md", report.claims_markdown(judged).encode())
     if as_json:
         print_measurements(results.scores.values(), as_json=True)
-    else:
-        shown = rows.console()
-        for section in every:
-            if section.name in names:
-                report.print_section(section, shown)
-        if len(names) >= len(EXPERIMENTS) - 1:
-            report.print_claims(judged, shown)
+    elif len(names) >= len(EXPERIMENTS) - 1:
+        report.print_claims(judged, shown)
     return report.build_report(out, out / "report.html", sections=every, verdicts=judged)
-
-
-def _show_cells(keys: Sequence[str], scale: "Scale", out: Path, *, as_json: bool) -> Path:
-    """The scores of the cells with these keys; values of other kinds as JSON."""
-    from defquant.paper import grid
-
-    results = grid.read(out)
-    for key in keys:
-        if key in results.scores:
-            print_measurements([results.scores[key]], as_json=as_json)
-        elif key in results.values:
-            print_json({"cell": key, "values": results.values[key]})
-    return out / "results.jsonl"
 
 
 def report(

@@ -1,10 +1,10 @@
 """The paper's claims, each with a verdict: rows of `claims.yaml`, evaluated. No torch."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from math import comb
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from defquant.paper.ask import Ask, Found
 from defquant.paper.figures import EXPERIMENTS
@@ -44,17 +44,14 @@ class Comparison:
     # a label: a contrast for each of its values; `every LABEL` with none (full precision)
     each: str = ""
     values: Sequence[Any] = ()  # with `each`, these alone
-    # with `each`, a contrast for each pair of values; `next` for each and its successor
-    pairs: Sequence[Sequence[Any]] | Literal["next"] = ()
     # labels of the rows that are compared; several groups add up
     plus: Labels | Sequence[Labels] = field(default_factory=dict)
     minus: Labels | Sequence[Labels] = field(default_factory=dict)
     # instead, by name: `plus` and `minus` each
     contrasts: Mapping[str, Mapping[str, Labels]] = field(default_factory=dict)
-    # the line fitted to the rows `plus`: last minus first, or first minus last
-    trend: Literal["", "up", "down"] = ""
-    # contrasts chosen on the same images, so that intervals allow for every choice
-    choose: Literal["", "peak", "ranges"] = ""
+    # `up`, `down`: the line fitted to the rows `plus`, last minus first or first minus last;
+    # `next`: from each value to the next; `peak`, `range`: see `_chosen`
+    over: Literal["", "up", "down", "next", "peak", "range"] = ""
     margin: bool = False  # whether a loss of 1 point is none
     blind: Blind = "supporting"  # as in `Contrast`
     # of Tables 2 and 3, the bits to ask at: the `first`, which are the paper's, or the `rest`
@@ -63,25 +60,22 @@ class Comparison:
 
     def readings(self, scale: Scale, answers: Answers, evidence: Evidence) -> Iterator[Reading]:
         every = [(a, n) for name in self.of for a, n in answers[name] if isinstance(n, Number)]
-        if self.under:
-            contrasts = list(self._contrasts(_Rows(every, None, {})))
-            yield answer(self.under, self.what, contrasts, evidence)
-            return
-        first, *rest = scale.defense_bits
-        for bits in [None] if not self.widths else [first] if self.widths == "first" else rest:
-            at = {"bits": bits} if self.widths else {}
-            more = f", {bits_text(bits)}" if self.widths else ""
-            for trial in _trials(scale, every, self.trials):
+        widths = {"": [None], "first": scale.defense_bits[:1], "rest": scale.defense_bits[1:]}
+        trials = [None] if self.under else _trials(scale, every, self.trials)
+        for bits, trial in product(widths[self.widths], trials):
+            rows = _Rows(every, trial, {"bits": bits} if self.widths else {})
+            name, what, choices = self.under, self.what, 0
+            if trial is not None:
+                name = trial.name + f", {bits_text(bits)}" * bool(self.widths) + self.suffix
                 words = {"eps": eps_text(trial.eps), "attack": trial.column}
-                what = self.what.format(bits=bits_text(bits), **words)
-                name, rows = trial.name + more + self.suffix, _Rows(every, trial, at)
-                if self.choose:
-                    clean = _Rows(every, scale.trial(), {})
-                    yield _chosen(self.choose, name, what, clean.find({}), rows.find({}), evidence)
-                else:
-                    contrasts = list(self._contrasts(rows))
-                    extra = _best_gains(contrasts) if self.maximum else ""
-                    yield answer(name, what, contrasts, evidence, extra=extra)
+                what = what.format(bits=bits_text(bits), **words)
+            if self.over in ("peak", "range"):
+                clean = _Rows(every, scale.trial(), {}).find({})
+                contrasts, choices = _chosen(self.over, clean, rows.find({}))
+            else:
+                contrasts = list(self._contrasts(rows))
+            extra = _best_gains(contrasts) if self.maximum else ""
+            yield answer(name, what, contrasts, evidence, choices, extra)
 
     def _contrasts(self, rows: "_Rows") -> Iterator[Contrast]:
         options = MARGIN * self.margin, self.blind
@@ -90,27 +84,21 @@ class Comparison:
             yield versus(name, [rows.find(sides["plus"])], [rows.find(sides["minus"])], *options)
         label = self.each.removeprefix("every ")
         values = self.values or rows.values(label, plus[0], whole=self.each != label)
-        if self.trend:
-            for value in values if label else [None]:
-                own = {**plus[0], label: value} if label else plus[0]
-                found, sign = rows.find(own), -1 if self.trend == "down" else 1
-                weights = trend(len(found)) if len(found) > 1 else (1.0,)
-                terms = [(sign * w, row) for w, row in zip(weights, found, strict=True) if w]
-                yield Contrast(_value(label, value), terms, *options)
-        elif self.pairs == "next":
+        if self.over == "next":
             for a, b in pairwise(values):
                 name = f"{_value(label, a)} to {b:g}"
                 yield versus(name, [rows.find({label: b})], [rows.find({label: a})], *options)
-        elif self.pairs:
-            for a, b in cast(Sequence[Sequence[Any]], self.pairs):
-                ours, theirs = rows.find({**plus[0], label: a}), rows.find({**minus[0], label: b})
-                yield versus(f"{a} minus {b}", [ours], [theirs], *options)
-        elif self.each:
-            for value in values:
-                both = ([rows.find({label: value, **g}) for g in side] for side in (plus, minus))
-                yield versus(_value(label, value), *both, *options)
-        elif not self.contrasts:
-            yield versus("", [*map(rows.find, plus)], [*map(rows.find, minus)], *options)
+            return
+        for value in () if self.contrasts else values if label else [None]:
+            at = {label: value} if label else {}
+            more, fewer = ([rows.find({**at, **g}) for g in side] for side in (plus, minus))
+            if self.over:
+                (found,), sign = more, -1 if self.over == "down" else 1
+                weights = trend(len(found)) if len(found) > 1 else (1.0,)
+                terms = [(sign * w, row) for w, row in zip(weights, found, strict=True) if w]
+                yield Contrast(_value(label, value), terms, *options)
+            else:
+                yield versus(_value(label, value) if label else "", more, fewer, *options)
 
 
 def _groups(labels: Labels | Sequence[Labels]) -> Sequence[Labels]:
@@ -216,64 +204,48 @@ def _best_gains(contrasts: Sequence[Contrast]) -> str:
     return f"best bits minus full precision, biased upward as a maximum: {listed(words)}"
 
 
-def _chosen(
-    choose: str, name: str, what: str, clean: Found, attacked: Found, evidence: Evidence
-) -> Reading:
-    """By beta: the best one inside against both ends, or the range under attack against that of
-    clean images; among how many choices.
+def _chosen(over: str, clean: Found, attacked: Found) -> tuple[list[Contrast], int]:
+    """By beta, with the number of choices that the intervals must allow for: the best one inside
+    against both ends; or the range under attack against that of clean images.
     """
-    if any(n.mean is None for _, n in [*attacked, *(clean if choose == "ranges" else ())]):
-        return unmeasured(name)
+    if any(n.mean is None for _, n in [*attacked, *(clean if over == "range" else ())]):
+        return [], 0
     low, *inner, high = attacked
-    if choose == "peak":
-        best, choices = max(inner, key=_mean), 2 * len(inner)
-        contrasts = [
-            versus(f"beta {best[0].at['name']} minus {end[0].at['name']}", [[best]], [[end]])
-            for end in (low, high)
-        ]
-    else:
-        (a, *_, b), (c, *_, d) = (sorted(rows, key=_mean) for rows in (clean, attacked))
-        contrasts, choices = [versus("ranges", [[d], [a]], [[c], [b]])], comb(len(clean), 2) ** 2
-    return answer(name, what, contrasts, evidence, choices)
+    if over == "peak":
+        best = max(inner, key=_mean)
+        names = {f"beta {best[0].at['name']} minus {end[0].at['name']}": end for end in (low, high)}
+        return [versus(name, [[best]], [[end]]) for name, end in names.items()], 2 * len(inner)
+    (a, *_, b), (c, *_, d) = (sorted(rows, key=_mean) for rows in (clean, attacked))
+    return [versus("ranges", [[d], [a]], [[c], [b]])], comb(len(clean), 2) ** 2
 
 
 def _mean(row: tuple[Ask, Number]) -> float:
     return row[1].mean or 0.0
 
 
-# --- Figure 7: pictures -------------------------------------------------------------------
-
-Picture = Callable[[Sequence[bool], Sequence[float]], bool | None]
-"""Of FP, VQ and DQ under attack, which are right and how sure each is of its answer: what comes of
-a picture; None where it is not of those that are counted.
-"""
-
-PICTURES: Sequence[tuple[str, str, float, Picture]] = (
-    (
-        "VQ or DQ fooled", "of the pictures that fool one of VQ and DQ, VQ", 1 / 2,
-        lambda right, sure: None if right[1] == right[2] else not right[1],
-    ),
-    (
-        "all fooled", "of the pictures that fool all, DQ is least sure", 1 / 3,
-        lambda right, sure: None if any(right) else sure[2] < min(sure[:2]),
-    ),
-    (
-        "FP and DQ right", "of the pictures that fool neither, DQ is surer", 1 / 2,
-        lambda right, sure: sure[2] > sure[0] if right[0] and right[2] else None,
-    ),
-)  # fmt: skip
-
-
 def _surer(found: Found) -> Iterator[Reading]:
-    whole = all(value is not None for _, value in found)
-    pictures = [[(e["label"], e["adversarial"]) for e in v["examples"]] for _, v in found if whole]
-    for name, what, chance, rule in PICTURES:
-        attack, outcomes = f"{found[0][0].trial.name}, {name}", []
-        for answers in zip(*pictures, strict=True):
-            right = [label == guess["prediction"] for label, guess in answers]
-            outcomes.append(rule(right, [float(guess["confidence"]) for _, guess in answers]))
-        told = [outcome for outcome in outcomes if outcome is not None]
-        yield counted(attack, what, told, chance) if whole else unmeasured(attack)
+    """Figure 7: of FP, VQ and DQ on each attacked picture, which are right and how sure each is."""
+    answers = [[(e["label"], e["adversarial"]) for e in (v or {}).get("examples", ())]
+               for _, v in found]  # fmt: skip
+    told = [[(y == a["prediction"], float(a["confidence"])) for y, a in own] for own in answers]
+    every = list(zip(*told, strict=False))
+    cases = (
+        (
+            "VQ or DQ fooled", "of the pictures that fool one of VQ and DQ, VQ", 1 / 2,
+            [not vq[0] for _, vq, dq in every if vq[0] != dq[0]],
+        ),
+        (
+            "all fooled", "of the pictures that fool all, DQ is least sure", 1 / 3,
+            [dq[1] < min(fp[1], vq[1]) for fp, vq, dq in every if not (fp[0] or vq[0] or dq[0])],
+        ),
+        (
+            "FP and DQ right", "of the pictures that fool neither, DQ is surer", 1 / 2,
+            [dq[1] > fp[1] for fp, _, dq in every if fp[0] and dq[0]],
+        ),
+    )  # fmt: skip
+    for name, what, chance, outcomes in cases:
+        attack = f"{found[0][0].trial.name}, {name}"
+        yield counted(attack, what, outcomes, chance) if every else unmeasured(attack)
 
 
 # --- all claims ---------------------------------------------------------------------------

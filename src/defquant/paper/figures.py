@@ -1,16 +1,14 @@
 """Figures made of other measurements than accuracies, and every section by its name. No torch."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from defquant.config import TrainConfig
 from defquant.paper import tables
 from defquant.paper.ask import Ask, Found, Shown, ask_all, panel, pivot, select
-from defquant.paper.grid import Cell, Network, Results, Scale, Task, Trial
+from defquant.paper.grid import Cell, Results, Scale, Trial, written
 from defquant.paper.section import (
     Number,
     Section,
@@ -35,19 +33,18 @@ def fig3(scale: Scale) -> list[Ask]:
     layer of VGGs of each bit width; `wrn` (not in the paper): of the Wide ResNet at 4 bits, vanilla
     and DQ.
     """
-
-    def ask(part: str, name: str, network: Network, kind: Any = "layers", eps: float = 8) -> Ask:
-        model, train = network.model, network.train
-        at = {"part": part, "name": name, "bits": model.bits, "beta": train.beta}
-        return Ask(at, (network,), Trial("fgsm", eps / 255, 128, kind=kind))
-
-    first = [ask("first", "", scale.network(), "first-block", eps) for eps in range(1, 9)]
-    vgg = [ask("vgg", bits_text(b), scale.network(scale.vgg, bits=b)) for b in scale.bits]
-    wrn = [
-        ask("wrn", f"{method_text(beta)} at 4 bits", scale.network(bits=4, beta=beta))
-        for beta in (0.0, scale.beta)
+    block = [Trial("fgsm", eps / 255, 128, kind="first-block") for eps in range(1, 9)]
+    layers = [Trial("fgsm", 8 / 255, 128, kind="layers")]
+    every = [("first", "", scale.network(), block)]
+    every += [("vgg", bits_text(b), scale.network(scale.vgg, bits=b), layers) for b in scale.bits]
+    for beta in (0.0, scale.beta):
+        name, network = f"{method_text(beta)} at 4 bits", scale.network(bits=4, beta=beta)
+        every.append(("wrn", name, network, layers))
+    return [
+        Ask({"part": part, "name": name, "bits": n.model.bits, "beta": n.train.beta}, (n,), trial)
+        for part, name, n, trials in every
+        for trial in trials
     ]
-    return first + vgg + wrn
 
 
 SIDES = (
@@ -175,45 +172,29 @@ def cells_of(names: Iterable[str], scale: Scale) -> list[Cell]:
     return list(dict.fromkeys(cell for name in names for cell in EXPERIMENTS[name].cells(scale)))
 
 
-@dataclass(frozen=True)
-class Words:
-    """What people wrote of a section: see the head of `text.md`."""
-
-    what: str
-    title: str
-    text: tuple[str, ...]
-    captions: tuple[str, ...]
-
-
-def _words() -> Iterator[tuple[str, Words]]:
-    text = Path(__file__).with_name("text.md").read_text(encoding="utf-8")
-    for part in text.split("\n# ")[1:]:
-        head, *blocks = re.split(r"\n\n+", part.strip())
-        name, what, title = head.split(" | ")
-        joined = [" ".join(block.split()) for block in blocks]
-        said = tuple(block for block in joined if not block.startswith("> "))
-        yield name, Words(what, title, said, tuple(b[2:] for b in joined if b.startswith("> ")))
-
-
-WORDS = dict(_words())
+WORDS: Mapping[str, Any] = written("text.yaml")
+"""What people wrote of each section: see there."""
 
 
 def render(name: str, scale: Scale, results: Results) -> Section:
     """The section `name` of what is there; panels without a point are left out."""
-    experiment, words, task = EXPERIMENTS[name], WORDS[name], scale.on(name)
+    experiment, words, own = EXPERIMENTS[name], WORDS[name], scale.on(name)
     found, cells = experiment.found(scale, results), experiment.cells(scale)
     shown, panels = experiment.show(scale, found)
     scored = (results.scores.get(cell.key) for cell in cells if cell.split == "test")
-    names = sorted({m.data for m in scored if m is not None})
-    facts = _facts(scale, task, listed(names) if names else DATA[task.data.data])
-    facts["chosen"] = tables.chosen_beta(found) or "none yet"
+    images = sorted({m.data for m in scored if m is not None}) or [DATA[own.data.data]]
+    facts = _facts(own, listed(images), tables.chosen_beta(found))
     note = "The images are not the paper's, so its numbers do not stand beside ours."
-    captions = [caption.format(**facts) for caption in words.captions]
+    captions = [caption.format(**facts) for caption in words["captions"]]
+    every = [c for c in captions if "EPS" in c]  # the first ones, once for each radius
+    radii = scale.eps if len(every) == 1 else scale.hard_eps
+    each = [c.replace("EPS", eps_text(eps)) for eps in radii for c in every]
+    captioned = zip(shown, each + captions[len(every) :], strict=False)
     return Section(
         name=name,
-        title=words.title,
-        text=(*(text.format(**facts) for text in words.text), *[note] * (not task.papers)),
-        tables=_captioned(shown, captions, scale),
+        title=words["title"],
+        text=(*(text.format(**facts) for text in words["text"]), *[note] * (not own.papers)),
+        tables=tuple(replace(table, caption=caption) for table, caption in captioned),
         panels=tuple(panel for panel in panels if panel.drawn),
         pictures=tuple((a.at["name"], v) for a, v in select(found, kind="examples") if v),
         missing=len(results.missing(cells)),
@@ -221,51 +202,42 @@ def render(name: str, scale: Scale, results: Results) -> Section:
     )
 
 
-def _captioned(shown: Sequence[Table], captions: Sequence[str], scale: Scale) -> tuple[Table, ...]:
-    """Tables with their captions in order; the first captions stand once for each radius, `EPS`."""
-    every = [c for c in captions if "EPS" in c]
-    rest = [c for c in captions if "EPS" not in c]
-    radii = scale.eps if len(every) == 1 else scale.hard_eps
-    each = [c.replace("EPS", eps_text(eps)) for eps in radii for c in every] if every else []
-    return tuple(replace(t, caption=c) for t, c in zip(shown, each + rest, strict=False))
-
-
 DATA = {"cifar10": "CIFAR-10", "svhn": "SVHN", "digits": "handwritten digits"}
 
 
-def _facts(scale: Scale, task: Task, images: str) -> dict[str, Any]:
-    """What the words of `text.md` may name in braces, beside fields of the `scale`."""
+def _facts(scale: Scale, images: str, chosen: float | None) -> dict[str, Any]:
+    """What the words of `text.yaml` may name in braces, beside fields of the `scale`."""
 
     def trained(train: TrainConfig) -> str:
         """`5 epochs on 20,000 training images of CIFAR-10`."""
-        count, held = task.data.train_images, task.data.validation_images
+        count, held = scale.data.train_images, scale.data.validation_images
         some = f"all but {held:,}" if held else "all"
         epochs = f"{train.epochs} epoch{'s' * (train.epochs > 1)}"
         return f"{epochs} on {some if count is None else f'{count:,}'} training images of {images}"
+
+    def first(count: int | None) -> str:
+        return "all test images" if count is None else f"the first {count:,} test images"
 
     usual, worst = map(attack_text, scale.strong)
     sigma = 255 * float(scale.adversarial["attack_sigma"])
     return {
         "scale": scale,
-        "wrn": model_text(task.wrn),
+        "wrn": model_text(scale.wrn),
         "vgg": model_text(scale.vgg),
         "resnet": model_text(scale.resnet),
-        "trained": trained(task.train),
-        "madry_trained": trained(replace(task.train, **scale.madry)),  # type: ignore[arg-type]
+        "trained": trained(scale.train),
+        "madry_trained": trained(scale.adversarially("pgd", scale.madry)),
         "madry_eps": eps_text(float(scale.madry["attack_eps"])),
         "random_eps": f"clip(|N(0, {sigma:g})|, 0, {2 * sigma:g})/255",
         "eps": listed(map(eps_number, scale.eps)) + "/255",
         "hard": listed(map(eps_number, scale.hard_eps)) + "/255",
         "first_hard": eps_text(scale.hard_eps[0]),
-        "many": _images(scale.many),
-        "few": _images(scale.few),
+        "many": first(scale.many),
+        "few": first(scale.few),
         "usual": usual,
         "worst": worst,
         "betas": listed(f"{beta:g}" for beta in scale.table1_betas),
         "largest_beta": f"{max(scale.table1_betas):g}",
         "defense_bits": listed(map(bits_text, scale.defense_bits)),
+        "chosen": chosen or "none yet",
     }
-
-
-def _images(images: int | None) -> str:
-    return "all test images" if images is None else f"the first {images:,} test images"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import yaml
 
@@ -18,7 +18,7 @@ from defquant.results import Measurement, append, read_jsonl
 from defquant.typed import from_mapping
 
 __all__ = [
-    "SCALES", "SCORES", "VALUES", "Cell", "Kind", "Network", "Results", "Scale", "Task", "Trial",
+    "SCALES", "SCORES", "VALUES", "Cell", "Kind", "Network", "Results", "Scale", "Trial",
     "by_network", "keep", "read", "written",
 ]  # fmt: skip
 
@@ -127,17 +127,6 @@ def by_network(cells: Iterable[Cell]) -> dict[Network, list[Cell]]:
 # --- presets ------------------------------------------------------------------------------
 
 
-class Task(NamedTuple):
-    data: DataConfig
-    train: TrainConfig
-    wrn: str
-
-    @property
-    def papers(self) -> bool:
-        """Whether the images are those of the paper's experiment."""
-        return self.data.data != "digits"
-
-
 @dataclass(frozen=True)
 class Scale:
     """What a preset fixes for every experiment; the presets are in `presets.yaml`."""
@@ -174,11 +163,16 @@ class Scale:
     def paper_eps(self) -> float:
         return 8 / 255
 
-    def on(self, table: str) -> "Task":
-        """Images, training and Wide ResNet of a table or figure: Table 2 has its own."""
-        if table == "table2":
-            return Task(self.svhn, self.svhn_train, self.svhn_wrn)
-        return Task(self.data, self.train, self.wrn)
+    def on(self, table: str) -> "Scale":
+        """With the images, training and Wide ResNet of that section: Table 2 has its own."""
+        if table != "table2":
+            return self
+        return replace(self, data=self.svhn, train=self.svhn_train, wrn=self.svhn_wrn)
+
+    @property
+    def papers(self) -> bool:
+        """Whether the images are those of the paper's experiment."""
+        return self.data.data != "digits"
 
     def network(
         self,
@@ -187,22 +181,28 @@ class Scale:
         beta: float = 0.0,
         seed: int | None = None,
         train: TrainConfig | None = None,
-        data: DataConfig | None = None,
         **options: Any,
     ) -> Network:
         """The `model`, `wrn` when None; DQ, with penalty and convex sums, where `beta` > 0."""
         chosen = ModelConfig(model or self.wrn, convex=beta > 0, **options)
         first = self.seeds[0] if seed is None else seed
         training = replace(train or self.train, beta=beta, seed=first)
-        return Network(chosen, data or self.data, training)
+        return Network(chosen, self.data, training)
+
+    def adversarially(
+        self, attack: str, changes: Mapping[str, float | int | str] | None = None
+    ) -> TrainConfig:
+        """The training on images of `attack`."""
+        changed = self.adversarial if changes is None else changes
+        return replace(self.train, **{"attack": attack, **changed})  # type: ignore[arg-type]
 
     def by_seed(self, bits: int | None, beta: float) -> tuple[Network, ...]:
         """The Wide ResNet of Table 1, once for each seed."""
         return tuple(self.network(bits=bits, beta=beta, seed=seed) for seed in self.seeds)
 
-    def substitute(self, **changes: Any) -> Network:
+    def substitute(self, train: TrainConfig | None = None) -> Network:
         """The full-precision VGG of section 5.1 through which black-box attacks go."""
-        return self.network(self.vgg, seed=1000, **changes)  # no seed of those it attacks
+        return self.network(self.vgg, seed=1000, train=train)  # no seed of those it attacks
 
     def trial(self, attack: str = "clean", eps: float = 0.0, **options: Any) -> Trial:
         """One-step attacks on many images, others on few."""

@@ -8,7 +8,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
@@ -22,9 +22,7 @@ from defquant.paper.figures import EXPERIMENTS, WORDS, cells_of
 from defquant.paper.grid import SCALES, Cell, Network, Scale, by_network
 from defquant.paper.workers import cores
 
-__all__ = [
-    "cells_to_make", "make", "names_of", "passes_by_model", "print_list", "print_plan", "scale_of",
-]  # fmt: skip
+__all__ = ["cells_to_make", "make", "names_of", "passes_by_model", "print_list", "print_plan"]
 
 PROBE_SECONDS = 10.0
 STEPS = 4  # of a probe, in two epochs: the first also pays for what is made once
@@ -51,34 +49,22 @@ def names_of(words: Sequence[str], scale: Scale) -> list[str]:
     return every if "all" in words else list(dict.fromkeys(words))
 
 
-def scale_of(preset: str, data_root: str | None, svhn_root: str | None, device: str) -> Scale:
-    """The preset with its data in place. Raises `UserError` for an unknown one."""
-    if preset not in SCALES:
-        raise UserError(f"unknown preset {preset!r}: use one of {', '.join(SCALES)}")
-    return SCALES[preset].placed(data_root, svhn_root, device)
-
-
 def print_list() -> None:
     """Every experiment with the cost of every preset, in networks and millions of image passes."""
     table = Table(box=None, pad_edge=False)
     for head in ("name", "what", *SCALES):
         table.add_column(head, justify="right" if head in SCALES else "left", no_wrap=True)
     scales = [scale.placed(None, None, "cpu") for scale in SCALES.values()]
-    costs = {name: [_cost(cells_of([name], scale)) for scale in scales] for name in EXPERIMENTS}
-    costs["all"] = [_cost(cells_of(EXPERIMENTS, scale)) for scale in scales]
-    for name, cost in costs.items():
-        title = WORDS[name].what if name in WORDS else "the union, no network twice"
-        table.add_row(name, title, *cost)
+    rows = {name: ([name], WORDS[name]["what"]) for name in EXPERIMENTS}
+    for name, (own, what) in {**rows, "all": ([*rows], "the union, no network twice")}.items():
+        costs = [[*passes_by_model(cells_of(own, scale)).values()] for scale in scales]
+        shown = (f"{len(cost)} / {sum(map(sum, cost)) / 1e6:,.2f}" for cost in costs)
+        table.add_row(name, what, *shown)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     print("\nnetworks / millions of image passes: an image forward and backward in training or in")
     print("an attack; --dry-run says how many hours that is on this machine\n")
     for scale in SCALES.values():
         print(f"{scale.name:6} {scale.about}")
-
-
-def _cost(cells: Sequence[Cell]) -> str:
-    passes = passes_by_model(cells)
-    return f"{len(passes)} / {sum(map(sum, passes.values())) / 1e6:,.2f}"
 
 
 def cells_to_make(names: Sequence[str], scale: Scale, keys: Sequence[str] = ()) -> list[Cell]:
@@ -115,34 +101,24 @@ def print_plan(cells: Sequence[Cell], scale: Scale, out: Path, jobs: int | None)
     except UserError as error:
         print(f"without its images nothing can be made: {error}")
     kinds = {_kind(network): network for network in passes}
-    share = PROBE_SECONDS / len(kinds)
-    rates = {kind: _rate(network, share) for kind, network in kinds.items()}
+    rates = {kind: _rate(network, PROBE_SECONDS / len(kinds)) for kind, network in kinds.items()}
     for (model, data), rate in rates.items():
         shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
         print(f"{model} on {data}: {shown} image passes a second in one process")
-    training, measuring = map(sum, zip(*passes.values(), strict=True))
-    processes = jobs or cores()
-    print(
-        f"{len(passes)} networks, {len(missing)} cells: {training + measuring:,.0f} image passes "
-        f"({training:,.0f} of them training), about {_duration(passes, rates, processes)} "
-        f"with {processes} processes"
-    )
-
-
-def _duration(
-    passes: Mapping[Network, tuple[float, float]],
-    rates: Mapping[tuple[str, str], float],
-    processes: int,
-) -> str:
-    """On this machine, as if processes of the CPU did not slow each other down."""
     from defquant.distributed import pick_device
 
+    processes, (training, measuring) = jobs or cores(), map(sum, zip(*passes.values(), strict=True))
     on_gpu = any(pick_device(network.train.device).type == "cuda" for network in passes)
     seconds = sum(sum(both) / rates[_kind(network)] for network, both in passes.items())
+    # as if processes of the CPU did not slow each other down
     hours = seconds / (1 if on_gpu else min(processes, len(passes))) / 3600
-    if hours < 1:
-        return f"{max(1, round(60 * hours))} minutes"
-    return f"{hours:,.1f} hours" if hours < 72 else f"{hours / 24:,.0f} days"
+    long = f"{hours:,.1f} hours" if hours < 72 else f"{hours / 24:,.0f} days"
+    print(
+        f"{len(passes)} networks, {len(missing)} cells: {training + measuring:,.0f} image passes "
+        f"({training:,.0f} of them training), about "
+        f"{long if hours >= 1 else f'{max(1, round(60 * hours))} minutes'} with {processes} "
+        "processes"
+    )
 
 
 def make(
@@ -151,9 +127,8 @@ def make(
     """Train and measure what is missing of `cells`; returns what failed, a line each."""
     missing = grid.read(out).missing(cells)
     _check_data(scale, missing)
-    print(
-        f"reproduce: {len(cells) - len(missing)} of {len(cells)} cells are there", file=sys.stderr
-    )
+    there = f"{len(cells) - len(missing)} of {len(cells)} cells are there"
+    print(f"reproduce: {there}", file=sys.stderr)
     if not missing:
         return []
     from defquant.paper.run import run
@@ -187,19 +162,22 @@ def passes_by_model(cells: Iterable[Cell]) -> dict[Network, tuple[float, float]]
 
 
 def _training_passes(network: Network) -> float:
-    """Image passes of a training, those of its attack among them."""
+    """Those of its attack among them."""
     data, train = network.data, network.train
     every = _IMAGES[data.data][0] - data.validation_images
-    images = min(every, data.train_images or every)
     steps = float(train.attack in ("fgsm", "rfgsm"))
-    if train.attack == "pgd":
-        eps = train.attack_eps
-        steps = _mean_steps(train.attack_sigma) if eps is None else _paper_steps(255 * eps)
+    if train.attack == "pgd" and train.attack_eps is not None:
+        steps = _paper_steps(255 * train.attack_eps)
+    elif train.attack == "pgd":  # mean over eps = clip(|N(0, sigma)|, 0, 2 sigma), by quantiles
+        sigma = 255 * train.attack_sigma
+        draws = (abs(NormalDist(0, sigma).inv_cdf(q / 1000)) for q in range(1, 1000))
+        steps = sum(_paper_steps(min(eps, 2 * sigma)) for eps in draws) / 999
+    images = min(every, data.train_images or every)
     return images * train.epochs * (1 + INPUT_GRADIENT * steps * train.mix)
 
 
 def _cell_passes(cell: Cell) -> float:
-    """Image passes of one measurement; of a black box, only the answers."""
+    """Of a black box, only the answers."""
     data = cell.network.data
     split = data.validation_images if cell.split == "validation" else _IMAGES[data.data][1]
     images = min(split, cell.images or split)
@@ -224,12 +202,6 @@ def _paper_steps(pixels: float) -> int:
     return max(1, math.floor(min(pixels + 4, 1.25 * pixels) + 1e-6))
 
 
-def _mean_steps(sigma: float) -> float:
-    """Mean of the paper's steps over eps = clip(|N(0, sigma)|, 0, 2 sigma), by 999 quantiles."""
-    draws = (abs(255 * NormalDist(0, sigma).inv_cdf(q / 1000)) for q in range(1, 1000))
-    return sum(_paper_steps(min(eps, 510 * sigma)) for eps in draws) / 999
-
-
 def _kind(network: Network) -> tuple[str, str]:
     return network.model.model, network.data.data
 
@@ -240,16 +212,13 @@ def _rate(network: Network, seconds: float) -> float:
     """
     import torch
 
-    threads = torch.get_num_threads()
+    threads, most = torch.get_num_threads(), network.train.batch_size
     torch.set_num_threads(1)
     try:
         size, rate = 2, _steps(network, 2)  # pays for imports, too
         end = time.perf_counter() + seconds
-        while size < (larger := int((end - time.perf_counter()) * rate / STEPS)):
-            if size == network.train.batch_size:
-                break
-            size = min(network.train.batch_size, larger)
-            rate = _steps(network, size)
+        while size < (larger := min(most, int((end - time.perf_counter()) * rate / STEPS))):
+            size, rate = larger, _steps(network, larger)
         return rate
     finally:
         torch.set_num_threads(threads)

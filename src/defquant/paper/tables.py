@@ -1,7 +1,7 @@
 """The paper's tables and curves as lists of questions: cells, numbers and panels follow from them.
 
 To add a table: a list of `Ask` and how it is shown, here; a line in `EXPERIMENTS` of `figures.py`;
-its words in `text.md`, and the paper's numbers in `numbers.yaml`. No torch.
+its words in `text.yaml`, and the paper's numbers in `numbers.yaml`. No torch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -151,38 +151,34 @@ show_fig5 = _over_bits({})
 
 def defended(scale: Scale, table: str) -> list[tuple[dict[str, Any], Network]]:
     """The rows of Table 2 or 3 in the paper's order by their labels; "Normal" is full precision."""
-    data, train, model = scale.on(table)
-    adversarial = {a: {"attack": a, **scale.adversarial} for a in ("rfgsm", "pgd")}
-    techniques: dict[str, tuple[int | None, dict[str, Any]]] = {
-        "Normal": (None, {}),
-        "Feature Squeezing": (5, {}),  # bits of colour
-        "Adversarial R+FGSM": (None, adversarial["rfgsm"]),
-        "Adversarial PGD": (None, adversarial["pgd"]),
+    techniques: dict[str, tuple[int | None, str]] = {
+        "Normal": (None, "none"),
+        "Feature Squeezing": (5, "none"),  # bits of colour
+        "Adversarial R+FGSM": (None, "rfgsm"),
+        "Adversarial PGD": (None, "pgd"),
     }
     rows = []
-    for technique, (squeeze, changes) in list(techniques.items())[: 4 if table == "table3" else 3]:
+    for technique, (squeeze, attack) in list(techniques.items())[: 4 if table == "table3" else 3]:
+        train = scale.adversarially(attack) if attack != "none" else scale.train
         # PGD is the dearest training: the paper's bits alone
-        widths = scale.defense_bits[:1] if technique == "Adversarial PGD" else scale.defense_bits
+        widths = scale.defense_bits[: 1 if attack == "pgd" else None]
         for dq, bits in ((False, None), *((True, bits) for bits in widths)):
-            beta, trained = scale.beta if dq else 0.0, replace(train, **changes)
-            network = scale.network(
-                model, bits=bits, beta=beta, data=data, squeeze=squeeze, train=trained
-            )
+            beta = scale.beta if dq else 0.0
+            network = scale.network(bits=bits, beta=beta, squeeze=squeeze, train=train)
             suffix = {1: "", None: " (full precision)"}.get(bits, f" ({bits}-bit)")
             name = f"{technique} + DQ{suffix}" if dq else technique
             rows.append(({"name": name, "technique": technique, "dq": dq, "bits": bits}, network))
     return rows
 
 
-def beside_defences(scale: Scale, table: str) -> list[Ask]:
+def beside_defences(whole: Scale, table: str) -> list[Ask]:
     """Table 2, on SVHN or the images of Table 3 where it is not at hand, or Table 3.
 
     The paper's columns at every radius, the strong attacks, and those blind to a squeezing; last
     what a squeezing detects before the undefended network.
     """
-    data, train, _ = scale.on(table)
-    through = scale.substitute(train=train, data=data)
-    asks, rows = [], defended(scale, table)
+    scale = whole.on(table)
+    asks, rows, through = [], defended(scale, table), scale.substitute()
     for at, network in rows:
         trials = [scale.trial()]
         for eps in scale.eps:
@@ -275,7 +271,7 @@ def _boxes(
 
 def table5(scale: Scale) -> list[Ask]:
     """ResNet-18 after PGD training at a fixed eps; the black box through a VGG trained alike."""
-    train = replace(scale.train, **{"attack": "pgd", **scale.madry})  # type: ignore[arg-type]
+    train = scale.adversarially("pgd", scale.madry)
     kinds: dict[str, dict[str, Any]] = {
         "Full-Precision": {}, "Tanh Quantized": {"bits": 2, "activation": "tanh"},
         "ReLU6 Quantized": {"bits": 2},
@@ -288,9 +284,7 @@ def table5(scale: Scale) -> list[Ask]:
 def table6(scale: Scale) -> list[Ask]:
     """The Wide ResNet after FGSM and R+FGSM training; PGD, from which masking hides less."""
     networks = {
-        f"Adversarial {attack_text(attack)}": scale.network(
-            train=replace(scale.train, **{"attack": attack, **scale.adversarial})  # type: ignore[arg-type]
-        )
+        f"Adversarial {attack_text(attack)}": scale.network(train=scale.adversarially(attack))
         for attack in ("fgsm", "rfgsm")
     }
     row = partial(printed, scale, "table6")

@@ -7,7 +7,6 @@ images there are, and how each training happened to end. A 95 % interval here co
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import NormalDist
 from typing import Literal, NamedTuple
 
 from defquant.paper import tables
@@ -17,7 +16,7 @@ from defquant.paper.section import Answer, Number, Reading, bits_text
 
 __all__ = [
     "ALONE", "Blind", "Contrast", "Evidence", "Interval", "Sample", "Spread", "accuracy", "answer",
-    "counted", "decide", "evidence_of", "exact", "interval", "pooled", "stratum", "trend",
+    "counted", "decide", "evidence_of", "interval", "pooled", "stratum", "trend",
     "unmeasured", "versus",
 ]  # fmt: skip
 
@@ -90,6 +89,8 @@ def interval(terms: Sequence[tuple[float, Sample]], comparisons: int = 1) -> Int
     that share one estimated s (Welch 1947, Satterthwaite 1946). Where a term's s is unknown
     the interval covers the images only.
     """
+    from scipy.stats import t
+
     effect = sum(w * x.mean for w, x in terms)
     trained = all(x.spread is not None for _, x in terms)
     parts: dict[Spread, float] = {}
@@ -98,16 +99,9 @@ def interval(terms: Sequence[tuple[float, Sample]], comparisons: int = 1) -> Int
             parts[x.spread] = parts.get(x.spread, 0.0) + (w * x.spread.sd) ** 2 / x.seeds
     total = sum(w * w * x.variance for w, x in terms) + sum(parts.values())
     error = sum(part**2 / spread.df for spread, part in parts.items())
-    half = _quantile(comparisons, total**2 / error if error else math.inf) * math.sqrt(total)
+    df, share = total**2 / error if error else math.inf, 1 - (1 - LEVEL) / (2 * comparisons)
+    half = float(t.ppf(share, df)) * math.sqrt(total)
     return Interval(effect, effect - half, effect + half, trained)
-
-
-def _quantile(comparisons: int, df: float) -> float:
-    """Of Student's t, two-sided."""
-    from scipy.special import stdtrit
-
-    share = 1 - (1 - LEVEL) / (2 * comparisons)
-    return NormalDist().inv_cdf(share) if math.isinf(df) else float(stdtrit(df, share))
 
 
 def decide(found: Interval, margin: float = 0.0) -> Answer:
@@ -127,16 +121,6 @@ def trend(count: int) -> tuple[float, ...]:
     """Weights of `count` evenly spaced values: last minus first of the line fitted to them."""
     centred = [i - (count - 1) / 2 for i in range(count)]
     return tuple((count - 1) * c / sum(c * c for c in centred) for c in centred)
-
-
-def exact(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % interval of a share by the binomial's tails (Clopper and Pearson 1934)."""
-    from scipy.special import betaincinv
-
-    tail, k, n = (1 - LEVEL) / 2, successes, trials
-    low = 0.0 if k == 0 else float(betaincinv(k, n - k + 1, tail))
-    high = 1.0 if k == n else float(betaincinv(k + 1, n - k, 1 - tail))
-    return low, high
 
 
 # --- evidence -----------------------------------------------------------------------------
@@ -305,12 +289,16 @@ def answer(
 def counted(attack: str, what: str, outcomes: Sequence[bool], chance: float) -> Reading:
     """Whether `outcomes` are true more often than by `chance`.
 
-    The effect is a share minus `chance`; its interval is exact, over the pictures alone.
+    The effect is a share minus `chance`; its interval is exact, over the pictures alone (Clopper
+    and Pearson 1934).
     """
+    from scipy.stats import binomtest
+
     if not outcomes:
         return unmeasured(attack, f"{what}; no such picture")
     right, count = sum(outcomes), len(outcomes)
-    low, high = (end - chance for end in exact(right, count))
+    ends = binomtest(right, count).proportion_ci(LEVEL)
+    low, high = float(ends.low) - chance, float(ends.high) - chance
     whole = Interval(right / count - chance, low, high, trained=False)
     detail = f"{what}: {right} of {count}, {chance:.0%} by chance; {ONE_SEED}"
     return Reading(attack, *whole[:3], decide(whole), detail)
