@@ -1,6 +1,7 @@
 """Any network as a quantised copy: the same function at full precision, and it trains."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ from defquant.weights import FirstConv
 PIXELS = torch.randint(256, (12, 3, 8, 8), generator=torch.Generator().manual_seed(0))
 DATA = dq.Dataset(PIXELS.byte(), torch.arange(12) % 4, tuple("abcd"), "noise")
 X = PIXELS / 255
+
+RANGES = (".peak", "._extra_state")
 
 
 class Net(nn.Module):
@@ -121,7 +124,7 @@ def test_at_full_precision_it_answers_as_the_model(make: Callable[[], nn.Module]
     torch.testing.assert_close(prepared(X), model(X), atol=1e-5, rtol=1e-4)
     own, theirs = set(prepared.state_dict()), set(model.state_dict())
     assert all(
-        name.endswith(".peak") or ".plain." in name or "in_proj" in name for name in own - theirs
+        name.endswith(RANGES) or ".plain." in name or "in_proj" in name for name in own - theirs
     )
     assert not {n for n in theirs - own if "in_proj" not in n and not n.startswith(("b.", "mean"))}
 
@@ -227,6 +230,35 @@ def test_convex_sums_and_set_bits() -> None:
     assert {m.bits for m in prepared.modules() if isinstance(m, QuantBranch)} == {8}
 
 
+def mixed(net: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False), torch.no_grad():
+        return net.b(net.a(x).relu()) * net.gain.weight.reshape(-1, 1, 1)  # type: ignore[no-any-return]
+
+
+def test_wrappers_precisions_and_names() -> None:
+    """What holds a network, or is in its forward, changes neither function nor names."""
+    net = seeded(lambda: Net(mixed, a=conv(3), b=conv(), gain=nn.Linear(8, 1, bias=False)))
+    wanted = dq.prepare(net, X, bits=3, weight_bits=8)
+    assert set(net.state_dict()) - {"mean"} < set(wanted.state_dict())
+    compiled: Any = torch.compile(net, backend="eager")
+    for held in (nn.DataParallel(net), compiled, copy.deepcopy(net).double()):
+        found = dq.prepare(held, X, bits=3, weight_bits=8)
+        assert found.state_dict().keys() == wanted.state_dict().keys()
+        torch.testing.assert_close(found(X), wanted(X))
+    odd = nn.Sequential(OrderedDict(graph=conv(3), code=nn.ReLU(), meta=nn.Flatten()))
+    odd.add_module("account", nn.Linear(512, 4))
+    assert {"graph_", "account_"} < parts(dq.prepare(odd, X)).keys()
+
+
+def test_what_was_trained_loads_into_another_copy() -> None:
+    """Measured ranges, too: they are part of the state dict."""
+    one, other = (
+        dq.prepare(MODELS["functions"](), X[i : i + 6], bits=4, weight_bits=8) for i in (0, 6)
+    )
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one.eval()(X), other.eval()(X))
+
+
 def test_one_parameter_for_what_is_shared() -> None:
     net = Net(
         lambda n, x: functional.relu(n.b(functional.relu(n.b(functional.relu(n.a(x)))))),
@@ -234,7 +266,9 @@ def test_one_parameter_for_what_is_shared() -> None:
         b=conv(),
     )
     prepared = dq.prepare(seeded(lambda: net), X)
-    assert set(prepared.state_dict()) == set(net.state_dict()) - {"mean"}
+    assert {n for n in prepared.state_dict() if not n.endswith(RANGES)} == {*net.state_dict()} - {
+        "mean"
+    }
     assert len(list(prepared.parameters())) == len(list(net.parameters()))
 
 

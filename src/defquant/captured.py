@@ -20,7 +20,7 @@ from defquant import quantize
 from defquant.attacks.access import untouched
 from defquant.errors import UserError, shown
 
-__all__ = ["Captured", "capture", "operation"]
+__all__ = ["Captured", "bare", "capture", "operation"]
 
 _AS_IT_IS = {
     "aten.detach.default", "aten.detach_.default", "aten.clone.default", "aten.contiguous.default",
@@ -126,8 +126,17 @@ def capture(model: nn.Module, images: Tensor, *, trainable: bool = False) -> Cap
     return captured
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """What is inside of `torch.compile`, `DataParallel` and the like."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, parallel) or hasattr(model, "_orig_mod"):
+        model = getattr(model, "module" if isinstance(model, parallel) else "_orig_mod")
+    return model
+
+
 def _plain(model: nn.Module) -> nn.Module:
-    """`model`, or a float32 copy of it on the CPU."""
+    """`model`, or a float32 copy of it on the CPU, without wrappers."""
+    model = bare(model)
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     if all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors):
         return model
@@ -205,11 +214,23 @@ class _TorchsQuantizers(TorchFunctionMode):
 def _exported(model: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
     shapes = ({0: torch.export.Dim.DYNAMIC},)
     try:
-        with warnings.catch_warnings(), _whole_quantizers(), _silent():
+        with warnings.catch_warnings(), _whole_quantizers(), _silent(), _one_precision():
             warnings.simplefilter("ignore")  # torch's own, of its own insides
             return torch.export.export(model, (x,), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch has many, and the model's own code any
         raise _refused(model, error) from None
+
+
+@contextmanager
+def _one_precision() -> Iterator[None]:
+    """`torch.autocast` in a forward does nothing; where that matters, `_check` finds out."""
+    kind: Any = torch.autocast
+    former = kind.__enter__, kind.__exit__
+    kind.__enter__, kind.__exit__ = (lambda self: self), (lambda self, *error: None)
+    try:
+        yield
+    finally:
+        kind.__enter__, kind.__exit__ = former
 
 
 @contextmanager
@@ -425,5 +446,5 @@ def _check(captured: Captured, x: Tensor, own: Tensor) -> None:
     if found.shape != own.shape or float((found - own.float()).abs().max()) > room:
         raise UserError(
             f"cannot follow {captured.model}: it answers the same images otherwise when it is "
-            "captured; does it draw at random, or change what it holds?"
+            "captured; does it draw at random, open torch.autocast, or change what it holds?"
         )

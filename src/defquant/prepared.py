@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from defquant.captured import capture
+from defquant.captured import bare, capture
 from defquant.config import check_bits
 from defquant.data import Dataset
 from defquant.errors import UserError
@@ -101,8 +101,9 @@ def prepare(
     itself. Weights of the first and the last layer have 8 bits, and 7 beside codes of 8, where
     products of 8 and 8 would saturate. All else stays in float; `.account` says what and why.
 
-    State-dict keys are the model's own, but for a weight that is computed (weight norm, pruning,
-    standardisation): it becomes a plain one, `<layer>.plain.weight`, and trains as such.
+    State-dict keys are the model's own, and those of measured ranges, so that what was trained
+    loads into another copy. A weight that is computed (weight norm, pruning, standardisation)
+    becomes a plain one, `<layer>.plain.weight`, and trains as such.
 
     Args:
         model: images (n, c, h, w) in [0, 1] to logits; left as it was found.
@@ -127,6 +128,7 @@ def prepare(
         raise UserError(f"weight_bits must be 8, 4 or 2, or none; found {weight_bits!r}")
     if ranges != "calibrate" and not (isinstance(ranges, int | float) and 0 < ranges < math.inf):
         raise UserError(f"ranges must be 'calibrate' or a positive end of [0, h]; found {ranges!r}")
+    model = bare(model)
     net = Rebuilt(capture(model, images, trainable=True), model)
     quantising = _Quantising(net, bits, weight_bits)
     quantising.run(_OPEN if ranges == "calibrate" else float(ranges), convex=convex)
@@ -156,6 +158,16 @@ def _images(example: Tensor | Dataset) -> Tensor:
             "normalise inside the model"
         )
     return images
+
+
+class _Measured(QuantReLU):
+    """One whose range was measured, and so belongs to the state dict."""
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.high, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.high = float(state)
 
 
 class _Quantising:
@@ -193,7 +205,8 @@ class _Quantising:
         """A module instead of a ReLU or a residual sum."""
         inputs = tuple(node.all_input_nodes)
         if (end := _end(node)) is not None:
-            made = QuantReLU(self.bits, high if end == math.inf else end)
+            kind = _Measured if end == math.inf and high == _OPEN else QuantReLU
+            made = kind(self.bits, high if end == math.inf else end)
             node = self.net.replace(node, self.net.place(node, name_of(node)), made, inputs[:1])
             self.codes[node] = self.bits or 8
         elif convex and _residual(node, inputs):
@@ -287,7 +300,8 @@ class _Quantising:
                 words = "float weights" if bits is None else f"weights of {bits} bits"
                 yield Part(path, kind, "; ".join([words, *self.notes[path]]), runs)
             elif isinstance(module, Quantizer):
-                yield Part(path, type(module).__name__, ranges[path], module.bits is not None)
+                kind = type(module).__name__.replace("_Measured", "QuantReLU")
+                yield Part(path, kind, ranges[path], module.bits is not None)
             elif isinstance(module, BatchNorm):
                 merged = node.all_input_nodes[0] in whole
                 yield Part(path, "batch norm", "part of the layer before" * merged, merged)
@@ -300,6 +314,12 @@ class _Quantising:
         for path in dict.fromkeys(name.rpartition(".")[0] for name in self.net.unused):
             kind = type(self.net.owners[path]).__name__
             yield Part(path, kind, "left out: no part of what the network computes in eval mode")
+        for path, owner in self.net.owners.items():  # stochastic depth, dropout of attention
+            rates = (getattr(owner, name, 0) for name in ("drop_prob", "dropout", "p"))
+            drops = any(isinstance(rate, float) and 0 < rate < 1 for rate in rates)
+            if drops and not isinstance(owner, _DROPOUT):
+                kind = type(owner).__name__
+                yield Part(path, kind, "its dropout is left out: it acts in training alone")
 
 
 def _end(node: fx.Node) -> float | None:
@@ -342,7 +362,7 @@ def _calibrate(model: nn.Module, images: Tensor, bits: int | None) -> dict[str, 
     def measure(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if isinstance(module, QuantSigned) and float(module.peak) == 0:
             found[module] = _range(args[0], module.fixed or bits, signed=True)
-        elif isinstance(module, QuantReLU) and module.high == _OPEN:
+        elif isinstance(module, _Measured):
             found[module] = _range(args[0].clamp_min(0), bits, signed=False)
 
     handles = [m.register_forward_pre_hook(measure) for m in own]

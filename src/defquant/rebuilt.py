@@ -21,6 +21,7 @@ _DROPOUTS: dict[str, type[nn.Module]] = {
 _NORMS: dict[int, Any] = {
     2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d,
 }  # fmt: skip
+_TAKEN = {"account", "meta"}
 
 
 class Rebuilt:
@@ -103,7 +104,7 @@ class Rebuilt:
     def _called(
         self, like: fx.Node, path: str, module: nn.Module, inputs: tuple[fx.Node, ...]
     ) -> fx.Node:
-        taken, number = path, 0
+        taken, number = (path := _free(path)), 0
         while self.modules.get(path, module) is not module:
             path = f"{taken}_{(number := number + 1)}"
         self.modules[path] = module
@@ -201,9 +202,10 @@ class Rebuilt:
         value: Tensor = node.meta.get("float", held)
         return value
 
-    def _parameter(self, node: fx.Node) -> nn.Parameter:
+    def _parameter(self, node: fx.Node, value: Tensor | None = None) -> nn.Parameter:
         """A copy of a constant, one for all that share it; it trains if what it is made of did."""
-        value, sources = self._value(node), node.meta.get("sources", ())
+        sources = node.meta.get("sources", ())
+        value = self._value(node) if value is None else value
         assert value is not None
         key = value.data_ptr(), value.shape, value.stride()
         if key not in self.parameters:
@@ -211,7 +213,8 @@ class Rebuilt:
                 names = " and ".join(map(repr, sources))
                 raise UserError(f"cannot prepare {self.captured.model}: {names} is not finite")
             trains = bool(self.trains.intersection(sources))
-            self.parameters[key] = nn.Parameter(value.detach().clone(), requires_grad=trains)
+            copied = value.detach().to("cpu", torch.float32, copy=True)
+            self.parameters[key] = nn.Parameter(copied, requires_grad=trains)
         for name in sources:
             self.unused.pop(name, None)
         return self.parameters[key]
@@ -239,9 +242,16 @@ class Rebuilt:
         name, sources = self._own(node), node.meta.get("sources", ())
         trains = bool(self.trains.intersection(sources))
         value = getattr(self.captured.module, str(node.target)).clone()
-        value = self._parameter(node) if trains else value
+        if trains and name is None and _is_reshaped(whole := self.held[sources[0]], value):
+            name, shape = sources[0], list(value.shape)
+            with self.graph.inserting_after(node):
+                view = self.graph.call_function(torch.ops.aten.reshape.default, (node, shape))
+            node.replace_all_uses_with(view, delete_user_cb=lambda user: user is not view)
+            value = self._parameter(node, whole.detach())
+        elif trains:
+            value = self._parameter(node)
         if name is not None and (trains or name in self.saved):
-            node.target, node.meta["own"] = name, value
+            node.target, node.meta["own"] = _free(name), value
         else:
             path = "constants." + (name or str(node.target)).replace(".", "_")
             self.replace(node, path, Constant(value, save=bool(sources)), ())
@@ -268,6 +278,17 @@ def name_of(node: fx.Node) -> str:
         return "getitem"
     parts = operation(node).split(".")
     return parts[1] if len(parts) == 3 else ""
+
+
+def _free(path: str) -> str:
+    """`path`, or another where it begins with what a graph module calls something else."""
+    head, dot, rest = path.partition(".")
+    return f"{head}_{dot}{rest}" if hasattr(fx.GraphModule, head) or head in _TAKEN else path
+
+
+def _is_reshaped(whole: Tensor, value: Tensor) -> bool:
+    same = whole.numel() == value.numel()
+    return same and torch.equal(whole.detach().to(value).flatten(), value.flatten())
 
 
 def is_tensor(node: fx.Node) -> bool:
