@@ -16,9 +16,9 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.overrides import TorchFunctionMode
 
-from defquant import quantize
 from defquant.attacks.access import untouched
 from defquant.errors import UserError, shown
+from defquant.quantize import WHOLE, affine_round
 
 __all__ = ["Captured", "bare", "capture", "operation"]
 
@@ -181,12 +181,12 @@ def _not_finite(model: nn.Module) -> str:
 @contextmanager
 def _whole_quantizers() -> Iterator[None]:
     """Quantisers are single operations of the program, and known by them; torch's own, too."""
-    former, quantize.whole = quantize.whole, True
+    former, WHOLE.on = WHOLE.on, True
     try:
         with _TorchsQuantizers():
             yield
     finally:
-        quantize.whole = former
+        WHOLE.on = former
 
 
 class _TorchsQuantizers(TorchFunctionMode):
@@ -202,7 +202,7 @@ class _TorchsQuantizers(TorchFunctionMode):
         if function is torch.fake_quantize_per_tensor_affine:
             x, scale, zero, low, high = [*args, *given.values()]
             ends = (torch.as_tensor(end, dtype=x.dtype) for end in (scale, zero))
-            return quantize.affine_round(x, *ends, low, high)
+            return affine_round(x, *ends, low, high)
         if function is torch.fake_quantize_per_channel_affine:
             x, scale, zero, axis, low, high = [*args, *given.values()]
             along = [-1 if dim == axis % x.ndim else 1 for dim in range(x.ndim)]

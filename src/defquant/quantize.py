@@ -18,8 +18,13 @@ __all__ = [
 ]  # fmt: skip
 
 
-whole = False
-"""Whether quantisers appear as one operation each (`torch.ops.defquant`), as `capture` sets it."""
+class _Whole:
+    """Whether quantisers appear as one operation each (`torch.ops.defquant`): `capture` says so."""
+
+    on = False
+
+
+WHOLE = _Whole()
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -163,7 +168,7 @@ def fake_quantize(x: Tensor, bits: int | None, high: float = 6.0) -> Tensor:
     x = full_precision(x)
     if bits is None:
         return nn.functional.hardtanh(x, 0.0, high)
-    if whole:
+    if WHOLE.on:
         return _clip_round(x, bits, high)  # type: ignore[no-any-return]
     levels = 2**bits - 1
     if _inlined():
@@ -237,7 +242,7 @@ class QuantTanh(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         x = full_precision(x)
-        if whole and self.bits is not None:
+        if WHOLE.on and self.bits is not None:
             return _tanh_round(x, self.bits)  # type: ignore[no-any-return]
         t = torch.tanh(x)
         if self.bits is None:
@@ -355,11 +360,11 @@ class QuantSigned(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         x = full_precision(x)
-        if self.training and not whole:
+        if self.training and not WHOLE.on:
             self._watch(x.detach())
         if self.bits is None:
             return x
-        if whole:
+        if WHOLE.on:
             return _signed_round(x, self.peak, self.bits)  # type: ignore[no-any-return]
         step, n = _step(self.peak.to(x.dtype), self.bits)
         if _inlined():

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from defquant import quantize
 from defquant.errors import UserError
+from defquant.quantize import WHOLE
 
 __all__ = [
     "FirstConv", "QuantConv2d", "QuantLinear", "effective_weight", "quantize_weight", "weight_grid",
@@ -57,7 +57,7 @@ def quantize_weight(weight: Tensor, bits: int | None) -> Tensor:
     """
     if bits is None:
         return weight
-    if quantize.whole:
+    if WHOLE.on:
         return _weight_round(weight, bits)  # type: ignore[no-any-return]
     integers, scale = weight_grid(weight, bits)
     return integers.mul_(_per_channel(scale, weight)) + (weight - weight.detach())

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from defquant import quantize
 from defquant.config import check_bits
 from defquant.errors import UserError
+from defquant.quantize import WHOLE
 
 __all__ = ["FeatureSqueezing", "check_images", "median_2x2", "reduce_depth", "squeeze"]
 
@@ -40,7 +40,7 @@ def median_2x2(x: Tensor) -> Tensor:
     `x` is images (n, c, h, w), float; their memory format is kept. `UserError` for others.
     """
     check_images(x)
-    if quantize.whole:
+    if WHOLE.on:
         return _whole_median(x)  # type: ignore[no-any-return]
     chosen: Tensor = _Median.apply(x)  # type: ignore[no-untyped-call]
     return chosen
