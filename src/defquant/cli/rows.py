@@ -8,17 +8,16 @@ from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any, TextIO
 
 from defquant.errors import visible
-from defquant.results import Measurement, Score, record
+from defquant.results import Measurement, record
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from defquant.deploy.parity import Parity
     from defquant.images import Rescored
 
 __all__ = [
-    "console", "detection_row", "diagnosis_rows", "json_alone", "parity_rows", "print_json",
-    "print_measurements", "print_rescored", "print_summary", "scores_row",
+    "console", "detection_row", "diagnosis_rows", "eps_column", "json_alone", "print_json",
+    "print_measurements", "print_rescored", "print_summary",
 ]  # fmt: skip
 
 _lines: list[TextIO] = []  # the real stdout, while `json_alone` keeps it
@@ -77,7 +76,7 @@ def print_measurements(
             print_json(record(m))
         else:
             share = f"  † masked: {m.vanishing or 0:.1%} of the right images have no gradient"
-            row = f"{m.run:24} {m.attack:{width}} {_eps(m.eps):>8}  {m.score}"
+            row = f"{m.run:24} {m.attack:{width}} {eps_column(m.eps)}  {m.score}"
             print(row + share * m.masked, flush=True)
 
 
@@ -92,7 +91,7 @@ def print_rescored(found: "Iterable[Rescored]", *, as_json: bool) -> None:
             })  # fmt: skip
         else:
             saved = f"{r.saved.accuracy:.1%} ({r.saved.correct}/{r.saved.total})"
-            row = f"{visible(r.attack):20} {_eps(r.eps):>8}  {r.score!s:34}  when saved {saved}"
+            row = f"{visible(r.attack):20} {eps_column(r.eps)}  {r.score!s:34}  when saved {saved}"
             print(row, flush=True)
 
 
@@ -100,36 +99,9 @@ def detection_row(r: Mapping[str, Any], width: int) -> str:
     detected = _part(r["detected"], r["fooling"])
     false = _part(r["false_positives"], r["clean"])
     return (
-        f"detector  {r['attack']:{width}} {_eps(r['eps']):>8}  detects {detected:20}  "
+        f"detector  {r['attack']:{width}} {eps_column(r['eps'])}  detects {detected:20}  "
         f"false positives {false}"
     )
-
-
-def parity_rows(card: Mapping[str, Any], found: "Parity") -> Iterator[str]:
-    run, (integer, convolutions) = f"{card['run']:24}", found.convolutions
-    measured = card["calibrated"]
-    images = f", ranges measured on {measured} training images" if measured else ""
-    floats = ", ".join(f"{kind} x {n}" for kind, n in card["floats"].items())
-    yield f"{run} {integer} of {convolutions} convolutions in integers{images}"
-    if floats:
-        yield f"{run} in float: {floats}"
-    yield f"{run} same answer as the trained network: {found.agreement}"
-    yield (
-        f"{run} activation codes that differ: {found.flipped:.2%}; "
-        f"largest difference of a logit: {found.logit_error:.2g} of their spread"
-    )
-    yield (
-        f"{run} codes unlike the integer reference: {found.mismatches}; "
-        f"without optimisations the same answer: {found.unoptimised}"
-    )
-    if found.openvino is not None:
-        yield f"{run} OpenVINO, the same answer: {found.openvino}"
-
-
-def scores_row(run: str, scores: Mapping[str, Any]) -> str:
-    trained, deployed = (Score(*scores[kind]) for kind in ("trained", "deployed"))
-    head = f"{run:24} {scores['attack']:12} {_eps(scores['eps']):>8}"
-    return f"{head}  trained {trained}  deployed {deployed}"
 
 
 def diagnosis_rows(record: Mapping[str, Any]) -> Iterator[str]:
@@ -172,7 +144,7 @@ def _audit(found: Mapping[str, Any] | None) -> Iterator[str]:
 
 
 def _masking(record: Mapping[str, Any]) -> Iterator[str]:
-    found, eps = record["masking"], _eps(record["eps"])
+    found, eps = record["masking"], eps_column(record["eps"]).strip()
     yield f"Masked gradients? {found['verdict']} at eps {eps}, {record['images']} images"
     yield f"  robust under PGD {_rate(found['usual'])}, under all {_rate(found['strongest'])}"
     for sign in found["signs"]:
@@ -191,5 +163,6 @@ def _part(part: int, whole: int) -> str:
     return f"{part}/{whole} ({part / whole:.1%})" if whole else "0/0"
 
 
-def _eps(eps: float) -> str:
-    return f"{eps * 255:.4g}/255" if eps else ""
+def eps_column(eps: float) -> str:
+    """`8/255` on the right of eight places; nothing for 0."""
+    return f"{f'{eps * 255:.4g}/255' if eps else '':>8}"

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from defquant.attacks import Composition, Single
     from defquant.checkpoint import Facts
     from defquant.data import Dataset
+    from defquant.foreign import Foreign
     from defquant.images import Manifest
-    from defquant.measure import Subject
 
 __all__ = [
-    "Batch", "Device", "Images", "Json", "ModelFile", "Root", "Seed", "Weights", "attack", "least",
-    "needs_onnx", "rescore",
+    "Batch", "Device", "Images", "Json", "ModelFile", "Root", "Seed", "Weights", "attack",
+    "foreign_on", "least", "needs_onnx", "rescore",
 ]  # fmt: skip
 
 Json = Annotated[bool, Parameter(help="JSON lines alone on stdout, instead of rows")]
@@ -94,13 +94,16 @@ def attack(
     least(0, examples=examples)
     from defquant.attacks import FirstOrder
     from defquant.attacks.names import parse_attack
+    from defquant.data import load
     from defquant.defenses import CALIBRATION, Unaware, detect
     from defquant.distributed import pick_device
     from defquant.files import write_json
+    from defquant.foreign import blamed, warn_of_chance
     from defquant.images import MANIFEST, measure_and_save
     from defquant.measure import examples as pictures
     from defquant.progress import AttackProgress
     from defquant.replay import replay
+    from defquant.runs import test_images
 
     attacks = [parse_attack(name, radius) for name in attack for radius in eps]
     place, saved = pick_device(device), Path(save_images) if save_images else None
@@ -110,11 +113,13 @@ def attack(
     extra: list[Any] = [Unaware(a) for a in asking] if unaware else []
     if model_file is None:
         loaded = _loaded(runs, place, substitute, squeezed=unaware)
-        where = (data_root, images, split)
-        targets: Any = ((run, model, facts, _images(facts, *where)) for run, model, facts in loaded)
+        targets: Any = ((*one, test_images(one[2], data_root, images, split)) for one in loaded)
         guard: Any = nullcontext()
     else:
-        targets, guard = _foreign(model_file, given, data_root, images, batch_size, place)
+        tested = load(data or "", data_root, "test").first(images)
+        foreign = foreign_on(model_file, weights, tested, batch_size, place)
+        targets = [(Path(out or ""), foreign.model, foreign.subject, tested.to(place))]
+        guard = blamed(foreign.path)
     with guard:
         for run, model, facts, tested in targets:
             boxes = [
@@ -131,11 +136,9 @@ def attack(
             ):  # fmt: skip
                 print_measurements([m], as_json=json, width=width)
                 if model_file and m.attack == "clean":
-                    from defquant.foreign import warn_of_chance
-
                     warn_of_chance(m.score, tested.num_classes)
             if detector:
-                known = _images(facts, data_root, None, "train")
+                known = test_images(facts, data_root, None, "train")
                 clean = known.first(min(len(known), CALIBRATION))
                 for r in detect(run, model, facts, tested, clean, first_order, **how):
                     print_json(r) if json else print(rows.detection_row(r, width), flush=True)
@@ -158,30 +161,28 @@ def _check_attack(
     save_images: str | None,
 ) -> None:
     """Raise `UserError` for flags of one's own runs beside a foreign model, and the reverse."""
+    given = next((name for name, value in foreign.items() if value is not None), "")
+    mine = next((name for name, value in own.items() if value), "")
+    needed = {"data": "digits, cifar10, svhn, folder or npz", "out": "FOLDER"}
+    missing = next((name for name in needed if foreign[name] is None), "")
+    first = next(iter(runs), "")
     if model_file is None:
-        if not runs:
-            raise UserError("attack needs folders of runs, or --model_file my.py:make_model")
-        if misplaced := next((name for name, value in foreign.items() if value is not None), None):
-            raise UserError(
-                f"--{misplaced} belongs to --model_file; a run knows its own: leave it out"
-            )
-        if save_images and len(runs) > 1:
-            raise UserError(
-                f"--save_images keeps the images of one run; found {len(runs)}: attack them one at "
-                "a time"
-            )
-        return
-    if runs:
-        raise UserError(
-            f"attack takes folders of runs or --model_file, not both; found {runs[0]!r}"
-        )
-    for name, what in (("data", "digits, cifar10, svhn, folder or npz"), ("out", "FOLDER")):
-        if foreign[name] is None:
-            raise UserError(f"--model_file needs --{name}: {what}")
-    if misplaced := next((name for name, value in own.items() if value), None):
-        raise UserError(f"--{misplaced} is for runs of `defquant train`: leave it out")
-    if (Path(str(foreign["out"])) / "checkpoint.safetensors").exists():
-        raise UserError(f"{foreign['out']} holds a run of `defquant train`: choose another --out")
+        rules = {
+            "attack needs folders of runs, or --model_file my.py:make_model": not runs,
+            f"--{given} belongs to --model_file; a run knows its own: leave it out": given,
+            f"--save_images keeps the images of one run; found {len(runs)}: attack them one at a "
+            "time": save_images and len(runs) > 1,
+        }
+    else:
+        rules = {
+            f"attack takes folders of runs or --model_file, not both; found {first!r}": runs,
+            f"--model_file needs --{missing}: {needed.get(missing)}": missing,
+            f"--{mine} is for runs of `defquant train`: leave it out": mine,
+            f"{foreign['out']} holds a run of `defquant train`: choose another --out":
+            (Path(str(foreign["out"])) / "checkpoint.safetensors").exists(),
+        }  # fmt: skip
+    if wrong := next((rule for rule, broken in rules.items() if broken), None):
+        raise UserError(wrong)
 
 
 def _loaded(
@@ -207,29 +208,15 @@ def _loaded(
     return loaded
 
 
-def _images(facts: "Facts", root: str | None, limit: int | None, split: Any) -> "Dataset":
-    from defquant.runs import test_images
+def foreign_on(
+    spec: str, weights: str | None, images: "Dataset", batch_size: int, place: "torch.device"
+) -> "Foreign":
+    """The user's own model, seen to answer on the images."""
+    from defquant.foreign import load_foreign, probe
 
-    return test_images(facts, root, limit, split)
-
-
-def _foreign(
-    spec: str,
-    given: Mapping[str, Any],
-    root: str | None,
-    limit: int | None,
-    batch_size: int,
-    place: "torch.device",
-) -> "tuple[list[tuple[Path, nn.Module, Subject, Dataset]], Any]":
-    """The user's model as the one network to be attacked, and who is blamed for its errors."""
-    from defquant.data import load
-    from defquant.foreign import blamed, load_foreign, probe
-
-    images = load(given["data"], root, "test").first(limit)
-    foreign = load_foreign(spec, given["weights"], place)
+    foreign = load_foreign(spec, weights, place)
     probe(foreign, images, batch_size)
-    found = (Path(given["out"]), foreign.model, foreign.subject, images.to(place))
-    return [found], blamed(foreign.path)
+    return foreign
 
 
 def _shown(

@@ -1,9 +1,7 @@
 """What each verb does. Its signature is its flags, its docstring its help. No torch on import."""
 
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,36 +9,18 @@ from cyclopts import Parameter
 
 from defquant.cli import rows
 from defquant.cli.rows import print_json, print_measurements
-from defquant.cli.scores import (
-    Batch,
-    Device,
-    Images,
-    Json,
-    ModelFile,
-    Root,
-    Seed,
-    Weights,
-    attack,
-    least,
-    needs_onnx,
-    rescore,
-)  # fmt: skip
+from defquant.cli.scores import Batch, Device, Images, Json, Root, Seed, attack, least, rescore
+from defquant.cli.shipping import export, verify
 from defquant.config import PRESETS, DataConfig, ModelConfig, TrainConfig, check_bits
 from defquant.errors import UserError
 from defquant.results import read_folder
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from defquant.data import Dataset
-    from defquant.deploy.parity import Parity
-    from defquant.deploy.ship import Origin
     from defquant.paper.grid import Results, Scale
 
 __all__ = ["VERBS"]
 
 Flat = Parameter(name="*")
-Input = Literal["float", "uint8"]
 
 
 @dataclass(frozen=True)
@@ -199,170 +179,6 @@ def diagnose(
     print_json(record) if json else print("\n".join(rows.diagnosis_rows(record)))
     print(write_json(Path(run) / "diagnosis.json", record))
     return int(record["verdict"] == "FAIL")
-
-
-def export(
-    run: str,
-    model: str | None = None,
-    *,
-    model_file: ModelFile = None,
-    weights: Weights = None,
-    data: str | None = None,
-    images: Images = None,
-    allow_float: bool = False,
-    strict: bool = False,
-    weight_bits: Literal[8, 4, 2] = 8,
-    input: Input = "float",
-    attack: tuple[str, ...] = ("fgsm", "pgd-20"),
-    eps: tuple[float, ...] = (2 / 255, 8 / 255),
-    attacked: int = 1000,
-    queries: int = 500,
-    few: int = 200,
-    seed: Seed = 0,
-    repeats: int = 30,
-    threads: int = 2,
-    data_root: Root = None,
-    json: Json = False,
-) -> int:
-    """Write a network as an integer ONNX model, checked, attacked and priced.
-
-    Args:
-        run: folder of the run; with --model-file none.
-        model: the ONNX file; its card lies beside it as .json.
-        data: for --model-file: its data.
-        allow_float: accept a file of which this onnxruntime runs some convolutions in float.
-        strict: accept no convolution that stays in float, as what it reads is not quantised.
-        weight_bits: of the weights, where the run was trained with float ones.
-        input: what the file takes: images in [0, 1], or pixels.
-        attack: attacks whose images are made on the trained network and shown to both; as in
-            attack.
-        eps: as 8/255.
-        attacked: first so many images for them.
-        queries: of the random search (Square) on the file itself; 0 for none.
-        few: first so many images for it.
-        repeats: rounds of timing; 0 for none.
-        threads: of each engine while it is timed.
-    """
-    needs_onnx()
-    least(1, attacked=attacked, few=few, threads=threads)
-    least(0, queries=queries, repeats=repeats)
-    from defquant.attacks import Single
-    from defquant.attacks.names import parse_attack
-    from defquant.deploy import cost, ship
-    from defquant.files import write_json
-
-    attacks = [parse_attack(name, radius) for name in attack for radius in eps]
-    single = [a for a in attacks if isinstance(a, Single)]
-    if len(single) < len(attacks):
-        raise UserError("--attack takes attacks that make one image each: not standard or adaptive")
-    path, network, origin, known, tested = _deployable(
-        run, model, model_file, weights, data, data_root, images
-    )
-    program, file = ship.exported(
-        network, origin, known("train"), path, weight_bits=weight_bits, input_type=input,
-        allow_float=allow_float, strict=strict,
-    )  # fmt: skip
-    found = ship.compared(network, program, file, tested)
-    card = ship.card_of(origin, path, file, program, tested, found)
-    if not json:
-        print("\n".join(rows.parity_rows(card, found)), flush=True)
-    card["scores"] = []
-    some = tested.first(min(attacked, len(tested)))
-    for scores in ship.attacked(network, file, some, single, queries, few, seed=seed):
-        card["scores"].append(scores)
-        if not json:
-            print(rows.scores_row(origin.name, scores), flush=True)
-    card["cost"] = ship.cost(network, program, file, repeats=repeats, threads=threads)
-    print_json(card) if json else print("\n".join(cost.rows(card["cost"])))
-    print(path)
-    print(write_json(path.with_suffix(".json"), card))
-    return _judged(found, origin, allow_float)
-
-
-def verify(
-    run: str,
-    model: str | None = None,
-    *,
-    model_file: ModelFile = None,
-    weights: Weights = None,
-    data: str | None = None,
-    images: Images = None,
-    allow_float: bool = False,
-    data_root: Root = None,
-    json: Json = False,
-) -> int:
-    """Check that an exported file computes what its network does; 1 where a bound is broken.
-
-    Args:
-        run: folder of the run; with --model-file none.
-        model: the ONNX file.
-        data: for --model-file: its data.
-        allow_float: accept a file of which this onnxruntime runs some convolutions in float.
-    """
-    needs_onnx()
-    from defquant.deploy import ship
-
-    path, network, origin, _, tested = _deployable(
-        run, model, model_file, weights, data, data_root, images
-    )
-    program, file = ship.read(path, network, origin)
-    found = ship.compared(network, program, file, tested)
-    card = ship.card_of(origin, path, file, program, tested, found)
-    print_json(card) if json else print("\n".join(rows.parity_rows(card, found)))
-    print(path)
-    return _judged(found, origin, allow_float)
-
-
-def _deployable(
-    run: str,
-    file: str | None,
-    model_file: str | None,
-    weights: str | None,
-    data: str | None,
-    root: str | None,
-    images: int | None,
-) -> "tuple[Path, nn.Module, Origin, Callable[[str], Dataset], Dataset]":
-    """The ONNX file, the network on the CPU, where it is from, its data, its first test images."""
-    least(1, images=images)
-    import torch
-
-    from defquant.deploy.ship import Origin
-
-    cpu = torch.device("cpu")
-    if model_file is None:
-        from defquant.checkpoint import load_on
-        from defquant.runs import load_images, test_images
-
-        if file is None:
-            raise UserError("give the run's folder and the ONNX file, or --model-file and the file")
-        if misplaced := weights or data:
-            raise UserError(f"a run knows its own weights and data; found {misplaced!r}")
-        model, facts = load_on(Path(run), cpu)
-        if root is not None:
-            facts = replace(facts, data=replace(facts.data, data_root=root))
-        tested = test_images(facts, None, images, "test")
-        origin = Origin.of_run(Path(run), facts)
-        return Path(file), model, origin, partial(load_images, facts.data), tested
-    from defquant.data import load
-    from defquant.foreign import load_foreign, probe
-
-    if file is not None or data is None:
-        raise UserError("--model-file takes the ONNX file alone, and --data: digits, cifar10, ...")
-    tested = load(data, root, "test").first(images)
-    foreign = load_foreign(model_file, weights, cpu)
-    probe(foreign, tested, len(tested))
-    origin = Origin.of_model(foreign.subject, tested)
-    return Path(run), foreign.model, origin, partial(load, data, root), tested
-
-
-def _judged(found: "Parity", origin: "Origin", allow_float: bool) -> int:
-    """Says the faults that count. A network not trained to be deployed is only calibrated."""
-    counts = {"reference"} | ({"agreement", "flipped"} if origin.trained else set())
-    counts |= set() if allow_float else {"float"}
-    faults = [fault for kind, fault in found.faults.items() if kind in counts]
-    for fault in faults:
-        print(f"defquant: {fault}", file=sys.stderr)
-    return int(bool(faults))
 
 
 def reproduce(
