@@ -42,24 +42,13 @@ def fake_measurement(
     """The line that measuring `cell` would leave; `accuracy` takes the place of a made-up one."""
     network, total = cell.network, _total(cell)
     share = _accuracy(cell, _chance(cell, seed)) if accuracy is None else accuracy
+    evidence = {"epochs": network.train.epochs, "train_images": network.data.train_images}
     return Measurement(
-        run=network.name,
-        method=_method(network),
-        model=network.model.model,
-        bits=network.model.bits,
-        beta=network.train.beta,
-        seed=network.train.seed,
-        data=NAMES[network.data.data],
-        fingerprint="5f1c" * 16,
-        attack=_shown(cell),
-        eps=cell.eps,
-        settings=cell.attack,
-        correct=round(share * total),
-        total=total,
-        vanishing=vanishing,
-        evidence={"epochs": network.train.epochs, "train_images": network.data.train_images},
+        network.name, _method(network), network.model.model, network.model.bits,
+        network.train.beta, network.train.seed, NAMES[network.data.data], "5f1c" * 16, _shown(cell),
+        cell.eps, cell.attack, round(share * total), total, vanishing, evidence=evidence,
         cell=cell.key,
-    )
+    )  # fmt: skip
 
 
 def _chance(cell: Cell, seed: int) -> random.Random:
@@ -145,14 +134,11 @@ def _example(label: int, chance: random.Random) -> dict[str, Any]:
     wrong = (label + chance.randint(1, 9)) % 10
     prediction = label if chance.random() < 0.5 else wrong
     answer = {"prediction": prediction, "confidence": round(chance.uniform(0.4, 1.0), 4)}
+    clean = {"prediction": label, "confidence": round(chance.uniform(0.8, 1.0), 4)}
     return {
-        "id": 10 * label,
-        "label": label,
-        "clean_png": _png(20 * label),
-        "adversarial_png": _png(20 * label + 5),
-        "clean": {"prediction": label, "confidence": round(chance.uniform(0.8, 1.0), 4)},
-        "adversarial": answer,
-    }
+        "id": 10 * label, "label": label, "clean": clean, "adversarial": answer,
+        "clean_png": _png(20 * label), "adversarial_png": _png(20 * label + 5),
+    }  # fmt: skip
 
 
 def _png(level: int) -> str:
@@ -162,8 +148,5 @@ def _png(level: int) -> str:
 
 
 _PROBES = {
-    "layers": _layers,
-    "first-block": _first_block,
-    "detector": _detector,
-    "examples": _examples,
-}
+    "layers": _layers, "first-block": _first_block, "detector": _detector, "examples": _examples,
+}  # fmt: skip

@@ -16,15 +16,14 @@ from defquant.report import build_report
 from defquant.report.cards import chapters, read_cards
 from defquant.report.model import view
 from defquant.report.plot import figures
-from synthetic_deployed import ROBUST, record, write, write_models
-from synthetic_runs import write_runs
+from synthetic_runs import ROBUST, card, write_card, write_cards, write_runs
 from test_report import HOSTILE, check
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 
-def page_of(folder: Path) -> str:
-    page = build_report(folder, folder / "report.html").read_text(encoding="utf-8")
+def page_of(folder: Path, *sections: Section) -> str:
+    page = build_report(folder, folder / "report.html", sections=sections).read_text("utf-8")
     check(page)
     return page
 
@@ -41,17 +40,16 @@ def table_of(folder: Path) -> tuple[tuple[str, ...], dict[str, list[str]]]:
 
 
 def test_dq_stands_beside_vanilla_at_equal_bits(tmp_path: Path) -> None:
-    heads, rows = table_of(write_models(tmp_path))
+    heads, rows = table_of(write_cards(tmp_path))
     assert heads == ("vanilla", "DQ (β = 0.3)") * 2
-    assert rows["Run"] == [
-        f"{name}, seed 0" for name in ("b-vanilla4_w8", "a-dq4_w8", "b-vanilla4_w4", "a-dq4_w4")
-    ]
+    names = ("b-vanilla4_w8", "a-dq4_w8", "b-vanilla4_w4", "a-dq4_w4")
+    assert rows["Run"] == [f"{name}, seed 0" for name in names]
     precisions = [f"4-bit activations, {bits}-bit weights" for bits in (8, 8, 4, 4)]
     assert rows["Precision"] == precisions
 
 
 def test_every_number_is_there(tmp_path: Path) -> None:
-    _, rows = table_of(write_models(tmp_path))
+    _, rows = table_of(write_cards(tmp_path))
     attacks = ["clean", "FGSM 2/255", "FGSM 8/255", "PGD-20 2/255", "PGD-20 8/255"]
     assert list(rows) == [
         "Precision", "Run", "Convolutions in integers", "Ranges of the quantisers", "Input",
@@ -84,72 +82,71 @@ def test_every_number_is_there(tmp_path: Path) -> None:
 
 
 def test_what_is_amiss_is_marked(tmp_path: Path) -> None:
-    own = record("v", dq=False, bits=8, convolutions=[14, 15], calibrated=2048)
+    own = card("v", dq=False, bits=8, convolutions=[14, 15], calibrated=2048)
     for pair in own["scores"]:
         if pair["attack"] == "FGSM":
             shift = -60 if pair["eps"] < 0.01 else 60
             pair["deployed"] = [pair["trained"][0] + shift, 1000]
-    write(tmp_path, own)
+    write_card(tmp_path, own)
     _, rows = table_of(tmp_path)
     assert rows["Convolutions in integers"] == ["✗ 14 of 15"]
     assert rows["Ranges of the quantisers"] == ["measured on 2,048 images"]
-    assert rows["FGSM 2/255, against the interval"] == ["✗ below"]
-    assert rows["FGSM 8/255, against the interval"] == ["✗ above"]
-    assert len([name for name in rows if "against" in name]) == 2
+    against = {name: values for name, values in rows.items() if "against" in name}
+    assert against == {
+        "FGSM 2/255, against the interval": ["✗ below"],
+        "FGSM 8/255, against the interval": ["✗ above"],
+    }
     assert page_of(tmp_path).count('class="verdict wrong"') == 3
 
 
-def test_it_joins_the_other_sections(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sections", [(), (Section("fig1", "Figure 1", ("Text.",)),)])
+def test_it_joins_the_other_sections(tmp_path: Path, sections: tuple[Section, ...]) -> None:
     write_runs(tmp_path, seeds=1, networks=("float", "dq-4bit"))
     assert 'id="deployed-1"' not in page_of(tmp_path)
-    write_models(tmp_path)
-    page = page_of(tmp_path)
-    order = [page.index(f'<section id="{name}">') for name in ("group-1", "deployed-1", "settings")]
+    write_cards(tmp_path)
+    page = page_of(tmp_path, *sections)
+    first, last = ("paper-fig1", "all") if sections else ("group-1", "settings")
+    order = [page.index(f'<section id="{name}">') for name in (first, "deployed-1", last)]
     assert order == sorted(order)
-    assert '<a href="#deployed-1">' in page
-    assert "<title>Accuracy under attack" in page
-    assert page == page_of(tmp_path)
+    assert page.count('<a href="#deployed-1">') == 1
+    assert ("<title>Accuracy under attack" in page) != bool(sections)
+    assert page == page_of(tmp_path, *sections)
 
 
 def test_least_and_other_data(tmp_path: Path) -> None:
     """No attack, no latency, another engine, one method alone, two data sets."""
-    bare = record("a", dq=False, bits=1)
+    bare = card("a", dq=False, bits=1)
     bare["scores"] = bare["scores"][:1]
     del bare["cost"]["latency"]
-    other = record("b", dq=True, data="digits", model="vgg-16")
+    other = card("b", dq=True, data="digits", model="vgg-16")
     batches = other["cost"]["latency"]["batches"]
     batches |= {"1": {"OpenVINO": batches["1"]["torch"]}}
-    write(tmp_path, bare)
-    write(tmp_path, other)
+    for own in (bare, other):
+        write_card(tmp_path, own)
     page = page_of(tmp_path)
     assert "<h2>Deployed: vgg-16 on digits</h2>" in page
     assert "1-bit activations, 8-bit weights" in page
 
 
 def test_files_that_are_not_ours_are_ignored_and_broken_ones_named(tmp_path: Path) -> None:
-    write_models(tmp_path)
-    whole = json.dumps(record("c", dq=True), indent=1)
+    write_cards(tmp_path)
+    whole = json.dumps(card("c", dq=True), indent=1)
     files = {
-        "theirs.json": '{"kind": "other"}', "list.json": "[1]", "cut-theirs.json": "{",
-        "cut.json": whole[:2000], "cut-early.json": whole[:20], "later.json": whole.replace(
-            '"format": 1', '"format": 2'
-        ),
-        "nan.json": whole.replace('"flipped_codes": 0.00031', '"flipped_codes": NaN'),
-        "many.json": whole.replace("9031,", "10001,"),
-        "none.json": whole.replace('"float_file_bytes": 702000', '"float_file_bytes": 0'),
-        "text.json": whole.replace('"bits": 4', '"bits": "4"'),
+        "theirs": '{"kind": "other"}', "list": "[1]", "cut-theirs": "{", "cut": whole[:2000],
+        "cut-early": whole[:20], "later": whole.replace('"format": 1', '"format": 2'),
+        "many": whole.replace("9031,", "10001,"), "text": whole.replace('"bits": 4', '"bits": "4"'),
+        "nan": whole.replace('"flipped_codes": 0.00031', '"flipped_codes": NaN'),
+        "none": whole.replace('"float_file_bytes": 702000', '"float_file_bytes": 0'),
     }  # fmt: skip
     for name, text in files.items():
-        (tmp_path / name).write_text(text)
+        (tmp_path / f"{name}.json").write_text(text)
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
     for name in ("theirs", "cut-early"):
         (tmp_path / f"{name}.onnx").write_bytes(b"")
     models, notes = read_cards(tmp_path)
     assert len(models) == 4
-    assert [note.split(":")[0] for note in notes] == [
-        "cut-early.json", "cut.json", "later.json", "many.json", "nan.json", "none.json",
-        "text.json",
-    ]  # fmt: skip
+    named = ["cut-early", "cut", "later", "many", "nan", "none", "text"]
+    assert [note.split(".json: ")[0] for note in notes] == named
     assert all("\n" not in note and "left out" in note for note in notes)
     assert page_of(tmp_path).count("Unreadable") == len(notes)
     write_runs(tmp_path, seeds=1, networks=("float",))
@@ -157,23 +154,22 @@ def test_files_that_are_not_ours_are_ignored_and_broken_ones_named(tmp_path: Pat
 
 
 def test_a_folder_of_broken_files_alone_has_no_results(tmp_path: Path) -> None:
-    write(tmp_path, record("a", dq=True)).write_text("{")
+    write_card(tmp_path, card("a", dq=True)).write_text("{")
     with pytest.raises(UserError, match="no results"):
         build_report(tmp_path, tmp_path / "r.html")
 
 
 def test_everything_in_the_files_is_escaped(tmp_path: Path, drawn: None) -> None:
     names = ("method", "model", "data", "fingerprint", "input", "command")
-    own = record("run", dq=True) | dict.fromkeys(names, HOSTILE)
+    own = card("run", dq=True) | dict.fromkeys(names, HOSTILE)
     own |= {"versions": {HOSTILE: HOSTILE}}
     own["scores"][1] |= {"attack": HOSTILE, "settings": HOSTILE}
     latency = own["cost"]["latency"]["batches"]["1"]
     latency[HOSTILE] = latency["torch"]
-    write(tmp_path, own)
-    write(tmp_path / "b", own | {"run": "broken", "bits": HOSTILE})
+    write_card(tmp_path, own)
+    write_card(tmp_path / "b", own | {"run": "broken", "bits": HOSTILE})
     page = page_of(tmp_path)
-    assert "<script>alert" not in page
-    assert "<img" not in page
+    assert "<script>alert" not in page and "<img" not in page
 
 
 def test_it_reads_what_the_export_measures(tmp_path: Path) -> None:
@@ -182,26 +178,13 @@ def test_it_reads_what_the_export_measures(tmp_path: Path) -> None:
     program = lower(model.eval(), (3, 8, 8))
     integer, single = graph(program), graph(program, integers=False)
     sizes = {"file_bytes": integer.ByteSize(), "float_file_bytes": single.ByteSize()}
-    card = static_cost(program, **sizes)
-    card["latency"] = latencies(model, integer, single, (3, 8, 8), repeats=1, threads=1)
-    write(tmp_path, record("a", dq=True, cost=card))
+    cost = static_cost(program, **sizes)
+    cost["latency"] = latencies(model, integer, single, (3, 8, 8), repeats=1, threads=1)
+    write_card(tmp_path, card("a", dq=True, cost=cost))
     (found,), notes = read_cards(tmp_path)
     assert notes == []
     latency = found.cost.latency
     assert latency and list(latency.batches) == ["1", "32"]
-    names = {"integer", "onnxruntime", "torch"}
-    assert all(set(engines) == names for engines in latency.batches.values())
+    assert all(set(o) == {"integer", "onnxruntime", "torch"} for o in latency.batches.values())
     assert (latency.threads, latency.repeats) == (1, 1)
-    assert found.cost.float_macs == card["float_macs"] > 0
-
-
-def test_it_stands_after_the_papers_sections(tmp_path: Path) -> None:
-    write_runs(tmp_path, seeds=1, networks=("float",))
-    write_models(tmp_path)
-    figure = Section("fig1", "Figure 1", ("Text.",))
-    page = build_report(tmp_path, tmp_path / "report.html", sections=[figure]).read_text()
-    check(page)
-    names = ("paper-fig1", "deployed-1", "all")
-    order = [page.index(f'<section id="{name}">') for name in names]
-    assert order == sorted(order)
-    assert page.count('<a href="#deployed-1">') == 1
+    assert found.cost.float_macs == cost["float_macs"] > 0
