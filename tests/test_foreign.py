@@ -172,22 +172,6 @@ def test_an_engine_for_one_image(place: Path, tmp_path: Path) -> None:
     ) == 0  # fmt: skip
 
 
-def test_the_report_names_it(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    command = words(place, "make_model", out, "--weights", str(place / "w.safetensors"))
-    assert main(command) == 0
-    page, table = tmp_path / "page.html", tmp_path / "t.md"
-    assert main(["report", str(out), "--out", str(page), "--markdown", str(table)]) == 0
-    assert "| your model (w.safetensors) | clean |" in table.read_text()
-    assert "As given" in table.read_text()
-    text = page.read_text()
-    assert "your model (w.safetensors)" in text
-    assert "your full precision model" not in text
-    assert "As given" in text
-
-
 @pytest.mark.filterwarnings("ignore::defquant.DefquantWarning")  # negated: it may guess
 def test_two_weight_files_of_one_name_in_one_folder_are_two_networks(
     place: Path, tmp_path: Path
@@ -200,17 +184,16 @@ def test_two_weight_files_of_one_name_in_one_folder_are_two_networks(
     page = ["report", str(out), "--out", str(tmp_path / "p.html"), "--markdown", str(table)]
     assert main(page) == 0
     rows = sorted(line for line in table.read_text().splitlines() if " | clean |" in line)
+    text = (tmp_path / "p.html").read_text()
+    assert "your full precision model" not in text
+    for shown in (table.read_text(), text):
+        assert "your model (w.safetensors)" in shown and "As given" in shown
     digests = sorted(map(_hash, (place / other.name, other)))
     assert all(d[:6] in row and "±" not in row for d, row in zip(digests, rows, strict=True))
 
 
 def _hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def test_a_quantised_one_says_its_bits(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = load_foreign(f"{place}/my.py:quantised", None, torch.device("cpu"))
-    assert (found.subject.bits, found.subject.method) == (3, FOREIGN)
 
 
 @pytest.mark.filterwarnings("ignore::defquant.DefquantWarning")  # untrained: it guesses
@@ -250,6 +233,11 @@ def test_programs_that_know_no_modes_are_attacked(
     del vars(model)["training"]
     data = dq.load("digits", split="test").first(60)
     assert dq.robust_accuracy(model, data, dq.FGSM(8 / 255)).total == 60
+
+
+def test_a_quantised_one_says_its_bits(place: Path) -> None:
+    found = load_foreign(f"{place}/my.py:quantised", None, torch.device("cpu"))
+    assert (found.subject.bits, found.subject.method) == (3, FOREIGN)
 
 
 def test_files_that_do_not_run(tmp_path: Path) -> None:

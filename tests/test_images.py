@@ -146,31 +146,9 @@ def test_only_empty_folders_and_no_half_manifest(model: nn.Module, tmp_path: Pat
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "small"
     words = ["--data", "digits", "--train-images", "128", "--epochs", "1", "--batch-size", "32"]
-    assert main(["train", *words, "--bits", "4", "--out", str(out)]) == 0
+    words += ["--bits", "4", "--weight-bits", "8", "--deployable"]
+    assert main(["train", *words, "--out", str(out)]) == 0
     return out
-
-
-def test_save_from_the_command_line(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["attack", str(run), "--attack", "fgsm", "--eps", "8/255", "--images", "20"]
-    words += ["--examples", "0"]
-    capsys.readouterr()
-    assert main([*words, "--save-images", str(tmp_path / "s")]) == 0
-    out = capsys.readouterr().out.splitlines()
-    assert out[-1] == str(tmp_path / "s" / MANIFEST)
-    assert any("FGSM (8-bit)" in line for line in out)
-    assert [m.attack for m in read_folder(run)] == ["clean", "FGSM", "FGSM (8-bit)"]
-    assert main([*words, "--save-images", str(tmp_path / "s")]) == 2
-    assert "need an empty folder" in capsys.readouterr().err
-    assert main([*words, str(run), "--save-images", str(tmp_path / "t")]) == 2
-    command = ["attack", str(run), str(run), "--save-images", str(tmp_path / "t")]
-    assert main(command) == 2
-    assert "images of one run; found 2" in capsys.readouterr().err
-    table = tmp_path / "t.md"
-    page = ["report", str(run), "--out", str(tmp_path / "p.html"), "--markdown", str(table)]
-    assert main(page) == 0
-    assert "FGSM (8-bit) 8/255" in table.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -306,16 +284,23 @@ def test_cut_manifests(folder: Path, tmp_path: Path) -> None:
     refused(lambda: read_manifest(tmp_path / "none"), "wrote to the end")
 
 
-def test_rescore_from_the_command_line(
+def test_save_and_rescore_from_the_command_line(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    images = str(tmp_path / "images")
+    images, onnx, table = (str(tmp_path / name) for name in ("images", "m.onnx", "t.md"))
     words = ["attack", str(run), "--attack", "pgd-2", "--eps", "8/255", "--images", "24"]
-    assert main([*words, "--examples", "0", "--save-images", images]) == 0
-    onnx = str(tmp_path / "m.onnx")
-    words = ["export", str(run), onnx, "--images", "24", "--attacked", "4"]
-    words += ["--attack", "fgsm", "--eps", "8/255", "--queries", "0", "--repeats", "0"]
-    assert main(words) == 0
+    words += ["--examples", "0", "--save-images"]
+    capsys.readouterr()
+    assert main([*words, images]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1] == f"{images}/{MANIFEST}"
+    assert any("PGD-2 (8-bit)" in line for line in out)
+    assert [m.attack for m in read_folder(run)] == ["clean", "PGD-2", "PGD-2 (8-bit)"]
+    assert main(["report", str(run), "--out", f"{tmp_path}/p.html", "--markdown", table]) == 0
+    assert "PGD-2 (8-bit) 8/255" in Path(table).read_text()
+    export = ["export", str(run), onnx, "--images", "24", "--attacked", "4"]
+    export += ["--attack", "fgsm", "--eps", "8/255", "--queries", "0", "--repeats", "0"]
+    assert main(export) == 0
     capsys.readouterr()
     assert main(["rescore", images, str(run), "--json"]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -323,12 +308,14 @@ def test_rescore_from_the_command_line(
     assert all(r["correct"] == r["saved_correct"] and r["total"] == 24 for r in records)
     assert main(["rescore", images, onnx]) == 0
     assert "when saved" in capsys.readouterr().out
-    for words, message in (
-        ([images], "rescore takes one model"),
-        ([images, str(run), "--weights", "w"], "--weights belongs to --model_file"),
-        ([images, str(run), "--batch-size", "0"], "--batch_size"),
-        ([images, str(tmp_path / "no.onnx")], "no file"),
-        ([str(run), str(run)], "no manifest.jsonl in"),
+    for wrong, message in (
+        ([*words, images], "need an empty folder"),
+        (["attack", str(run), str(run), "--save-images", "t"], "images of one run; found 2"),
+        (["rescore", images], "rescore takes one model"),
+        (["rescore", images, str(run), "--weights", "w"], "--weights belongs to --model_file"),
+        (["rescore", images, str(run), "--batch-size", "0"], "--batch_size"),
+        (["rescore", images, str(tmp_path / "no.onnx")], "no file"),
+        (["rescore", str(run), str(run)], "no manifest.jsonl in"),
     ):
-        assert main(["rescore", *words]) == 2
+        assert main(wrong) == 2
         assert message in capsys.readouterr().err

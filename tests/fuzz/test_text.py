@@ -17,7 +17,6 @@ from defquant.paper import grid
 from defquant.report import build_report, plot_curves
 from defquant.report.cards import read_cards
 from defquant.results import Measurement, read_folder, read_jsonl
-from defquant.typed import convert
 from harness import SECONDS, fuzz, outcome
 
 pytestmark = pytest.mark.usefixtures("undrawn")  # of memory they take what is no input's fault
@@ -180,15 +179,6 @@ def test_a_name_is_no_formula(tmp_path: Path) -> None:
     found = [replace(LINE, method=method, attack=attack) for method, attack in names]
     svg = plot_curves(found, tmp_path / "f.svg").read_text()
     assert "$x_<" in svg and "_a$b_" in svg
-
-
-@pytest.mark.parametrize(
-    ("kind", "value", "kept"),
-    [(int, 3, 3), (float, 3, 3), (int | None, None, None), (tuple[int, ...], [1, 2], (1, 2)),
-     (dict[str, float], {"a": 1.5}, {"a": 1.5})],
-)  # fmt: skip
-def test_convert_keeps_what_fits(kind: Any, value: Any, kept: Any) -> None:
-    assert convert(kind, value, "x") == kept
 
 
 def test_broken_cards_are_notes(tmp_path: Path) -> None:
