@@ -110,6 +110,9 @@ FLOATS: dict[str, tuple[tuple[int, ...], list[Node]]] = {
     "InstanceNormalization": (IMAGE, [("InstanceNormalization", [..., draw(6), draw(6)], {})]),
     "LayerNormalization": (IMAGE, [("LayerNormalization", [..., draw(7, 5), draw(7, 5)],
                                     {"axis": -2})]),
+    "SkipLayerNormalization": ((2, 7, 5), [("Relu", [...], {}), ("SkipLayerNormalization", [
+        ..., "x", draw(5), draw(5), draw(5)], MS | {"outputs": ["a", "", "", "b"]}),
+        ("Mul", ["a", "b"], {})]),
     "GroupNormalization": (IMAGE, [("GroupNormalization", [..., draw(6), draw(6)],
                                     {"num_groups": 3})]),
     "LRN": (IMAGE, [("LRN", [...], {"size": 3, "alpha": 0.5})]),
@@ -181,6 +184,7 @@ CODES: dict[str, tuple[tuple[int, ...], list[Node]]] = {
        for kind in AS_QLINEAR},
     "QLinearSoftmax": (ROWS, [("QLinearSoftmax", [..., *Q, f(1 / 256), u8(0)],
                                {"domain": MICROSOFT, "opset": 13, "axis": -1})]),
+    "Resize of codes": (IMAGE, [("Resize", [..., "", f([1, 1, 2, 1.7])], {"mode": "linear"})]),
     "on codes": (IMAGE, [("MaxPool", [...], {"kernel_shape": [2, 2]}),
                          ("Clip", [..., u8(110), u8(140)], {}),
                          ("Transpose", [...], {"perm": [0, 2, 3, 1]})]),

@@ -286,18 +286,21 @@ class Staircase(Quantizer):
 
     def forward(self, u: Tensor) -> Tensor:
         u = full_precision(u)
+        at = u - self.shift if self.shift else u
         if self.bits is None:
-            return (u - self.shift).clamp(self.low, self.high)
+            return at.clamp(self.low, self.high)
         step, low = self.step()
         with torch.no_grad():
-            at = u - self.shift
             if self.bits == self.own:
                 rounded = self.rounding(u)
             else:
                 rounded = at.sub(low).div_(step).round_().mul_(step).add_(low)
-            rounded = rounded.clamp(self.low, self.high)
-            endless = math.isinf(self.low) and math.isinf(self.high)
-            inside = None if endless else (at > self.low) & (at < self.high)
+            bounded = math.isfinite(self.low) or math.isfinite(self.high)
+            if bounded:
+                rounded.clamp_(self.low, self.high)
+        if not u.requires_grad or not torch.is_grad_enabled():
+            return rounded
+        inside = (at > self.low) & (at < self.high) if bounded else None
         return Rounded.apply(u, rounded, inside)  # type: ignore[no-untyped-call,no-any-return]
 
     def step(self) -> tuple[float, float]:

@@ -179,14 +179,21 @@ def softmax(s: Step, x: Tensor, f: Callable[..., Tensor] = torch.softmax) -> Ten
 def batch_norm(s: Step, x: Tensor, w: Tensor, b: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     if s.get("training_mode", 0) or not s.get("spatial", 1):
         raise ValueError("training_mode and spatial=0 are not read")
-    rate = w / torch.sqrt(var + s.get("epsilon", 1e-5))
-    return x * along(rate, x, 1) + along(b - mean * rate, x, 1)
+    return F.batch_norm(x, mean, var, w, b, eps=s.get("epsilon", 1e-5))
 
 
 def layer_norm(s: Step, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     axis = s.get("axis", -1) % x.ndim
     y = F.layer_norm(x, x.shape[axis:], eps=s.get("epsilon", 1e-5)) * w
     return y if b is None else y + b
+
+
+def skip_layer_norm(s: Step, x: Tensor, skip: Tensor, *wb: Tensor | None) -> tuple[Tensor, ...]:
+    """Its fourth output is the sum; the second and third serve training."""
+    w, b, bias = (*wb, None, None)[:3]
+    x = x + skip if bias is None else x + skip + bias
+    y = F.layer_norm(x, x.shape[-1:], w, b, s.get("epsilon", 1e-12))
+    return y, y, y, x
 
 
 def instance_norm(s: Step, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -306,8 +313,11 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "GlobalMaxPool": partial(over_space, f=torch.amax), "GroupNormalization": group_norm,
     "InstanceNormalization": instance_norm, "LayerNormalization": layer_norm,
     "LogSoftmax": partial(softmax, f=torch.log_softmax), "LpNormalization": lp_norm,
-    "MaxPool": max_pool, "PRelu": prelu, "Round": lambda s, x: s.staircase(x), "Sign": sign,
-    "Softmax": softmax, "Where": lambda s, c, x, y: torch.where(c, x, y),
+    "MaxPool": max_pool,
+    "Mod": lambda s, x, y: (torch.fmod if s.get("fmod", 0) else torch.remainder)(x, y),
+    "PRelu": prelu, "Round": lambda s, x: s.staircase(x), "Sign": sign,
+    "SkipLayerNormalization": skip_layer_norm, "Softmax": softmax,
+    "Where": lambda s, c, x, y: torch.where(c, x, y),
 }  # fmt: skip
 NUMBERS: dict[str, tuple[int, ...]] = {
     "Clip": (1, 2), "ConstantOfShape": (0,), "Expand": (1,), "Pad": (1, 2, 3), "Range": (0, 1, 2),

@@ -27,7 +27,7 @@ class Step:
         range: the whole numbers that its output's type holds.
         image: an input hangs on the image, and `whole`: those that do are whole numbers.
         raw: the output is what it would round, in units of its scale: logits before a quantiser.
-        batch: of a file that fixes it, which a Reshape shall read as any.
+        batch: images of a call, as a file fixes it in a Reshape, and `images`, as they are now.
         known: values of inputs that are constants and that must be numbers, by position.
     """
 
@@ -42,6 +42,7 @@ class Step:
     whole: bool = False
     raw: bool = False
     batch: int | None = None
+    images: int = 0
     known: dict[int, Numbers] = field(default_factory=dict)
     stairs: Staircase | None = None
 
@@ -77,10 +78,11 @@ def padded(x: Tensor, before: Sequence[int], after: Sequence[int], value: float 
 
 
 def reshape(s: Step, x: Tensor, shape: Numbers) -> Tensor:
-    shape = [x.shape[i] if n == 0 and not s.get("allowzero", 0) else n for i, n in enumerate(shape)]
-    if s.batch is not None and shape[0] == s.batch:
-        shape[0] = x.shape[0]
-    return x.reshape(shape)
+    shape = list(shape)
+    if s.batch and s.images and 1 in s.known and shape[0] > 0 and not shape[0] * s.images % s.batch:
+        shape[0] = shape[0] * s.images // s.batch
+    kept = 0 if s.get("allowzero", 0) else len(shape)
+    return x.reshape([x.shape[i] if n == 0 and i < kept else n for i, n in enumerate(shape)])
 
 
 def flatten(s: Step, x: Tensor) -> Tensor:
@@ -127,7 +129,7 @@ def gather(s: Step, x: Tensor, index: Tensor) -> Tensor:
     axis = s.get("axis", 0) % x.ndim
     flat = index.reshape(-1).long()
     chosen = x.index_select(axis, torch.where(flat < 0, flat + x.shape[axis], flat))
-    return chosen.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
+    return chosen.reshape([*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]])
 
 
 def pad(s: Step, x: Tensor, *given: Numbers | None) -> Tensor:
@@ -194,6 +196,8 @@ def resize(s: Step, x: Tensor, *given: Numbers | None) -> Tensor:
         m = bounded(sizes[i] if sizes else math.floor(n * numbers[i]))
         if m != n or (not sizes and numbers[i] != 1):
             x = resample(s, x, axis, m, m / n if sizes else numbers[i])
+    if s.whole and s.get("mode", "nearest") == "linear":
+        return s.staircase(x, rounding=torch.trunc)  # as onnxruntime has codes between codes
     return x
 
 

@@ -184,6 +184,7 @@ class Twin(nn.Module):
         for step, dead in zip(self.steps, self.dead, strict=True):
             final = step.outputs == last.outputs
             step = last if final else step
+            step.images = len(x)
             with blamed(f"node {shown(step.name)!r} ({step.kind})"):
                 outputs = call(step, [values[name] if name else None for name in step.inputs])
             if final:
