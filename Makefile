@@ -45,7 +45,7 @@ types: setup-dev
 	$(BIN)/mypy
 
 bench: setup-dev
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps torchattacks==3.5.1
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps torchattacks==3.5.1 timm==1.0.31
 	for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 docs: setup-dev

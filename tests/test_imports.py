@@ -12,9 +12,10 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "defquant"
 ORDER = (
     "errors", "typed", "files", "config", "results", "quantize", "weights", "lipschitz", "data",
-    "models", "attacks", "captured", "integers", "rebuilt", "prepared", "progress", "distributed",
-    "evaluate", "monitor", "training", "checkpoint", "runs", "replay", "measure", "images",
-    "defenses", "foreign", "deploy", "diagnose", "judging", "paper", "report", "cli", "__main__",
+    "models", "attacks", "captured", "integers", "rebuilt", "ranges", "prepared", "progress",
+    "distributed", "evaluate", "monitor", "training", "checkpoint", "runs", "replay", "measure",
+    "images", "defenses", "foreign", "deploy", "diagnose", "judging", "paper", "report", "cli",
+    "__main__",
 )  # fmt: skip
 TORCHLESS = ("errors", "typed", "files", "config", "results", "report", "cli", "cli.verbs")
 

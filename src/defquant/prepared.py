@@ -3,7 +3,6 @@
 import math
 import operator
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -18,14 +17,13 @@ from defquant.data import Dataset
 from defquant.errors import UserError
 from defquant.integers import finest
 from defquant.lipschitz import ConvexSum
-from defquant.quantize import QuantBranch, Quantizer, QuantReLU, QuantSigned, fake_quantize
+from defquant.quantize import QuantBranch, Quantizer, QuantReLU, QuantSigned
+from defquant.ranges import MeasuredReLU, calibrate
 from defquant.rebuilt import Rebuilt, arguments, is_tensor, name_of
 from defquant.weights import QuantConv2d, QuantLinear
 
 __all__ = ["Account", "Part", "Prepared", "prepare"]
 
-_OPEN = 1e30
-"""The end of a range that is not yet known."""
 _KEEPS = {
     "adaptive_max_pool2d", "cat", "channel_shuffle", "chunk", "clone", "constant_pad_nd",
     "contiguous", "detach", "expand", "flatten", "flip", "getitem", "max_pool2d",
@@ -131,14 +129,14 @@ def prepare(
     model = bare(model)
     net = Rebuilt(capture(model, images, trainable=True), model)
     quantising = _Quantising(net, bits, weight_bits)
-    quantising.run(_OPEN if ranges == "calibrate" else float(ranges), convex=convex)
+    quantising.run(None if ranges == "calibrate" else float(ranges), convex=convex)
     prepared = net.finish(Prepared)
     if not any(_quantises(module) for module in prepared.modules()):
         raise UserError(
             f"{type(model).__name__} has nothing to quantise: no activation that a convolution or "
             "linear layer reads; give weight_bits for its weights"
         )
-    words = _calibrate(prepared, images[:256], bits)
+    words = calibrate(prepared, images[:256], bits)
     prepared.meta["account"] = Account(tuple(quantising.parts(words)), min(256, len(images)))
     device = next((tensor.device for tensor in model.state_dict().values()), images.device)
     return prepared.train(model.training).to(device)
@@ -160,16 +158,6 @@ def _images(example: Tensor | Dataset) -> Tensor:
     return images
 
 
-class _Measured(QuantReLU):
-    """One whose range was measured, and so belongs to the state dict."""
-
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.high, dtype=torch.float64)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.high = float(state)
-
-
 class _Quantising:
     """Puts quantisers into a rebuilt network; `codes` are the bits of each value on a grid."""
 
@@ -179,8 +167,8 @@ class _Quantising:
         self.signed: dict[tuple[fx.Node, type], fx.Node] = {}
         self.notes: dict[str, list[str]] = {}
 
-    def run(self, high: float, *, convex: bool) -> None:
-        """`high` ends the ranges of ReLUs; `_OPEN` ones and peaks of 0 are to be measured."""
+    def run(self, high: float | None, *, convex: bool) -> None:
+        """`high` ends the ranges of ReLUs; None for those to be measured."""
         for node in list(self.net.graph.nodes):
             module = self.net.module(node)
             if node.op == "placeholder":
@@ -201,12 +189,12 @@ class _Quantising:
             self._end_in_integers()
         self._set_weight_bits()
 
-    def _replaced(self, node: fx.Node, high: float, convex: bool) -> fx.Node:
+    def _replaced(self, node: fx.Node, high: float | None, convex: bool) -> fx.Node:
         """A module instead of a ReLU or a residual sum."""
         inputs = tuple(node.all_input_nodes)
         if (end := _end(node)) is not None:
-            kind = _Measured if end == math.inf and high == _OPEN else QuantReLU
-            made = kind(self.bits, high if end == math.inf else end)
+            end = high if end == math.inf else end
+            made = MeasuredReLU(self.bits) if end is None else QuantReLU(self.bits, end)
             node = self.net.replace(node, self.net.place(node, name_of(node)), made, inputs[:1])
             self.codes[node] = self.bits or 8
         elif convex and _residual(node, inputs):
@@ -300,7 +288,7 @@ class _Quantising:
                 words = "float weights" if bits is None else f"weights of {bits} bits"
                 yield Part(path, kind, "; ".join([words, *self.notes[path]]), runs)
             elif isinstance(module, Quantizer):
-                kind = type(module).__name__.replace("_Measured", "QuantReLU")
+                kind = type(module).__name__.replace("Measured", "Quant")
                 yield Part(path, kind, ranges[path], module.bits is not None)
             elif isinstance(module, BatchNorm):
                 merged = node.all_input_nodes[0] in whole
@@ -350,77 +338,3 @@ def _residual(node: fx.Node, inputs: tuple[fx.Node, ...]) -> bool:
 
 def _quantises(module: nn.Module) -> bool:
     return isinstance(module, Quantizer) or getattr(module, "weight_bits", None) is not None
-
-
-@torch.no_grad()
-def _calibrate(model: nn.Module, images: Tensor, bits: int | None) -> dict[str, str]:
-    """Measure the open ranges on `images`, then set the bits; says what there is, by quantiser."""
-    quantisers = {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}
-    own = {m: m.bits for m in quantisers.values()}
-    found: dict[nn.Module, float] = {}
-
-    def measure(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if isinstance(module, QuantSigned) and float(module.peak) == 0:
-            found[module] = _range(args[0], module.fixed or bits, signed=True)
-        elif isinstance(module, _Measured):
-            found[module] = _range(args[0].clamp_min(0), bits, signed=False)
-
-    handles = [m.register_forward_pre_hook(measure) for m in own]
-    for quantiser in own:
-        quantiser.bits = None
-    with _untrained_by_the_batch(model.eval()):
-        model(images if len(images) > 1 else torch.cat([images, images]))
-    for handle in handles:
-        handle.remove()
-    for quantiser, width in own.items():
-        quantiser.bits = None if bits is None else width
-    return {name: _ranged(name, m, found.get(m)) for name, m in quantisers.items()}
-
-
-def _ranged(name: str, module: Quantizer, found: float | None) -> str:
-    """Give a quantiser the range that was found; says what it is now."""
-    if found is not None and not math.isfinite(found):
-        raise UserError(f"cannot prepare a network whose values are not finite at {name!r}")
-    said = "full precision" if module.bits is None else f"{module.bits} bits"
-    how = "" if found is None else "calibrated" if found else "nothing above 0 was seen"
-    if isinstance(module, QuantSigned):
-        if found is not None:
-            module.peak.fill_(found)
-        return f"{said}, peak {float(module.peak):.3g} {how}".rstrip()
-    if isinstance(module, QuantReLU):
-        if found is not None:
-            module.high = found or 6.0
-        return f"{said}, [0, {module.high:.3g}] {how}".rstrip()
-    return said
-
-
-def _range(x: Tensor, bits: int | None, *, signed: bool) -> float:
-    """The end of the range of least squared error at `bits`: the largest value, or less."""
-    most = float(x.abs().max())
-    if bits is None or most == 0 or not math.isfinite(most):
-        return most
-    sample = x.flatten()[:: max(1, x.numel() // 10_000)]
-
-    def error(end: float) -> float:
-        grid = (
-            QuantSigned(bits, peak=end).eval()
-            if signed
-            else partial(fake_quantize, bits=bits, high=end)
-        )
-        return float((grid(sample) - sample).square().sum())
-
-    return min((most * part / 16 for part in range(16, 3, -1)), key=error)
-
-
-@contextmanager
-def _untrained_by_the_batch(model: nn.Module) -> Iterator[bool]:
-    """Batch norms that have seen nothing normalise by the batch, as they will in training."""
-    kind = nn.modules.batchnorm._BatchNorm
-    norms = [m for m in model.modules() if isinstance(m, kind) and m.running_var is not None]
-    fresh = [m for m in norms if not m.running_mean.any() and bool((m.running_var == 1).all())]  # type: ignore[union-attr]
-    kept = [(m.momentum, m.num_batches_tracked) for m in fresh]
-    for norm in fresh:
-        norm.train().momentum, norm.num_batches_tracked = 0.0, None
-    yield bool(fresh)
-    for norm, (norm.momentum, norm.num_batches_tracked) in zip(fresh, kept, strict=True):
-        norm.eval()
