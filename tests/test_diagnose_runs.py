@@ -85,6 +85,53 @@ def test_a_fail_exits_with_1_and_the_audit_can_be_left_out(
     assert (status, json.loads(out[0])["verdict"]) == (1, "FAIL")
 
 
+FOREIGN = """
+import torch
+from torch import nn
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.gate = nn.Linear(64, 10), nn.Linear(64, 10)
+
+    def forward(self, x):
+        z = nn.functional.linear(x.flatten(1), self.fc.weight, self.fc.bias)
+        return z * self.gate(x.flatten(1)).sigmoid()
+
+def make_model():
+    torch.manual_seed(0)
+    return Gated()
+
+def counting():
+    model = make_model()
+    model.register_forward_hook(lambda m, x, y: y if y.detach().sum() > 1e9 else 2 * y)
+    return model
+"""
+
+
+@pytest.mark.filterwarnings("always::defquant.DefquantWarning")
+def test_a_model_of_ones_own_is_diagnosed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No bound is a line, and so is what cannot be captured; neither costs the verdict."""
+    (tmp_path / "own.py").write_text(FOREIGN)
+    words = ["diagnose", "--data", "digits", *FAST, "--out", tmp_path / "out", "--model-file"]
+    status, out, err = call(capsys, *words, f"{tmp_path}/own.py:make_model")
+    assert "runs your code" in err[0] and "the model guesses" in err[1]
+    record = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
+    assert status == int(record["verdict"] == "FAIL")
+    assert out[-1] == str(tmp_path / "out" / "diagnosis.json")
+    assert (record["run"], record["bits"], record["masking"]["quantized"]) == ("out", None, False)
+    assert [n["layer"] for n in record["audit"]["layers"]] == ["fc", "gate"]
+    assert any("or more; no bound: mul of two moving tensors" in line for line in out)
+    assert any(line.endswith("100 images, float") for line in out)
+    _, out, err = call(capsys, *words, f"{tmp_path}/own.py:counting", "--json")
+    record = json.loads(out[0])
+    assert set(record["left_out"]) == {"amplification", "audit"} and record["masking"]["signs"]
+    assert "it decides by the values it sees" in record["left_out"]["audit"]
+    assert len(err) == 3
+
+
 def test_transfer_prints_and_writes(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +221,10 @@ MISTAKES = [
     ("diagnose NONE", "no checkpoint"),
     ("diagnose RUN --against NONE", "no checkpoint"),
     ("diagnose RUN --substitute NONE", "no checkpoint"),
+    ("diagnose", "diagnose needs folders of runs, or --model_file"),
+    ("diagnose RUN --out OUT", "--out belongs to --model_file"),
+    ("diagnose --model-file own.py:f --data digits", "--model_file needs --out"),
+    ("diagnose --model-file own.py:f --data digits --out OUT --against RUN", "--against is for"),
     ("diagnose RUN --eps 8", "write 8/255"),
     ("diagnose RUN --eps 0", "eps above 0"),
     ("diagnose RUN --steps 0", "--steps must be 1 or more"),

@@ -7,8 +7,9 @@ the operations that they carry out on an image in eval mode; not by the names of
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import torch
@@ -235,13 +236,14 @@ def _one_precision() -> Iterator[None]:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without the graphs that torch logs before it raises."""
+    """Without the graphs that torch logs and prints before it raises."""
     import logging
 
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with redirect_stderr(StringIO()):
+            yield
     finally:
         logging.disable(before)
 

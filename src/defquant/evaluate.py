@@ -90,7 +90,7 @@ def correct(model: nn.Module, data: Images, *, batch_size: int = 256) -> Tensor:
 
 def answers(model: nn.Module, data: Images, *, batch_size: int = 256) -> Tensor:
     """The class that the model takes each image for, int64 (n,); -1 where its output has a NaN."""
-    images, labels = _on_device(model, data)
+    images, labels = on_device(model, data)
     top, found = int(labels.max()), []
     with untouched(model), torch.no_grad():
         for x in images.split(batch_size):
@@ -116,7 +116,7 @@ def robust(
     attacked. Without it the clean pass is made here. `tick` is told how far the attack is.
     """
     lint_attack(attack)
-    target = Target(model, *_on_device(model, data), seed, batch_size, tick)
+    target = Target(model, *on_device(model, data), seed, batch_size, tick)
     found = correct(model, data, batch_size=batch_size) if standing is None else standing.clone()
     ids = found.nonzero().squeeze(1)
     if len(ids):
@@ -132,7 +132,7 @@ def vanishing(
     Gradient attacks are blind there, and robustness against them means nothing (Athalye et al.
     2018). None where no example stands, or the model gives no gradient at all.
     """
-    images, labels = _on_device(model, data)
+    images, labels = on_device(model, data)
     ids = standing.nonzero().squeeze(1)
     flat = 0
     with untouched(model):
@@ -191,7 +191,7 @@ def sweep(
 def _checked(model: nn.Module, data: Images, batch_size: int, *, dead: bool) -> Tensor:
     """`correct`; warns where a usual mistake explains that it is so little."""
     right = correct(model, data, batch_size=batch_size)
-    images, labels = _on_device(model, data)
+    images, labels = on_device(model, data)
     suspect(model, images, labels, right, dead=dead, batch_size=batch_size)
     return right
 
@@ -208,12 +208,13 @@ def linted(model: nn.Module, data: Images, batch_size: int) -> tuple[Tensor, Ten
     Also for a model that cannot be scored on them; warns of one that is easily misread.
     """
     positive(batch_size=batch_size)
-    images, labels = _on_device(model, data)
+    images, labels = on_device(model, data)
     lint_model(model, to_unit(images[: min(8, batch_size)]), labels)
     return images, labels
 
 
-def _on_device(model: nn.Module, data: Images) -> tuple[Tensor, Tensor]:
+def on_device(model: nn.Module, data: Images) -> tuple[Tensor, Tensor]:
+    """Images and labels on the model's device; `UserError` for bad ones."""
     pair = (data.images, data.labels) if isinstance(data, Dataset) else data
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise UserError(

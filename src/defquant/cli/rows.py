@@ -109,6 +109,8 @@ def diagnosis_rows(record: Mapping[str, Any]) -> Iterator[str]:
     yield from _amplification(record["amplification"])
     yield ""
     yield from _audit(record["audit"])
+    for part, why in record["left_out"].items():
+        yield f"  {part}: {why}"
     yield ""
     yield from _masking(record)
 
@@ -117,9 +119,11 @@ def _amplification(networks: list[dict[str, Any]]) -> Iterator[str]:
     yield "Error amplification: ||A - A_adv|| / ||A|| at each layer's input (Eq. 4)"
     for network in networks:
         values = [layer["mean"] for layer in network["layers"]]
-        shown = "  ".join("-" if value is None else f"{value:.3f}" for value in values)
+        shown = (
+            "  ".join("-" if value is None else f"{value:.3f}" for value in values) or "left out"
+        )
         yield f"  {network['name']:20} {network['method']:12} {shown}"
-        first, last = values[0], values[-1]
+        first, last = (values or [None])[0], (values or [None])[-1]
         if first and last is not None:
             yield f"  {'':20} {'':12} image to last layer: x {last / first:.2f}"
 
@@ -145,7 +149,8 @@ def _audit(found: Mapping[str, Any] | None) -> Iterator[str]:
 
 def _masking(record: Mapping[str, Any]) -> Iterator[str]:
     found, eps = record["masking"], eps_column(record["eps"]).strip()
-    yield f"Masked gradients? {found['verdict']} at eps {eps}, {record['images']} images"
+    kind = "quantised" if found["quantized"] else "float"
+    yield f"Masked gradients? {found['verdict']} at eps {eps}, {record['images']} images, {kind}"
     yield f"  robust under PGD {_rate(found['usual'])}, under all {_rate(found['strongest'])}"
     for sign in found["signs"]:
         yield f"  {sign['verdict']:11} {sign['name']:13} {_rate(sign)}"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch", "Device", "Images", "Json", "ModelFile", "Root", "Seed", "Weights", "attack",
-    "foreign_on", "least", "needs_onnx", "rescore",
+    "check_model", "foreign_on", "least", "needs_onnx", "rescore",
 ]  # fmt: skip
 
 Json = Annotated[bool, Parameter(help="JSON lines alone on stdout, instead of rows")]
@@ -89,7 +89,7 @@ def attack(
     """
     given = {"weights": weights, "data": data, "out": out}
     own = {"substitute": substitute, "unaware": unaware, "detector": detector}
-    _check_attack(runs, model_file, given, own | {"split": split != "test"}, save_images)
+    check_model("attack", runs, model_file, given, own | {"split": split != "test"}, save_images)
     least(1, batch_size=batch_size)
     least(0, examples=examples)
     from defquant.attacks import FirstOrder
@@ -153,12 +153,13 @@ def attack(
                 print(saved / MANIFEST)
 
 
-def _check_attack(
+def check_model(
+    verb: str,
     runs: Sequence[str],
     model_file: str | None,
     foreign: Mapping[str, object],
     own: Mapping[str, object],
-    save_images: str | None,
+    save_images: str | None = None,
 ) -> None:
     """Raise `UserError` for flags of one's own runs beside a foreign model, and the reverse."""
     given = next((name for name, value in foreign.items() if value is not None), "")
@@ -168,14 +169,14 @@ def _check_attack(
     first = next(iter(runs), "")
     if model_file is None:
         rules = {
-            "attack needs folders of runs, or --model_file my.py:make_model": not runs,
+            f"{verb} needs folders of runs, or --model_file my.py:make_model": not runs,
             f"--{given} belongs to --model_file; a run knows its own: leave it out": given,
             f"--save_images keeps the images of one run; found {len(runs)}: attack them one at a "
             "time": save_images and len(runs) > 1,
         }
     else:
         rules = {
-            f"attack takes folders of runs or --model_file, not both; found {first!r}": runs,
+            f"{verb} takes folders of runs or --model_file, not both; found {first!r}": runs,
             f"--model_file needs --{missing}: {needed.get(missing)}": missing,
             f"--{mine} is for runs of `defquant train`: leave it out": mine,
             f"{foreign['out']} holds a run of `defquant train`: choose another --out":

@@ -3,13 +3,27 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from defquant.cli import rows
 from defquant.cli.rows import print_json, print_measurements
-from defquant.cli.scores import Batch, Device, Images, Json, Root, Seed, attack, least, rescore
+from defquant.cli.scores import (
+    Batch,
+    Device,
+    Images,
+    Json,
+    ModelFile,
+    Root,
+    Seed,
+    Weights,
+    attack,
+    check_model,
+    foreign_on,
+    least,
+    rescore,
+)
 from defquant.cli.shipping import export, verify
 from defquant.config import PRESETS, DataConfig, ModelConfig, TrainConfig, check_bits
 from defquant.errors import UserError
@@ -129,8 +143,12 @@ def transfer(
 
 
 def diagnose(
-    run: str,
+    run: str | None = None,
     *,
+    model_file: ModelFile = None,
+    weights: Weights = None,
+    data: str | None = None,
+    out: str | None = None,
     against: tuple[str, ...] = (),
     substitute: str | None = None,
     eps: float = 8 / 255,
@@ -146,12 +164,14 @@ def diagnose(
     device: Device = "auto",
     json: Json = False,
 ) -> int:
-    """Say whether a run's robustness is real, and where its noise grows.
+    """Say whether the robustness of a run or of your own model is real, and where noise grows.
 
     Three parts on stdout, diagnosis.json in the run's folder; exit status 1 on a FAIL.
 
     Args:
-        run: folder of the run.
+        run: folder of the run, if no --model-file.
+        data: for --model-file: its data.
+        out: for --model-file: folder of the results.
         against: runs to set its error amplification beside: its float and its vanilla twin.
         substitute: run through which the black box goes.
         eps: radius, as 8/255.
@@ -161,23 +181,38 @@ def diagnose(
         audited: images of the Lipschitz audit.
         no_audit: leave the audit out.
     """
+    given = {"weights": weights, "data": data, "out": out}
+    own = {"against": against, "substitute": substitute}
+    check_model("diagnose", [run] if run else [], model_file, given, own)
     least(1, batch_size=batch_size, steps=steps, restarts=restarts, queries=queries)
     from defquant.diagnose import Effort
-    from defquant.diagnose.runs import diagnose_run
+    from defquant.diagnose.runs import diagnose_foreign, diagnose_run
     from defquant.distributed import pick_device
-    from defquant.files import write_json
+    from defquant.files import make_folder, write_json
 
     effort = Effort(
         steps=steps, restarts=restarts, queries=queries, seed=seed, batch_size=batch_size
     )
-    record = diagnose_run(
-        Path(run), eps, against=[Path(other) for other in against],
-        substitute=Path(substitute) if substitute else None, images=images,
-        audited=0 if no_audit else audited, effort=effort, data_root=data_root,
-        device=pick_device(device),
-    )  # fmt: skip
+    how: Any = {"audited": 0 if no_audit else audited, "effort": effort}
+    if model_file is None:
+        record = diagnose_run(
+            Path(run or ""), eps, against=[Path(other) for other in against],
+            substitute=Path(substitute) if substitute else None, images=images,
+            data_root=data_root, device=pick_device(device), **how,
+        )  # fmt: skip
+    else:
+        from defquant.data import load
+        from defquant.foreign import blamed
+
+        place, tested = pick_device(device), load(data or "", data_root, "test").first(images)
+        own_model = foreign_on(model_file, weights, tested, batch_size, place)
+        with blamed(own_model.path):
+            record = diagnose_foreign(
+                Path(out or ""), own_model.model, own_model.subject, tested.to(place), eps, **how
+            )
+        make_folder(Path(out or ""))
     print_json(record) if json else print("\n".join(rows.diagnosis_rows(record)))
-    print(write_json(Path(run) / "diagnosis.json", record))
+    print(write_json(Path(run or out or "") / "diagnosis.json", record))
     return int(record["verdict"] == "FAIL")
 
 

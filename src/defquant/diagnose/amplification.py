@@ -2,24 +2,24 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from defquant.attacks import untouched
+from defquant.captured import Captured, capture
 from defquant.config import check_bits, check_eps
+from defquant.diagnose.bound import layer_input
 from defquant.errors import UserError
-from defquant.quantize import Quantizer, adjustable, set_bits
+from defquant.quantize import Quantizer, adjustable
 
 __all__ = [
     "BlockDistance", "Distance", "LayerDistance", "first_block_distances", "layer_distances",
     "normalized_distance",
 ]  # fmt: skip
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -73,35 +73,52 @@ def normalized_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def layer_distances(
-    model: nn.Module,
-    x: Tensor,
-    x_adv: Tensor,
-    *,
-    bits: Sequence[int | None] | None = None,
-    batch_size: int = 256,
+    model: nn.Module, x: Tensor, x_adv: Tensor, *, batch_size: int = 256
 ) -> list[LayerDistance]:
     """D at the input of each convolution and linear layer, in order of the forward pass.
 
     Figure 3b. Its caption speaks of full- against low-precision activations, section 3 of clean
     against adversarial ones at each bit width; this follows section 3. The first is the image.
 
-    `x` (n, c, h, w) and `x_adv` lie on the model's device; the model is left as it was found.
-    It sees `batch_size` rows at a time at most, and a pair of images at least. `bits` are set in
-    turn, weights and batch norms as trained; without them the model's own are kept. Returns one
-    record for each of `bits` and each call of a layer. Raises `UserError` for unequal shapes, no
-    layer to look at, bits outside 1 to 8 or no quantiser to set.
+    `x` and `x_adv` are images (n, c, h, w) in [0, 1]. Layers are what `defquant.captured.capture`
+    sees, functional calls too; the model is left as it was found, and `batch_size` rows are shown
+    at a time at most, and a pair of images at least. Returns one record for each call of a layer.
+    Raises `UserError` for unequal shapes, no layer to look at, or what cannot be captured.
     """
     _check_pair(x, x_adv)
-    former = [(module, module.bits) for module in model.modules() if isinstance(module, Quantizer)]
-    if bits is None:
-        own = {quantizer.bits for quantizer in adjustable(model)}
-        shown: int | Literal["mixed"] | None = "mixed" if len(own) > 1 else next(iter(own), None)
-        return _layers(model, x, x_adv, shown, batch_size)
-    try:
-        return [d for b in bits for d in _layers(set_bits(model, b), x, x_adv, b, batch_size)]
-    finally:
-        for quantizer, width in former:
-            quantizer.bits = width
+    widths = {quantizer.bits for quantizer in adjustable(model)}
+    bits: int | Literal["mixed"] | None = "mixed" if len(widths) > 1 else next(iter(widths), None)
+    program = capture(model, x)
+    layers = [(node, source) for node in program.calls if (source := layer_input(program, node))]
+    if not layers:
+        raise UserError(
+            f"there must be a convolution or linear layer to look at; {type(model).__name__} "
+            "calls none"
+        )
+    size, passes = max(1, batch_size // 2), list[dict[fx.Node, Tensor]]()
+    for pair in zip(x.split(size), x_adv.split(size), strict=True):
+        passes.append(_inputs(program, torch.cat(pair).float().cpu(), {s for _, s in layers}))
+    return [
+        LayerDistance(
+            node.meta["layer"], index, bits, _summary(torch.cat([p[s] for p in passes], 1))
+        )
+        for index, (node, s) in enumerate(layers)
+    ]
+
+
+def _inputs(program: Captured, both: Tensor, wanted: Collection[fx.Node]) -> dict[fx.Node, Tensor]:
+    """`_norms` of what each of `wanted` gives; `both` is clean images and then attacked ones."""
+    found = {}
+
+    def keep(node: fx.Node, value: Any) -> None:
+        if node in wanted:  # the images may be counted in another dimension than the first
+            shape = node.meta["val"].shape
+            dim = next(i for i, side in enumerate(shape) if isinstance(side, torch.SymInt))
+            found[node] = _norms(*value.movedim(dim, 0).reshape(len(both), -1).chunk(2))
+
+    keep(program.nodes[0], both)
+    program.values(both, keep)
+    return found
 
 
 def first_block_distances(
@@ -121,58 +138,29 @@ def first_block_distances(
     quantiser, unequal shapes, eps or bits out of range.
     """
     check_bits(bits)
-
-    def look(module: nn.Module, z: Tensor) -> list[Distance]:
-        twin, both = copy.copy(module), []
-        for width in (None, bits):
-            set_bits(twin, width)
-            both.append(_summary(_norms(*twin.forward(z).chunk(2))))  # not twin(): it has the hook
-        return both
-
     found = []
     for eps, x_adv in attacked:
         _check_pair(x, x_adv)
-        first, *_ = _look(model, torch.cat([x, x_adv]), (Quantizer,), look)
-        found.append(BlockDistance(check_eps(eps), bits, *first))
+        module, z = _first_quantizer(model, torch.cat([x, x_adv]))
+        twin, both = copy.copy(module).eval(), []
+        for width in (None, bits):
+            twin.bits = width
+            both.append(_summary(_norms(*twin.forward(z).chunk(2))))
+        found.append(BlockDistance(check_eps(eps), bits, *both))
     return found
 
 
-def _layers(
-    model: nn.Module,
-    x: Tensor,
-    x_adv: Tensor,
-    bits: int | Literal["mixed"] | None,
-    batch_size: int,
-) -> list[LayerDistance]:
-    names = {module: name for name, module in model.named_modules()}
-
-    def look(module: nn.Module, z: Tensor) -> tuple[str, Tensor]:
-        return names[module], _norms(*z.chunk(2))
-
-    # both halves in one pass: their activations meet in the hook, and none has to be kept
-    size = max(1, batch_size // 2)
-    pairs = zip(x.split(size), x_adv.split(size), strict=True)
-    passes = [_look(model, torch.cat(pair), (nn.Conv2d, nn.Linear), look) for pair in pairs]
-    return [
-        LayerDistance(call[0][0], index, bits, _summary(torch.cat([norms for _, norms in call], 1)))
-        for index, call in enumerate(zip(*passes, strict=True))
-    ]
-
-
-def _look(
-    model: nn.Module,
-    x: Tensor,
-    kinds: tuple[type[nn.Module], ...],
-    look: Callable[[nn.Module, Tensor], _T],
-) -> list[_T]:
-    """What `look(module, input)` gives at each call of a module of `kinds`, in order."""
-    found: list[_T] = []
+def _first_quantizer(model: nn.Module, x: Tensor) -> tuple[Quantizer, Tensor]:
+    """The first that is called, and what it is given."""
+    found: list[tuple[Quantizer, Tensor]] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(look(module, args[0]))
+        assert isinstance(module, Quantizer)
+        if not found:
+            found.append((module, args[0]))
 
-    layers = [m for m in model.modules() if isinstance(m, kinds) and not getattr(m, "fixed", None)]
-    handles = [layer.register_forward_pre_hook(hook) for layer in layers]
+    parts = [module for module in model.modules() if isinstance(module, Quantizer)]
+    handles = [module.register_forward_pre_hook(hook) for module in parts]
     try:
         with untouched(model), torch.no_grad():
             model(x)
@@ -180,9 +168,8 @@ def _look(
         for handle in handles:
             handle.remove()
     if not found:
-        wanted = " or ".join(kind.__name__ for kind in kinds)
-        raise UserError(f"there must be a {wanted} to look at; {type(model).__name__} calls none")
-    return found
+        raise UserError(f"there must be a Quantizer to look at; {type(model).__name__} calls none")
+    return found[0]
 
 
 def _norms(a: Tensor, b: Tensor) -> Tensor:

@@ -106,7 +106,8 @@ def surrogate(program: Captured) -> nn.Module:
         elif name == "defquant.median_2x2.default":
             node.target = median_2x2
         elif peak is not None and peak > 0:
-            ends = -128 / 127 * float(peak), float(peak)
+            n = 2 ** (node.args[2] - 1)
+            ends = -n / (n - 1) * float(peak), float(peak)
             node.target, node.args = aten.hardtanh.default, (source, *ends)
         elif peak is not None or name.startswith("aten.round."):
             node.replace_all_uses_with(source)

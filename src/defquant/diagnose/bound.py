@@ -21,7 +21,7 @@ from defquant.diagnose.norms import (
 )
 from defquant.errors import UserError
 
-__all__ = ["BatchNormCall", "LayerAudit", "Reach", "reach"]
+__all__ = ["BatchNormCall", "LayerAudit", "Reach", "layer_input", "reach"]
 
 _SLOPES = dict.fromkeys((
     "relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "tanh", "softplus", "softsign",
@@ -128,6 +128,15 @@ def reach(program: Captured, x: Tensor) -> Reach:
     return Reach(bound if finite else None, why, layers, norms)
 
 
+def layer_input(program: Captured, node: fx.Node) -> fx.Node | None:
+    """What a convolution or linear layer of constant weights is given; None for other nodes."""
+    if (ends := _LAYERS.get(_name(node))) is None:
+        return None
+    source, weight = (_given(node)[name] for name in ends)
+    found: fx.Node | None = source if program.constant(weight) is not None else None
+    return found
+
+
 def _why(places: list[str]) -> str:
     if not places:
         return "no bound: the product of the norms is beyond every number"
@@ -161,8 +170,9 @@ class _Walk:
         try:
             self.reach[node] = self._carried(node, name)
         except _NoBound as why:
-            layer = node.meta.get("layer") or node.name
-            self.unbounded.append(str(why) if layer == node.name else f"{why} in {layer}")
+            layer = str(node.meta["layer"])
+            alone = layer.rstrip("_0123456789") == name  # called in no layer
+            self.unbounded.append(str(why) if alone else f"{why} in {layer}")
             self.reach[node] = math.inf
 
     def _carried(self, node: fx.Node, name: str) -> float:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,61 @@ from torch import nn
 from defquant.attacks import PGD, Attack
 from defquant.checkpoint import Facts, load_on, stamp
 from defquant.config import check_eps
-from defquant.data import Dataset
+from defquant.data import Dataset, to_unit
 from defquant.diagnose.amplification import layer_distances
 from defquant.diagnose.audit import Audit, audit
 from defquant.diagnose.masking import Effort, Verdict, masking_verdict
 from defquant.diagnose.precision import TransferMatrix, at_bits, last_made, transfer_matrix
 from defquant.errors import UserError
-from defquant.evaluate import device_of
+from defquant.evaluate import Images, on_device
+from defquant.foreign import warn_of_chance
+from defquant.measure import Subject, subject_of
 from defquant.results import Score
 from defquant.runs import test_images
 
-__all__ = ["AMPLIFIED", "diagnose_run", "transfer_runs"]
+__all__ = ["AMPLIFIED", "diagnose_foreign", "diagnose_run", "diagnosis", "transfer_runs"]
 
 AMPLIFIED = 128  # images of Figure 3, at most
+
+
+def diagnosis(
+    model: nn.Module,
+    data: Images,
+    eps: float,
+    *,
+    against: Mapping[str, nn.Module] | None = None,
+    substitute: nn.Module | None = None,
+    audited: int = 8,
+    effort: Effort | None = None,
+) -> dict[str, Any]:
+    """The three parts of a diagnosis of any `model` on `data`, as plain columns.
+
+    `amplification`: Eq. 4 at the input of each layer of the model and of the networks `against`,
+    each under PGD of 20 steps on itself, on the first 128 images. `audit`: of the first `audited`
+    images; None for 0. `masking`: the verdict's signs, on all images. `verdict` is its overall
+    one; `left_out` says why the audit or an amplification could not be made. Raises `UserError` as
+    `masking_verdict` does.
+    """
+    effort = effort or Effort()
+    if audited < 0:
+        raise UserError(f"the audit takes 0 images (none) or more; found {audited}")
+    verdict = masking_verdict(model, data, eps, substitute=substitute, effort=effort)
+    left_out, amplified, found = dict[str, str](), [], None
+    for name, network in {"": model, **(against or {})}.items():
+        try:
+            layers = _layers(network, _first(data, AMPLIFIED), eps, effort)
+        except UserError as why:
+            layers, left_out[f"amplification {name}".strip()] = [], str(why)
+        amplified.append({"name": name, "layers": layers})
+    try:
+        if audited:
+            found = _audited(audit(model, _first(data, audited), batch_size=effort.batch_size))
+    except UserError as why:
+        left_out["audit"] = str(why)
+    return {
+        "verdict": verdict.overall, "amplification": amplified, "audit": found,
+        "masking": _masking(verdict), "left_out": left_out,
+    }  # fmt: skip
 
 
 def diagnose_run(
@@ -40,51 +82,82 @@ def diagnose_run(
     data_root: str | None = None,
     device: torch.device | None = None,
 ) -> dict[str, Any]:
-    """The diagnosis of `run` on its test images, as `diagnosis.json` holds it.
+    """The `diagnosis` of `run` on its test images, as `diagnosis.json` holds it.
 
-    `amplification`: Eq. 4 at the input of each layer of the run and of the runs `against`, each
-    under PGD of 20 steps on itself, on the first 128 images. `audit`: of the first `audited`
-    images; None for 0. `masking`: the verdict's signs, on all `images`. `verdict` is its overall
-    one. Raises `UserError` for unknown runs, runs of other data, and as its three parts do.
+    Raises `UserError` for unknown runs, runs of other data, and as `diagnosis` does.
     """
-    if not check_eps(eps):
-        raise UserError("the masking verdict needs an eps above 0; found 0: write 8/255")
-    if audited < 0:
-        raise UserError(f"the audit takes 0 images (none) or more; found {audited}")
+    _check_above(eps)
     device = torch.device("cpu") if device is None else device
-    paths = [run, *against]
-    loaded = [load_on(path, device) for path in paths]
-    other = None if substitute is None else load_on(substitute, device)
-    others = [] if substitute is None or other is None else [(substitute, other[1])]
-    _check_alike([f for _, f in loaded] + [f for _, f in others], paths + [p for p, _ in others])
-    (model, facts), effort = loaded[0], effort or Effort()
-    shown = test_images(facts, data_root, images)
-    names = _names_of(paths)
-    verdict = masking_verdict(
-        model, shown, eps, substitute=None if other is None else other[0], effort=effort
-    )
-    return {
-        "format": 1, "kind": "defquant diagnosis", "run": names[0], "method": facts.method,
-        "bits": facts.model.bits, "data": shown.name, "fingerprint": shown.fingerprint,
-        "images": len(shown), "eps": eps, "effort": asdict(effort),
-        "substitute": None if substitute is None else str(substitute),
-        "verdict": verdict.overall,
-        "amplification": [
-            {"name": name, "method": f.method, "bits": f.model.bits,
-             "layers": _layers(m, shown.first(min(AMPLIFIED, len(shown))), eps, effort)}
-            for name, (m, f) in zip(names, loaded, strict=True)
-        ],
-        "audit": _audited(
-            audit(model, shown.first(min(audited, len(shown))), batch_size=effort.batch_size)
-        ) if audited else None,
-        "masking": _masking(verdict),
-        "evidence": stamp(device),
+    places = [run, *against, *([] if substitute is None else [substitute])]
+    loaded = [load_on(place, device) for place in places]
+    _check_alike([facts for _, facts in loaded], places)
+    box = None if substitute is None else loaded.pop()[0]
+    names = _names_of([run, *against])
+    shown, networks = test_images(loaded[0][1], data_root, images), [m for m, _ in loaded]
+    found = diagnosis(
+        networks[0], shown, eps, against=dict(zip(names[1:], networks[1:], strict=True)),
+        substitute=box, audited=audited, effort=effort,
+    )  # fmt: skip
+    subjects = [subject_of(facts) for _, facts in loaded]
+    source = None if substitute is None else str(substitute)
+    return _told(names, subjects, shown, eps, effort, found) | {
+        "substitute": source, "evidence": stamp(device)
     }  # fmt: skip
 
 
-def _layers(model: nn.Module, data: Dataset, eps: float, effort: Effort) -> list[dict[str, Any]]:
-    data, size = data.to(device_of(model, data.images.device)), effort.batch_size
-    x, y = data.take(torch.arange(len(data)))
+def diagnose_foreign(
+    place: Path,
+    model: nn.Module,
+    subject: Subject,
+    images: Dataset,
+    eps: float,
+    *,
+    audited: int = 8,
+    effort: Effort | None = None,
+) -> dict[str, Any]:
+    """The same of a model that is no run, for the folder `place`."""
+    _check_above(eps)
+    found = diagnosis(model, images, eps, audited=audited, effort=effort)
+    right = next((sign["total"] for sign in found["masking"]["signs"]), 0)
+    warn_of_chance(Score(right, len(images)), images.num_classes)
+    evidence = stamp(images.images.device) | dict(subject.evidence or {})
+    return _told([place.name], [subject], images, eps, effort, found) | {"evidence": evidence}
+
+
+def _check_above(eps: float) -> None:
+    if not check_eps(eps):
+        raise UserError("the masking verdict needs an eps above 0; found 0: write 8/255")
+
+
+def _told(
+    names: Sequence[str],
+    subjects: Sequence[Subject],
+    images: Dataset,
+    eps: float,
+    effort: Effort | None,
+    found: dict[str, Any],
+) -> dict[str, Any]:
+    """A diagnosis with what it is of."""
+    about = [{"name": n, "method": s.method, "bits": s.bits}
+             for n, s in zip(names, subjects, strict=True)]  # fmt: skip
+    amplified = [one | of for one, of in zip(found["amplification"], about, strict=True)]
+    return {
+        "format": 1, "kind": "defquant diagnosis", "run": names[0], "method": subjects[0].method,
+        "bits": subjects[0].bits, "data": images.name, "fingerprint": images.fingerprint,
+        "images": len(images), "eps": eps, "effort": asdict(effort or Effort()), "substitute": None,
+        **found, "amplification": amplified,
+    }  # fmt: skip
+
+
+def _first(data: Images, count: int) -> Images:
+    if isinstance(data, Dataset):
+        return data.first(min(count, len(data)))
+    return data[0][:count], data[1][:count]
+
+
+def _layers(model: nn.Module, data: Images, eps: float, effort: Effort) -> list[dict[str, Any]]:
+    x, y = on_device(model, data)
+    x, size = to_unit(x), effort.batch_size
     moved = last_made(model, x, y, PGD(eps, steps=20), size, effort.seed)
     return [
         {"layer": found.layer, "mean": found.distance.mean, "spread": found.distance.spread}
