@@ -18,16 +18,8 @@ from defquant.cli import main
 from defquant.results import read_folder
 
 TRAIN = [
-    "train",
-    "--data",
-    "digits",
-    "--train-images",
-    "128",
-    "--epochs",
-    "1",
-    "--batch-size",
-    "32",
-]
+    "train", "--data", "digits", "--train-images", "128", "--epochs", "1", "--batch-size", "32",
+]  # fmt: skip
 
 
 def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, list[str], list[str]]:
@@ -39,10 +31,8 @@ def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, list[str
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """Exit 2, nothing on stdout, one line on stderr (after progress)."""
     status, out, err = call(capsys, *words)
-    assert status == 2
-    assert out == []
-    assert err[-1].startswith("defquant: ")
-    assert sum(line.startswith("defquant: ") for line in err) == 1
+    assert (status, out) == (2, [])
+    assert [line for line in err if line.startswith("defquant: ")] == err[-1:]
     assert "Traceback" not in "\n".join(err)
     return err[-1]
 
@@ -62,31 +52,21 @@ def test_train_attack_report(
     assert config["train"]["beta"] == 0.05
     words = ["attack", str(trained), "--attack", "fgsm", "pgd-2x2", "--eps", "8/255", "0.1"]
     status, out, err = call(capsys, *words, "--images", "30", "--json")
-    assert status == 0
     records = [json.loads(line) for line in out]
-    assert [(r["attack"], round(r["eps"] * 255, 3)) for r in records] == [
-        ("clean", 0), ("FGSM", 8), ("FGSM", 25.5), ("PGD-2x2", 8), ("PGD-2x2", 25.5),
-    ]  # fmt: skip
+    pairs = [("FGSM", 8), ("FGSM", 25.5), ("PGD-2x2", 8), ("PGD-2x2", 25.5)]
+    found = [(r["attack"], round(r["eps"] * 255, 3)) for r in records]
+    assert (status, found) == (0, [("clean", 0), *pairs])
     assert all(r["total"] == 30 and r["low"] <= r["accuracy"] <= r["high"] for r in records)
     assert err[-1] == str(trained / "results.jsonl")
-    assert [line for line in err if "(" in line] == [
-        f"dq4: {name} ({place} of 4)"
-        for place, name in enumerate(
-            ("FGSM 8/255", "FGSM 25.5/255", "PGD-2x2 8/255", "PGD-2x2 25.5/255"), 1
-        )
-    ]
+    said = [f"dq4: {name} {eps}/255 ({i} of 4)" for i, (name, eps) in enumerate(pairs, 1)]
+    assert [line for line in err if "(" in line] == said
     status, out, _ = call(capsys, *words[:-4], "--images", "20", "--substitute", str(trained))
-    assert status == 0
-    assert any("FGSM(B)" in line for line in out)
-    page = tmp_path / "page.html"
-    table = tmp_path / "table.md"
-    status, out, _ = call(
-        capsys, "report", str(trained.parent), "--out", str(page), "--markdown", str(table)
-    )
-    assert status == 0
-    assert out[-1] == str(page)
-    assert "DQ" in page.read_text()
-    assert "| DQ" in table.read_text()
+    assert status == 0 and any("FGSM(B)" in line for line in out)
+    page, table = tmp_path / "page.html", tmp_path / "table.md"
+    words = ["report", str(trained.parent), "--out", str(page), "--markdown", str(table)]
+    status, out, _ = call(capsys, *words)
+    assert (status, out[-1]) == (0, str(page))
+    assert "DQ" in page.read_text() and "| DQ" in table.read_text()
 
 
 @pytest.mark.parametrize(
@@ -171,15 +151,15 @@ def test_unaware_and_detector_are_what_python_finds(
     words = ["attack", str(squeezed), "--attack", "random", "fgsm", "pgd-2", "--eps", "0.1"]
     words += ["--images", "60", "--examples", "0", "--unaware", "--detector"]
     status, out, err = call(capsys, *words, "--json")
-    assert status == 0
-    assert err[-2:] == [str(squeezed / "results.jsonl"), str(squeezed / "detector.json")]
+    written = [str(squeezed / name) for name in ("results.jsonl", "detector.json")]
+    assert (status, err[-2:]) == (0, written)
     rows = [json.loads(line) for line in out]
+    assert {r["method"] for r in rows} == {"float + squeezing"}
     scores = {r["attack"]: (r["correct"], r["total"]) for r in rows if "detected" not in r}
     assert list(scores) == ["clean", "Random", "FGSM", "PGD-2", "FGSM (unaware)", "PGD-2 (unaware)"]
-    assert {r["method"] for r in rows} == {"float + squeezing"}
     model, facts = load_model(squeezed)
     assert isinstance(model, FeatureSqueezing)
-    images = test_images(facts, limit=60)
+    images, train = test_images(facts, limit=60), test_images(facts, split="train")
     attacks: list[FirstOrder] = [FGSM(0.1), PGD(0.1, steps=2)]
     for attack in attacks:
         score = robust_accuracy(model, images, Unaware(attack))
@@ -188,37 +168,30 @@ def test_unaware_and_detector_are_what_python_finds(
     records = json.loads((squeezed / "detector.json").read_text())
     assert records == [r for r in rows if "detected" in r]
     assert [r["attack"] for r in records] == ["Random", "FGSM", "PGD-2"]
-    train = test_images(facts, split="train")
-    assert len(train) == 256
-    detector = Detector().fit(model.model, train.images)
     x, y = images.take(torch.arange(60))
     made, right = FGSM(0.1)(model.model, x, y), model.model(x).argmax(1) == y
+    detector = Detector().fit(model.model, train.images)
     found = detector.rates(model.model, images.images, made[right], y[right])
     assert found.detected is not None
-    expected = [found.detected.correct, found.detected.total, found.false_positives.correct, 60]
+    k, n, false = found.detected.correct, found.detected.total, found.false_positives.correct
     counts = ("detected", "fooling", "false_positives", "clean")
-    assert [records[1][name] for name in counts] == expected
+    assert [records[1][name] for name in counts] == [k, n, false, 60]
     assert records[1]["calibration"] == {"fingerprint": train.fingerprint, "images": 256}
 
-    status, out, _ = call(capsys, *words)
-    k, n, false, clean = expected
-    (line,) = [line for line in out if line.startswith("detector  FGSM")]
-    assert f"25.5/255  detects {k}/{n} ({k / n:.1%})" in line
-    assert line.endswith(f"  false positives {false}/{clean} ({false / clean:.1%})")
-    lines = [line for line in out if line.startswith("detector  ")]
-    assert len({line.index(" detects ") for line in lines}) == 1
-    assert len({line.index(" false positives ") for line in lines}) == 1
+    lines = [row for row in call(capsys, *words)[1] if row.startswith("detector  ")]
+    assert f"25.5/255  detects {k}/{n} ({k / n:.1%})" in lines[1] and "FGSM" in lines[1]
+    assert lines[1].endswith(f"  false positives {false}/60 ({false / 60:.1%})")
+    for column in (" detects ", " false positives "):
+        assert len({line.index(column) for line in lines}) == 1
 
 
 def test_unaware_needs_a_squeezing_in_every_run(
     trained: Path, squeezed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results = squeezed / "results.jsonl"
-    before = results.read_text() if results.exists() else None
+    before = {path: path.stat().st_mtime_ns for path in squeezed.iterdir()}
     message = refused(capsys, "attack", str(squeezed), str(trained), "--unaware", "--images", "20")
-    assert f"{trained} has none" in message
-    assert "--squeeze 5" in message
-    assert before == (results.read_text() if results.exists() else None)  # none was attacked
+    assert f"{trained} has none" in message and "--squeeze 5" in message
+    assert before == {path: path.stat().st_mtime_ns for path in squeezed.iterdir()}  # no attack
 
 
 @pytest.mark.parametrize(
@@ -231,10 +204,7 @@ def test_unaware_needs_a_squeezing_in_every_run(
         ("train --squeeze x", "1 to 8, or none for no squeezing; found 'x'"),
         ("train --lr abc --out x", "--lr must be a finite number; found 'abc'"),
         ("train --milestones x --out x", "--milestones must be a whole number"),
-        (
-            "train --schedule cosine",
-            "one of step, one-cycle, constant; found 'cosine'",
-        ),
+        ("train --schedule cosine", "one of step, one-cycle, constant; found 'cosine'"),
         ("train --epochs 0 --out x", "epochs must be positive"),
         ("train --model vgg-19 --out {tmp}/x", "unknown model"),
         ("train --device tpux --out {tmp}/x", "unknown device"),
@@ -317,9 +287,7 @@ def test_values_as_people_write_them(capsys: pytest.CaptureFixture[str]) -> None
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ([], ["--help"], ["train", "--help"], ["attack", "-h"], ["--version"]):
         status, out, err = call(capsys, *words)
-        assert status == 0
-        assert out
-        assert not err
+        assert status == 0 and out and not err
 
 
 @pytest.mark.slow

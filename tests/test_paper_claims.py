@@ -13,7 +13,7 @@ from scipy import stats
 from defquant.paper.ask import NUMBERS, Ask, ask_all
 from defquant.paper.claims import CLAIMS, verdicts
 from defquant.paper.figures import EXPERIMENTS, cells_of
-from defquant.paper.grid import SCALES, Cell, Network, Results, Trial
+from defquant.paper.grid import SCALES, Cell, Results, Trial
 from defquant.paper.section import Number, Reading, Verdict
 from defquant.paper.verdict import (
     ALONE,
@@ -330,97 +330,67 @@ def test_nothing_is_decided_by_nothing(name: str) -> None:
 
 
 BETAS = {0.003: 0.5, 0.01: 1, 0.03: 2, 0.1: 3, 0.3: 1}
-TRAINED = {  # white box, black box, strong
-    "Full-Precision": (0.50, 0.65, 0.50),
-    "Tanh Quantized": (0.80, 0.58, 0.75),
-    "ReLU6 Quantized": (0.45, 0.55, 0.45),
-}
+TRAINED = {  # white box, black box, strong; by activation and bits
+    ("relu", None): (0.50, 0.65, 0.50), ("tanh", 2): (0.80, 0.58, 0.75),
+    ("relu", 2): (0.45, 0.55, 0.45),
+}  # fmt: skip
 
 
 def supporting(cell: Cell) -> float:
     """A world in which every claim on accuracies holds, at every eps alike."""
     model, train = cell.network.model, cell.network.train
+    dq, strong = train.beta > 0, cell.attack in SMALL.strong
     if cell.attack == "clean":
-        return _clean(cell.network)
+        if model.model == SMALL.resnet:
+            return 0.95 if dq else 0.85 if model.high == 1 else 0.90
+        vanilla = {None: 0.90, 5: 0.93, 4: 0.93}.get(model.bits, 0.5 + 0.1 * (model.bits or 0))
+        return 0.97 if dq else vanilla
     if model.model == SMALL.resnet and train.attack == "pgd":
-        name = "Tanh Quantized" if model.activation == "tanh" else "ReLU6 Quantized"
-        white, black, strong = TRAINED["Full-Precision" if model.bits is None else name]
-        return black if cell.substitute else strong if "x" in cell.attack else white
+        white, black, hard = TRAINED[model.activation, model.bits]
+        return black if cell.substitute else hard if strong else white
     if train.attack == "fgsm":
         return 0.5 if cell.substitute else {"fgsm": 0.9}.get(cell.attack, 0.05)
     if cell.attack == "random":
         return 0.95
-    hard = dict.fromkeys(SMALL.strong, -0.12)
-    better = ({"fgsm": 0.0, "rfgsm": 0.1, "pgd": -0.1} | hard).get(cell.attack, 0.0)
+    better = {"rfgsm": 0.1, "pgd": -0.1}.get(cell.attack, -0.12 if strong else 0.0)
     if cell.substitute:
         better = 0.3 if train.attack == "rfgsm" else 0.15 if cell.attack == "fgsm" else 0.17
-    return _robust(cell.network) + better
-
-
-def _clean(network: Network) -> float:
-    bits, beta = network.model.bits, network.train.beta
-    if network.model.model == SMALL.resnet:
-        return 0.95 if beta else 0.85 if network.model.high == 1 else 0.90
-    return 0.97 if beta else {None: 0.90, 5: 0.93, 4: 0.93}.get(bits, 0.5 + 0.1 * (bits or 0))
-
-
-def _robust(network: Network) -> float:
-    """Under FGSM in the white box."""
-    model, train = network.model, network.train
     if model.squeeze or train.attack != "none":
-        plain = 0.35 if model.squeeze else 0.55
-        return plain + 0.08 * (train.beta > 0)
-    if not train.beta:
-        return 0.40 if model.bits is None else 0.16 + 0.04 * model.bits
+        return (0.35 if model.squeeze else 0.55) + 0.08 * dq + better
+    if not dq:
+        return better + (0.40 if model.bits is None else 0.16 + 0.04 * model.bits)
     level = BETAS[train.beta]
-    full = 0.40 + 0.05 * level
-    return full if model.bits is None else full + 0.03 * level + 0.02 * (3 - model.bits)
+    gained = 0.0 if model.bits is None else 0.03 * level + 0.02 * (3 - model.bits)
+    return better + 0.40 + 0.05 * level + gained
 
 
 def distance(mean: float) -> dict[str, Any]:
     return {"mean": mean, "spread": mean / 10, "whole": mean, "left_out": 0, "examples": 128}
 
 
-def probed(asked: Iterable[Cell], *, contrary: bool) -> dict[str, Any]:
-    """Values of the other kinds that support the claims, or say the contrary."""
-    found = {"layers": _layers, "first-block": _block, "examples": _examples}
-    others = [cell for cell in asked if cell.kind in found]
-    return {cell.key: found[cell.kind](cell, contrary) for cell in others}
-
-
-def _block(cell: Cell, contrary: bool) -> dict[str, Any]:
-    plain = distance(0.01 * 255 * cell.eps)
-    quantized = distance(0.01 * 255 * cell.eps * (0.7 if 255 * cell.eps < 3.5 else 1.3))
-    sides = (quantized, plain) if contrary else (plain, quantized)
-    return dict(zip(("plain", "quantized"), sides, strict=True))
-
-
-def _layers(cell: Cell, contrary: bool) -> list[dict[str, Any]]:
-    bits = 6 if cell.network.model.bits is None else cell.network.model.bits
-    size = float(bits if contrary else 7 - bits)
-    growth = [1.0 - 0.1 * i if contrary else 0.1 + 0.1 * i for i in range(8)]
-    if (cell.network.train.beta > 0) != contrary:
-        size /= 3
-    return [{"layer": "", "distance": distance(size * g)} for i, g in enumerate(growth)]
-
-
-def _examples(cell: Cell, contrary: bool) -> dict[str, Any]:
-    """Six pictures that fool VQ alone (or DQ), twelve that fool all, six that fool none."""
-    model, train = cell.network.model, cell.network.train
-    who = "DQ" if train.beta else "FP" if model.bits is None else "VQ"
+def probed(cell: Cell, contrary: bool) -> Any:
+    """A value of another kind that supports the claims, or says the contrary."""
+    bits, dq = cell.network.model.bits, cell.network.train.beta > 0
+    if cell.kind == "first-block":
+        plain = 0.01 * 255 * cell.eps
+        sides = (plain, plain * (0.7 if 255 * cell.eps < 3.5 else 1.3))[:: -1 if contrary else 1]
+        return dict(zip(("plain", "quantized"), map(distance, sides), strict=True))
+    if cell.kind == "layers":
+        size = float((bits or 6) if contrary else 7 - (bits or 6)) / (3 if dq != contrary else 1)
+        growth = [1.0 - 0.1 * i if contrary else 0.1 + 0.1 * i for i in range(8)]
+        return [{"layer": "", "distance": distance(size * g)} for g in growth]
+    # six pictures that fool VQ alone (or DQ), twelve that fool all, six that fool none
+    who = "DQ" if dq else "FP" if bits is None else "VQ"
     fooled = [who == ("DQ" if contrary else "VQ")] * 6 + [True] * 12 + [False] * 6
-    sure_of = {
-        False: who == ("FP" if contrary else "DQ"),
-        True: who != ("VQ" if contrary else "DQ"),
-    }
-    answers = [{"prediction": int(w), "confidence": 0.9 if sure_of[w] else 0.5} for w in fooled]
+    sure = {False: who == ("FP" if contrary else "DQ"), True: who != ("VQ" if contrary else "DQ")}
+    answers = [{"prediction": int(w), "confidence": 0.9 if sure[w] else 0.5} for w in fooled]
     return {"examples": [{"label": 0, "adversarial": answer} for answer in answers]}
 
 
 def judged(rule: Rule, *, contrary: bool = False, **options: Any) -> dict[str, Verdict]:
-    asked = _all_cells()
-    results = made(rule, asked, **options)
-    values = probed(asked, contrary=contrary)
+    results = made(rule, _all_cells(), **options)
+    others = [cell for cell in _all_cells() if cell.kind not in ("accuracy", "detector")]
+    values = {cell.key: probed(cell, contrary) for cell in others}
     found = verdicts(SMALL, Results(results.scores, values))
     return {claim.slug: verdict for claim, verdict in zip(CLAIMS, found, strict=True)}
 
