@@ -54,27 +54,24 @@ def test_a_squeezed_run_comes_back_and_goes_on(tmp_path: Path) -> None:
     def fresh() -> nn.Module:
         return build(about.model, num_classes=4, in_channels=1, seed=5)
 
-    whole = fresh()
+    whole, data = fresh(), tiny_images(48)
 
     def keep(history: History, momentum: Mapping[str, Tensor]) -> None:
         now = replace(about, history=history)
         save(tmp_path / str(len(history)), Checkpoint(now, whole.state_dict(), dict(momentum)))
 
-    train(whole, tiny_images(48), config, on_epoch=keep)
+    train(whole, data, config, on_epoch=keep)
     x = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     again, _ = load_model(tmp_path / "2")
     assert isinstance(again, FeatureSqueezing)
-    assert torch.equal(again(x), whole(x))
-    assert torch.equal(again(x), again.model(squeeze(x, 3)))
+    assert torch.equal(again(x), whole(x)) and torch.equal(again(x), again.model(squeeze(x, 3)))
     assert not torch.equal(again(x), again.model(x))
     half, other = load(tmp_path / "1"), fresh()
     checkpoint.restore(other, half.weights)
     assert not torch.equal(other.eval()(x), whole(x))
-    history = half.facts.history
-    train(other, tiny_images(48), config, history=history, momentum=half.momentum)
+    train(other, data, config, history=half.facts.history, momentum=half.momentum)
     assert torch.equal(other(x), whole(x))
-    bare = replace(about, model=replace(about.model, squeeze=None))
-    save(tmp_path, replace(half, facts=bare))
+    save(tmp_path, replace(half, facts=replace(about, model=replace(about.model, squeeze=None))))
     broken(tmp_path, "of another architecture than WideResNet")
 
 
