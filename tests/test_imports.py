@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "defquant"
 ORDER = (
     "errors", "typed", "files", "config", "results", "quantize", "weights", "lipschitz", "data",
     "models", "attacks", "captured", "integers", "rebuilt", "ranges", "prepared", "progress",
-    "distributed", "evaluate", "monitor", "training", "checkpoint", "runs", "replay", "measure",
+    "distributed", "evaluate", "monitor", "training", "checkpoint", "runs", "measure",
     "images", "defenses", "foreign", "deploy", "diagnose", "judging", "paper", "report", "cli",
     "__main__",
 )  # fmt: skip

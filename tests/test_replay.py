@@ -13,14 +13,13 @@ from torch import Tensor, nn
 import defquant as dq
 from conftest import refused, tiny_images
 from defquant import checkpoint, measure
-from defquant import replay as store
 from defquant.attacks import BIM, FGSM, PGD, RFGSM, Attack, FirstOrder, Replay, Transfer
 from defquant.checkpoint import Checkpoint, Facts, load_on
 from defquant.config import DataConfig, ModelConfig, TrainConfig
 from defquant.data import Dataset
 from defquant.evaluate import robust, sweep
+from defquant.measure import replay
 from defquant.models import build
-from defquant.replay import replay
 from defquant.results import Measurement, read_folder
 
 CPU = torch.device("cpu")
@@ -70,7 +69,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     def touched(*_: object) -> None:
         raise AssertionError("the substitute was loaded")
 
-    monkeypatch.setattr(store, "load_on", touched)
+    monkeypatch.setattr(measure, "load_on", touched)
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
@@ -156,7 +155,7 @@ def test_whatever_decides_the_images_names_the_file(
     for attack, data, seed in calls:
         again(attack, substitute, data, seed)
     assert len(kept(substitute)) == len(calls)
-    monkeypatch.setattr(store, "load_on", lambda *_: load_on(runs[1], CPU))
+    monkeypatch.setattr(measure, "load_on", lambda *_: load_on(runs[1], CPU))
     (substitute / checkpoint.NAME).write_bytes((runs[1] / checkpoint.NAME).read_bytes())
     again(*calls[0][:1], substitute)
     assert len(kept(substitute)) == len(calls) + 1

@@ -1,28 +1,33 @@
-"""Attack a trained run and write what was measured into its folder."""
+"""Attack a trained run and write what was measured, and what was made, into its folder."""
 
 import base64
 import hashlib
+import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from defquant.attacks import Attack, Composition, Single, untouched
+from defquant.attacks import Attack, Composition, FirstOrder, Replay, Single, untouched
 from defquant.attacks.contract import Target, attacked, called, eps_of
-from defquant.checkpoint import Facts, load_on, stamp
+from defquant.checkpoint import Facts, find, load_on, stamp
 from defquant.config import digest
 from defquant.data import Dataset
 from defquant.data.pictures import encode
+from defquant.errors import DefquantWarning, UserError
 from defquant.evaluate import Watch, device_of, sweep
-from defquant.files import make_folder
+from defquant.files import make_folder, write_whole
 from defquant.results import Measurement, append
 
 __all__ = [
-    "Subject", "about", "example_ids", "examples", "load_on", "measure", "subject_of",
+    "Subject", "about", "example_ids", "examples", "load_on", "measure", "replay", "subject_of",
 ]  # fmt: skip
 
 
@@ -74,7 +79,7 @@ def measure(
     write: Callable[[Measurement], object] | None = None,
     watch: Watch | None = None,
 ) -> Iterator[Measurement]:
-    """Clean accuracy, then every attack on `images`, also ready made, as `defquant.replay` does.
+    """Clean accuracy, then every attack on `images`, also ready made, as `replay` does.
 
     Each measurement is given to `write` at once; without it, appended to the run's
     `results.jsonl`. `watch` shows how far each attack is.
@@ -158,3 +163,71 @@ def examples(
             entry[name] = {"prediction": int(top), "confidence": round(float(sure), 4)}
     names = {"attack": attack.name, "eps": attack.eps, "classes": list(images.classes)}
     return {**about(run, subject_of(facts), images), **names, "examples": found}
+
+
+def replay(
+    attack: FirstOrder,
+    run: Path,
+    data: Dataset,
+    *,
+    seed: int = 0,
+    device: torch.device,
+    batch_size: int = 256,
+    source: str = "",
+) -> Replay:
+    """The black box of `attack` on the network of `run`, over all images of `data`, in that order.
+
+    Scores are those of `Transfer(attack, substitute, source)`, but each network attacked costs a
+    forward pass alone: the last iterates lie in `run/transfer/HASH.safetensors` and are read from
+    there, memory-mapped. A file that is missing, cut or not what its name says is made again, on
+    `device`. HASH is of the attack, the seed of its draws, the fingerprint of `data` and the
+    substitute's checkpoint. Images are kept as float32, 4 bytes a value: 10,000 of CIFAR-10 take
+    123 MB for each attack. FGSM leaves the 8-bit grid, too, by the rounding of x + eps. The folder
+    can be deleted at any time. `source` names the substitute in the results; `run`, when not given.
+
+    Raises `UserError` where there is no finished run. Warns where the folder cannot be written.
+    """
+    checkpoint = find(run)
+    with checkpoint.open("rb") as file:
+        substitute = hashlib.file_digest(file, "sha256").hexdigest()
+    header = json.dumps({  # all that decides the images; the attack whole, as its repr rounds
+        "format": 1, "attack": repr(attack), "eps": attack.eps, "walk": asdict(attack.walk),
+        "seed": seed, "data": data.fingerprint, "substitute": substitute,
+    })  # fmt: skip
+    name = hashlib.sha256(header.encode()).hexdigest()[:16]
+    path = checkpoint.parent / "transfer" / f"{name}.safetensors"
+    images = _read(path, header, data.images.shape)
+    if images is None:
+        images, there = torch.empty(data.images.shape), data.to(device)
+        target = Target(load_on(run, device)[0], there.images, there.labels, seed, batch_size)
+        for ids, made in attacked(called(attack, target, last=True), target):
+            images[ids.cpu()] = made.cpu()
+        try:
+            write_whole(path, partial(_write, images, header))
+        except UserError:
+            warnings.warn(
+                "a substitute's folder cannot be written: its images are made again each time",
+                DefquantWarning, stacklevel=2,
+            )  # fmt: skip
+        kept = _read(path, header, images.shape)  # so that memory holds no second copy
+        images = images if kept is None else kept
+    return Replay(attack, images, source or str(run))
+
+
+def _read(path: Path, header: str, shape: torch.Size) -> Tensor | None:
+    """The images of a whole file with this header, memory-mapped; None for any other file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("defquant") != header:
+                return None
+            images: Tensor = file.get_tensor("images")
+    except (SafetensorError, OSError):
+        return None
+    return images if images.shape == shape and images.dtype == torch.float32 else None
+
+
+def _write(images: Tensor, header: str, path: Path) -> None:
+    try:
+        save_file({"images": images}, path, metadata={"defquant": header})
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(str(error)) from None

@@ -101,8 +101,8 @@ def attack(
     from defquant.foreign import blamed, warn_of_chance
     from defquant.images import MANIFEST, measure_and_save
     from defquant.measure import examples as pictures
+    from defquant.measure import replay
     from defquant.progress import AttackProgress
-    from defquant.replay import replay
     from defquant.runs import test_images
 
     attacks = [parse_attack(name, radius) for name in attack for radius in eps]

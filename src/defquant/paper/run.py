@@ -24,11 +24,10 @@ from defquant.diagnose import first_block_distances, layer_distances
 from defquant.distributed import pick_device
 from defquant.errors import UserError
 from defquant.files import claimed
-from defquant.measure import examples, load_on, measure
+from defquant.measure import examples, load_on, measure, replay
 from defquant.paper import grid
 from defquant.paper.grid import Cell, Network, by_network
 from defquant.paper.workers import cores, each, each_on_cluster
-from defquant.replay import replay
 from defquant.results import Measurement
 from defquant.runs import load_images, test_images, train_run
 
