@@ -63,6 +63,24 @@ def built(
     return path
 
 
+def network(path: Path, batch: Any = "n") -> Path:
+    """Convolutions, a sum of two branches, pools and a softmax."""
+
+    def conv(*shape: int) -> NDArray[Any]:
+        return np.asarray(draw(*shape) / np.sqrt(np.prod(shape[1:])), np.float32)
+
+    nodes: list[Node] = [
+        ("Conv", [..., conv(8, 3, 3, 3), draw(8) / 5], {"pads": [1] * 4}),
+        ("Relu", [...], {"outputs": ["a"]}),
+        ("Conv", [..., conv(8, 8, 3, 3), draw(8) / 5], {"pads": [1] * 4}), ("Add", [..., "a"], {}),
+        ("Relu", [...], {}), ("MaxPool", [...], {"kernel_shape": [2, 2], "strides": [2, 2]}),
+        ("Conv", [..., conv(16, 8, 3, 3), draw(16) / 5], {}), ("Sigmoid", [...], {}),
+        ("GlobalAveragePool", [...], {}), ("Flatten", [...], {}),
+        ("Gemm", [..., 20 * conv(5, 16), draw(5)], {"transB": 1}), ("Softmax", [...], {}),
+    ]  # fmt: skip
+    return built(nodes, (batch, 3, 8, 8), path, opset=17)
+
+
 UNARY = """Abs Ceil Celu Cos Elu Erf Exp Flatten Floor Gelu GlobalAveragePool GlobalMaxPool
 HardSigmoid HardSwish Identity LeakyRelu LogSoftmax Mish Neg Relu Round Selu Sigmoid Sign Sin
 Softmax Softplus Softsign Tanh ThresholdedRelu"""

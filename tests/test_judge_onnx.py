@@ -24,7 +24,7 @@ from defquant.errors import UserError
 from defquant.judging.contract import RANGES, File, find_contract
 from defquant.judging.twin import Twin, read_onnx
 from defquant.quantize import QuantReLU
-from onnx_nodes import CODES, FLOATS, IMAGE, OLD, WAYS, Node, Q, built, draw, ints
+from onnx_nodes import CODES, FLOATS, IMAGE, OLD, WAYS, Node, Q, built, draw, ints, network
 
 RNG = np.random.default_rng(1)
 
@@ -119,24 +119,6 @@ def test_a_staircase_has_the_gradient_of_ours(way: str, surrogate: Any, tmp_path
     torch.testing.assert_close(found[1][0], found[0][0])
     grads = [grad.flatten() for _, grad in found]
     assert torch.cosine_similarity(grads[0], grads[1], 0) > 0.9999
-
-
-def network(path: Path, batch: Any = "n") -> Path:
-    """Convolutions, a sum of two branches, pools and a softmax."""
-
-    def conv(*shape: int) -> NDArray[Any]:
-        return np.asarray(draw(*shape) / np.sqrt(np.prod(shape[1:])), np.float32)
-
-    nodes: list[Node] = [
-        ("Conv", [..., conv(8, 3, 3, 3), draw(8) / 5], {"pads": [1] * 4}),
-        ("Relu", [...], {"outputs": ["a"]}),
-        ("Conv", [..., conv(8, 8, 3, 3), draw(8) / 5], {"pads": [1] * 4}), ("Add", [..., "a"], {}),
-        ("Relu", [...], {}), ("MaxPool", [...], {"kernel_shape": [2, 2], "strides": [2, 2]}),
-        ("Conv", [..., conv(16, 8, 3, 3), draw(16) / 5], {}), ("Sigmoid", [...], {}),
-        ("GlobalAveragePool", [...], {}), ("Flatten", [...], {}),
-        ("Gemm", [..., 20 * conv(5, 16), draw(5)], {"transB": 1}), ("Softmax", [...], {}),
-    ]  # fmt: skip
-    return built(nodes, (batch, 3, 8, 8), path, opset=17)
 
 
 class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -284,9 +266,14 @@ HOSTILE = {
         { c = ConstantOfShape (s) y = Add (x, c) }""", "needs too much"),
     "huge numbers of copies": (BEGIN + "<int64[2] s = {1, 1000000000}> { y = Tile (x, s) }",
                                "needs too much"),
-    "a huge product": (BEGIN + """<int64[2] s = {1, 100000000}, int64[3] t = {-1, 12, 1}>
-        { c = ConstantOfShape (s) a = Reshape (x, t) y = MatMul (a, c) }""", "(MatMul).* too much"),
-    "a wide padding": (BEGIN + "<int64[4] s = {0, 0, 0, 900000000}> { y = Pad (x, s) }", "much"),
+    "a huge product": (BEGIN + """<int64[3] t = {0, 12, 1}, int64[3] s = {1, 12, 4096}>
+        { a = Reshape (x, t) b = Expand (a, s) c = Transpose <perm = [0, 2, 1]> (b)
+          """ + "".join(f"d{i} = MatMul (c, b) e{i} = MatMul (d{i}, d{i}) " for i in range(5)) + """
+          y = Relu (e4) }""", "'e3' .MatMul.: the file needs too much"),
+    "a huge window": (BEGIN + """<int64[4] s = {0, 1, 12, 1}> { a = Reshape (x, s) y = AveragePool
+        <kernel_shape = [1, 1], pads = [0, 90000000, 0, 0], strides = [1, 90000001]> (a) }""",
+        "'y' .AveragePool.: it makes 1.08e.09 numbers"),
+    "a wide padding": (BEGIN + "<int64[4] s = {0, 0, 0, 900000000}> { y = Pad (x, s) }", "1.8e.09"),
     "nested functions": (BEGIN + "{ y = own.f0 (x) } " + DEEP + LAST, "more than 20,000 nodes"),
     "a function of itself": (BEGIN + """{ y = own.f (x) }
         <domain: "own", opset_import: ["own" : 1]> f (x) => (y) { y = own.f (x) }""", "16 deep"),

@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from onnx import helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from torch import nn
 
 from conftest import tiny_images
@@ -22,8 +23,10 @@ from defquant.deploy.lower import lower
 from defquant.deploy.runtime import OnnxModel, facts_of, open_model
 from defquant.deploy.ship import compared
 from defquant.errors import UserError
+from defquant.judging.contract import File
 from defquant.models import wide_resnet
 from harness import SECONDS, Read, fuzz, outcome
+from onnx_nodes import network as anyones
 
 
 def network(width: int = 1) -> nn.Module:
@@ -56,6 +59,29 @@ def read_onnx(folder: Path) -> Read:
 @pytest.mark.slow
 def test_fuzz_onnx(tmp_path: Path, exported: bytes) -> None:
     fuzz(read_onnx(tmp_path), [exported])
+
+
+def read_anyones(folder: Path) -> Read:
+    """As `judge` does; what is read whole also runs."""
+    path = folder / "m.onnx"
+
+    def read(raw: bytes) -> object:
+        path.write_bytes(raw)
+        file = File(path, (3, 8, 8))
+        x = torch.rand(2, *file.twin.sizes)
+        return file.answers(x), file.twin(x.requires_grad_()).sum().backward()
+
+    return read
+
+
+@pytest.mark.slow
+def test_fuzz_anyones_onnx(tmp_path: Path) -> None:
+    source, target = anyones(tmp_path / "float.onnx"), tmp_path / "m.onnx"
+    data = iter([{"x": np.random.default_rng(0).random((4, 3, 8, 8), np.float32)}])
+    quantize_static(source, target, type("", (CalibrationDataReader,), {
+        "get_next": lambda _: next(data, None)})())  # fmt: skip
+    seeds = [source.read_bytes(), target.read_bytes()]
+    fuzz(read_anyones(tmp_path), seeds, tokens=[b"Tile", b"Expand", b"Pad", b"pads", b"\x7f" * 8])
 
 
 FACTS = Facts(

@@ -15,7 +15,7 @@ from onnx import TensorProto
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from defquant.judging.shapes import SHAPES, Numbers, Step, along, padded
+from defquant.judging.shapes import SHAPES, Numbers, Step, along, bounded, padded
 
 __all__ = ["NUMBERS", "OPERATORS", "average_pool", "conv"]
 
@@ -65,6 +65,7 @@ def conv_transpose(s: Step, x: Tensor, w: Tensor, b: Tensor | None = None) -> Te
         raise ValueError("auto_pad and output_shape are not read")
     run: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n - 1]
     full = run(x, w, None, strides, 0, 0, s.get("group", 1), dilations)
+    bounded(full[0].numel())
     full = padded(full, [-p for p in before], [e - p for e, p in zip(extra, after, strict=True)])
     return full if b is None else full + along(b, full, 1)
 
@@ -305,7 +306,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "BiasGelu": gelu, "Cast": cast, "CastLike": cast, "Clip": clip,
     "Ceil": lambda s, x: s.staircase(x, rounding=torch.ceil), "Conv": conv,
     "ConvTranspose": conv_transpose, "Div": divide,
-    "Einsum": lambda s, *x: torch.einsum(s.get("equation"), *x), "FastGelu": gelu,
+    "Einsum": lambda s, x, y: torch.einsum(s.get("equation"), x, y), "FastGelu": gelu,
     "Floor": lambda s, x: s.staircase(x, rounding=torch.floor),
     "FusedConv": partial(fused, conv), "FusedGemm": partial(fused, gemm),
     "FusedMatMul": fused_matmul, "Gelu": gelu, "Gemm": gemm,

@@ -12,10 +12,11 @@ from torch.nn import functional as F  # noqa: N812
 
 from defquant.quantize import Staircase
 
-__all__ = ["SHAPES", "Numbers", "Step", "along", "padded"]
+__all__ = ["MOST", "SHAPES", "Numbers", "Step", "along", "bounded", "padded"]
 
 Numbers = list[Any]
-_MOST = 1 << 24
+MOST = 1 << 24
+"""Numbers of a tensor, for an image."""
 
 
 @dataclass
@@ -74,7 +75,11 @@ def along(value: Tensor, x: Tensor, axis: int) -> Tensor:
 def padded(x: Tensor, before: Sequence[int], after: Sequence[int], value: float = 0) -> Tensor:
     """Its last axes padded, or cut where a number is negative."""
     pads = [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair]
-    return F.pad(x, pads, value=value) if any(pads) else x
+    if not any(pads):
+        return x
+    sizes = zip(x.shape[-len(before) :], before, after, strict=True)
+    bounded(math.prod(x.shape[1 : -len(before)]) * math.prod(map(sum, sizes)))
+    return F.pad(x, pads, value=value)
 
 
 def reshape(s: Step, x: Tensor, shape: Numbers) -> Tensor:
@@ -120,8 +125,8 @@ def cut(s: Step, x: Tensor, *given: Numbers | None) -> Tensor:
             index[axis] = slice(start, end, step)
             x = x[tuple(index)]
         else:
-            kept = list(range(x.shape[axis]))[slice(start, end, step)]
-            x = x.index_select(axis, torch.tensor(kept, device=x.device))
+            kept = torch.arange(*slice(start, end, step).indices(x.shape[axis]), device=x.device)
+            x = x.index_select(axis, kept)
     return x
 
 
@@ -150,8 +155,9 @@ def pad(s: Step, x: Tensor, *given: Numbers | None) -> Tensor:
 
 
 def bounded(size: float) -> int:
-    if not 0 <= size <= _MOST:
-        raise ValueError(f"an axis of {size:.3g} elements")
+    """`size`, of an axis or of a tensor for one image, if it can be borne."""
+    if not 0 <= size <= MOST:
+        raise ValueError(f"it makes {size:.3g} numbers")
     return int(size)
 
 
@@ -196,6 +202,7 @@ def resize(s: Step, x: Tensor, *given: Numbers | None) -> Tensor:
         m = bounded(sizes[i] if sizes else math.floor(n * numbers[i]))
         if m != n or (not sizes and numbers[i] != 1):
             x = resample(s, x, axis, m, m / n if sizes else numbers[i])
+            bounded(x[0].numel())
     if s.whole and s.get("mode", "nearest") == "linear":
         return s.staircase(x, rounding=torch.trunc)  # as onnxruntime has codes between codes
     return x

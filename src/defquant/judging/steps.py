@@ -17,13 +17,15 @@ from defquant.errors import shown
 from defquant.judging.nodes import LARGEST, TABLE, Nodes, blamed
 from defquant.judging.operators import NUMBERS
 from defquant.judging.quantized import ZERO
-from defquant.judging.shapes import Step
+from defquant.judging.shapes import MOST, Step, bounded
 from defquant.quantize import Staircase
 
 __all__ = ["BLIND", "Steps", "call"]
 
 _PRODUCTS = 1 << 38
 """Of numbers, for an image."""
+_SPARE = 1 << 22
+"""Numbers that constants may become beyond 16 times those in the file."""
 _LISTED = 1 << 16
 BLIND = {
     "And", "ArgMax", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or",
@@ -63,8 +65,10 @@ class Steps:
         self.constants = set(nodes.constants)
         self.whole: set[str] = set()
         self.images, self.numbers, self.products = sizes[0], nodes.size, 0
+        self.stored, self.computed = nodes.size, 0
         self.kept: list[Step] = []
         floats = torch.float64 if kind == torch.float64 else torch.float32
+        bounded(math.prod(sizes[1:]))
         self.values[name] = torch.empty(*sizes, dtype=floats, device="meta")
         if not kind.is_floating_point:
             self.whole.add(name)
@@ -142,17 +146,20 @@ class Steps:
 
     def count(self, step: Step, values: Sequence[Tensor | None], made: Sequence[Tensor]) -> None:
         """Raise `ValueError` where all of them would be more than a machine can bear."""
-        size = sum(tensor.numel() for tensor in made)
-        images = self.images if step.image else 1
+        size, images = sum(tensor.numel() for tensor in made), self.images if step.image else 1
         self.numbers += -(-size // images)
+        self.computed += 0 if step.image else size
         tensors = [v for v in values if v is not None]
         inner = math.prod(step.get("kernel_shape", [1]))
         if "Conv" in step.kind:
             inner = max((v[0].numel() for v in tensors[1:] if v.ndim == tensors[0].ndim), default=1)
         elif "MatMul" in step.kind or "Gemm" in step.kind:
             inner = tensors[0].shape[0 if step.get("transA", 0) else -1]
+        elif step.kind == "Einsum":
+            inner = max(tensors[0].shape, default=1)
         self.products += made[0].numel() * inner // images
-        if self.numbers > LARGEST or self.products > _PRODUCTS:
+        most = size > MOST * images or self.computed > _SPARE + 16 * self.stored
+        if most or self.numbers > LARGEST or self.products > _PRODUCTS:
             sizes = [list(tensor.shape) for tensor in made][:4]
             raise ValueError(
                 f"the file needs too much: {sizes} here after {self.numbers:,} numbers"

@@ -19,6 +19,7 @@ from defquant.judging.steps import BLIND, Steps, call
 __all__ = ["Layout", "Port", "Twin", "laid", "read_onnx"]
 
 Layout = Literal["NCHW", "NHWC"]
+_BATCH = 1024
 _ENDINGS = {
     "ArgMax", "Cast", "DequantizeLinear", "Dropout", "Flatten", "HardSigmoid", "Identity",
     "LogSoftmax", "QLinearSigmoid", "QLinearSoftmax", "QuantizeLinear", "Reshape", "Sigmoid",
@@ -230,8 +231,8 @@ def _port(nodes: Nodes, image: tuple[int, int, int] | None) -> tuple[Port, list[
     if found.elem_type not in _TYPES:
         raise ValueError(f"images as float or 8-bit numbers are read; found type {found.elem_type}")
     dims = [d.dim_value if d.dim_value > 0 else None for d in found.shape.dim]
-    if len(dims) < 2:
-        raise ValueError(f"it must take a batch of images; found {len(dims)} axes")
+    if len(dims) < 2 or (dims[0] or 1) > _BATCH:
+        raise ValueError(f"it must take a batch of images; found {dims}")
     port = Port(value.name, _TYPES[found.elem_type], tuple(dims))
     sizes = dims[1:]
     if None in sizes:
