@@ -245,8 +245,8 @@ def test_pool_names_results_and_gives_one_thread_that_hears_no_ctrl_c() -> None:
 
 
 def test_pool_ends_all_when_the_caller_stops(capsys: pytest.CaptureFixture[str]) -> None:
-    quick = [(f"n-{answer}", partial(str, answer)) for answer in ("done", "busy", "no data")]
-    results = each("t", [*quick, *[SLEEPER] * 3], 2)
+    quick: list[Job[Any]] = [(f"n-{a}", partial(str, a)) for a in ("done", "busy", "no data")]
+    results = each("t", quick + [SLEEPER] * 3, 2)
     assert {next(results) for _ in quick} == {("n-done", "done"), ("n-busy", "busy"),
                                               ("n-no data", "no data")}  # fmt: skip
     results.close()

@@ -12,14 +12,14 @@ __all__ = ["NUMBERS", "Ask", "Found", "Shown", "ask_all", "panel", "pivot", "pri
 Row = Mapping[str, float]
 
 
-def _row(columns: str, line: object) -> Row:
-    values = zip(columns.split(), str(line).split(), strict=False)
-    return {column: float(value) / 100 for column, value in values}
-
-
 NUMBERS: Mapping[str, Mapping[str, Row]] = {
     table: {
-        str(name): _row(rows["columns"], line) for name, line in rows.items() if name != "columns"
+        str(name): {
+            column: float(value) / 100
+            for column, value in zip(rows["columns"].split(), str(line).split(), strict=False)
+        }
+        for name, line in rows.items()
+        if name != "columns"
     }
     for table, rows in written("numbers.yaml").items()
 }

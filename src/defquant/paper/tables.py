@@ -4,7 +4,7 @@ To add a table: a list of `Ask` and how it is shown, here; a line in `EXPERIMENT
 its words in `text.yaml`, and the paper's numbers in `numbers.yaml`. No torch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -20,37 +20,37 @@ from defquant.paper.section import (
     eps_text,
     listed,
     method_text,
-    model_text,
     rate,
 )  # fmt: skip
 
 __all__ = [
-    "beside_defences", "chosen_beta", "defended", "fig1", "fig5", "fig6", "show_beta",
-    "show_boxes", "show_defended", "show_fig1", "show_fig5", "show_ranges", "show_surrogates",
-    "show_table1", "surrogates", "table1", "table4", "table5", "table6",
+    "beside_defences", "by_bits", "chosen_beta", "defended", "fig1", "fig5", "fig6", "show_beta",
+    "show_boxes", "show_defended", "show_fig1", "show_fig5", "show_ranges", "show_table1", "table1",
+    "table4", "table5", "table6",
 ]  # fmt: skip
 
-Ends = Mapping[str, Callable[[Found], Number | None]]
 Show = Callable[[Scale, Found], Shown]
 
 
-def _table(rows: Mapping[str, str], column: str, ends: Ends) -> Show:
-    return lambda scale, found: ([pivot(found, rows, column, ends)], [])
-
-
-def _over_bits(ends: Ends) -> Show:
-    """A table over bits, and a panel for each trial."""
+def _table(
+    rows: Mapping[str, str],
+    column: str,
+    ends: Mapping[str, Callable[[Found], Number | None]] | None = None,
+    *,
+    drawn: bool = False,
+) -> Show:
+    """A table; where it is `drawn`, also a panel over bits for each trial."""
 
     def show(scale: Scale, found: Found) -> Shown:
-        trials = dict.fromkeys(ask.trial for ask, _ in found)
-        own = {trial.name: _by_bits(select(found, trial=trial)) for trial in trials}
+        trials = dict.fromkeys(ask.trial for ask, _ in found) if drawn else ()
+        own = {trial.name: by_bits(select(found, trial=trial)) for trial in trials}
         panels = [panel(t, "activation bits", f, "name", "width", "name") for t, f in own.items()]
-        return [pivot(found, {"Network": "name", "Images": "trial"}, "bits", ends)], panels
+        return [pivot(found, rows, column, ends)], panels
 
     return show
 
 
-def _by_bits(found: Found) -> Found:
+def by_bits(found: Found) -> Found:
     """Few bits first, full precision last."""
     return sorted(found, key=lambda pair: pair[0].at["bits"] or 99)
 
@@ -71,12 +71,8 @@ def _minus(key: str, first: object, second: object, column: str = "") -> Callabl
 # --- accuracy against bits: Figure 1, Table 1, Figure 5 -----------------------------------
 
 
-def _over(
-    at: Mapping[str, Any],
-    networks: Mapping[int | None, tuple[Network, ...]],
-    trial: Trial,
-    row: Row,
-) -> list[Ask]:
+def _over(at: Mapping[str, Any], trial: Trial, row: Row, networks: Mapping[Any, Any]) -> list[Ask]:
+    """A row over bits."""
     every = networks.items()
     return [Ask({**at, "bits": b}, own, trial, row, str(b or "full")) for b, own in every]
 
@@ -89,11 +85,13 @@ def fig1(scale: Scale) -> list[Ask]:
         row = dict(printed(scale, "table1", f"0 {trial.mark}")) if model == scale.wrn else {}
         row |= printed(scale, "fig1", f"{name} {trial.mark}")
         networks = {bits: (scale.network(model, bits=bits),) for bits in scale.bits}
-        asks += _over({"name": name}, networks, trial, row)
+        asks += _over({"name": name}, trial, row, networks)
     return asks
 
 
-show_fig1 = _over_bits({"5 bits − full": _minus("bits", 5, None, "lost")})
+METHODS = {"Network": "name", "Images": "trial"}
+lost = {"5 bits − full": _minus("bits", 5, None, "lost")}
+show_fig1 = _table(METHODS, "bits", lost, drawn=True)
 
 
 def _betas(scale: Scale) -> list[tuple[float, str]]:
@@ -105,7 +103,7 @@ def _betas(scale: Scale) -> list[tuple[float, str]]:
 def _method(scale: Scale, trial: Trial, beta: float, theirs: str) -> list[Ask]:
     networks = {bits: scale.by_seed(bits, beta) for bits in scale.bits}
     row = printed(scale, "table1", f"{theirs} {trial.mark}")
-    return _over({"name": method_text(beta), "beta": beta}, networks, trial, row)
+    return _over({"name": method_text(beta), "beta": beta}, trial, row, networks)
 
 
 def table1(scale: Scale) -> list[Ask]:
@@ -140,10 +138,8 @@ def _gain(row: Found) -> Number | None:
     return found and difference(found, full, row[0][0].row.get("gain"))
 
 
-show_table1 = _table(
-    {"Network": "name", "Images": "trial"}, "bits", {"Quantize Gain": _gain, "Best": _best}
-)
-show_fig5 = _over_bits({})
+show_table1 = _table(METHODS, "bits", {"Quantize Gain": _gain, "Best": _best})
+show_fig5 = _table(METHODS, "bits", drawn=True)
 
 
 # --- other defences: Tables 2 and 3 -------------------------------------------------------
@@ -248,12 +244,12 @@ show_ranges = _table(
 
 
 def _boxes(
-    row: Callable[[str], Row],
     scale: Scale,
+    table: str,
     networks: Mapping[str, Network],
     attack: str,
     through: Network,
-    others: Sequence[str] = (),
+    *others: str,
 ) -> list[Ask]:
     """Every network at every radius; the strong attacks where the scale asks for them."""
     asks = []
@@ -265,20 +261,20 @@ def _boxes(
         for box, trial in heads:
             head = box + (attack_text(attack) if box else trial.column)
             at = {"name": name, "eps": eps, "head": head, "box": box}
-            asks.append(Ask(at, (network,), trial, row(name), trial.mark))
+            asks.append(Ask(at, (network,), trial, printed(scale, table, name), trial.mark))
     return asks
 
 
 def table5(scale: Scale) -> list[Ask]:
     """ResNet-18 after PGD training at a fixed eps; the black box through a VGG trained alike."""
     train = scale.adversarially("pgd", scale.madry)
-    kinds: dict[str, dict[str, Any]] = {
-        "Full-Precision": {}, "Tanh Quantized": {"bits": 2, "activation": "tanh"},
-        "ReLU6 Quantized": {"bits": 2},
-    }  # fmt: skip
-    networks = {n: scale.network(scale.resnet, train=train, **kind) for n, kind in kinds.items()}
-    row = partial(printed, scale, "table5")
-    return _boxes(row, scale, networks, "pgd-20", scale.substitute(train=train))
+    make = partial(scale.network, scale.resnet, train=train)
+    networks = {
+        "Full-Precision": make(),
+        "Tanh Quantized": make(bits=2, activation="tanh"),
+        "ReLU6 Quantized": make(bits=2),
+    }
+    return _boxes(scale, "table5", networks, "pgd-20", scale.substitute(train))
 
 
 def table6(scale: Scale) -> list[Ask]:
@@ -287,8 +283,7 @@ def table6(scale: Scale) -> list[Ask]:
         f"Adversarial {attack_text(attack)}": scale.network(train=scale.adversarially(attack))
         for attack in ("fgsm", "rfgsm")
     }
-    row = partial(printed, scale, "table6")
-    return _boxes(row, scale, networks, "fgsm", scale.substitute(), ["pgd"])
+    return _boxes(scale, "table6", networks, "fgsm", scale.substitute(), "pgd")
 
 
 show_boxes = _table(
@@ -339,72 +334,3 @@ def show_beta(scale: Scale, found: Found) -> Shown:
     titles = {"clean and FGSM": usual, listed(map(attack_text, scale.strong)): strong}
     panels = [panel(t, "β", own, "trial", "name", "colour") for t, own in titles.items()]
     return [pivot(found, {"β": "name"}, "trial")], panels
-
-
-# --- beyond the paper: what the straight-through gradient overstates ----------------------
-
-CLIPFREE = "clip-free, margin"
-PASSES = {
-    "": "straight-through, margin", "@soft": "soft round, margin", "@twin": "float twin, margin",
-    "@clipfree": CLIPFREE,
-}  # fmt: skip
-
-
-def surrogates(scale: Scale) -> list[Ask]:
-    """By bits 1 to 8, the Wide ResNet vanilla and with DQ; the VGG of Figure 1."""
-    every: tuple[int | None, ...] = (None, *range(1, 9))
-    judged = list(product(scale.hard_eps[:1], [scale.wrn], scale.standard_bits))
-    wrn, vgg = model_text(scale.wrn), model_text(scale.vgg)
-    kinds = (
-        (f"vanilla {wrn}", scale.wrn, 0.0, every),
-        (f"{wrn} with {method_text(scale.beta)}", scale.wrn, scale.beta, every),
-        (f"vanilla {vgg}", scale.vgg, 0.0, scale.bits),
-    )
-    return [
-        Ask(
-            {"name": name, "bits": bits, "eps": eps, "row": row},
-            (scale.network(model, bits=bits, beta=beta),),
-            trial,
-        )
-        for eps, (name, model, beta, widths) in product(scale.hard_eps, kinds)
-        for row, trial in {"clean": scale.trial(), **_passes(scale, eps)}.items()
-        for bits in widths
-        if trial.images == scale.few or row == "clean" or (eps, model, bits) in judged
-    ]
-
-
-def _passes(scale: Scale, eps: float) -> dict[str, Trial]:
-    """By row: the strong attacks, APGD through each backward pass, AutoAttack on fewer images."""
-    steps, (usual, worst) = scale.surrogate_steps, scale.strong
-    names = {f"apgd-margin{name}-{steps}": text for name, text in PASSES.items()}
-    names[f"apgd-margin@soft-{steps}+{4 * steps}"] = f"soft round, then {4 * steps} queries"
-    fewer = f"the first {scale.standard_images:,} test images"
-    few = [replace(scale.trial(a, eps), images=scale.standard_images) for a in (worst, "standard")]
-    return {
-        f"straight-through, {attack_text(usual)}": scale.trial(usual, eps),
-        **{text: scale.trial(name, eps) for name, text in names.items()},
-        attack_text(worst): scale.trial(worst, eps),
-        **{f"{attack_text(trial.attack)}, {fewer}": trial for trial in few},
-    }
-
-
-def show_surrogates(scale: Scale, found: Found) -> Shown:
-    """For each radius the accuracies, and the usual attack minus the worst case; panels without
-    the clip-free pass, so weak here that it would set the axis.
-    """
-    tables, panels = [], []
-    for eps in scale.hard_eps:
-        here = select(found, eps=eps)
-        tables.append(pivot(here, {"Network": "name", "Attack": "row"}, "bits"))
-        ends = [select(here, trial=scale.trial(attack, eps)) for attack in scale.strong]
-        gaps = [(ask, difference(n, least)) for (ask, n), (_, least) in zip(*ends, strict=True)]
-        tables.append(pivot(gaps, {"Network": "name"}, "bits"))
-        for name in dict.fromkeys(ask.at["name"] for ask, _ in here):
-            own = [
-                (a, n) for a, n in select(here, name=name)
-                if a.trial.images == scale.few and a.at["row"] not in ("clean", CLIPFREE)
-            ]  # fmt: skip
-            short = name.partition(" at ")[0]
-            title = short if len(scale.hard_eps) == 1 else f"{short}, {eps_text(eps)}"
-            panels.append(panel(title, "activation bits", _by_bits(own), "row", "width", "row"))
-    return tables, panels
