@@ -1,8 +1,6 @@
 """The page of a folder of runs: its summary, whole, offline, and safe whatever the files hold."""
 
-import base64
 import gzip
-import hashlib
 import io
 import json
 import re
@@ -11,18 +9,18 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
 
 from defquant.errors import UserError
 from defquant.paper.section import eps_text, signed
-from defquant.report import build_report, markdown_table, plot_curves, summary, text_table
+from defquant.report import build_report, markdown_table, plot, plot_curves, summary, text_table
 from defquant.report.measured import chosen, summary_table, table_eps
 from defquant.report.model import places
 from defquant.report.names import Series, attack_order, series_of
 from defquant.results import Measurement, aggregate, read_folder
+from pages import HOSTILE, check
 from synthetic_runs import append, measurement, write_run, write_runs
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -32,7 +30,6 @@ PAPER = {  # Table 1: full precision, then 1 to 5 bits; clean and adversarial
     ("DQ", 6e-4): ([95.6, 95.7, 95.2, 95.4, 95.6, 95.5], [45.7, 48.3, 47.9, 43.8, 43.9, 44.6]),
     ("DQ", 1e-3): ([95.9, 95.8, 95.6, 95.6, 95.8, 95.8], [49.1, 51.3, 50.4, 51.3, 49.8, 51.8]),
 }
-HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=y>|`*[red]"
 EPOCH = {"epoch": 1, "loss": 1.0, "accuracy": 0.5}
 
 
@@ -186,62 +183,6 @@ def test_names_and_orders() -> None:
 # --- the page -----------------------------------------------------------------------------
 
 
-class Page:
-    """What a browser would load or run, and the tables, by section, of a page that is well formed.
-
-    A page without its scripts and with its void tags closed is XML.
-    """
-
-    def __init__(self, text: str) -> None:
-        self.scripts = re.findall(r"<script([^>]*)>(.*?)</script>", text, re.DOTALL)
-        bare = re.sub(r"<script.*?</script>|<!doctype html>", "", text, flags=re.DOTALL)
-        root = ElementTree.fromstring(re.sub(r"<((?:meta|img|br|link)\b[^>]*)>", r"<\1/>", bare))
-        self.tags = [element.tag.split("}")[-1] for element in root.iter()]
-        self.loads, self.policy, place = list[str](), "", ""
-        self.tables: dict[str, list[list[list[str]]]] = {}  # of a section's or folded part's id
-        for element in root.iter():
-            assert not [name for name in element.attrib if name.startswith("on")]
-            names = ("src", "href", "{http://www.w3.org/1999/xlink}href", "srcset")
-            self.loads += [value for name in names if (value := element.get(name))]
-            if element.get("http-equiv") == "Content-Security-Policy":
-                self.policy = element.get("content", "")
-            if element.tag in ("section", "details"):
-                place = element.get("id", place)
-            if element.tag == "table":
-                self.tables.setdefault(place, []).append(_rows(element))
-
-
-def _rows(table: ElementTree.Element) -> list[list[str]]:
-    rows, spans = [], list[tuple[str, int]]()
-    for row in table.iter("tr"):
-        texts = [text for text, _ in spans]
-        spans = [(text, left - 1) for text, left in spans if left > 1]
-        for cell in row:
-            texts.append(" ".join("".join(cell.itertext()).split()))
-            if (left := int(cell.get("rowspan", "1"))) > 1:
-                spans.append((texts[-1], left - 1))
-        rows.append(texts)
-    return rows
-
-
-def check(text: str) -> Page:
-    """The page, of which nothing loads or runs but what its policy names by hash."""
-    page = Page(text)
-    assert not {"iframe", "object", "base", "form"} & set(page.tags)
-    assert all(target.startswith(("#", "data:image/png;base64,")) for target in page.loads)
-    assert not re.search(r"url\((?!#)|@import", text)
-    kinds = {"": "", ' type="text/plain" id="vega"': "vega", ' type="application/json"': "json"}
-    found = [(kinds[kind], content.encode()) for kind, content in page.scripts]
-    assert all(json.loads(content) for kind, content in found if kind == "json")
-    run = [content for kind, content in found if not kind]
-    run += [gzip.decompress(base64.b64decode(own)) for kind, own in found if kind == "vega"]
-    hashes = [f"'sha256-{base64.b64encode(hashlib.sha256(own).digest()).decode()}'" for own in run]
-    start = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src "
-    assert page.policy.startswith(start)
-    assert sorted(page.policy.removeprefix(start).split()) == (sorted(hashes) or ["'none'"])
-    return page
-
-
 def test_page_is_whole_small_and_loads_nothing(runs: Path, drawn: None) -> None:
     page = page_of(runs)
     found = check(page)
@@ -254,6 +195,29 @@ def test_page_is_whole_small_and_loads_nothing(runs: Path, drawn: None) -> None:
     ):  # fmt: skip
         assert text in page
     assert page_of(runs) == page
+
+
+def test_vega_is_made_once_for_all_reports(
+    tmp_path: Path, drawn: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a user, where the cache is whole and can be written."""
+    made = list[str]()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def bundle(code: str, **_: str) -> str:
+        made.append(code)
+        return code
+
+    monkeypatch.setattr("vl_convert.javascript_bundle", bundle)
+    fresh = plot.script.__wrapped__
+    assert fresh() == fresh() and len(made) == 1
+    (kept,) = (tmp_path / "defquant").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-9])  # cut
+    assert gzip.decompress(fresh()).decode() == made[0] and len(made) == 2
+    kept.unlink()
+    kept.parent.rmdir()
+    kept.parent.touch()
+    assert gzip.decompress(fresh()).decode() == made[0]
 
 
 def test_every_cell_is_listed_once_and_the_summary_has_one_radius(runs: Path) -> None:

@@ -19,9 +19,10 @@ from defquant.report.measured import groups
 from defquant.report.plot import figures
 from defquant.report.show import tally
 from defquant.results import aggregate, read_folder, record
+from pages import HOSTILE, check
 from synthetic_results import fake_results
 from synthetic_runs import append, measurement
-from test_report import EPOCH, HOSTILE, check
+from test_report import EPOCH
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 

@@ -16,8 +16,8 @@ from defquant.report import build_report
 from defquant.report.cards import chapters, read_cards
 from defquant.report.model import view
 from defquant.report.plot import figures
+from pages import HOSTILE, check
 from synthetic_runs import ROBUST, card, write_card, write_cards, write_runs
-from test_report import HOSTILE, check
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 

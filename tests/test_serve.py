@@ -22,30 +22,23 @@ CLASSES = ("cat", "dog", "owl", "ant")
 SIZE = 12
 
 
-def network(channels: int) -> torch.nn.Module:
+def write_model(
+    path: Path, channels: int, input_type: Literal["float", "uint8"], **facts: object
+) -> torch.nn.Module:
     torch.manual_seed(3)
     model = wide_resnet(
         10, 1, bits=4, weight_bits=8, deployable=True, num_classes=4, in_channels=channels
     )
     model(torch.rand(64, channels, SIZE, SIZE))  # gives the batch norms their statistics
-    return model.eval()
-
-
-def write_model(
-    path: Path, channels: int, input_type: Literal["float", "uint8"], classes: bool = True
-) -> torch.nn.Module:
-    model = network(channels)
-    facts = {"format": 1, **({"classes": CLASSES} if classes else {})}
-    program = lower(model, (channels, SIZE, SIZE))
-    onnx.save(graph(program, input_type=input_type, facts=facts), path)
+    program = lower(model.eval(), (channels, SIZE, SIZE))
+    onnx.save(graph(program, input_type=input_type, facts={"format": 1, **facts}), path)
     return model
 
 
 def write_picture(path: Path, model: torch.nn.Module, channels: int) -> int:
     """Of many random pictures the one of which `model` is surest; its class."""
-    images = torch.randint(
-        0, 256, (200, channels, SIZE, SIZE), generator=torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (200, channels, SIZE, SIZE), generator=generator)
     with torch.no_grad():
         logits = model(images / 255)
     best, second = logits.topk(2).values.T
@@ -66,7 +59,7 @@ def serve(*words: Path | str, python: Path | str = sys.executable) -> tuple[int,
 def shipped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     """A model, a picture and the class that the trained network gives it."""
     folder = tmp_path_factory.mktemp("shipped")
-    model = write_model(folder / "model.onnx", 3, "float")
+    model = write_model(folder / "model.onnx", 3, "float", classes=CLASSES)
     answer = CLASSES[write_picture(folder / "image.png", model, 3)]
     return folder / "model.onnx", folder / "image.png", answer
 
@@ -76,7 +69,7 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
 def test_it_says_what_the_trained_network_says(
     tmp_path: Path, channels: int, input_type: Literal["float", "uint8"]
 ) -> None:
-    model = write_model(tmp_path / "m.onnx", channels, input_type)
+    model = write_model(tmp_path / "m.onnx", channels, input_type, classes=CLASSES)
     answer = CLASSES[write_picture(tmp_path / "i.png", model, channels)]
     code, out, err = serve(tmp_path / "m.onnx", tmp_path / "i.png")
     assert (code, err) == (0, "")
@@ -100,19 +93,18 @@ def test_any_picture_is_made_to_fit(tmp_path: Path, shipped: tuple[Path, Path, s
 
 
 def test_a_model_without_names_has_numbers(tmp_path: Path, shipped: tuple[Path, Path, str]) -> None:
-    write_model(tmp_path / "m.onnx", 3, "float", classes=False)
+    write_model(tmp_path / "m.onnx", 3, "float")
     _, out, _ = serve(tmp_path / "m.onnx", shipped[1])
     assert out.splitlines()[0].split()[1] == str(CLASSES.index(shipped[2]))
 
 
 def test_bad_input_is_one_line(tmp_path: Path, shipped: tuple[Path, Path, str]) -> None:
     model, picture, _ = shipped
-    cut, text = tmp_path / "cut.onnx", tmp_path / "text.png"
+    names = ("cut.onnx", "text.png", "half.png", "missing")
+    cut, text, half, missing = (tmp_path / name for name in names)
     cut.write_bytes(model.read_bytes()[: model.stat().st_size // 2])
     text.write_text("no picture")
-    half = tmp_path / "half.png"
     half.write_bytes(picture.read_bytes()[:200])
-    missing = tmp_path / "missing"
     for words in (
         (missing, picture), (model, missing), (cut, picture), (model, text), (model, half),
         (picture, model), (), (model,), (model, picture, picture),
