@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import groupby, product
 from pathlib import Path
 from string import Formatter
@@ -11,8 +11,8 @@ from typing import Any
 from defquant.config import check_bits, check_eps
 from defquant.errors import UserError, shown, visible
 from defquant.files import read_text
-from defquant.paper.section import Entry, Number, Section, Table, eps_number, eps_text, rate
-from defquant.report.model import EPS, NOTHING, WORDS, Chapter, of_section, panels
+from defquant.paper.section import Entry, Number, Table, eps_number, eps_text, rate
+from defquant.report.model import EPS, NOTHING, WORDS, Chapter, interval_text, panels
 from defquant.report.names import Family, Series, attack_order, distinct
 from defquant.results import Score
 from defquant.typed import from_mapping, parse_json
@@ -202,34 +202,37 @@ def chapters(cards: Sequence[Card]) -> list[Chapter]:
 
 
 def _chapter(cards: Sequence[Card], name: str) -> Chapter:
-    found: dict[str, dict[tuple[Any, str], dict[str, Entry]]] = {}
+    found: dict[str, dict[str, tuple[Any, dict[str, Entry]]]] = {}
     for card in cards:
         for block, order, row, entry in _answers(card):
-            found.setdefault(block, {}).setdefault((order, row), {})[card.place] = entry
+            found.setdefault(block, {}).setdefault(row, (order, {}))[1][card.place] = entry
     tables = [
         Table(("", "", *(str(card.family) for card in cards)), tuple(
             (block, row, *(entries.get(card.place) for card in cards))
             for block in blocks
-            for (_, row), entries in sorted(found.get(block, {}).items(), key=lambda item: item[0])
+            for row, (_, entries) in sorted(found.get(block, {}).items(), key=lambda i: i[1][0])
         ), caption)
         for blocks, caption in ((MAIN, WORDS["shipped"]), (FOLDED, WORDS["card"]))
     ]  # fmt: skip
-    title, drawn = f"Deployed: {cards[0].model} on {cards[0].data}", panels(_points(cards), EPS)
-    whole = of_section(Section(name, title, (), tuple(tables[:1]), tuple(drawn)))
-    folded = [*whole.folded, ("Every number: parity, scores, latency, versions", tables[1:])]
-    return replace(whole, folded=folded, commands=distinct(card.command for card in cards))
+    return Chapter(
+        name, f"Deployed: {cards[0].model} on {cards[0].data}", tables=tables[:1],
+        panels=panels(_points(cards), EPS),
+        folded=[("Every number: parity, scores, latency, versions", tables[1:])],
+        commands=distinct(card.command for card in cards),
+    )  # fmt: skip
 
 
 def _answers(card: Card) -> Iterator[tuple[str, Any, str, Entry]]:
     """Rows of plain columns: block, order within it, what is said, and that."""
     for block, facts in WORDS["facts"].items():
         for i, (name, text) in enumerate(facts.items()):
-            yield block, i, name, _Words().vformat(text, (), card.facts)
+            yield block, i, name, _Words().format(text, **card.facts)
     for pair in card.scores:
         for side, counts in {"trained": pair.trained, "deployed": pair.deployed}.items():
             if counts:
-                order, right = (*pair.order, side != "trained"), f"{counts[0]:,} / {counts[1]:,}"
-                yield "Accuracy", order, f"{pair.name}, {side}", rate(counts)
+                order, share = (*pair.order, side != "trained"), rate(counts)
+                right = f"{counts[0]:,} / {counts[1]:,}, {interval_text(share)}"
+                yield "Accuracy", order, f"{pair.name}, {side}", share
                 yield "Right", order, f"{pair.settings or pair.attack}, {side}", right
         if pair.outside:
             yield "Accuracy", (*pair.order, 2), f"{pair.name}, against the interval", pair.outside
@@ -241,11 +244,11 @@ def _answers(card: Card) -> Iterator[tuple[str, Any, str, Entry]]:
                 "Times",
                 order,
                 f"Batch {batch}, {engine}",
-                _Words().vformat(WORDS["time"], (), rests),
+                _Words().format(WORDS["time"], **rests),
             )
         if own := every.pop(INTEGER, None):
             ratios = [f"{t.median_ms / own.median_ms:.2f}× {e}" for e, t in every.items()]
-            said = ", ".join([_Words().vformat("{median_ms:ms}", (), vars(own)), *ratios])
+            said = ", ".join([f"{_digits(own.median_ms)} ms", *ratios])
             yield "Latency", (len(batch), batch), f"Batch {batch}", said
     for name, version in card.versions.items():
         yield "Versions", 0, name, version
