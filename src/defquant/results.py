@@ -256,11 +256,14 @@ def read_jsonl(path: Path, run: str | None = None) -> list[Measurement]:
     Lines of no cell are said to be of `run`, where it is given. Raises `UserError`, naming file,
     line and field, where another line is not a measurement.
     """
-    found = []
+    found = list[Measurement]()
     for where, line in read_lines(path):
         if run is not None and isinstance(line, dict) and not line.get("cell"):
             line = line | {"run": run}
-        found.append(from_mapping(Measurement, line, where))
+        new = from_mapping(Measurement, line, where)
+        if found and found[-1].evidence == new.evidence:  # most of a line; kept once
+            object.__setattr__(new, "evidence", found[-1].evidence)
+        found.append(new)
     return found
 
 

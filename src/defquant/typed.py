@@ -7,6 +7,7 @@ cannot be is a `UserError` that says where it stands.
 import json
 import math
 import re
+import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -149,8 +150,8 @@ def from_mapping(kind: type[_T], values: object, where: str = "") -> _T:
     for name, annotation, required in _fields(kind):  # type: ignore[arg-type]
         if name in values:
             value = values[name]
-            plain = annotation is str and type(value) is str  # most of all, and quick
-            known[name] = value if plain else convert(annotation, value, where + name)
+            plain = annotation is str and type(value) is str  # most of all, and alike
+            known[name] = sys.intern(value) if plain else convert(annotation, value, where + name)
         elif required:
             raise UserError(f"{where}{name} is missing")
     try:
