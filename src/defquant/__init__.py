@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from defquant.evaluate import accuracy as accuracy
     from defquant.evaluate import robust_accuracy as robust_accuracy
     from defquant.evaluate import sweep as sweep
+    from defquant.judging.verdict import judge as judge
     from defquant.lipschitz import ConvexSum as ConvexSum
     from defquant.lipschitz import OrthogonalPenalty as OrthogonalPenalty
     from defquant.lipschitz import project_simplex_ as project_simplex_
@@ -80,6 +81,7 @@ _HOMES = {
     "diagnose": ("audit", "masking_verdict", "transfer_matrix"),
     "errors": ("DefquantWarning", "UserError"),
     "evaluate": ("accuracy", "robust_accuracy", "sweep"),
+    "judging.verdict": ("judge",),
     "lipschitz": ("ConvexSum", "OrthogonalPenalty", "project_simplex_"),
     "models": ("FeatureSqueezing", "resnet18", "vgg16", "wide_resnet"),
     "prepared": ("prepare",),

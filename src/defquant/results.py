@@ -21,8 +21,8 @@ from defquant.typed import from_mapping
 
 __all__ = [
     "ABOUT", "BLACK", "EIGHT_BIT", "FOREIGN", "MASKED", "UNAWARE", "Cell", "Measurement", "Score",
-    "aggregate", "append", "blind", "over_seeds", "read_folder", "read_jsonl", "record", "run_name",
-    "told_apart",
+    "aggregate", "append", "blind", "mean_between", "over_seeds", "read_folder", "read_jsonl",
+    "record", "run_name", "told_apart",
 ]  # fmt: skip
 
 ABOUT = (
@@ -78,6 +78,47 @@ class Score:
     def __str__(self) -> str:
         low, high = self.interval
         return f"{self.accuracy:.1%} [{low:.1%}, {high:.1%}] ({self.correct}/{self.total})"
+
+
+def mean_between(wins: float, losses: float, n: float, level: float = 0.95) -> tuple[float, float]:
+    r"""Where the mean of X in {-1, 0, 1} lies, with +1 `wins` and -1 `losses` times in `n` draws.
+
+    A confidence sequence: at that level *all* intervals, of however many looks at growing samples
+    whenever one stops, hold the mean. An end is the mean mu against which a mixture of bets has
+    not yet made 2 / (1 - level) of 1: W(mu) = mean over theta of
+    prod_i (1 - theta + theta (1 + X_i) / (1 + mu)), no factor of which gains on average where the
+    mean is mu or less, so that W ever reaches c with a chance of 1 / c at most (Ville 1939;
+    Waudby-Smith & Ramdas, Estimating means of bounded random variables by betting, 2024, for
+    their hedged capital; here theta is mixed over instead of learnt).
+
+    >>> [round(end, 3) for end in mean_between(0, 0, 300)]
+    [-0.016, 0.016]
+    """
+    stake = math.log(2 / (1 - level))
+
+    def least(up: float, down: float) -> float:
+        low, high = -1.0, 1.0
+        for _ in range(40):
+            mu = (low + high) / 2
+            low, high = (mu, high) if _wealth(mu, up, down, n) >= stake else (low, mu)
+        return low
+
+    return least(wins, losses), -least(losses, wins)
+
+
+_THETAS = tuple(0.999 * 1.8**-k for k in range(8))
+
+
+def _wealth(mu: float, wins: float, losses: float, n: float) -> float:
+    """log W(mu)."""
+    logs = [
+        wins * math.log1p(theta * ((1 - mu) / (1 + mu)))
+        + (n - wins - losses) * math.log1p(theta * (-mu / (1 + mu)))
+        + losses * math.log1p(-theta)
+        for theta in _THETAS
+    ]
+    top = max(logs)
+    return top + math.log(sum(math.exp(value - top) for value in logs) / len(logs))
 
 
 def blind(attack: str, vanishing: float | None) -> float:

@@ -17,9 +17,9 @@ from defquant.data import to_unit
 from defquant.errors import UserError
 
 __all__ = [
-    "Ask", "Attack", "Draws", "Ids", "InBall", "Target", "Tick", "attacked", "called",
-    "draw_seed", "eight_bit", "eps_of", "made_by", "name_of", "pixels", "right", "seed_of",
-    "standing", "to_pixels", "uniform",
+    "Ask", "Attack", "Draws", "Ids", "InBall", "Target", "Tick", "Witness", "attacked", "called",
+    "confirmed", "draw_seed", "eight_bit", "eps_of", "made_by", "name_of", "pixels", "right",
+    "seed_of", "standing", "to_pixels", "uniform",
 ]  # fmt: skip
 
 Ask = Callable[[], tuple[float, int]]
@@ -27,6 +27,9 @@ Ask = Callable[[], tuple[float, int]]
 
 Tick = Callable[[Ask], object]
 """What an attack calls after every look; it asks only where someone wants to know."""
+
+Witness = Callable[[Tensor, Tensor], Tensor]
+"""Asked for examples by `ids` (n,) and what an attack made of them: which are fooled, bool (n,)."""
 
 Draws = torch.Generator | None
 Ids = Tensor | None
@@ -53,7 +56,8 @@ class Attack(Protocol):
 class Target(NamedTuple):
     """What is attacked: `images`, uint8 or float in [0, 1], and `labels`, on the model's device.
 
-    `seed`: of the draws; `batch_size`: rows at a time, at most; `tick`: told how far it is.
+    `seed`: of the draws; `batch_size`: rows at a time, at most; `tick`: told how far it is;
+    `witness`: whom every image that fools the model must fool, too.
     """
 
     model: nn.Module
@@ -62,6 +66,7 @@ class Target(NamedTuple):
     seed: int = 0
     batch_size: int = 256
     tick: Tick | None = None
+    witness: "Witness | None" = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -177,11 +182,21 @@ def standing(attack: Attack, target: Target, ids: Tensor) -> Tensor:
         return found
     kept, done = torch.ones_like(ids, dtype=torch.bool), 0
     for some, made in attacked(called(attack, target), target, ids):
-        kept[done : done + len(some)] = right(target.model, made, target.labels[some])
+        fooled = ~right(target.model, made, target.labels[some])
+        kept[done : done + len(some)] = ~confirmed(target, some, made, fooled)
         done += len(some)
         if target.tick is not None:
             target.tick(lambda done=done: (done / len(ids), int(kept.sum())))  # type: ignore[misc]
     return kept
+
+
+def confirmed(target: Target, ids: Tensor, made: Tensor, fooled: Tensor) -> Tensor:
+    """Which of the `fooled`, bool (n,), fool the witness, too, where there is one."""
+    if target.witness is None or not bool(fooled.any()):
+        return fooled
+    found = fooled.clone()
+    found[fooled] = target.witness(ids[fooled], made[fooled])
+    return found
 
 
 def eight_bit(

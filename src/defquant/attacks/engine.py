@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from defquant.attacks.access import differentiable, untouched
 from defquant.attacks.access import gradient as gradient_at
-from defquant.attacks.contract import Ids, InBall, Target, to_pixels
+from defquant.attacks.contract import Ids, InBall, Target, confirmed, to_pixels
 from defquant.attacks.lint import lint_answer
 from defquant.attacks.losses import Loss, cross_entropy
 from defquant.data import to_unit
@@ -196,7 +196,7 @@ def unbroken(target: Target, attack: Single, ids: Tensor) -> Tensor:
     start, so that late starts stack in the batch; starts of fallen examples are skipped. The answer
     does not depend on the batch size (beyond rounding).
     """
-    model, images, labels, seed, batch_size, tick = target
+    model, images, labels, seed, batch_size, tick, _ = target
     images, labels = images[ids], labels[ids]
     n, plan, eps, top = len(ids), attack.plan, attack.eps, int(labels.max())
     with opened(model, plan, images) as forwards:
@@ -209,7 +209,8 @@ def unbroken(target: Target, attack: Single, ids: Tensor) -> Tensor:
             """The rows after a look, less those that had ended; what it fools stands no more."""
             room = min(round_up(count(rows)), batch_size)
             seen = look(forwards, rows, plan, gradient=gradient, room=room, top=top)
-            standing[rows["row"][hits(plan, rows, seen, eps)] % n] = False
+            fell = confirmed(target, rows["id"], rows["at"], hits(plan, rows, seen, eps))
+            standing[rows["row"][fell] % n] = False
             if not gradient:
                 going = rows["step"] < plan.steps
                 rows, seen = where(rows, going), Look(*(part[going] for part in seen))

@@ -16,7 +16,7 @@ from defquant.errors import UserError
 from defquant.quantize import Quantizer, set_bits
 
 __all__ = [
-    "EOT", "ClipFree", "FloatTwin", "Precisions", "SoftRound", "staircase_slope",
+    "EOT", "ClipFree", "FloatTwin", "Precisions", "SoftRound", "staircase_slope", "twin_of",
 ]  # fmt: skip
 
 
@@ -89,7 +89,7 @@ class FloatTwin:
     """The backward pass of the same weights at full precision (BPDA, Athalye et al. 2018)."""
 
     def __call__(self, model: nn.Module) -> AbstractContextManager[tuple[Forward, ...]]:
-        return nullcontext((partial(_through, model, None),))
+        return nullcontext((partial(_through, twin_of(model), None),))
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Precisions:
             check_bits(width)
 
     def __call__(self, model: nn.Module) -> AbstractContextManager[tuple[Forward, ...]]:
-        return nullcontext(tuple(partial(_through, model, width) for width in self.bits))
+        return nullcontext(tuple(partial(_through, twin_of(model), width) for width in self.bits))
 
 
 class _Graft(torch.autograd.Function):
@@ -153,12 +153,17 @@ def _backward(model: nn.Module, derivative: Derivative) -> Iterator[tuple[Forwar
     Where that is None the quantiser keeps its own. Weights, buffers and answers stay as they are.
     """
     with ExitStack() as restore:
-        for module in model.modules():
+        for module in twin_of(model).modules():
             if isinstance(module, Quantizer):
                 former = module.__dict__.get("forward")
                 module.__dict__["forward"] = _replaced(module, module.forward, derivative)
                 restore.callback(_put_back, module, former)
-        yield (model,)
+        yield (twin_of(model),)
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """The network whose quantisers are known: `model.opened`, of a model of someone else's."""
+    return getattr(model, "opened", model)
 
 
 def _replaced(quantizer: Quantizer, own: Forward, derivative: Derivative) -> Forward:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from defquant.images import Rescored
 
 __all__ = [
-    "console", "detection_row", "diagnosis_rows", "eps_column", "json_alone", "print_json",
-    "print_measurements", "print_rescored", "print_summary",
+    "console", "detection_row", "diagnosis_rows", "eps_column", "json_alone", "judged_rows",
+    "print_json", "print_measurements", "print_rescored", "print_summary",
 ]  # fmt: skip
 
 _lines: list[TextIO] = []  # the real stdout, while `json_alone` keeps it
@@ -161,6 +161,39 @@ def _masking(record: Mapping[str, Any]) -> Iterator[str]:
 def _rate(found: Mapping[str, Any]) -> str:
     interval = f"[{found['low']:.1%}, {found['high']:.1%}]"
     return f"{found['rate']:.1%} {interval} ({found['count']}/{found['total']})"
+
+
+def judged_rows(record: Mapping[str, Any]) -> Iterator[str]:
+    """A judgement as lines for people, the verdict first."""
+    yield f"{record['model']['name']}: {record['verdict']}: {record['why']}"
+    if record["paired"]:
+        yield f"beside {record['reference']['name']}: {record['paired']}: {record['beside']}"
+    for name in ("model", "reference"):
+        found = record[name]
+        for line in () if found is None else (*found["contract"], *_closed(found)):
+            yield f"  {found['name']:32} {line}"
+    for row in record["rows"]:
+        yield f"  eps {eps_column(row['eps']):>6}  usual {_rate(row['usual'])}"
+        yield f"  {'':10}  strongest {_rate(row['strongest'])}  {_points(row['overstated'])}"
+        if "paired" in row:
+            yield f"  {'':10}  reference {_rate(row['reference'])}  {_points(row['paired'])}"
+            ways = (f"{t['from']} -> {t['to']} {_part(t['fooled'], t['total'])}"
+                    for t in row["transfer"])  # fmt: skip
+            yield f"  {'':10}  transfer {', '.join(ways)}"
+    for sign in (record["masking"] or {}).get("signs", ()):
+        if sign["verdict"] in ("WARN", "FAIL"):
+            part = _part(sign["count"], sign["total"])
+            yield f"  {sign['verdict']:11} {sign['name']:13} {part}: {sign['means']}"
+
+
+def _closed(found: Mapping[str, Any]) -> Iterator[str]:
+    if found["closed"]:
+        yield f"upper bounds: not opened: {', '.join(found['closed'])}"
+
+
+def _points(found: Mapping[str, Any]) -> str:
+    ends = f"[{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
+    return f"{100 * found['rate']:+.1f} points {ends} {found['verdict']}"
 
 
 def _part(part: int, whole: int) -> str:

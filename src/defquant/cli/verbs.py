@@ -1,5 +1,6 @@
 """What each verb does. Its signature is its flags, its docstring its help. No torch on import."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -216,6 +217,74 @@ def diagnose(
     return int(record["verdict"] == "FAIL")
 
 
+def judge(
+    model: str,
+    *,
+    data: str | None = None,
+    reference: str | None = None,
+    eps: tuple[float, ...] = (1 / 255, 2 / 255, 8 / 255),
+    margin: float = 1.0,
+    budget: str = "10m",
+    out: str = "judged",
+    weights: str | None = None,
+    reference_weights: str | None = None,
+    images: Images = None,
+    seed: Seed = 0,
+    data_root: Root = None,
+    json: Json = False,
+) -> int:
+    """Say whether a quantised model's robustness is real, whoever made it.
+
+    A verdict on stdout, judgement.json and a page in --out. Exit status 1 where its gradients are
+    masked, or it is surely worse than the reference by more than the margin.
+
+    Args:
+        model: folder of a run, NAME.onnx, NAME.pt2, my.py:make_model, torchscript:FILE. THE LAST
+            THREE CAN RUN THEIR MAKER'S CODE.
+        data: digits, cifar10, svhn, folder or npz; a run knows its own.
+        reference: the float model that it must not fall behind, named in the same ways.
+        eps: radii, as 8/255, at least 1/255.
+        margin: points of robust accuracy that it may fall behind.
+        budget: of time, as 90s, 10m or 1h; it stops earlier, once all is decided.
+        out: folder of the verdict.
+        weights: for my.py:make_model: a .safetensors file.
+        reference_weights: the same for --reference.
+        images: at most so many test images; none for all.
+        seed: of the images' order and the attacks' draws.
+        data_root: where the data lies.
+    """
+    least(1, images=images)
+    seconds = _seconds(budget)
+    from defquant.files import write_bytes, write_json
+    from defquant.judging.suspects import images_of
+    from defquant.judging.verdict import judge as judged
+    from defquant.report import judged_page
+
+    found = judged(
+        model, images_of(model, data, data_root), reference=reference, eps=eps,
+        margin=margin, budget=seconds, images=images, weights=weights,
+        reference_weights=reference_weights, seed=seed,
+        tell=lambda line: print(f"defquant: {line}", file=sys.stderr),
+    )  # fmt: skip
+    print_json(found.record) if json else print("\n".join(rows.judged_rows(found.record)))
+    page = judged_page(found.record).encode()
+    print(write_json(Path(out) / "judgement.json", found.record))
+    print(write_bytes(Path(out) / "judgement.html", page))
+    return int(found.finding)
+
+
+def _seconds(text: str) -> float:
+    """`90s`, `10m`, `1h`, or a number of seconds."""
+    units = {"s": 1, "m": 60, "h": 3600}
+    try:
+        found = float(text.rstrip("smh")) * units.get(text[-1:], 1)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < 1e7:
+        raise UserError(f"--budget is a time, as 90s, 10m or 1h; found {text!r}")
+    return found
+
+
 def reproduce(
     names: tuple[str, ...] = (),
     *,
@@ -350,7 +419,8 @@ def data(action: str, name: str, *, data_root: str = "data") -> None:
 VERBS = {
     verb.__name__: verb
     for verb in (
-        demo, train, attack, rescore, transfer, diagnose, export, verify, reproduce, report, data,
+        demo, train, attack, rescore, transfer, diagnose, judge, export, verify, reproduce, report,
+        data,
     )
 }  # fmt: skip
 """Every verb, in the order of the help."""

@@ -13,6 +13,7 @@ from defquant.attacks.access import differentiable, gradient, leaf, untouched
 from defquant.attacks.engine import perturb
 from defquant.attacks.lint import SAME
 from defquant.attacks.losses import margin
+from defquant.attacks.surrogates import twin_of
 from defquant.config import check_eps
 from defquant.data import to_unit
 from defquant.errors import DefquantWarning, UserError
@@ -243,6 +244,8 @@ class Connected(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        if twin_of(model) is not model:  # through which surrogates attack
+            self.opened = Connected(twin_of(model))
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.model(x)

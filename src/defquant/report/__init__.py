@@ -1,7 +1,7 @@
 """Results as one self-contained HTML page, as Markdown, pictures and terminal rows. No torch."""
 
 from defquant.report.measured import Row, plot_curves, summary
-from defquant.report.page import build_report
+from defquant.report.page import build_report, judged_page
 from defquant.report.plot import plot_matrix, section_figure
 from defquant.report.show import (
     claims_markdown,
@@ -14,7 +14,7 @@ from defquant.report.show import (
 )
 
 __all__ = [
-    "Row", "build_report", "claims_markdown", "markdown_table", "plot_curves", "plot_matrix",
-    "print_claims", "print_section", "section_figure", "section_markdown", "summary",
+    "Row", "build_report", "claims_markdown", "judged_page", "markdown_table", "plot_curves",
+    "plot_matrix", "print_claims", "print_section", "section_figure", "section_markdown", "summary",
     "text_matrix", "text_table",
 ]  # fmt: skip

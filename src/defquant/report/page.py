@@ -6,9 +6,10 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -21,7 +22,7 @@ from defquant.report.show import claims, tally
 from defquant.report.sources import of_runs, read_runs
 from defquant.results import Cell, Measurement, over_seeds, read_folder
 
-__all__ = ["build_report"]
+__all__ = ["build_report", "judged_page"]
 
 HERE = Path(__file__).parent
 
@@ -77,16 +78,25 @@ def _has_results(folder: Path) -> bool:
     return any(path.stat().st_size for path in folder.rglob("results.jsonl"))
 
 
-def _render(title: str, facts: Sequence[str], **parts: Sequence[Chapter]) -> str:
-    environment = Environment(
+def judged_page(record: Mapping[str, Any]) -> str:
+    """The card of `defquant judge` for one record of it: a page of its own, without script."""
+    style = (HERE / "page.css").read_text(encoding="utf-8")
+    return _environment().get_template("judged.html").render(r=record, style=style)
+
+
+def _environment() -> Environment:
+    return Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+
+
+def _render(title: str, facts: Sequence[str], **parts: Sequence[Chapter]) -> str:
     style, boot = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     charts = {c.anchor: list(_charts(c)) for part in parts.values() for c in part}
     vega = plot.script() if any(charts.values()) else b""
     hashes = [_hash(text) for text in (gzip.decompress(vega), boot.encode()) if vega]
-    return environment.get_template("page.html").render(
+    return _environment().get_template("page.html").render(
         title=title, facts=facts, **parts, charts=charts, view=model.view, tally=tally,
         marks=model.MARKS, svg=plot.svg, json=_json, style=style, boot=boot,
         vega=base64.b64encode(vega).decode(), scripts=" ".join(hashes) or "'none'",

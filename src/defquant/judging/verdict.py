@@ -1,0 +1,400 @@
+"""Is this network's robustness real, and is it no less than another's? Asked until it is decided.
+
+Images are looked at in growing batches. Every interval is one of a confidence sequence
+(`defquant.results.mean_between`), which holds whenever one stops; over all radii together a
+question is answered wrongly with a chance of 5 % at most.
+"""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from defquant.attacks import APGD, PGD, Adaptive, Attack, Square
+from defquant.attacks.contract import Target, seed_of, standing
+from defquant.checkpoint import stamp
+from defquant.config import check_eps
+from defquant.data import Dataset
+from defquant.data.dataset import in_unit
+from defquant.diagnose import Effort, masking_verdict
+from defquant.errors import DefquantWarning, UserError
+from defquant.judging.suspects import Suspect, suspect
+from defquant.results import mean_between
+
+__all__ = ["Judgement", "judge"]
+
+LEVEL = 0.95
+SHARE = 0.05
+"""Of all images: what the strongest attack may break of those that the usual one leaves. Sound
+attacks on one honest float network differ by 1 to 4 points."""
+FIRST, MASKING = 64, 128
+"""Images of the first look; most of those on which signs of masked gradients are looked for."""
+STEPS, QUERIES = 40, 500
+CLAIMED = 0.10  # of the images: where the usual attack leaves fewer, nothing can be masked
+_FAR = 1 << 20
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What `judge` found; `record` is what its JSON file holds.
+
+    Attributes:
+        verdict: `REAL`, `OVERSTATED by x points`, `MASKED` or `NOT DECIDED`.
+        paired: beside the reference `NOT WORSE`, `WORSE` or `NOT DECIDED`; "" without one.
+    """
+
+    verdict: str
+    paired: str
+    record: dict[str, Any]
+
+    @property
+    def finding(self) -> bool:
+        """Whether a gate should close: masked, or worse than the margin."""
+        return self.verdict == "MASKED" or self.paired == "WORSE"
+
+
+@dataclass
+class _Side:
+    """One network, and what was seen of it so far, by the place of an image in the order.
+
+    `usual` and `strongest` hold, for each eps, which images stand; `fooling` the pixels that
+    fooled the thing itself.
+    """
+
+    suspect: Suspect
+    images: Tensor
+    labels: Tensor
+    seed: int
+    usual: dict[float, Tensor] = field(default_factory=dict)
+    strongest: dict[float, Tensor] = field(default_factory=dict)
+    fooling: dict[float, dict[int, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.clean = torch.zeros(len(self.labels), dtype=torch.bool)
+
+    def look(self, ids: Tensor, eps: Sequence[float]) -> None:
+        """See which of the images `ids` are right, and stand at each eps, rising."""
+        self.clean[ids] = self.suspect.answers(self.images[ids]) == self.labels[ids]
+        usual = strongest = self.clean[ids]
+        for radius in eps:
+            fooling = self.fooling.setdefault(radius, {})
+            before = [e for e in eps if e < radius]
+            if before:  # the fallen stay fallen
+                fooling |= self.fooling[before[-1]]
+            usual = self._left(ids, usual, [PGD(radius, steps=STEPS)], fooling)
+            strongest = self._left(ids, strongest & usual, self._attacks(radius), fooling)
+            for held, found in ((self.usual, usual), (self.strongest, strongest)):
+                held.setdefault(radius, torch.zeros_like(self.clean))[ids] = found
+
+    def _attacks(self, eps: float) -> list[Attack]:
+        """The usual one's losses and starts, then everything through surrogates, then a search."""
+        found: list[Attack] = [APGD(eps, STEPS, loss="margin"), *Adaptive(eps, STEPS).attacks]
+        blind = self.suspect.closed or not self.suspect.staircases
+        return [*found, Square(eps, QUERIES)] if blind else found
+
+    def _left(
+        self, ids: Tensor, alive: Tensor, attacks: Sequence[Attack], fooling: dict[int, Tensor]
+    ) -> Tensor:
+        """Which of `ids` that are `alive` none of `attacks` fools, as 8-bit pixels."""
+
+        def witness(some: Tensor, made: Tensor) -> Tensor:
+            pixels = (made * 255).round().to(torch.uint8)
+            fooled = self.suspect.answers(pixels) != self.labels[some]
+            fooling.update(zip(some[fooled].tolist(), pixels[fooled], strict=True))
+            return fooled
+
+        alive = alive.clone()
+        for place, attack in enumerate(attacks):
+            if not bool(alive.any()):
+                break
+            target = Target(
+                self.suspect.model, self.images, self.labels, seed_of(self.seed, place), 128,
+                witness=witness,
+            )  # fmt: skip
+            alive[alive.clone()] = standing(attack, target, ids[alive])
+        return alive
+
+
+def judge(
+    model: str | Path | nn.Module | Suspect,
+    data: Any,
+    *,
+    reference: str | Path | nn.Module | Suspect | None = None,
+    eps: Sequence[float] = (1 / 255, 2 / 255, 8 / 255),
+    margin: float = 1.0,
+    budget: float = 600.0,
+    images: int | None = None,
+    weights: str | None = None,
+    reference_weights: str | None = None,
+    seed: int = 0,
+    masking: bool = True,
+    tell: Callable[[str], object] | None = None,
+) -> Judgement:
+    """Whether the robustness of `model` is real, and no more than `margin` below the reference's.
+
+    Every image that counts as fooled has fooled the thing itself, in its own runtime, as 8-bit
+    pixels within eps of the image.
+
+    Args:
+        model, reference: as `suspect` takes them.
+        data: a `Dataset`, or (images, labels); its images are taken in an order drawn by `seed`.
+        eps: L-infinity radii in (0, 1]; 8-bit images move by whole 1/255.
+        margin: points of robust accuracy, on the same images.
+        budget: seconds; what is not decided by then is `NOT DECIDED`.
+        images: at most so many; None for all.
+        weights, reference_weights: of `my.py:make`, .safetensors files.
+        seed: of the order and of the attacks' draws.
+        masking: look for the signs of masked gradients, too.
+        tell: called with a line after each look.
+
+    Returns:
+        A `Judgement`. MASKED: the usual attack overstates, and signs say that gradients are
+        hidden. OVERSTATED by x points: straight-through PGD leaves x points more than the
+        strongest attack, more than 5 for sure. REAL: no more than 5 for sure. NOT DECIDED: more
+        images are needed, or a staircase could not be opened.
+
+    Raises:
+        UserError: no such model, data that do not fit, an eps below 1/255, a budget of nothing.
+    """
+    begun = time.monotonic()
+    eps, data = sorted({_on_grid(e) for e in eps}), _dataset(data)
+    if not eps or not budget > 0 or not margin >= 0:
+        raise UserError(
+            f"judge needs an eps, a budget above 0 and a margin of 0 or more; found {list(eps)}, "
+            f"{budget:g} and {margin:g}"
+        )
+    data = data.first(images) if images else data
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    shown, labels = data.images[order], data.labels[order]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DefquantWarning)  # said in the verdict, with numbers
+        sides = [_Side(suspect(model, data, weights), shown, labels, seed)]
+        if reference is not None:
+            other = suspect(reference, data, reference_weights)
+            sides.append(_Side(other, shown, labels, seed))
+        count = 0
+        for some in _batches(len(data), begun + 0.8 * budget * (1 if masking else 1.25)):
+            for side in sides:
+                side.look(torch.arange(count, some), eps)
+            count = some
+            rows = [_row(sides, e, count, len(eps), margin) for e in eps]
+            if tell is not None:
+                tell(f"{count} of {len(data)} images, {time.monotonic() - begun:.0f} s")
+            if _decided(rows):
+                break
+        signs = _signs(sides[0], rows, count, budget - (time.monotonic() - begun), seed)
+    return _judgement(sides, rows, count, data, signs if masking else None, {
+        "margin": margin, "level": LEVEL, "share": 100 * SHARE, "seed": seed,
+        "steps": STEPS, "seconds": round(time.monotonic() - begun, 1),
+    })  # fmt: skip
+
+
+def _on_grid(eps: float) -> float:
+    """The largest k / 255 that is no more than eps: no 8-bit image lies further in its ball."""
+    whole = math.floor(check_eps(eps) * 255 + 1e-6)
+    if whole < 1:
+        raise UserError(f"8-bit images differ by 1/255 or more: found eps {eps * 255:g}/255")
+    return whole / 255
+
+
+def _dataset(data: Any) -> Dataset:
+    if isinstance(data, Dataset):
+        return data
+    images, labels = data
+    images = in_unit(images)
+    pixels = images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)
+    labels = torch.as_tensor(labels)
+    return Dataset(pixels, labels, tuple(map(str, range(int(labels.max()) + 1))), "images")
+
+
+def _batches(total: int, end: float) -> Iterator[int]:
+    """How many images to have looked at next: twice as many, as long as time and images last."""
+    count, last, begun = 0, 0, time.monotonic()
+    while count < total:
+        now = time.monotonic()
+        room = int((end - now) * last / max(now - begun, 1e-6)) if count else FIRST
+        if room < min(16, total - count):  # at the pace of the last look
+            return
+        begun, last = now, min(count or FIRST, room, total - count)
+        count += last
+        yield count
+
+
+def _row(sides: Sequence[_Side], eps: float, n: int, radii: int, margin: float) -> dict[str, Any]:
+    """All that is known at one eps after `n` images."""
+    level = 1 - (1 - LEVEL) / radii
+    side = sides[0]
+    usual, strongest = side.usual[eps][:n], side.strongest[eps][:n]
+    over = _between(int((usual & ~strongest).sum()), 0, n, level)
+    row: dict[str, Any] = {
+        "eps": eps, "usual": _share(usual), "strongest": _share(strongest), "overstated": over,
+    }  # fmt: skip
+    over["verdict"] = _which(over, SHARE, ("OVERSTATED", "REAL"))
+    over["more"] = _more(over, n, level, SHARE)
+    if len(sides) > 1:
+        other = sides[1].strongest[eps][:n]
+        wins, losses = int((strongest & ~other).sum()), int((other & ~strongest).sum())
+        paired = _between(wins, losses, n, level)
+        paired["verdict"] = _which(paired, -margin / 100, ("NOT WORSE", "WORSE"))
+        paired["more"] = _more(paired, n, level, -margin / 100)
+        row |= {"reference": _share(other), "paired": paired}
+        row["transfer"] = [_transfer(a, b, eps, n) for a, b in (sides, sides[::-1])]
+    return row
+
+
+def _between(wins: int, losses: int, n: int, level: float) -> dict[str, Any]:
+    low, high = mean_between(wins, losses, n, level)
+    return {
+        "wins": wins, "losses": losses, "total": n, "rate": (wins - losses) / n, "low": low,
+        "high": high,
+    }  # fmt: skip
+
+
+def _share(stands: Tensor) -> dict[str, Any]:
+    count, total = int(stands.sum()), len(stands)
+    low, high = mean_between(count, 0, total, LEVEL)
+    return {"count": count, "total": total, "rate": count / total, "low": max(low, 0.0),
+            "high": high}  # fmt: skip
+
+
+def _which(found: Mapping[str, Any], limit: float, words: tuple[str, str]) -> str:
+    if found["low"] > limit:
+        return words[0]
+    return words[1] if found["high"] <= limit else "NOT DECIDED"
+
+
+def _more(found: Mapping[str, Any], n: int, level: float, limit: float) -> int:
+    """Images that it would take beyond `n`, at the rates seen so far; 0 where it is decided."""
+    size = float(n)
+    while size < _FAR:
+        low, high = mean_between(found["wins"] * size / n, found["losses"] * size / n, size, level)
+        if low > limit or high <= limit:
+            break
+        size *= 1.1
+    return math.ceil(size) - n
+
+
+def _decided(rows: Sequence[Mapping[str, Any]]) -> bool:
+    def of(name: str, bad: str) -> bool:
+        found = [row[name]["verdict"] for row in rows if name in row]
+        return bad in found or "NOT DECIDED" not in found
+
+    return of("overstated", "-") and of("paired", "WORSE")
+
+
+def _transfer(a: _Side, b: _Side, eps: float, n: int) -> dict[str, Any]:
+    """How many images that fool `a` fool `b`, too, of those that both have right."""
+    ids = [i for i in a.fooling[eps] if i < n and bool(a.clean[i] & b.clean[i])]
+    pixels = [a.fooling[eps][i] for i in ids]
+    wrong = b.suspect.answers(torch.stack(pixels)) != b.labels[ids] if ids else torch.zeros(0)
+    names = {"from": Path(a.suspect.name).name, "to": Path(b.suspect.name).name}
+    return names | {"fooled": int(wrong.sum()), "total": len(ids)}
+
+
+def _signs(
+    side: _Side, rows: Sequence[Mapping[str, Any]], n: int, left: float, seed: int
+) -> dict[str, Any] | None:
+    """Signs of masked gradients at the largest eps at which the usual attack leaves something."""
+    claimed = [row["eps"] for row in rows if row["usual"]["rate"] >= CLAIMED]
+    if not claimed or left <= 0:
+        return None
+    effort = Effort(steps=STEPS // 2, restarts=1, queries=QUERIES // 2, draws=8, seed=seed)
+    images = side.images[: min(n, MASKING)], side.labels[: min(n, MASKING)]
+    found = masking_verdict(side.suspect.model, images, claimed[-1], effort=effort)
+    return {
+        "eps": claimed[-1], "verdict": found.overall, "images": len(images[1]),
+        "signs": [
+            {"name": s.name, "verdict": s.verdict, "count": s.finding.correct,
+             "total": s.finding.total, "means": s.means, "do": s.do}
+            for s in found.signs
+        ],
+    }  # fmt: skip
+
+
+def _judgement(
+    sides: Sequence[_Side],
+    rows: Sequence[Mapping[str, Any]],
+    n: int,
+    data: Dataset,
+    signs: Mapping[str, Any] | None,
+    how: Mapping[str, Any],
+) -> Judgement:
+    verdict, why = _verdict(sides[0].suspect, rows, signs)
+    paired, beside = _paired(rows, float(how["margin"]))
+    record = {
+        "format": 1, "kind": "defquant judgement", "verdict": verdict, "why": why,
+        "paired": paired, "beside": beside, "model": _described(sides[0], n),
+        "reference": _described(sides[1], n) if len(sides) > 1 else None, "data": data.name,
+        "fingerprint": data.fingerprint, "images": n, "of": len(data), **how, "rows": list(rows),
+        "masking": signs, "evidence": stamp(torch.device("cpu")),
+    }  # fmt: skip
+    return Judgement(verdict, paired, record)
+
+
+def _described(side: _Side, n: int) -> dict[str, Any]:
+    found = side.suspect
+    return {
+        "name": Path(found.name).name, "kind": found.kind, "sha256": found.sha256,
+        "own": found.own, "contract": list(found.contract), "staircases": len(found.staircases),
+        "closed": list(found.closed), "clean": _share(side.clean[:n]),
+    }  # fmt: skip
+
+
+def _verdict(
+    found: Suspect, rows: Sequence[Mapping[str, Any]], signs: Mapping[str, Any] | None
+) -> tuple[str, str]:
+    """The word, and a sentence."""
+    over = [row for row in rows if row["overstated"]["verdict"] == "OVERSTATED"]
+    undecided = [row["overstated"]["more"] for row in rows
+                 if row["overstated"]["verdict"] == "NOT DECIDED"]  # fmt: skip
+    failed = [s["name"] for s in (signs or {}).get("signs", ()) if s["verdict"] == "FAIL"]
+    if signs is not None and signs["verdict"] == "FAIL" and (over or found.own):
+        return "MASKED", f"gradients are hidden from the usual attack: {', '.join(failed)}"
+    if over:
+        worst = max(over, key=lambda row: row["overstated"]["rate"])
+        points = 100 * worst["overstated"]["rate"]
+        return f"OVERSTATED by {points:.1f} points", (
+            f"straight-through PGD leaves {worst['usual']['rate']:.1%} at {_eps(worst)}, the "
+            f"strongest attack {worst['strongest']['rate']:.1%}: quote the latter"
+        )
+    if undecided:
+        return "NOT DECIDED", f"{_images(max(undecided))} are needed at the rates seen so far"
+    if found.closed:
+        return "NOT DECIDED", (
+            f"its numbers are upper bounds: {', '.join(found.closed[:4])} could not be opened, and "
+            "an attack that follows gradients may be blind there"
+        )
+    return "REAL", f"the strongest attack breaks no {100 * SHARE:g} points more than the usual one"
+
+
+def _paired(rows: Sequence[Mapping[str, Any]], margin: float) -> tuple[str, str]:
+    found = [(row["paired"], row) for row in rows if "paired" in row]
+    if not found:
+        return "", ""
+    for pair, row in found:
+        if pair["verdict"] == "WORSE":
+            return "WORSE", (
+                f"at {_eps(row)} it loses {-100 * pair['rate']:.1f} points to the reference, "
+                f"surely more than {margin:g}"
+            )
+    open_ = [pair["more"] for pair, _ in found if pair["verdict"] == "NOT DECIDED"]
+    if open_:
+        return "NOT DECIDED", (
+            f"whether it stays within {margin:g} points of the reference: {_images(max(open_))} "
+            "are needed at the rates seen so far"
+        )
+    return "NOT WORSE", f"it stays within {margin:g} points of the reference at every eps"
+
+
+def _images(more: int) -> str:
+    return f"{more:,} more images" if more < _FAR / 2 else "more images than anyone has"
+
+
+def _eps(row: Mapping[str, Any]) -> str:
+    return f"{row['eps'] * 255:g}/255"

@@ -1,0 +1,177 @@
+"""Anyone's quantised network is seen as what it computes, and judged as long as it must be."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import defquant as dq
+from defquant.attacks.surrogates import SoftRound
+from defquant.judging.suspects import open_staircases, suspect
+from defquant.results import mean_between
+
+N, HIGH = 3, 6.0
+STEP = HIGH / N
+EDGES = [(k + 0.5) * STEP for k in range(N)]
+
+
+class Net(nn.Module):
+    def __init__(self, quantise: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.quantise = quantise
+        self.conv1, self.norm1 = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.norm2 = nn.Conv2d(8, 12, 3, 2, 1), nn.BatchNorm2d(12)
+        self.fc = nn.Linear(12 * 16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.quantise(self.norm1(self.conv1(x)))
+        x = self.quantise(self.norm2(self.conv2(x)))
+        return self.fc(x.flatten(1))  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def data() -> dq.Dataset:
+    return dq.load("digits", split="test").first(128)
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, Tensor]:
+    train = dq.load("digits", split="train")
+    x, y = train.take(torch.arange(len(train)))
+    torch.manual_seed(0)
+    net = Net(dq.QuantReLU(2, HIGH))
+    optimiser = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(120):
+        some = torch.randint(len(x), (64,))
+        loss = nn.functional.cross_entropy(net(x[some]), y[some])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return net.state_dict()
+
+
+def with_(trained: dict[str, Tensor], quantise: Callable[[Tensor], Tensor]) -> Net:
+    net = Net(quantise)
+    net.load_state_dict(trained, strict=False)
+    return net.eval()
+
+
+class Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.round(x.clamp(0, HIGH) / STEP) * STEP
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> Tensor:
+        return grad[0]
+
+
+def detached(x: Tensor) -> Tensor:
+    r = x.clamp(0, HIGH)
+    return r + (torch.round(r / STEP) * STEP - r).detach()
+
+
+def detached_codes(x: Tensor) -> Tensor:
+    u = torch.relu(x) / STEP
+    return torch.clamp((u.round() - u).detach() + u, 0, N) * STEP
+
+
+def decomposed(x: Tensor) -> Tensor:
+    import torch.ao.quantization.fx._decomposed  # registers the operations of PT2E
+
+    how = (STEP, 3, 3, 3 + N, torch.uint8)
+    code = torch.ops.quantized_decomposed.quantize_per_tensor(x, *how)
+    return torch.ops.quantized_decomposed.dequantize_per_tensor(code, *how)  # type: ignore[no-any-return]
+
+
+def remainder(x: Tensor) -> Tensor:
+    c = x.clamp(0, HIGH) + STEP / 2
+    return c - torch.remainder(c, STEP)
+
+
+def observed() -> nn.Module:
+    from torch.ao.quantization import FakeQuantize, MinMaxObserver
+
+    made: Any = FakeQuantize(MinMaxObserver, quant_min=0, quant_max=N, dtype=torch.quint8)
+    made.scale, made.zero_point = torch.tensor([STEP]), torch.tensor([0], dtype=torch.int32)
+    made.disable_observer()
+    return made  # type: ignore[no-any-return]
+
+
+WAYS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a function of ours": lambda x: dq.fake_quantize(x, 2, HIGH),
+    "an autograd function": Own.apply,
+    "detach": detached,
+    "detached codes": detached_codes,
+    "no gradient": lambda x: (x * (1 / STEP)).round().clamp(0, N) * STEP,
+    "floor": lambda x: torch.floor(nn.functional.relu6(x) / STEP + 0.5) * STEP,
+    "torch's fake quantiser": lambda x: torch.fake_quantize_per_tensor_affine(x, STEP, -8, -8, -5),
+    "a module of torch.ao": observed(),
+    "operations of PT2E": decomposed,
+    "bucketize": lambda x: torch.bucketize(x.contiguous(), torch.tensor(EDGES)) * STEP,
+    "a table": lambda x: torch.arange(0, HIGH + 1, STEP)[
+        torch.bucketize(x.contiguous(), torch.tensor(EDGES))
+    ],
+    "casts": lambda x: (x / STEP + 0.5).clamp(0, N).to(torch.int32).float() * STEP,
+    "a remainder": remainder,
+}  # fmt: skip
+SOFT = dq.APGD(0.1, 8, loss="margin", surrogate=SoftRound())
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_one_function_has_one_number(
+    way: Callable[[Tensor], Tensor], trained: dict[str, Tensor], data: dq.Dataset
+) -> None:
+    ours, theirs = with_(trained, dq.QuantReLU(2, HIGH)), with_(trained, way)
+    seen = suspect(theirs, data)
+    assert seen.staircases and not seen.closed
+    for attack in (SOFT, dq.Adaptive(0.1, 4)):
+        wanted, found = (dq.robust_accuracy(m, data, attack).correct for m in (ours, seen.model))
+        assert abs(wanted - found) <= 2 and wanted < 100
+
+
+def thermometer(x: Tensor) -> Tensor:
+    return (x > EDGES[0]) * STEP + (x > EDGES[1]) * STEP + torch.where(x > EDGES[2], STEP, 0.0)
+
+
+def test_steps_and_signs_are_staircases(trained: dict[str, Tensor], data: dq.Dataset) -> None:
+    x, _ = data.take(torch.arange(8))
+    for way in (thermometer, torch.sign, lambda x: x.ge(0).float(), lambda x: 1.0 * (x < 0)):
+        net = with_(trained, way)
+        opened = open_staircases(net, x)
+        assert torch.equal(opened.twin(x), net(x)) and opened.staircases and not opened.closed
+        at = x.clone().requires_grad_()
+        with SoftRound()(opened.twin) as (forward,):
+            (grad,) = torch.autograd.grad(forward(at).sum(), at)
+        assert (grad != 0).any()
+
+
+def nearest(x: Tensor) -> Tensor:
+    levels = torch.arange(0, HIGH + 1, STEP)
+    return levels[(x[..., None] - levels).abs().argmin(-1)]
+
+
+def test_what_cannot_be_opened_is_named(trained: dict[str, Tensor], data: dq.Dataset) -> None:
+    found = dq.judge(with_(trained, nearest), data, eps=[8 / 255], images=32, masking=False)
+    assert found.record["model"]["closed"] == ["argmin", "argmin_1"]
+    plain = suspect(with_(trained, torch.relu), data)  # a mask that switches is no staircase
+    masked = suspect(with_(trained, lambda x: x * (x > 0)), data)
+    assert not plain.staircases + plain.closed + masked.staircases + masked.closed
+
+
+@pytest.mark.parametrize("p", [(0.02, 0.02), (0.3, 0.3), (0.0, 0.05), (0.5, 0.1), (1.0, 0.0)])
+def test_the_sequence_of_intervals_keeps_its_error_rate(p: tuple[float, float]) -> None:
+    """All looks of 100 sequences at 80 %: binomial(100, 0.2) is 34 or more once in 1,500."""
+    draws = np.random.default_rng(0).choice([1, -1, 0], (100, 1024), p=[*p, 1 - sum(p)])
+    wins, losses = (draws > 0).cumsum(1), (draws < 0).cumsum(1)
+    missed = np.zeros(100, bool)
+    for n in (16, 64, 256, 1024):
+        for i in range(100):
+            low, high = mean_between(wins[i, n - 1], losses[i, n - 1], n, 0.8)
+            missed[i] |= not low <= p[0] - p[1] <= high
+    assert missed.sum() <= 33
+    low, high = mean_between(wins[0, -1], losses[0, -1], 1024)
+    assert high - low < 0.2
