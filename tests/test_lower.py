@@ -729,6 +729,8 @@ SEEN: Mapping[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "squeeze and excitation": (
         lambda: chain(*front(), Squeezed(), *norm_act()), ("3.down", "3.up")),
     "attention": (lambda: nn.Sequential(*front(), nn.AvgPool2d(4), Attention()), ()),
+    "signed activations": (lambda: chain(conv(), nn.GELU(), dq.QuantSigned(4), conv(8), *norm_act(),
+                                         conv(8), dq.QuantSigned(3), nn.SiLU()), ()),
     "torch's own quantiser": (lambda: chain(conv(), Fake(), conv(8), dq.QuantReLU(4)), ()),
     "no linear layer": (lambda: nn.Sequential(*front(), conv(8, 4), nn.AdaptiveAvgPool2d(1),
                                               nn.Flatten()), ()),

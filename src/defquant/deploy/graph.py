@@ -23,9 +23,9 @@ __all__ = ["METADATA", "OPERATORS", "OPSET", "Input", "Writer", "graph", "packed
 
 OPSET = 21
 OPERATORS = {
-    "Abs", "Add", "AveragePool", "Cast", "Ceil", "Clip", "Concat", "Conv", "DequantizeLinear",
-    "Div", "Elu", "Erf", "Exp", "Expand", "Flatten", "Floor", "Gather", "Gelu", "Gemm",
-    "GlobalAveragePool", "GroupNormalization", "HardSigmoid", "HardSwish", "Identity",
+    "Abs", "Add", "AveragePool", "BatchNormalization", "Cast", "Ceil", "Clip", "Concat", "Conv",
+    "DequantizeLinear", "Div", "Elu", "Erf", "Exp", "Expand", "Flatten", "Floor", "Gather", "Gelu",
+    "Gemm", "GlobalAveragePool", "GroupNormalization", "HardSigmoid", "HardSwish", "Identity",
     "LayerNormalization", "LeakyRelu", "Log", "LogSoftmax", "MatMul", "Max", "MaxPool", "Min",
     "Mish", "Mul", "Neg", "Pad", "Pow", "QuantizeLinear", "Reciprocal", "ReduceMax", "ReduceMean",
     "ReduceMin", "ReduceSum", "Relu", "Reshape", "Round", "Shape", "Sigmoid", "Sign", "Slice",
@@ -99,11 +99,10 @@ class Writer:
             terms = [self.real(name, factor) for name, factor in op.terms]
             self.node("Add" if len(terms) > 1 else "Identity", terms, op.name)
         elif isinstance(op, Affine):
-            scale, bias = (
-                self.constant(v.reshape(-1, *[1] * (op.rank - 2))) for v in (op.scale, op.bias)
-            )
-            scaled = self.node("Mul", [self.real(op.source), scale], f"{op.name}/scaled")
-            self.node("Add", [scaled, bias], op.name)
+            zeros = np.zeros_like(op.bias)
+            values = (op.scale, op.bias, zeros, zeros + 1)  # one pass where Mul and Add take two
+            inputs = [self.real(op.source), *map(self.constant, values)]
+            self.node("BatchNormalization", inputs, op.name, epsilon=0.0)
         elif isinstance(op, Linear):
             self.linear(op)
         else:
