@@ -22,10 +22,13 @@ from torch import Tensor, nn
 
 import defquant as dq
 from defquant import training
-from defquant.attacks import Attack
+from defquant.attacks import Attack, engine, untouched
+from defquant.attacks.graphs import recorded, tensor_float
+from defquant.attacks.look import look
 from defquant.config import TrainConfig
 from defquant.data import Dataset, batches, load
-from defquant.quantize import QuantBranch, QuantTanh
+from defquant.evaluate import correct, robust
+from defquant.quantize import QuantBranch, Quantizer, QuantTanh
 
 Found = dict[str, Any]
 
@@ -79,25 +82,35 @@ def synthetic(n: int, size: int) -> Dataset:
 
 
 @contextmanager
+def heard(name: str) -> Iterator[list[str]]:
+    """What the module of that name logs."""
+    words: list[str] = []
+
+    class Words(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            words.append(" ".join(record.getMessage().split())[:300])
+
+    log, handler = logging.getLogger(name), Words()
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield words
+    finally:
+        log.removeHandler(handler)
+
+
+@contextmanager
 def stepping(how: str) -> Iterator[list[str]]:
     """Train `eager`, by `graph` or by `compiled` graph; gives the reasons where one is refused."""
-    reasons: list[str] = []
-
-    class Reasons(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            reasons.append(" ".join(record.getMessage().split())[:300])
-
-    before, fits, handler = training.WORTH_COMPILING, training.recordable, Reasons()
-    training._log.addHandler(handler)
-    training._log.setLevel(logging.INFO)
+    before, fits = training.WORTH_COMPILING, training.recordable
     training.WORTH_COMPILING = 0 if how == "compiled" else 1 << 60
     if how == "eager" or not torch.cuda.is_available():
         training.recordable = lambda state: how == "graph"
     try:
-        yield reasons
+        with heard("defquant.training") as reasons:
+            yield reasons
     finally:
         training.WORTH_COMPILING, training.recordable = before, fits
-        training._log.removeHandler(handler)
 
 
 def run(scene: Scene, model: nn.Module, config: TrainConfig, how: str, **more: Any) -> Found:
@@ -145,18 +158,43 @@ def parity(scene: Scene) -> Found:
             values.append((y.detach().cpu(), torch.autograd.grad(y.square().sum(), at)[0].cpu()))
         differ = [(a != b).float().mean().item() for a, b in zip(*values, strict=True)]
         found[name] = {"values that differ": differ[0], "gradients that differ": differ[1]}
-    model = scene.model(None, small=True).eval()
     images = scene.data.images[:64].cpu().float() / 255
-    pairs = []
-    for device in (torch.device("cpu"), scene.device):
-        at = images.to(device).requires_grad_()
-        logits = model.to(device)(at)
-        pairs.append((logits.detach().cpu(), torch.autograd.grad(logits.sum(), at)[0].cpu()))
-    found["network"] = {
-        name: float((a - b).abs().max() / b.abs().max())
-        for name, a, b in zip(("logits", "gradient"), *pairs, strict=True)
-    }
+    found["tf32 by default"] = {"convolutions": torch.backends.cudnn.allow_tf32}
+    for name, tf32, kind in (
+        ("network, as torch is", None, torch.float32), ("network, tf32", True, torch.float32),
+        ("network, float32", False, torch.float32), ("network, float64", False, torch.float64),
+    ):  # fmt: skip
+        with tensor_float(tf32):
+            cpu, gpu = (_passed(scene, device, images.to(kind)) for device in ("cpu", None))
+        (logits, gradient, inside), (logits_, gradient_, inside_) = cpu, gpu
+        apart = (gradient - gradient_).flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1)
+        turned = (inside != inside_).flatten(1)
+        found[name] = {
+            "logits": float((logits - logits_).abs().max() / logits.abs().max()),
+            "gradient": float((gradient - gradient_).abs().max() / gradient.abs().max()),
+            "gradient, norm": float(apart.median()),
+            "activations that turned": int(turned.sum()),
+            "gradient, norm, where none turned": float(apart[~turned.any(1)].nan_to_num().amax())
+            if not turned.any(1).all() else float("nan"),
+        }  # fmt: skip
     return found
+
+
+def _passed(scene: Scene, device: str | None, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, input gradient, and which activations lie inside of the clip, all on the CPU."""
+    model = scene.model(None, small=True).eval().to(device or scene.device, images.dtype)
+    inside: list[Tensor] = []
+
+    def note(_: nn.Module, args: Any, answer: Tensor) -> None:
+        inside.append(((answer > 0) & (answer < 6)).flatten(1).cpu())
+
+    for module in model.modules():
+        if isinstance(module, Quantizer):
+            module.register_forward_hook(note)
+    at = images.to(device or scene.device).requires_grad_()
+    logits = model(at)
+    (gradient,) = torch.autograd.grad(logits.sum(), at)
+    return logits.detach().cpu(), gradient.cpu(), torch.cat(inside, 1)
 
 
 def graph(scene: Scene) -> Found:
@@ -267,17 +305,41 @@ def speed(scene: Scene, names: tuple[str, ...], how: str, **changes: Any) -> Fou
     return found
 
 
-def attacks(scene: Scene) -> Found:
-    """Walls on 1,000 images: PGD-20 and the adaptive worst case; PGD-20 by a bare float32 walk."""
+WAYS: dict[str, tuple[bool, bool | None]] = {
+    "plain": (False, None), "float32": (False, False), "fast": (True, None),
+}  # fmt: skip
+"""How an attack runs: whether it searches on the fast path; TensorFloat-32 around it all."""
+
+
+@contextmanager
+def searching(scene: Scene, way: str) -> Iterator[list[str]]:
+    """Attack `plain` (as torch is), in `float32` or `fast`; gives why looks were not recorded."""
+    fits, (fast, tf32) = engine.searchable, WAYS[way]
+    if not fast or scene.cpu:
+        engine.searchable = lambda *_: fast
+    with heard("defquant.attacks.look") as reasons, tensor_float(tf32):
+        try:
+            yield reasons
+        finally:
+            engine.searchable = fits
+
+
+def trained(scene: Scene) -> nn.Module:
     if scene.trained is None:
         scene.trained = scene.model(4, convex=True)
-        run(scene, scene.trained, replace(scene.config, epochs=1, beta=0.01), "eager")
-    model, found = scene.trained.to(scene.device).eval(), {}
+        run(scene, scene.trained, replace(scene.config, beta=0.01), "graph")
+    return scene.trained.to(scene.device).eval()
+
+
+def attacks(scene: Scene) -> Found:
+    """Walls on 1,000 images: a bare walk, PGD-20, PGD-50, the adaptive worst case, by each way."""
+    model, found = trained(scene), {}
     data = scene.data.first(64 if scene.cpu else 1000)
     x, y = data.images.float() / 255, data.labels
-    for name, eps in (("all fall", 8 / 255), ("some stand", 1 / 255)):
+    clean = correct(model, data)
+    for name, eps in (("all fall", 8 / 255), ("half stand", 1 / 255)):
 
-        def bare(eps: float = eps) -> float:
+        def bare(eps: float = eps) -> Tensor:
             standing = torch.ones(len(x), dtype=torch.bool, device=x.device)
             for part in torch.arange(len(x), device=x.device).split(256):
                 clean, at = x[part], x[part].clone()
@@ -289,24 +351,104 @@ def attacks(scene: Scene) -> Found:
                     at = at.clamp(clean - eps, clean + eps).clamp_(0, 1)
                 with torch.no_grad():
                     standing[part] &= model(at).argmax(1) == y[part]
-            return float(standing.float().mean())
+            return standing
 
         ours: dict[str, Attack] = {
             "pgd-20": dq.PGD(eps, steps=20, alpha=eps / 8), "pgd-50": dq.PGD(eps, steps=50),
             "adaptive": dq.Adaptive(eps),
         }  # fmt: skip
-        scores = {way: partial(dq.robust_accuracy, model, data, ours[way]) for way in ours}
-        calls: dict[str, Callable[[], Any]] = {"bare": bare, **scores}
-        for way, call in calls.items():
-            times = []
-            for _ in range(2):  # the first warms up
-                start = scene.wait()
-                score = call()
-                accuracy = score if isinstance(score, float) else score.accuracy
-                times.append(scene.wait() - start)
-            found[f"{name}, {way}"] = {
-                "seconds": round(min(times), 3), "first": round(times[0], 3), "stand": accuracy,
-                "images_per_second": round(len(x) / min(times)),
+        calls: dict[str, Callable[[], Tensor]] = {"bare": bare}
+        calls |= {a: partial(robust, model, data, ours[a], standing=clean) for a in ours}
+        for attack, call in calls.items():
+            stood: dict[str, Tensor] = {}
+            for way in ("float32", "plain", "fast"):
+                if attack == "bare" and way == "fast":
+                    continue
+                with searching(scene, way) as reasons:
+                    times = []
+                    for _ in range(2):  # the first warms up
+                        start = scene.wait()
+                        stood[way] = call()
+                        times.append(scene.wait() - start)
+                        if times[0] > 3:
+                            break
+                found[f"{name}, {attack}, {way}"] = {
+                    "seconds": round(min(times), 3), "first": round(times[0], 3),
+                    "stand": int(stood[way].sum()),
+                    "differ": int((stood[way] != stood["float32"]).sum()),
+                    "images_per_second": round(len(x) / min(times)),
+                    **({"refused": reasons} if reasons else {}),
+                }  # fmt: skip
+    return found
+
+
+def looks(scene: Scene) -> Found:
+    """Milliseconds of one look: forward, loss, gradient; by its size and by how it is run."""
+    model, found, plan = trained(scene), {}, dq.PGD(0.01, steps=20).plan
+    kinds: dict[str, tuple[bool, bool | None, bool, bool]] = {
+        "float32": (False, False, False, False), "as torch is": (False, None, False, False),
+        "channels last, tf32": (True, True, False, False),
+        "channels last, tf32, graph": (True, True, False, True),
+        "float32, graph": (False, False, False, True),
+        "channels last, bf16, graph": (True, True, True, True),
+    }  # fmt: skip
+    for n in (16,) if scene.cpu else (256, 64, 16):
+        at, y = scene.data.images[:n].float() / 255, scene.data.labels[:n]
+        for kind, (last, tf32, half, replayed) in kinds.items():
+            layout = torch.channels_last if last else torch.contiguous_format
+            rows = {"at": at.contiguous(memory_format=layout), "y": y, "target": y}
+            times = {}
+            for gradient in (True, False):
+
+                def inner(
+                    rows: Any = rows, gradient: bool = gradient, tf32: Any = tf32, half: bool = half
+                ) -> None:
+                    low = torch.autocast(
+                        scene.device.type, torch.bfloat16, enabled=half, cache_enabled=False
+                    )
+                    with torch.no_grad(), tensor_float(tf32), low:
+                        look((model,), rows, plan, gradient=gradient)
+
+                with untouched(model):
+                    step = recorded(inner, [], scene.device) if replayed else inner
+                    for _ in range(3):
+                        step()
+                    start = scene.wait()
+                    for _ in range(10):
+                        step()
+                    times["gradient" if gradient else "forward"] = 100 * (scene.wait() - start)
+            found[f"{n}, {kind}"] = times
+    return found
+
+
+def equal(scene: Scene) -> Found:
+    """PGD-20 and the adaptive worst case, fast and in float32, on networks trained shortly."""
+    found: Found = {}
+    data = scene.data.first(64 if scene.cpu else 1000)
+    few = scene.data.first(128 if scene.cpu else 12_800)
+    for name, bits, convex, attack in (
+        ("float", None, False, "none"), ("5 bits", 5, False, "none"), ("4 bits", 4, False, "none"),
+        ("3 bits", 3, False, "none"), ("2 bits", 2, False, "none"), ("1 bit", 1, False, "none"),
+        ("DQ", None, True, "none"), ("DQ, 4 bits", 4, True, "none"),
+        ("DQ, 2 bits", 2, True, "none"), ("fgsm, 4 bits", 4, False, "fgsm"),
+    ):  # fmt: skip
+        model = scene.model(bits, convex)
+        changes: dict[str, Any] = {"beta": 0.01 * convex, "epochs": 6, "attack": attack}
+        if attack != "none":
+            changes |= {"attack_eps": 1 / 255, "amp": False}
+        run(scene, model, replace(scene.config, **changes), "graph", data=few)
+        clean = correct(model, data)
+        for way_of in (dq.PGD(0.5 / 255, steps=20), dq.Adaptive(0.5 / 255, steps=10)):
+            stood, times = {}, {}
+            for way in ("float32", "fast"):
+                with searching(scene, way):
+                    start = scene.wait()
+                    stood[way] = robust(model, data, way_of, standing=clean)
+                    times[way] = scene.wait() - start
+            found[f"{name}, {way_of.name}"] = {
+                "clean": int(clean.sum()), **{way: int(stood[way].sum()) for way in stood},
+                "differ": int((stood["float32"] != stood["fast"]).sum()),
+                **{f"{way}, s": round(times[way], 2) for way in times},
             }  # fmt: skip
     return found
 
@@ -319,7 +461,9 @@ PARTS: dict[str, Callable[[Scene], Found]] = {
     "bf16 graph": lambda s: speed(s, ("DQ", "float"), "graph"),
     "bf16 compiled": lambda s: speed(s, ("DQ", "float", "4 bits"), "compiled"),
     "peer bf16": peer,
+    "looks": looks,
     "attacks": attacks,
+    "equal": equal,
     "tf32 compiled": lambda s: speed(s, ("DQ",), "compiled", amp=False, tf32=True),
     "tf32 graph": lambda s: speed(s, ("DQ", "float", "4 bits"), "graph", amp=False, tf32=True),
     "fgsm eager": lambda s: speed(s, ("DQ",), "eager", attack="fgsm", epochs=2),

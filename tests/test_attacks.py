@@ -1,6 +1,7 @@
 """Every attack of `names.py` keeps the contract, and first-order ones reach a linear optimum."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from defquant.attacks import (
     Single,
     Square,
     Transfer,
+    engine,
 )
 from defquant.attacks.contract import Target, eight_bit, uniform
 from defquant.attacks.engine import look, perturb, rank, rivals_of, rows_of
@@ -342,3 +344,25 @@ def test_settings_that_cannot_be(make: Callable[..., object], wrong: dict[str, A
     with pytest.raises(dq.UserError, match=name) as error:
         make(0.1, **wrong)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("attack", [PGD(0.05, steps=6), APGD(0.05, 5, queries=9), FAB(0.05, 6)])
+@pytest.mark.parametrize("wrong", [True, False])
+def test_a_gpus_search_is_believed_where_the_network_itself_is_fooled(
+    attack: Attack, wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded at fixed sizes; a fast pass that is always fooled fells none that else stands."""
+    model, x, y = scene(40)
+
+    def fast(_: nn.Module, x: tuple[Tensor], answer: Tensor) -> Tensor:
+        return -answer if wrong and torch.backends.cuda.matmul.allow_tf32 else answer
+
+    eps = middle_eps(model, x, y)[0]
+    attack = replace(attack, eps=eps)  # type: ignore[type-var]
+    plain = robust(model, (x, y), attack, batch_size=24)
+    monkeypatch.setattr(engine, "searchable", lambda *_: True)
+    model.register_forward_hook(fast)
+    found = robust(model, (x, y), attack, batch_size=24)
+    assert 0 < plain.sum() < 40
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert torch.equal(found, plain) if not wrong else bool((plain <= found).all())

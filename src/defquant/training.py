@@ -20,6 +20,7 @@ from defquant.attacks import FGSM, PGD, RFGSM, Attack, RandomEps, untouched
 from defquant.attacks.contract import draw_seed, made_by
 from defquant.attacks.engine import Radius, look, rows_of
 from defquant.attacks.first_order import FirstOrder
+from defquant.attacks.graphs import alike, recorded, tensor_float
 from defquant.attacks.lint import lint_answer
 from defquant.config import TrainConfig
 from defquant.data import Dataset, num_batches, to_unit
@@ -357,16 +358,16 @@ def _update(
     `share`: this process's images over an even share; it weighs the mean that DDP takes.
     """
     config, model, penalty, kind = state.config, state.model, state.penalty, state.device.type
-    tf32, cache = config.tf32 and kind == "cuda", kind != "cuda"  # no graph may hold cast weights
+    tf32, cache = config.tf32 or None, kind != "cuda"  # no graph may hold cast weights
     autocast = torch.autocast(kind, torch.bfloat16, enabled=config.amp, cache_enabled=cache)
-    with _tensor_float(tf32), autocast:
+    with tensor_float(tf32), autocast:
         logits = network(x)
     lint_answer(logits, len(x), state.top)
     loss = nn.functional.cross_entropy(logits.float(), y)
     value = penalty.penalty() if penalty and config.penalty == "loss" else loss.new_zeros(())
     state.optimizer.zero_grad(set_to_none=True)
     objective = loss if share == 1 else loss * share
-    with _tensor_float(tf32):
+    with tensor_float(tf32):
         (objective + value if value.requires_grad else objective).backward()
     if penalty and config.penalty == "fused":
         value = penalty.add_grad_()
@@ -474,42 +475,8 @@ class _Replay:
 
 
 def recordable(state: _Training) -> bool:
-    """On a GPU, alone, and of modules known to do the same in each step: torch's and ours."""
-    known = all(
-        type(m).__module__.startswith(("torch.nn.", "defquant.")) for m in state.model.modules()
-    )
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in state.model.modules())
-    return state.device.type == "cuda" and state.me.world == 1 and known and not hooked
-
-
-def recorded(
-    body: Callable[[], None], moved: Sequence[Tensor], device: torch.device
-) -> Callable[[], None]:
-    """`body` as one CUDA graph; what its three runs beforehand did to `moved` is undone.
-
-    On a CPU, for tests of all the rest, `body` itself.
-    """
-    before = [tensor.detach().clone() for tensor in moved]
-    try:
-        if device.type == "cpu":
-            body()
-            return body
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for _ in range(3):  # plans of cuDNN, compilation
-                body()
-        torch.cuda.current_stream(device).wait_stream(side)
-        torch.cuda.synchronize(device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            body()
-        return graph.replay
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(moved, before, strict=True):
-                tensor.copy_(value)
+    """On a GPU, alone, and of modules known to do the same in each step."""
+    return state.device.type == "cuda" and state.me.world == 1 and alike(state.model)
 
 
 @torch.no_grad()
@@ -529,20 +496,6 @@ def _walked(
     for parameter in trained:
         parameter.requires_grad_()
     return rows["at"]
-
-
-@contextmanager
-def _tensor_float(wanted: bool) -> Iterator[None]:
-    """TensorFloat-32 inside, for convolutions and products on a GPU, where it is wanted."""
-    if not wanted:
-        yield
-        return
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @contextmanager

@@ -4,90 +4,33 @@ An attack moves rows, one for each start of each example: `begin` gives a row it
 the engine looks at the model there, and `advance` moves `at` by what was seen, until `plan` ends.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from defquant.attacks.access import differentiable, untouched
-from defquant.attacks.access import gradient as gradient_at
 from defquant.attacks.contract import Ids, InBall, Target, confirmed, to_pixels
-from defquant.attacks.lint import lint_answer
-from defquant.attacks.losses import Loss, cross_entropy
+from defquant.attacks.look import (
+    Forward,
+    Look,
+    Looks,
+    Plan,
+    Radius,
+    State,
+    Surrogate,
+    count,
+    look,
+    opened,
+    searchable,
+)  # fmt: skip
 from defquant.data import to_unit
 
 __all__ = [
     "Forward", "Look", "Plan", "Radius", "Single", "State", "Surrogate", "better", "column",
-    "into_ball", "look", "perturb", "rank", "stepped", "unbroken",
+    "into_ball", "look", "perturb", "rank", "searchable", "stepped", "unbroken",
 ]  # fmt: skip
-
-Radius = float | Tensor
-"""Of the ball: one, or one for each example, (n, 1, 1, 1)."""
-
-State = dict[str, Tensor]
-"""The rows in play; every tensor has one row for each.
-
-The engine gives `x` (clean images), `y`, `target` (the label itself where the attack has no
-targets), `id`, `start` (one number for each target and restart), `restart`, `row`, `step` (0). An
-attack adds `at`, where the model is looked at next, and what else it must remember; `step` rises
-to `Plan.steps`.
-"""
-
-Forward = Callable[[Tensor], Tensor]
-"""Images to logits."""
-
-Surrogate = Callable[[nn.Module], AbstractContextManager[tuple[Forward, ...]]]
-"""Opens a model to attack: forwards that give its logits, and gradients that need not be its own.
-
-Where there are several, logits and gradients are averaged over them.
-"""
-
-
-class Look(NamedTuple):
-    """What the model answers at the rows' `at`: loss (n,), fooled (n,), gradient, shaped as `at`.
-
-    The loss is not NaN (it is inf there), nor is the gradient (0 there).
-    """
-
-    loss: Tensor
-    fooled: Tensor
-    grad: Tensor
-
-
-class Plan(NamedTuple):
-    """How the engine runs an attack.
-
-    Attributes:
-        climbs: steps that need the gradient.
-        queries: steps after them for which logits are enough, as they are for the look at the end.
-        loss: what the attack raises.
-        restarts: independent starts (of each target).
-        targets: attack so many classes in turn, those of the highest clean logits; 0 for none.
-        surrogate: how the model is opened; None for the model as it is.
-        bounded: whether every iterate lies in the ball; else only those that do count.
-        retreats: calls of `advance` that raise no `step`, at most.
-    """
-
-    climbs: int
-    queries: int = 0
-    loss: Loss = cross_entropy
-    restarts: int = 1
-    targets: int = 0
-    surrogate: Surrogate | None = None
-    bounded: bool = True
-    retreats: int = 0
-
-    @property
-    def steps(self) -> int:
-        """A row has ended when its `step` has come so far and its `at` was looked at."""
-        return self.climbs + self.queries
-
-    @property
-    def looks(self) -> int:
-        return self.steps + self.retreats
 
 
 @dataclass(frozen=True, repr=False)
@@ -199,7 +142,9 @@ def unbroken(target: Target, attack: Single, ids: Tensor) -> Tensor:
     model, images, labels, seed, batch_size, tick, _ = target
     images, labels = images[ids], labels[ids]
     n, plan, eps, top = len(ids), attack.plan, attack.eps, int(labels.max())
+    fast = searchable(model, plan, images.device)
     with opened(model, plan, images) as forwards:
+        looks = Looks(forwards, plan, batch_size, top, fast=fast)
         standing = torch.ones(n, dtype=torch.bool, device=ids.device)
 
         def begun(row: Tensor) -> State:
@@ -207,14 +152,21 @@ def unbroken(target: Target, attack: Single, ids: Tensor) -> Tensor:
 
         def moved(rows: State, *, gradient: bool) -> State:
             """The rows after a look, less those that had ended; what it fools stands no more."""
-            room = min(round_up(count(rows)), batch_size)
-            seen = look(forwards, rows, plan, gradient=gradient, room=room, top=top)
-            fell = confirmed(target, rows["id"], rows["at"], hits(plan, rows, seen, eps))
-            standing[rows["row"][fell] % n] = False
+            # a search that ends with its gradients is judged at its end by the model itself
+            exact = not gradient and not plan.queries
+            seen, before = looks(rows, gradient=gradient, exact=exact), rows
+            hit = confirmed(target, rows["id"], rows["at"], hits(plan, rows, seen, eps))
             if not gradient:
                 going = rows["step"] < plan.steps
                 rows, seen = where(rows, going), Look(*(part[going] for part in seen))
-            return attack.advance(rows, seen, eps, seed) if count(rows) else rows
+            rows = attack.advance(rows, seen, eps, seed) if count(rows) else rows
+            fell = hit.nonzero().squeeze(1)  # a GPU is waited for here, when all is under way
+            if looks.fast and not exact and len(fell):
+                claimed = {name: before[name][fell] for name in ("row", "at", "x", "y", "target")}
+                believed = hits(plan, claimed, looks(claimed, gradient=False, exact=True), eps)
+                fell = fell[believed]
+            standing[before["row"][fell] % n] = False
+            return rows
 
         def ask() -> tuple[float, int]:
             stand = int(standing.sum())
@@ -250,58 +202,6 @@ def unbroken(target: Target, attack: Single, ids: Tensor) -> Tensor:
                 active = moved(active, gradient=True)
             elif position == total and not count(waiting):
                 return standing
-
-
-@contextmanager
-def opened(model: nn.Module, plan: Plan, x: Tensor) -> Iterator[tuple[Forward, ...]]:
-    """The model's forwards as the plan wants them; it is left as it was found.
-
-    Nothing outside of `look` is differentiated.
-    """
-    through = nullcontext((model,)) if plan.surrogate is None else plan.surrogate(model)
-    exact = torch.autocast(x.device.type, enabled=False)
-    with untouched(model), torch.no_grad(), exact, through as forwards:
-        yield forwards
-
-
-def look(
-    forwards: Sequence[Forward],
-    rows: State,
-    plan: Plan,
-    *,
-    gradient: bool = True,
-    room: int = 0,
-    top: int = -1,
-) -> Look:
-    """Loss, whether the model is fooled, and the gradient, at the rows' `at`.
-
-    The model sees `room` rows at least. Over several forwards loss and gradient are averaged, and
-    the mean of the logits decides. `top`: the highest label, if it is known.
-    """
-    y, n, at = rows["y"], len(rows["y"]), rows["at"].detach()
-    if room > n:
-        at = torch.cat([at, at.new_zeros(room - n, *at.shape[1:])])
-    logits, losses, grads = [], [], []
-    with differentiable() if gradient else torch.no_grad():
-        at = at.requires_grad_(gradient)
-        for forward in forwards:
-            given = forward(at)
-            lint_answer(given, len(at), top)
-            answer = given[:n].float()
-            value = plan.loss(answer, y, rows["target"])
-            if gradient:
-                grads.append(gradient_at(value, at)[:n])
-            logits.append(answer.detach())
-            losses.append(value.detach())
-    grad = _mean(grads) if gradient else torch.zeros_like(at[:n])
-    mean = _mean(logits)
-    # a NaN among the logits is an answer as wrong as any, and must not stop its neighbours
-    fooled = (mean.argmax(1) != y) | mean.isnan().any(1)
-    return Look(_mean(losses).nan_to_num(torch.inf), fooled, grad.nan_to_num(0.0))
-
-
-def _mean(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.stack(list(parts)).mean(0)
 
 
 def hits(plan: Plan, rows: State, seen: Look, eps: Radius) -> Tensor:
@@ -362,12 +262,9 @@ def rivals_of(
     return logits.topk(min(targets, logits.shape[1] - 1), dim=1).indices
 
 
-def count(rows: State) -> int:
-    return len(rows["row"])
-
-
 def where(rows: State, mask: Tensor) -> State:
-    return rows if bool(mask.all()) else {name: part[mask] for name, part in rows.items()}
+    kept = mask.nonzero().squeeze(1)  # once: a GPU is waited for
+    return rows if len(kept) == len(mask) else {name: part[kept] for name, part in rows.items()}
 
 
 def both(a: State, b: State) -> State:
@@ -390,11 +287,3 @@ def refill(position: int, total: int, room: int, standing: Tensor) -> tuple[int,
         found = torch.cat([found, rows[standing[rows % len(standing)]]])
         taken += len(rows)
     return taken, found
-
-
-def round_up(n: int) -> int:
-    """`n` up to the next of 1, 2, 4, 8, 16, 32, 48, 64, ...
-
-    A batch that shrinks row by row would have convolution kernels made for every size it has.
-    """
-    return 1 << (n - 1).bit_length() if n < 16 else -(-n // 16) * 16

@@ -105,7 +105,7 @@ def _with_square(best: Tensor, rows: State, side: Tensor, eps: Radius, seed: int
     signs = _signs(u[:, 2:])[:, :, None, None]
     once = torch.where(square, into_ball(rows["x"] + signs * eps, rows["x"], eps), best)
     idle = (once == best).flatten(1).all(1)
-    if not bool(idle.any()):
+    if not idle.is_cuda and not bool(idle.any()):  # a GPU is not waited for
         return once
     turned = torch.where(square, into_ball(rows["x"] - signs * eps, rows["x"], eps), best)
     return torch.where(column(idle), turned, once)

@@ -1,0 +1,76 @@
+"""What a GPU does the same way again and again, as one CUDA graph; and TensorFloat-32."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["alike", "recorded", "tensor_float"]
+
+
+def alike(model: nn.Module) -> bool:
+    """Whether each pass does the same: modules of torch and of this library alone, no hooks."""
+
+    def known(module: nn.Module) -> bool:
+        home = type(module).__module__
+        hooks = (
+            module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
+            module._backward_pre_hooks,
+        )  # fmt: skip
+        own = home.startswith(("torch.nn.", "defquant.")) and "torch.nn.parallel" not in home
+        return own and not any(hooks) and "forward" not in vars(module)
+
+    return all(map(known, model.modules()))
+
+
+def recorded(
+    body: Callable[[], None],
+    moved: Sequence[Tensor],
+    device: torch.device,
+    *,
+    warm: int = 3,
+    pool: Any = None,
+) -> Callable[[], None]:
+    """`body` as one CUDA graph; what its `warm` runs beforehand did to `moved` is undone.
+
+    `pool`: of the memory, shared by graphs whose results are copied before another runs. On a CPU,
+    for tests of all the rest, `body` itself.
+    """
+    before = [tensor.detach().clone() for tensor in moved]
+    try:
+        if device.type == "cpu":
+            body()
+            return body
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(warm):  # plans of cuDNN, compilation
+                body()
+        torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            body()
+        return graph.replay
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(moved, before, strict=True):
+                tensor.copy_(value)
+
+
+@contextmanager
+def tensor_float(on: bool | None) -> Iterator[None]:
+    """TensorFloat-32 on or off inside, for convolutions and products on a GPU; None: as it is."""
+    if on is None:
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = on
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
