@@ -435,7 +435,7 @@ def equal(scene: Scene) -> Found:
         model = scene.model(bits, convex)
         changes: dict[str, Any] = {"beta": 0.01 * convex, "epochs": 6, "attack": attack}
         if attack != "none":
-            changes |= {"attack_eps": 1 / 255, "amp": False}
+            changes |= {"attack_eps": 1 / 255, "epochs": 4}
         run(scene, model, replace(scene.config, **changes), "graph", data=few)
         clean = correct(model, data)
         for way_of in (dq.PGD(0.5 / 255, steps=20), dq.Adaptive(0.5 / 255, steps=10)):
