@@ -17,7 +17,18 @@ ORDER = (
     "images", "defenses", "foreign", "deploy", "diagnose", "judging", "paper", "report", "cli",
     "__main__",
 )  # fmt: skip
-TORCHLESS = ("errors", "typed", "files", "config", "results", "report", "cli", "cli.verbs")
+TORCHLESS = (
+    "errors",
+    "typed",
+    "files",
+    "config",
+    "results",
+    "report",
+    "cli",
+    "cli.verbs",
+    "paper.claims",
+    "paper.reproduce",
+)
 
 
 def module(path: Path) -> str:

@@ -11,6 +11,8 @@ from defquant.paper.grid import SCALES, keep, read
 from defquant.paper.reproduce import cells_to_make, names_of, passes_by_model
 from synthetic_results import fake_measurement
 
+SMOKE = SCALES["smoke"].placed(None, None, "cpu")
+
 
 def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
     status = main(["reproduce", *words])
@@ -23,13 +25,11 @@ def test_all_of_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     """Every table and figure at preset smoke; the second call makes nothing again."""
     words = ("all", "--preset", "smoke", "--out", str(tmp_path))
     status, out, _ = call(capsys, *words)
-    assert status == 0
-    assert out.splitlines()[-1] == str(tmp_path / "report.html")
-    cells = cells_of(EXPERIMENTS, SCALES["smoke"].placed(None, None, "cpu"))
+    assert (status, out.splitlines()[-1]) == (0, str(tmp_path / "report.html"))
+    cells = cells_of(EXPERIMENTS, SMOKE)
     assert not read(tmp_path).missing(cells)
-    assert str(tmp_path.parent) not in (tmp_path / "results.jsonl").read_text().replace(
-        f"--out {tmp_path}", ""
-    )
+    lines = (tmp_path / "results.jsonl").read_text()
+    assert str(tmp_path.parent) not in lines.replace(f"--out {tmp_path}", "")
     networks = {path.name for path in (tmp_path / "networks").iterdir()}
     assert networks == {network.name for network in passes_by_model(cells)}
     page = (tmp_path / "report.html").read_text()
@@ -39,21 +39,18 @@ def test_all_of_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert len(list(tmp_path.glob("*.png"))) == 5  # Figures 1, 3, 5 and 6, and surrogates
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    lines = (tmp_path / "results.jsonl").read_bytes()
     assert call(capsys, *words, "--json")[0] == 0
-    assert lines == (tmp_path / "results.jsonl").read_bytes()
+    assert lines == (tmp_path / "results.jsonl").read_text()
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
 
 
 @pytest.mark.slow
 def test_a_plan_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = call(
-        capsys, "table4", "--preset", "smoke", "--dry-run", "--out", str(tmp_path), "--jobs", "3"
-    )
-    assert status == 0
-    cells = cells_of(["table4"], SCALES["smoke"].placed(None, None, "cpu"))
-    said = ("image passes a second in one process", "4 networks", "with 3 processes")
-    assert all(words in out for words in (f"0 of {len(cells)} cells are there", *said))
+    words = ("table4", "--preset", "smoke", "--dry-run", "--out", str(tmp_path), "--jobs", "3")
+    status, out, _ = call(capsys, *words)
+    there = f"0 of {len(cells_of(['table4'], SMOKE))} cells are there"
+    said = (there, "image passes a second in one process", "4 networks", "with 3 processes")
+    assert status == 0 and all(words in out for words in said)
     assert not list(tmp_path.iterdir())
 
 
@@ -79,7 +76,7 @@ def test_list_names_everything_with_its_cost(capsys: pytest.CaptureFixture[str])
     for name in (*EXPERIMENTS, *SCALES):
         assert any(line.split()[:1] == [name] for line in out.splitlines()), name
     # the costs that --dry-run counts, SVHN's among them
-    passes = passes_by_model(cells_of(["table2"], SCALES["smoke"].placed(None, None, "cpu")))
+    passes = passes_by_model(cells_of(["table2"], SMOKE))
     row = next(line for line in out.splitlines() if line.startswith("table2"))
     assert f"{len(passes)} / {sum(map(sum, passes.values())) / 1e6:.2f} " in row
 
@@ -106,12 +103,11 @@ def test_what_is_there_is_shown_without_making_anything(
 def test_a_cell_alone_is_made_with_the_smaller_radii_and_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    scale = SCALES["smoke"].placed(None, None, "cpu")
-    cells = cells_of(["table1"], scale)
+    cells = cells_of(["table1"], SMOKE)
     for cell in cells[:: len(cells) // 7]:
         family = [c for c in cells if c.family == cell.family and c.eps <= cell.eps]
-        assert cells_to_make(["table1"], scale, [cell.key]) == family
-    assert cells_to_make(["table1"], scale) == cells
+        assert cells_to_make(["table1"], SMOKE, [cell.key]) == family
+    assert cells_to_make(["table1"], SMOKE) == cells
     attacked = next(cell for cell in cells if cell.attack == "fgsm")
     shown = fake_measurement(attacked)
     keep(tmp_path, attacked, shown)
