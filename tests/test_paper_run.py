@@ -220,9 +220,7 @@ def test_results_that_do_not_arrive_are_reported(
     assert lost.startswith(f"{FLOAT.name}: done, but 3 results are not in {tmp_path}")
 
 
-def test_mistakes_of_a_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="jobs must be 1 or more; found 0"):
-        run(CELLS, tmp_path, jobs=0)
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         run(CELLS, tmp_path / "file" / "below")

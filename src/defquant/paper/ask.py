@@ -111,9 +111,14 @@ def pivot(
 
 
 def panel(title: str, x: str, found: Found, line: str, place: str, colour: str) -> Panel:
-    """A line for each label `line` and the paper's beside it, where it has two numbers or more."""
+    """A line for each label `line` and the paper's beside it, where it has two numbers or more;
+    few bits first, full precision last.
+    """
     drawn = []
-    for (label,), own in _grouped(found, line).items():
+    ordered = (
+        sorted(found, key=lambda pair: pair[0].at["bits"] or 99) if place == "width" else found
+    )
+    for (label,), own in _grouped(ordered, line).items():
         points = tuple((ask.label(place), answer) for ask, answer in own)
         theirs = tuple((at, Number(n.paper)) for at, n in points if n.paper is not None)
         kind = own[0][0].label(colour)

@@ -23,7 +23,6 @@ from defquant.paper.section import (
     method_text,
     model_text,
 )  # fmt: skip
-from defquant.paper.tables import by_bits
 
 __all__ = ["EXPERIMENTS", "WORDS", "cells_of", "fig3", "fig7", "render", "surrogates"]
 
@@ -198,7 +197,7 @@ def show_surrogates(scale: Scale, found: Found) -> Shown:
             ]  # fmt: skip
             short = name.partition(" at ")[0]
             title = short if len(scale.hard_eps) == 1 else f"{short}, {eps_text(eps)}"
-            panels.append(panel(title, "activation bits", by_bits(own), "row", "width", "row"))
+            panels.append(panel(title, "activation bits", own, "row", "width", "row"))
     return tables, panels
 
 

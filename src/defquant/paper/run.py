@@ -51,8 +51,6 @@ def run(
     Raises `UserError` where `out` cannot be written or holds foreign lines, and where the workers
     cannot be had.
     """
-    if jobs is not None and jobs < 1:
-        raise UserError(f"jobs must be 1 or more; found {jobs}")
     out = out.absolute()  # another machine has another working directory
     own = by_network(cells)
     todo = {network.name: network for network in by_network(grid.read(out).missing(cells))}

@@ -24,7 +24,7 @@ from defquant.paper.section import (
 )  # fmt: skip
 
 __all__ = [
-    "beside_defences", "by_bits", "chosen_beta", "defended", "fig1", "fig5", "fig6", "show_beta",
+    "beside_defences", "chosen_beta", "defended", "fig1", "fig5", "fig6", "show_beta",
     "show_boxes", "show_defended", "show_fig1", "show_fig5", "show_ranges", "show_table1", "table1",
     "table4", "table5", "table6",
 ]  # fmt: skip
@@ -43,16 +43,11 @@ def _table(
 
     def show(scale: Scale, found: Found) -> Shown:
         trials = dict.fromkeys(ask.trial for ask, _ in found) if drawn else ()
-        own = {trial.name: by_bits(select(found, trial=trial)) for trial in trials}
+        own = {trial.name: select(found, trial=trial) for trial in trials}
         panels = [panel(t, "activation bits", f, "name", "width", "name") for t, f in own.items()]
         return [pivot(found, rows, column, ends)], panels
 
     return show
-
-
-def by_bits(found: Found) -> Found:
-    """Few bits first, full precision last."""
-    return sorted(found, key=lambda pair: pair[0].at["bits"] or 99)
 
 
 def _minus(key: str, first: object, second: object, column: str = "") -> Callable[[Found], Number]:
