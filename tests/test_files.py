@@ -64,6 +64,7 @@ def test_a_device_that_is_full_and_files_that_are_not_there(tmp_path: Path) -> N
     calls: dict[str, Callable[[], object]] = {
         "No space left": lambda: append_line(Path("/dev/full"), {"a": 1}),
         "cannot write": lambda: write_bytes(tmp_path / "x.json" / "below", b""),
+        "null is a device or a pipe": lambda: write_bytes(Path("/dev/null"), b""),
         "x.json is not JSON": lambda: read_json(tmp_path / "x.json"),
         "cannot read": lambda: read_json(tmp_path / "none.json"),
         "No such file or directory": lambda: append_line(tmp_path / "removed" / "l", {"a": 1}),
@@ -71,6 +72,14 @@ def test_a_device_that_is_full_and_files_that_are_not_there(tmp_path: Path) -> N
     for part, call in calls.items():
         refused(call, part)
     assert names(tmp_path) == ["x.json"]
+
+
+def test_the_file_behind_a_link_is_replaced_not_the_link(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link, file = tmp_path / "link", tmp_path / "there" / "file"
+    link.symlink_to(file)
+    write_bytes(link, b"new")
+    assert link.is_symlink() and file.read_bytes() == b"new"
 
 
 def _append_many(path: Path, who: int) -> None:

@@ -112,6 +112,26 @@ def test_a_depthwise_convolution_is_penalised_per_channel() -> None:
     assert value_of(conv) == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize("kdim", [8, 6])
+def test_the_projections_of_an_attention_are_a_matrix_each(kdim: int) -> None:
+    """Stacked in one parameter, or three where keys have another size; the output's is a layer."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, kdim=kdim)
+    stacked = attention.in_proj_weight
+    single = [attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight]
+    matrices = [*(single if stacked is None else stacked.chunk(3)), attention.out_proj.weight]
+    penalty, value = OrthogonalPenalty(attention, 2.0), torch.zeros(())
+    for W in matrices:
+        gram = W @ W.mT if len(W) <= W.shape[1] else W.mT @ W
+        value = value + (gram - torch.eye(len(gram))).square().sum()
+    value.backward()
+    literal = {name: p.grad for name, p in attention.named_parameters() if p.grad is not None}
+    attention.zero_grad(set_to_none=True)
+    torch.testing.assert_close(penalty.add_grad_(), value.detach())
+    for name, grad in literal.items():
+        torch.testing.assert_close(attention.get_parameter(name).grad, grad)
+
+
 def test_frozen_weights_get_no_gradient_but_count() -> None:
     frozen, trained = nn.Linear(4, 3).requires_grad_(False), nn.Linear(3, 2)
     before, model = frozen.weight.clone(), nn.Sequential(frozen, trained)

@@ -28,10 +28,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary file beside `path`, flush it to disk and move it into place.
 
     A crash, a full disk or Ctrl-C leaves the former `path` untouched and no temporary file; what a
-    kill leaves, the next call for the same folder removes.
-    Raises `UserError` when the disk is full or the folder cannot be written.
+    kill leaves, the next call for the same folder removes. Of a link, the file it leads to is
+    replaced.
+    Raises `UserError` when the disk is full, the folder cannot be written, or `path` is a device.
     """
     try:
+        path = path.resolve() if path.is_symlink() else path
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is a device or a pipe: name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         with _workshop(path) as folder:
             temporary = folder / path.name

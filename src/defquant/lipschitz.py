@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal, final, get_args
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, final, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,8 @@ class OrthogonalPenalty:
 
     A `Conv2d` weight is read as c_out x (c_in/groups k k); batch norms, biases and convex
     coefficients are left out. Each group of a grouped convolution is a matrix of its own, so that a
-    depthwise one is penalised channel by channel. A weight that layers share counts once. Of a
+    depthwise one is penalised channel by channel; so are q, k and v of `nn.MultiheadAttention`. A
+    weight that layers share counts once. Of a
     layer with `weight_bits` it is the quantised weight, straight-through.
 
     W (n x m) with n < m cannot satisfy W'W = I. As ||W'W - I||^2 = ||WW' - I||^2 + (m - n), with
@@ -55,9 +57,9 @@ class OrthogonalPenalty:
         if target not in get_args(Target):
             raise UserError(f"target must be one of {get_args(Target)}; found {target!r}")
         self.beta = beta
-        layers: dict[int, nn.Conv2d | nn.Linear] = {}
-        for name, layer in model.named_modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
+        layers: dict[int, _Layer] = {}
+        for name, module in model.named_modules():
+            for layer in _layers(module):
                 if not isinstance(layer.weight, nn.Parameter):
                     raise UserError(f"weights must be plain; {name!r} has a parametrised one")
                 layers.setdefault(id(layer.weight), layer)
@@ -203,9 +205,36 @@ def _operator_norm(
     return norm
 
 
-def _matrices(layer: nn.Conv2d | nn.Linear) -> Tensor:
+@dataclass(frozen=True)
+class _Projection:
+    """What attention multiplies its inputs by: q, k and v, a matrix each, stacked or alone."""
+
+    attention: nn.MultiheadAttention
+    name: str
+    groups: int = 1
+
+    @property
+    def weight(self) -> Tensor:
+        found: Tensor = getattr(self.attention, self.name)
+        return found
+
+
+_Layer: TypeAlias = nn.Conv2d | nn.Linear | _Projection
+
+
+def _layers(module: nn.Module) -> list[_Layer]:
+    """The linear maps of a module itself, not of its children."""
+    if isinstance(module, nn.MultiheadAttention):
+        if module._qkv_same_embed_dim:
+            return [_Projection(module, "in_proj_weight", 3)]
+        return [_Projection(module, f"{of}_proj_weight") for of in "qkv"]
+    return [module] if isinstance(module, nn.Conv2d | nn.Linear) else []
+
+
+def _matrices(layer: _Layer) -> Tensor:
     """The layer's weight as (groups, rows, columns), a view where it can be."""
-    weight, groups = effective_weight(layer), getattr(layer, "groups", 1)
+    weight = layer.weight if isinstance(layer, _Projection) else effective_weight(layer)
+    groups = getattr(layer, "groups", 1)
     if _channels_last(weight):  # no Gram knows the order of the columns, and this one is a view
         weight = weight.permute(0, 2, 3, 1)
     return full_precision(weight.reshape(groups, len(weight) // groups, -1))
@@ -236,9 +265,9 @@ def _no_autocast(like: Tensor) -> torch.autocast:
     return torch.autocast(like.device.type, enabled=False)
 
 
-def _overlap(layer: nn.Conv2d | nn.Linear) -> int:
+def _overlap(layer: _Layer) -> int:
     """c^2: in how many patches a pixel takes part at most (kernel k, stride s, dilation d)."""
-    if isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.Conv2d):
         return 1
     sides = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
     return math.prod(math.ceil(k * math.gcd(s, d) / s) for k, s, d in sides)
