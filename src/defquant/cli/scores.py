@@ -1,4 +1,4 @@
-"""Verbs that score a network: attack and rescore. The flags that several verbs share."""
+"""Verbs that score a network: attack, rescore and transfer. The flags that several verbs share."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from defquant.cli import rows
 from defquant.cli.rows import print_json, print_measurements
+from defquant.config import check_bits
 from defquant.errors import UserError
 from defquant.results import EIGHT_BIT
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch", "Device", "Images", "Json", "ModelFile", "Root", "Seed", "Weights", "attack",
-    "check_model", "foreign_on", "least", "needs_onnx", "rescore",
+    "check_model", "foreign_on", "least", "needs_onnx", "rescore", "transfer",
 ]  # fmt: skip
 
 Json = Annotated[bool, Parameter(help="JSON lines alone on stdout, instead of rows")]
@@ -289,6 +290,47 @@ def _own_or_onnx(path: Path, manifest: "Manifest", place: "torch.device") -> "nn
             f"{manifest.head['classes'][0]!r}, ...: use a model of the same data"
         )
     return model
+
+
+def transfer(
+    runs: tuple[str, ...],
+    *,
+    bits: tuple[int | None, ...] = (),
+    attack: str = "pgd-20",
+    eps: float = 8 / 255,
+    images: Images = None,
+    out: str = "transfer",
+    seed: Seed = 0,
+    batch_size: Batch = 256,
+    data_root: Root = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """What fools one run or bit width, shown to all others: a matrix.
+
+    Args:
+        runs: folders of runs of one data set.
+        bits: each run at each of these, as 1 2 4 none, weights as trained; else at its own.
+        attack: as of `defquant attack`.
+        eps: radius, as 8/255.
+        out: folder of the file and figure.
+    """
+    least(1, batch_size=batch_size)
+    widths = [check_bits(width) for width in bits]
+    from defquant.attacks.names import parse_first_order
+    from defquant.diagnose.runs import transfer_runs
+    from defquant.distributed import pick_device
+    from defquant.files import write_json
+    from defquant.report import plot_matrix, text_matrix
+
+    record = transfer_runs(
+        [Path(run) for run in runs], parse_first_order(attack, eps), bits=widths, images=images,
+        data_root=data_root, seed=seed, device=pick_device(device), batch_size=batch_size,
+    )  # fmt: skip
+    for line in record["cells"] if json else text_matrix(record):
+        (print_json if json else print)(line)
+    print(plot_matrix(record, Path(out) / "transfer.png"))
+    print(write_json(Path(out) / "transfer.json", record))
 
 
 def needs_onnx() -> None:

@@ -24,9 +24,10 @@ from defquant.cli.scores import (
     foreign_on,
     least,
     rescore,
+    transfer,
 )
 from defquant.cli.shipping import export, verify
-from defquant.config import PRESETS, DataConfig, ModelConfig, TrainConfig, check_bits
+from defquant.config import PRESETS, DataConfig, ModelConfig, TrainConfig
 from defquant.errors import UserError
 from defquant.results import read_folder
 
@@ -100,47 +101,6 @@ def train(
         print(f"loss {last['loss']:.4f}  accuracy {last['accuracy']:.2%}", end="  ")
         print(f"test accuracy {last['test_accuracy']:.2%}  epochs {last['epoch']}")
     print(Path(out))
-
-
-def transfer(
-    runs: tuple[str, ...],
-    *,
-    bits: tuple[int | None, ...] = (),
-    attack: str = "pgd-20",
-    eps: float = 8 / 255,
-    images: Images = None,
-    out: str = "transfer",
-    seed: Seed = 0,
-    batch_size: Batch = 256,
-    data_root: Root = None,
-    device: Device = "auto",
-    json: Json = False,
-) -> None:
-    """What fools one run or bit width, shown to all others: a matrix.
-
-    Args:
-        runs: folders of runs of one data set.
-        bits: each run at each of these, as 1 2 4 none, weights as trained; else at its own.
-        attack: as of `defquant attack`.
-        eps: radius, as 8/255.
-        out: folder of the file and figure.
-    """
-    least(1, batch_size=batch_size)
-    widths = [check_bits(width) for width in bits]
-    from defquant.attacks.names import parse_first_order
-    from defquant.diagnose.runs import transfer_runs
-    from defquant.distributed import pick_device
-    from defquant.files import write_json
-    from defquant.report import plot_matrix, text_matrix
-
-    record = transfer_runs(
-        [Path(run) for run in runs], parse_first_order(attack, eps), bits=widths, images=images,
-        data_root=data_root, seed=seed, device=pick_device(device), batch_size=batch_size,
-    )  # fmt: skip
-    for line in record["cells"] if json else text_matrix(record):
-        (print_json if json else print)(line)
-    print(plot_matrix(record, Path(out) / "transfer.png"))
-    print(write_json(Path(out) / "transfer.json", record))
 
 
 def diagnose(
