@@ -172,12 +172,8 @@ def each_on_cluster(
 
     Raises `UserError`: Ray is not installed, nothing answers, or a node lacks defquant.
     """
-    with (
-        _late_ctrl_c(1) as stop,
-        _connected(address) as ray,
-        _one_line(ray),
-        _progress(title, len(jobs)) as advance,
-    ):
+    bar = _progress(title, len(jobs))
+    with _late_ctrl_c(1) as stop, _connected(address) as ray, bar as advance:
         if gpus is None:
             gpus = int(ray.cluster_resources().get("GPU", 0) >= 1)
         # not by Ray's own retries: it begins what was killed for its memory again without end
@@ -223,10 +219,29 @@ def _run(folder: str, job: Any) -> Any:
 
 
 @contextmanager
-def _one_line(ray: Any) -> Iterator[None]:
-    """Errors of Ray, and users' mistakes in jobs, as `UserError`; a job's other errors as Ray's."""
+def _connected(address: str) -> Iterator[Any]:
+    """The module `ray`, connected: as the caller has it, else for this block.
+
+    Its errors, and users' mistakes in jobs, are `UserError`; a job's other errors are Ray's.
+    """
     try:
-        yield
+        import ray
+    except ImportError:
+        raise UserError(
+            f"workers at {address} need Ray: pip install 'defquant[ray]', here and on every node"
+        ) from None
+    own = not ray.is_initialized()
+    if own:
+        _reach(address)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # Ray's, of its own versions to come
+                ray.init(None if address == "ray" else address, logging_level=logging.WARNING)
+        except Exception as error:  # Ray raises of many kinds
+            reason = shorten(str(error) or type(error).__name__, 300)
+            raise UserError(f"cannot join the Ray cluster at {address}: {reason}") from None
+    try:
+        yield ray
     except (ray.exceptions.RayError, ConnectionError) as error:
         text = " ".join(str(error).split())
         if isinstance(cause := getattr(error, "cause", None), UserError):
@@ -237,34 +252,11 @@ def _one_line(ray: Any) -> Iterator[None]:
             ) from None
         if isinstance(error, ray.exceptions.RayTaskError):
             raise
-        reason = shorten(text, 300)
-        raise UserError(f"the cluster is lost ({reason}); what was finished stands") from None
-
-
-@contextmanager
-def _connected(address: str) -> Iterator[Any]:
-    """The module `ray`, connected: as the caller has it, else for this block."""
-    try:
-        import ray
-    except ImportError:
-        raise UserError(
-            f"workers at {address} need Ray: pip install 'defquant[ray]', here and on every node"
-        ) from None
-    if ray.is_initialized():
-        yield ray
-        return
-    _reach(address)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # Ray's, of its own versions to come
-            ray.init(None if address == "ray" else address, logging_level=logging.WARNING)
-    except Exception as error:  # Ray raises of many kinds
-        reason = shorten(str(error) or type(error).__name__, 300)
-        raise UserError(f"cannot join the Ray cluster at {address}: {reason}") from None
-    try:
-        yield ray
+        lost = f"the cluster is lost ({shorten(text, 300)}); what was finished stands"
+        raise UserError(lost) from None
     finally:
-        ray.shutdown()
+        if own:
+            ray.shutdown()
 
 
 def _reach(address: str) -> None:
