@@ -38,6 +38,7 @@ class Scene:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.device, self.quick = torch.device(options.device), options.quick
+        self.ends = time.perf_counter() + options.seconds
         self.cpu = self.device.type == "cpu"
         self.net = (10, 1) if self.cpu else (16, 4)
         self.batch = 16 if self.cpu else 256
@@ -432,6 +433,9 @@ def equal(scene: Scene) -> Found:
         ("DQ", None, True, "none"), ("DQ, 4 bits", 4, True, "none"),
         ("DQ, 2 bits", 2, True, "none"), ("fgsm, 4 bits", 4, False, "fgsm"),
     ):  # fmt: skip
+        if time.perf_counter() > scene.ends:
+            found[name] = {"left out": "no time"}
+            continue
         model = scene.model(bits, convex)
         changes: dict[str, Any] = {"beta": 0.01 * convex, "epochs": 6, "attack": attack}
         if attack != "none":
