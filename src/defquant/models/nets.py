@@ -1,5 +1,6 @@
 """Wide ResNet, VGG-16 and ResNet-18 for small images, of pieces that share one precision."""
 
+import re
 from dataclasses import dataclass
 from typing import TypedDict, Unpack
 
@@ -9,10 +10,11 @@ from torch import Tensor, nn
 from defquant.config import Activation, ModelConfig
 from defquant.errors import UserError
 from defquant.lipschitz import ConvexSum
+from defquant.models.squeezing import FeatureSqueezing
 from defquant.quantize import QuantBranch, Quantizer, activation
 from defquant.weights import FirstConv, QuantConv2d, QuantLinear
 
-__all__ = ["VGG", "Parts", "ResNet", "WideResNet", "resnet18", "vgg16", "wide_resnet"]
+__all__ = ["VGG", "Parts", "ResNet", "WideResNet", "build", "resnet18", "vgg16", "wide_resnet"]
 
 
 class Precision(TypedDict, total=False):
@@ -277,3 +279,28 @@ def vgg16(
     change nothing. Arguments as in `wide_resnet`; `width` scales all channels, to multiples of 8.
     """
     return VGG(Parts(ModelConfig(**precision)), num_classes, in_channels, width)
+
+
+def build(config: ModelConfig, *, num_classes: int, in_channels: int, seed: int = 0) -> nn.Module:
+    """The network that `config.model` names: `wrn-DEPTH-WIDTH`, `vgg-16` or `resnet-18`.
+
+    `vgg-16xW` and `resnet-18xW` scale the channels by W (`vgg-16x0.25`). The first weights are
+    drawn from `seed`, the global random state is left alone. With `config.squeeze` it stands
+    behind a `FeatureSqueezing`, whose `model` it is.
+    Raises `UserError` for any other name.
+    """
+    match = re.fullmatch(r"(wrn)-(\d+)-(\d+)|(vgg-16|resnet-18)(?:x(\d*\.?\d+))?", config.model)
+    if match is None:
+        raise UserError(
+            f"unknown model {config.model!r}: use wrn-DEPTH-WIDTH (as wrn-28-10), vgg-16 or "
+            "resnet-18"
+        )
+    wrn, depth, width, name, scale = match.groups()
+    parts, ends, network = Parts(config), (num_classes, in_channels), nn.Module()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if wrn:
+            network = WideResNet(parts, int(depth), int(width), *ends)
+        else:
+            network = (VGG if name == "vgg-16" else ResNet)(parts, *ends, float(scale or 1))
+    return network if config.squeeze is None else FeatureSqueezing(network, config.squeeze)
