@@ -207,7 +207,7 @@ def _hash(path: Path) -> str:
         ("no_module", "must return a torch.nn.Module; found int"),
         ("asks", "my.py: TypeError: <lambda>() missing 1 required positional argument: 'width'"),
         ("rgb", f"my.py, line {line('self.fc(F.relu')}: RuntimeError on images of 1 x 8 x 8"),
-        ("many", "gives 100 logits, and digits has 10 classes"),
+        ("many", "knows 100 classes, digits 10: use what"),
         ("Late", f"my.py, line {line('KeyError')}: KeyError: 'boom'"),
         ("Pair", "it returned a tuple of 2 (Tensor, Tensor): wrap it"),
         ("Shut", "follows the gradient, and the model's outputs have none"),

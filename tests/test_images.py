@@ -185,7 +185,7 @@ def test_another_model(whole: Path) -> None:
     [
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), "cannot take images of 1 x 8 x 8"),
         (nn.Sequential(nn.Flatten(), nn.Linear(64, 9)), "knows 9 classes, the saved images 4"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), "labels must lie in 0..2"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), "knows 3 classes, the saved images 4"),
     ],
 )
 def test_models_of_other_data(whole: Path, other: nn.Module, said: str) -> None:

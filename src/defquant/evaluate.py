@@ -21,8 +21,8 @@ from defquant.errors import UserError
 from defquant.results import MASKED, Score, blind
 
 __all__ = [
-    "Images", "Scored", "Watch", "accuracy", "answers", "correct", "device_of", "linted", "robust",
-    "robust_accuracy", "sweep", "vanishing",
+    "Images", "Scored", "Watch", "accuracy", "answers", "correct", "device_of", "lint_classes",
+    "linted", "robust", "robust_accuracy", "sweep", "vanishing",
 ]  # fmt: skip
 
 _Array = Tensor | NDArray[Any]
@@ -211,6 +211,19 @@ def linted(model: nn.Module, data: Images, batch_size: int) -> tuple[Tensor, Ten
     images, labels = on_device(model, data)
     lint_model(model, to_unit(images[: min(8, batch_size)]), labels)
     return images, labels
+
+
+def lint_classes(model: nn.Module, data: Images, classes: int, source: str) -> None:
+    """Raise `UserError` unless the model knows as many classes as `source`, of these few images."""
+    images, labels = on_device(model, data)
+    with untouched(model), torch.no_grad():
+        logits = model(to_unit(images))
+    if isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] != classes:
+        raise UserError(
+            f"the model knows {logits.shape[1]} classes, {source} {classes}: use what belongs "
+            "together"
+        )
+    lint_model(model, to_unit(images), labels)
 
 
 def on_device(model: nn.Module, data: Images) -> tuple[Tensor, Tensor]:

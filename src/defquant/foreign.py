@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from defquant.attacks.access import to_eval, untouched
-from defquant.attacks.lint import lint_model
+from defquant.attacks.access import to_eval
 from defquant.checkpoint import read_tensors
 from defquant.data import Dataset
 from defquant.errors import DefquantWarning, UserError
-from defquant.evaluate import device_of
+from defquant.evaluate import lint_classes
 from defquant.measure import Subject
 from defquant.quantize import adjustable
 from defquant.results import FOREIGN, Score
@@ -77,18 +76,10 @@ def probe(foreign: Foreign, data: Dataset, batch_size: int) -> None:
 
     It sees no more than `batch_size` of them at once.
     """
-    images, labels = data.take(torch.arange(min(2, batch_size, len(data))))
-    images = images.to(device_of(foreign.model, images.device))
     shape = " x ".join(map(str, data.shape))
+    some = data.take(torch.arange(min(2, batch_size, len(data))))
     with blamed(foreign.path, f" on images of {shape}", always=True):
-        with untouched(foreign.model), torch.no_grad():
-            logits = foreign.model(images)
-        if isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] != data.num_classes:
-            raise UserError(
-                f"the model gives {logits.shape[1]} logits, and {data.name} has {data.num_classes} "
-                "classes: use the data that it was trained for"
-            )
-        lint_model(foreign.model, images, labels)
+        lint_classes(foreign.model, some, data.num_classes, data.name)
 
 
 def warn_of_chance(clean: Score, classes: int) -> None:

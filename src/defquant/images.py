@@ -20,14 +20,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from defquant.attacks import Attack, Composition, Single, untouched
+from defquant.attacks import Attack, Composition, Single
 from defquant.attacks.contract import Target, attacked, eight_bit
-from defquant.attacks.lint import lint_model
 from defquant.checkpoint import Facts
-from defquant.data import Dataset, to_unit
+from defquant.data import Dataset
 from defquant.data.pictures import decode, encode, open_image
 from defquant.errors import UserError, shown
-from defquant.evaluate import Watch, answers, device_of
+from defquant.evaluate import Watch, answers, device_of, lint_classes
 from defquant.files import owned_folder, read_lines, write_bytes
 from defquant.measure import Subject, measure
 from defquant.results import ABOUT, EIGHT_BIT, Measurement, Score, append
@@ -273,7 +272,16 @@ def rescored(manifest: Manifest, model: nn.Module, *, batch_size: int = 256) -> 
     A picture counts when the model is right on it. Raises `UserError` for a picture that is
     missing, cut, of another size, or whose pixels are not those of the manifest.
     """
-    _lint(manifest, model, batch_size)
+    few = _read(manifest, manifest.pictures[: min(8, batch_size)])
+    try:
+        lint_classes(model, few, manifest.classes, "the saved images")
+    except UserError:
+        raise
+    except Exception as error:  # a model of other images fails in its own words
+        raise UserError(
+            f"the model cannot take images of {' x '.join(map(str, manifest.shape))} "
+            f"({' '.join(str(error).split())[:200]}): use one of the same data"
+        ) from None
     for key, some in groupby(manifest.pictures, lambda p: (p.attack, p.eps, p.settings)):
         pictures, right, before = list(some), 0, 0
         for start in range(0, len(pictures), batch_size):
@@ -285,29 +293,7 @@ def rescored(manifest: Manifest, model: nn.Module, *, batch_size: int = 256) -> 
         yield Rescored(*key, Score(right, len(pictures)), Score(before, len(pictures)))
 
 
-def _lint(manifest: Manifest, model: nn.Module, batch_size: int) -> None:
-    images, _ = _read(manifest, list(manifest.pictures[: min(8, batch_size)]))
-    device = device_of(model, torch.device("cpu"))
-    every = torch.tensor([p.label for p in manifest.pictures])
-    try:
-        lint_model(model, to_unit(images.to(device)), every)
-        with untouched(model), torch.no_grad():
-            known = model(to_unit(images[:1].to(device))).shape[1]
-    except UserError:
-        raise
-    except Exception as error:  # a model of other images fails in its own words
-        raise UserError(
-            f"the model cannot take images of {' x '.join(map(str, manifest.shape))} "
-            f"({' '.join(str(error).split())[:200]}): use one of the same data"
-        ) from None
-    if known != manifest.classes:
-        raise UserError(
-            f"the model knows {known} classes, the saved images {manifest.classes}: use one of the "
-            "same data"
-        )
-
-
-def _read(manifest: Manifest, pictures: list[Saved]) -> tuple[Tensor, Tensor]:
+def _read(manifest: Manifest, pictures: Sequence[Saved]) -> tuple[Tensor, Tensor]:
     images = np.stack([_pixels(manifest, picture) for picture in pictures])
     return torch.from_numpy(images), torch.tensor([p.label for p in pictures])
 
