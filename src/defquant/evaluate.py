@@ -22,7 +22,7 @@ from defquant.results import MASKED, Score, blind
 
 __all__ = [
     "Images", "Scored", "Watch", "accuracy", "answers", "correct", "device_of", "lint_classes",
-    "linted", "robust", "robust_accuracy", "sweep", "vanishing",
+    "linted", "on_device", "robust", "robust_accuracy", "sweep", "vanishing",
 ]  # fmt: skip
 
 _Array = Tensor | NDArray[Any]
