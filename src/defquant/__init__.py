@@ -58,20 +58,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "attacks": (
-        "APGD",
-        "BIM",
-        "DIVA",
-        "FAB",
-        "FGSM",
-        "PGD",
-        "RFGSM",
-        "Adaptive",
-        "Attack",
-        "Random",
-        "Square",
-        "Standard",
-        "Transfer",
-        "Worst",
+        "APGD", "BIM", "DIVA", "FAB", "FGSM", "PGD", "RFGSM", "Adaptive", "Attack", "Random",
+        "Square", "Standard", "Transfer", "Worst",
     ),
     "checkpoint": ("load_model",),
     "config": ("DataConfig", "ModelConfig", "TrainConfig"),
@@ -89,7 +77,7 @@ _HOMES = {
     "report": ("build_report",),
     "results": ("Score",),
     "training": ("train",),
-}
+}  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = sorted(_HOME)
