@@ -16,8 +16,8 @@ from defquant.paper.grid import SCALES, by_network
 from defquant.paper.section import Reading, Section, Verdict
 from defquant.report import build_report, claims_markdown, markdown_table, print_claims
 from defquant.report.measured import groups
+from defquant.report.page import tally
 from defquant.report.plot import figures
-from defquant.report.show import tally
 from defquant.results import aggregate, read_folder, record
 from pages import HOSTILE, check
 from synthetic_results import fake_results

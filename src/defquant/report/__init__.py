@@ -1,10 +1,10 @@
 """Results as one self-contained HTML page, as Markdown, pictures and terminal rows. No torch."""
 
 from defquant.report.measured import Row, plot_curves, summary
-from defquant.report.page import build_report, judged_page
-from defquant.report.plot import plot_matrix, section_figure
-from defquant.report.show import (
+from defquant.report.page import (
+    build_report,
     claims_markdown,
+    judged_page,
     markdown_table,
     print_claims,
     print_section,
@@ -12,6 +12,7 @@ from defquant.report.show import (
     text_matrix,
     text_table,
 )
+from defquant.report.plot import plot_matrix, section_figure
 
 __all__ = [
     "Row", "build_report", "claims_markdown", "judged_page", "markdown_table", "plot_curves",

@@ -11,9 +11,9 @@ from typing import Any
 from defquant.config import check_bits, check_eps
 from defquant.errors import UserError, shown, visible
 from defquant.files import read_text
-from defquant.paper.section import Entry, Number, Table, eps_number, eps_text, rate
+from defquant.paper.section import Entry, Number, Table, eps_number, rate
 from defquant.report.model import EPS, NOTHING, WORDS, Chapter, interval_text, panels
-from defquant.report.names import Family, Series, attack_order, distinct
+from defquant.report.names import Family, Series, attack_at, attack_order, distinct
 from defquant.results import Score
 from defquant.typed import from_mapping, parse_json
 
@@ -44,10 +44,6 @@ class Pair:
     @property
     def order(self) -> tuple[Any, ...]:
         return (attack_order(self.attack), self.eps)
-
-    @property
-    def name(self) -> str:
-        return self.attack if self.attack == "clean" else f"{self.attack} {eps_text(self.eps)}"
 
     @property
     def outside(self) -> str:
@@ -228,14 +224,15 @@ def _answers(card: Card) -> Iterator[tuple[str, Any, str, Entry]]:
         for i, (name, text) in enumerate(facts.items()):
             yield block, i, name, _Words().format(text, **card.facts)
     for pair in card.scores:
+        name = attack_at(pair.attack, pair.eps)
         for side, counts in {"trained": pair.trained, "deployed": pair.deployed}.items():
             if counts:
                 order, share = (*pair.order, side != "trained"), rate(counts)
                 right = f"{counts[0]:,} / {counts[1]:,}, {interval_text(share)}"
-                yield "Accuracy", order, f"{pair.name}, {side}", share
+                yield "Accuracy", order, f"{name}, {side}", share
                 yield "Right", order, f"{pair.settings or pair.attack}, {side}", right
         if pair.outside:
-            yield "Accuracy", (*pair.order, 2), f"{pair.name}, against the interval", pair.outside
+            yield "Accuracy", (*pair.order, 2), f"{name}, against the interval", pair.outside
     for batch, times in card.cost.times.items():
         every = {ENGINES.get(engine, engine): time for engine, time in times.items()}
         for i, (engine, time) in enumerate(every.items()):

@@ -15,6 +15,7 @@ from defquant.report.model import EPS, NOTHING, WORDS, Chapter, Plain, listing, 
 from defquant.report.names import (
     Family,
     Series,
+    attack_at,
     attack_order,
     distinct,
     is_validation,
@@ -65,7 +66,7 @@ class Row:
 
     @property
     def images(self) -> str:
-        return self.attack if self.attack == "clean" else f"{self.attack} {eps_text(self.eps)}"
+        return attack_at(self.attack, self.eps)
 
 
 def chosen(measurements: Iterable[Measurement]) -> list[Measurement]:
@@ -93,21 +94,20 @@ def summary(measurements: Iterable[Measurement]) -> list[Row]:
 
 def _rows(found: Sequence[Cell]) -> list[Row]:
     radii = {data: table_eps(own) for data, own in _grouped(found, lambda c: c.data).items()}
-    places = _grouped(found, lambda c: (c.data, c.model))
+    places = distinct((c.data, c.model) for c in found)
     rows = []
-    for (data, _), own in sorted(places.items(), key=lambda item: is_validation(item[0][0])):
-        families = _grouped(own, lambda c: series_of(c).family)
-        for family in sorted(families, key=lambda f: f.order):
-            attacks = _grouped(families[family], lambda c: c.attack)
-            for attack in sorted(attacks, key=attack_order):
-                rows += [_row(family, attacks[attack], radii[data])]
-    return rows
+    groups = _grouped(found, lambda c: (c.data, c.model, series_of(c).family, c.attack))
+    for (data, model, family, attack), own in groups.items():
+        far = {c.eps: (abs(c.eps - radii[data]), -c.eps) for c in own}
+        nearest = min(far, key=lambda eps: far[eps])
+        cells = {c.bits: c for c in reversed(own) if c.eps == nearest}
+        rows.append(Row(data, model, family, attack, nearest, cells))
 
+    def order(row: Row) -> tuple[Any, ...]:
+        at = places.index((row.data, row.model))
+        return (is_validation(row.data), at, row.family.order, attack_order(row.attack))
 
-def _row(family: Family, cells: Sequence[Cell], eps: float) -> Row:
-    nearest = min((cell.eps for cell in cells), key=lambda value: (abs(value - eps), -value))
-    found = {cell.bits: cell for cell in reversed(cells) if cell.eps == nearest}
-    return Row(cells[0].data, cells[0].model, family, cells[0].attack, nearest, found)
+    return sorted(rows, key=order)
 
 
 def _grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
@@ -146,18 +146,17 @@ def summary_table(rows: Sequence[Row]) -> Table:
     whole = whole_text(row.family for row in rows if None in row.cells)
     heads = {b: whole if b is None else f"{b} bit{'s' * (b > 1)}" for b in bits}
     several = len({(row.data, row.model) for row in rows}) > 1
-    return listing([_summary_row(row, heads, several) for row in rows], WORDS["summary"])
-
-
-def _summary_row(row: Row, heads: Mapping[int | None, str], several: bool) -> dict[str, Entry]:
-    return {
-        **({"Data": row.data, "Network": row.model} if several else {}),
-        "Method": str(row.family),
-        "Images": row.images,
-        **{head: _number(row.cells[b]) if b in row.cells else None for b, head in heads.items()},
-        "Quantize gain": None if row.gain is None else Number(row.gain, points=True),
-        "Best": Number(row.best),
-    }
+    shown: list[Plain] = [
+        {
+            **({"Data": row.data, "Network": row.model} if several else {}),
+            "Method": str(row.family), "Images": row.images,
+            **{h: _number(row.cells[b]) if b in row.cells else None for b, h in heads.items()},
+            "Quantize gain": None if row.gain is None else Number(row.gain, points=True),
+            "Best": Number(row.best),
+        }
+        for row in rows
+    ]  # fmt: skip
+    return listing(shown, WORDS["summary"])
 
 
 def _number(cell: Cell) -> Number:
@@ -174,15 +173,14 @@ def groups(found: Sequence[Cell]) -> list[Chapter]:
     """
     rows = _grouped(_rows(found), lambda row: (row.data, row.model))
     places = _grouped(found, lambda cell: (cell.data, cell.model))
+    ordered = sorted(places, key=lambda name: (is_validation(name[0]), -len(places[name])))
     return [
         Chapter(
             f"group-{i}", f"{name[1]} on {name[0]}", tables=[summary_table(rows[name])],
             panels=[*_eps_panels(places[name]), *_bits_panels(rows[name])],
             folded=[("Every number", [_listing(places[name])])], still=i == 1,
         )
-        for i, name in enumerate(
-            sorted(places, key=lambda name: (is_validation(name[0]), -len(places[name]))), 1
-        )
+        for i, name in enumerate(ordered, 1)
     ]  # fmt: skip
 
 
@@ -240,8 +238,7 @@ def _listing(cells: Iterable[Cell]) -> Table:
     ordered = sorted(cells, key=lambda c: (attack_order(c.attack), c.eps, series_of(c).order))
     rows: list[Plain] = [
         {
-            "Images": c.attack,
-            "ε": NOTHING if c.attack == "clean" else eps_text(c.eps),
+            "Images": c.attack, "ε": NOTHING if c.attack == "clean" else eps_text(c.eps),
             "Network": str(series_of(c)),
             "Accuracy": replace(_number(c), low=None, high=None, images=0),
             "95% interval": " to ".join(f"{100 * end:.1f}" for end in c.pooled.interval),
@@ -249,7 +246,7 @@ def _listing(cells: Iterable[Cell]) -> Table:
             "Seeds": ", ".join(map(str, c.seeds)),
         }
         for c in ordered
-    ]
+    ]  # fmt: skip
     return listing(rows, WORDS["listing"])
 
 
@@ -343,7 +340,10 @@ def settings(measurements: Sequence[Measurement], runs: Sequence[Run]) -> Chapte
         machines["measuring took"] = [duration(sum(m.seconds for m in measurements))]
     configured = [run for run in runs if run.config]
     values = _values([run.config for run in configured])
-    shared = {k: v for k, v in values.items() if len(v) == 1 and _everywhere(k, configured)}
+    shared = {
+        name: own for name, own in values.items()
+        if len(own) == 1 and all(name in run.config for run in configured)
+    }  # fmt: skip
     differing = [{"Run": run.name, **run.config} for run in configured]
     differing = [{k: v for k, v in run.items() if k not in shared} for run in differing]
     tables: dict[str, Sequence[Plain]] = {
@@ -380,15 +380,6 @@ def _values(settings: Iterable[Mapping[str, str]]) -> dict[str, list[str]]:
     return {name: distinct(value for _, value in items) for name, items in found.items()}
 
 
-def _everywhere(name: str, runs: Iterable[Run]) -> bool:
-    return all(name in run.config for run in runs)
-
-
 def _settings(values: Mapping[str, Sequence[str]]) -> list[Plain]:
-    return [
-        {
-            "Setting": name,
-            "Value": " · ".join(own[:4]) + f" and {len(own) - 4} more" * (len(own) > 4),
-        }
-        for name, own in values.items()
-    ]
+    more = {name: f" and {len(own) - 4} more" * (len(own) > 4) for name, own in values.items()}
+    return [{"Setting": k, "Value": " · ".join(own[:4]) + more[k]} for k, own in values.items()]

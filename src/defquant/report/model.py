@@ -1,8 +1,8 @@
 """What a report is made of, and how its numbers are written: once, for page, Markdown, terminal.
 
-A report is `Chapter`s of `Table`s and `Panel`s of `Number`s. Both are made of rows
-of plain columns (`listing`, `panels`). A `View` is a table as
-texts; its evidence, what each number rests on, is a table of its own that repeats no number.
+A report is `Chapter`s of `Table`s and `Panel`s of `Number`s, both made of rows of plain columns
+(`listing`, `panels`). A `View` is a table as texts; its evidence, what each number rests on, is a
+table of its own that repeats no number.
 """
 
 import re
@@ -140,27 +140,25 @@ class View:
 
 def view(table: Table) -> View:
     """`table` as it is shown."""
+    ranks = [places(table, index) for index in range(len(table.rows))]
     rows = tuple(
-        tuple(_place(e, r, table.percent) for e, r in zip(row, places(table, i), strict=True))
-        for i, row in enumerate(table.rows)
+        tuple(_place(entry, rank, table.percent) for entry, rank in zip(row, own, strict=True))
+        for row, own in zip(table.rows, ranks, strict=True)
     )
-    return View(table.head, _label_columns(table), rows, table.caption, tuple(_notes(table)))
+    notes = _notes(_numbers(table), best=any(2 in own for own in ranks))
+    return View(table.head, _label_columns(table), rows, table.caption, tuple(notes))
 
 
 def evidence(table: Table) -> Table:
     """A row for each number of `table` that says what it rests on; without rows for none."""
     rows: list[Plain] = [
         {
-            "Row": row,
-            "Column": column,
-            "95% interval": interval_text(n, table.percent),
-            "Seeds": f"{n.seeds or ''}",
-            "Images": f"{n.images:,}" if n.images else "",
-            "Gap to the paper": _gap(n, table.percent),
-            "Cells": " ".join(dict.fromkeys(n.cells)),
+            "Row": row, "Column": column, "95% interval": interval_text(n, table.percent),
+            "Seeds": f"{n.seeds or ''}", "Images": f"{n.images:,}" if n.images else "",
+            "Gap to the paper": _gap(n, table.percent), "Cells": " ".join(dict.fromkeys(n.cells)),
         }
         for row, column, n in _named_numbers(table)
-    ]
+    ]  # fmt: skip
     known = [row for row in rows if any(list(row.values())[2:])]
     return listing(known, table.caption.split(". ")[0].rstrip("."))
 
@@ -295,17 +293,16 @@ def _place(entry: Entry, rank: int, percent: bool) -> Place:
     return Place(text, uncertainty_text(entry, percent), paper, rank)
 
 
-def _notes(table: Table) -> list[str]:
-    numbers = _numbers(table)
+def _notes(numbers: Sequence[Number], best: bool) -> list[str]:
     marks = {
         "paper": any(n.paper is not None for n in numbers),
         "spread": any(n.seeds > 1 and _has_spread(n) for n in numbers),
         "single": any(n.low is not None and not _has_spread(n) and not n.points for n in numbers),
-        "best": any(2 in places(table, index) for index in range(len(table.rows))),
+        "best": best,
     }
-    rests = _rests_on([n for n in numbers if n.mean is not None])
-    notes = [rests] * bool(rests) + [WORDS["notes"][name] for name, own in marks.items() if own]
-    return notes + [BLIND] * any(n.masked for n in numbers)
+    notes = [_rests_on([n for n in numbers if n.mean is not None])]
+    notes += [WORDS["notes"][name] for name, there in marks.items() if there]
+    return list(filter(None, notes)) + [BLIND] * any(n.masked for n in numbers)
 
 
 def _rests_on(numbers: Sequence[Number]) -> str:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from defquant.errors import visible
+from defquant.paper.section import eps_text
 from defquant.results import BLACK, EIGHT_BIT, FOREIGN, UNAWARE, Cell
 
 __all__ = [
-    "Family", "Series", "attack_order", "distinct", "is_validation", "markdown", "series_of",
-    "whole_text",
+    "Family", "Series", "attack_at", "attack_order", "distinct", "is_validation", "markdown",
+    "series_of", "whole_text",
 ]  # fmt: skip
 
 ATTACKS = ("clean", "Random", "FGSM", "R+FGSM", "RFGSM", "BIM", "PGD", "APGD", "Square")
@@ -21,36 +22,31 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Family:
     """Networks that differ only in bits: a row of the summary. `float` is vanilla's at full
-    precision.
+    precision; `added` are `squeezing` and the attack it was trained on, and a foreign model is the
+    user's own, whose bits nobody named.
     """
 
     method: str
     beta: float
 
     @property
-    def is_dq(self) -> bool:
-        return self.method.split(" ")[0] == "DQ"
-
-    @property
     def is_foreign(self) -> bool:
-        """A model of the user's own, whose bits nobody named."""
         return self.method.startswith(FOREIGN)
 
     @property
     def added(self) -> tuple[str, ...]:
-        """What is added to the network: `squeezing`, the attack it was trained on."""
         return tuple(self.method.split(" + ")[1:])
 
     @property
     def order(self) -> tuple[Any, ...]:
         """As the paper's tables: plain, squeezed, adversarially trained; vanilla before DQ."""
-        added = self.added
-        unsqueezed = not any(part.startswith("squeezing") for part in added)
-        return (len(added), unsqueezed, added, self.is_dq, self.beta, self.method)
+        unsqueezed = not any(part.startswith("squeezing") for part in self.added)
+        is_dq = self.method.split(" ")[0] == "DQ"
+        return (len(self.added), unsqueezed, self.added, is_dq, self.beta, self.method)
 
     @property
     def shown_beta(self) -> str:
-        return f"β = {self.beta:g}" if self.is_dq or self.beta else ""
+        return f"β = {self.beta:g}" if self.beta or self.method.split(" ")[0] == "DQ" else ""
 
     def __str__(self) -> str:
         return self.method + f" ({self.shown_beta})" * bool(self.shown_beta)
@@ -58,7 +54,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Series:
-    """One network up to its seed: a line in the figures, with one colour on the whole page."""
+    """One network up to its seed: a line in the figures; `short` is its name without β."""
 
     method: str
     bits: int | None
@@ -74,13 +70,11 @@ class Series:
 
     @property
     def short(self) -> str:
-        """Without β: `DQ 4-bit`."""
         base, space, rest = self.method.partition(" ")
         if base == "float" or (self.bits is None and self.family.is_foreign):
             return self.method
-        return (
-            f"{base} {'full precision' if self.bits is None else f'{self.bits}-bit'}{space}{rest}"
-        )
+        precision = "full precision" if self.bits is None else f"{self.bits}-bit"
+        return f"{base} {precision}{space}{rest}"
 
     def __str__(self) -> str:
         return self.short + f" ({self.family.shown_beta})" * bool(self.family.shown_beta)
@@ -89,6 +83,11 @@ class Series:
 def series_of(cell: Cell) -> Series:
     """The network that `cell` measured."""
     return Series(cell.method, cell.bits, cell.beta)
+
+
+def attack_at(attack: str, eps: float) -> str:
+    """`clean`, `FGSM 8/255`."""
+    return attack if attack == "clean" else f"{attack} {eps_text(eps)}"
 
 
 def whole_text(families: Iterable[Family]) -> str:

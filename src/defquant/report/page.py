@@ -1,4 +1,4 @@
-"""A folder of runs -> one HTML page that opens offline, and is whole without its script."""
+"""A report as one HTML page that opens offline, as Markdown for GitHub, and for the terminal."""
 
 import base64
 import gzip
@@ -6,25 +6,51 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import quote
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import escape
+from rich import table as rich_table
+from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement as Width
+from rich.text import Text
 
+from defquant.errors import visible
 from defquant.files import write_bytes
-from defquant.paper.section import Section, Verdict
-from defquant.report import cards, measured, model, plot
-from defquant.report.model import WORDS, Chapter
-from defquant.report.names import distinct, is_validation, series_of
-from defquant.report.show import claims, tally
-from defquant.report.sources import of_runs, read_runs
-from defquant.results import Cell, Measurement, over_seeds, read_folder
+from defquant.paper.section import Answer, Number, Reading, Section, Table, Verdict
+from defquant.report import cards, measured, plot
+from defquant.report.model import (
+    MARKS,
+    NOTHING,
+    WORDS,
+    Chapter,
+    Place,
+    Plain,
+    View,
+    listing,
+    of_section,
+    view,
+)
+from defquant.report.names import distinct, is_validation, markdown, series_of
+from defquant.report.sources import StripTable, of_runs, read_runs
+from defquant.results import Measurement, over_seeds, read_folder
 
-__all__ = ["build_report", "judged_page"]
+__all__ = [
+    "build_report", "claims_markdown", "judged_page", "markdown_table", "print_claims",
+    "print_section", "section_markdown", "tally", "text_matrix", "text_table",
+]  # fmt: skip
 
 HERE = Path(__file__).parent
+ICONS: dict[Answer, str] = {"holds": "✓", "does not hold": "✗", "not decided": "?"}
+EMPTY = Reading(NOTHING, None, None, None, "not decided", NOTHING)
+STYLES = ("", "bold", "underline")
+ANSWERS = {"right": "green", "wrong": "red", "open": "yellow"}
+LAYOUTS = ((" ", " (paper {})"), (" ", "\n(paper {})"), (" ", "\n({})"), ("\n", "\n({})"))
+"""What stands before ± and around the paper's number, from the widest to the narrowest."""
 
 
 def build_report(
@@ -47,60 +73,73 @@ def build_report(
     """
     folder, out = Path(folder), Path(out)
     exported, broken = cards.read_cards(folder)
-    paper = [claims(verdicts)] * bool(verdicts) + _paper(sections)
+    paper = [claims(verdicts)] * bool(verdicts)
+    for chapter in map(of_section, sections):
+        name = "paper-" + re.sub(r"[^a-z0-9]+", "-", chapter.anchor.lower()).strip("-")
+        taken = f"-{len(paper)}" * (name in [other.anchor for other in paper])
+        paper.append(replace(chapter, anchor=name + taken))
     if measurements is None:
-        there = not (paper or exported) or _has_results(folder)
-        measurements = read_folder(folder) if there else []
+        there = any(path.stat().st_size for path in folder.rglob("results.jsonl"))
+        measurements = read_folder(folder) if there or not (paper or exported) else []
     runs, pictures, notes = read_runs(folder, measurements)
     kept = measured.chosen(measurements)
     found = over_seeds(kept)
     shown, strips = measured.groups(found), of_runs(pictures)
     if paper:  # which is what a reader without script sees, too
         shown = [replace(chapter, still=False) for chapter in shown]
-    last = replace(
-        measured.settings(measurements, runs),
-        notes=_notes([*notes, *broken], found, len(measurements) - len(kept)),
-    )
+    alike = distinct(str(series_of(c)) for c in found if len(set(c.seeds)) < len(c.seeds))
+    notes = [f"Unreadable. {note}" for note in (*notes, *broken)]
+    notes += [
+        f"{name}: several runs of one seed are averaged, though they differ" for name in alike
+    ]
+    if repeated := len(measurements) - len(kept):
+        notes.append(f"Repeated measurements of the same run, attack and ε left out: {repeated}")
+    on_test = [m for m in measurements if not is_validation(m.data)]
     page = _render(
         title=title or _title(measurements, bool(paper)),
-        facts=_facts(measurements),
+        facts={
+            "runs": len({m.run for m in measurements}),
+            "seeds": len({m.seed for m in measurements}),
+            "attacks": len({m.attack for m in measurements} - {"clean"}),
+            "test images": max((m.total for m in on_test or measurements), default=0),
+        },
         chapters=[
             *paper, *([] if paper else shown), *cards.chapters(exported),
             *[Chapter("examples", "Examples", strips=strips)] * bool(strips),
         ],
         folded=[*(shown if paper else []), *measured.training(runs, kept)],
-        last=[last],
+        last=[replace(measured.settings(measurements, runs), notes=notes)],
     )  # fmt: skip
     return write_bytes(out, page.encode())
-
-
-def _has_results(folder: Path) -> bool:
-    return any(path.stat().st_size for path in folder.rglob("results.jsonl"))
 
 
 def judged_page(record: Mapping[str, Any]) -> str:
     """The card of `defquant judge` for one record of it: a page of its own, without script."""
     style = (HERE / "page.css").read_text(encoding="utf-8")
-    return _environment().get_template("judged.html").render(r=record, style=style)
+    return _template("judged.html").render(r=record, style=style)
 
 
-def _environment() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-
-
-def _render(title: str, facts: Sequence[str], **parts: Sequence[Chapter]) -> str:
+def _render(title: str, facts: Mapping[str, int], **parts: Sequence[Chapter]) -> str:
     style, boot = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     charts = {c.anchor: list(_charts(c)) for part in parts.values() for c in part}
     vega = plot.script() if any(charts.values()) else b""
     hashes = [_hash(text) for text in (gzip.decompress(vega), boot.encode()) if vega]
-    return _environment().get_template("page.html").render(
-        title=title, facts=facts, **parts, charts=charts, view=model.view, tally=tally,
-        marks=model.MARKS, svg=plot.svg, json=_json, style=style, boot=boot,
-        vega=base64.b64encode(vega).decode(), scripts=" ".join(hashes) or "'none'",
+    return _template("page.html").render(
+        title=title, facts=facts, **parts, charts=charts, tally=tally, marks=MARKS, svg=plot.svg,
+        json=_json, style=style, boot=boot, vega=base64.b64encode(vega).decode(),
+        scripts=" ".join(hashes) or "'none'",
     )  # fmt: skip
+
+
+def _template(name: str) -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=name.endswith("html"), trim_blocks=True,
+        lstrip_blocks=True, undefined=StrictUndefined,
+    )  # fmt: skip
+    environment.globals.update(view=view, guesses=_guesses)
+    environment.filters.update(md=markdown, html=lambda text: escape(visible(text)), url=quote)
+    environment.filters.update(paragraph=_paragraph, visible=visible)
+    return environment.get_template(name)
 
 
 def _hash(text: bytes) -> str:
@@ -123,29 +162,6 @@ def _charts(chapter: Chapter) -> Iterator[tuple[plot.Spec, str]]:
         yield plot.claims_chart(chapter.verdicts), WORDS["effects"]
 
 
-def _paper(sections: Sequence[Section]) -> list[Chapter]:
-    found: list[Chapter] = []
-    for section in sections:
-        name = "paper-" + re.sub(r"[^a-z0-9]+", "-", section.name.lower()).strip("-")
-        taken = name in [chapter.anchor for chapter in found]
-        anchor = f"{name}-{len(found)}" if taken else name
-        found.append(replace(model.of_section(section), anchor=anchor))
-    return found
-
-
-def _notes(unread: Sequence[str], found: Sequence[Cell], repeated: int) -> list[str]:
-    """What could not be read, and cells that average two runs of one seed: they differ in
-    something else.
-    """
-    names = distinct(str(series_of(c)) for c in found if len(set(c.seeds)) < len(c.seeds))
-    notes = [f"Unreadable. {note}" for note in unread]
-    notes += [
-        f"{name}: several runs of one seed are averaged, though they differ" for name in names
-    ]
-    more = f"Repeated measurements of the same run, attack and ε left out: {repeated}"
-    return notes + [more] * bool(repeated)
-
-
 def _title(measurements: Sequence[Measurement], paper: bool) -> str:
     if paper:
         return "Defensive Quantization, measured again"
@@ -158,14 +174,188 @@ def _title(measurements: Sequence[Measurement], paper: bool) -> str:
     return f"Accuracy under attack: {', '.join(models)} on {', '.join(data)}"
 
 
-def _facts(measurements: Sequence[Measurement]) -> list[str]:
-    if not measurements:
-        return []
-    on_test = [m for m in measurements if not is_validation(m.data)]
-    counts = {
-        "runs": len({m.run for m in measurements}),
-        "seeds": len({m.seed for m in measurements}),
-        "attacks": len({m.attack for m in measurements} - {"clean"}),
-        "test images": max(m.total for m in on_test or measurements),
-    }
-    return [f"{name}: {count:,}" for name, count in counts.items()]
+# --- claims -------------------------------------------------------------------------------
+
+
+def claims(verdicts: Sequence[Verdict]) -> Chapter:
+    """A row per reading; what is said of each claim, and its command, folded."""
+    rows: list[Plain] = [
+        {
+            "Claim": f"{v.name} {v.claim} The paper: {v.paper or NOTHING}",
+            "Under": r.attack,
+            "Verdict": "" if r is EMPTY else f"{ICONS[r.verdict]} {r.verdict}",
+            "Effect, points": Number(r.effect, low=r.low, high=r.high, points=True),
+            "What was compared": r.detail,
+        }
+        for v in verdicts
+        for r in v.readings or (EMPTY,)
+    ]
+    notes = [(v.name, v.where, v.note, v.command) for v in verdicts]
+    kept = tuple(note for note in notes if any(note[1:]))
+    beside = Table(("Claim", "Where", "Note", "Command"), kept, "Notes and commands")
+    return Chapter(
+        "claims", "The paper's claims", tables=[listing(rows, WORDS["claims"])], verdicts=verdicts,
+        folded=[(beside.caption, [beside])] * bool(kept),
+    )  # fmt: skip
+
+
+def tally(verdicts: Sequence[Verdict]) -> list[tuple[str, str, list[str], int]]:
+    """Icon, answer, the claims that have it under the paper's own attack, how many readings."""
+    firsts = {v.name: v.readings[0].verdict if v.readings else "not decided" for v in verdicts}
+    readings = [reading.verdict for verdict in verdicts for reading in verdict.readings]
+    return [
+        (icon, answer, [name for name, own in firsts.items() if own == answer],
+         readings.count(answer))
+        for answer, icon in ICONS.items()
+    ]  # fmt: skip
+
+
+# --- Markdown and terminal ------------------------------------------------------------------
+
+
+def section_markdown(section: Section, figure: str = "") -> str:
+    """Heading, paragraphs, tables, and the command; `figure` is the address of a picture of it.
+
+    A table has means with ± over seeds (or the interval of a single one) and the paper's in
+    parentheses; intervals, seeds, images, the gap to the paper and cells stand folded below.
+    Pictures are on the page alone; here is what the networks say of them.
+    """
+    chapter = of_section(section)
+    return _written("section", chapter=chapter, figure=figure if section.panels else "")
+
+
+def claims_markdown(verdicts: Sequence[Verdict]) -> str:
+    """How many claims hold, a table with a row per reading, then notes and commands."""
+    return _written("claims", chapter=claims(verdicts), counted=_counted(verdicts))
+
+
+def markdown_table(measurements: Iterable[Measurement]) -> str:
+    """The summary as a GitHub table: best of a row bold, second underlined."""
+    return _written("summary", table=measured.summary_table(measured.summary(measurements)))
+
+
+def text_table(measurements: Iterable[Measurement]) -> RenderableType:
+    """The summary for a terminal."""
+    shown = view(measured.summary_table(measured.summary(measurements)))
+    return Group(_terminal(shown, LAYOUTS[0]), Text("\n".join(shown.notes), style="italic"))
+
+
+def print_section(section: Section, console: Console) -> None:
+    """Heading, paragraphs, tables and command; the numbers of figures where it has no table."""
+    chapter = of_section(section)
+    parts: list[RenderableType] = [Text(visible(chapter.title), style="bold")]
+    parts += [Text(visible(paragraph)) for paragraph in chapter.text]
+    for table in chapter.tables or [t for _, tables in chapter.folded[:1] for t in tables]:
+        parts += _fitted(view(table), console)
+    for strip in chapter.strips:
+        drawn = _terminal(view(_guesses(strip)), LAYOUTS[0])
+        parts.append(Group(Text(visible(strip.where)), drawn))
+    parts += [Text(visible(note)) for note in chapter.notes]
+    parts += [Text(f"$ {visible(command)}", style="dim") for command in chapter.commands[:1]]
+    console.print(Group(*(piece for part in parts for piece in (part, Text()))), crop=False)
+
+
+def print_claims(verdicts: Sequence[Verdict], console: Console) -> None:
+    """Each claim with its readings, one a line, and its note; the counts at the end."""
+    for verdict in verdicts:
+        console.print(Text(visible(f"{verdict.name}  {verdict.claim}"), style="bold"))
+        about = f"{verdict.where}. Paper: {verdict.paper or NOTHING}. {verdict.note}".rstrip()
+        console.print(Text(visible(about), style="dim"))
+        (table,) = claims([verdict]).tables
+        short = Table(table.head[1:-1], tuple(row[1:-1] for row in table.rows))
+        console.print(_terminal(view(short), LAYOUTS[0]), crop=False)
+        console.print()
+    console.print(Text(_counted(verdicts)))
+
+
+def text_matrix(record: Mapping[str, Any]) -> list[str]:
+    """Rows are the networks attacked, columns, by number, those shown the images.
+
+    A cell is the share of images fooled, of those that both networks have right, with its
+    interval; `-` where there are none. `record` is what `defquant.diagnose.runs.transfer_runs`
+    returns.
+    """
+    names = [f"[{i}] {network['name']}" for i, network in enumerate(record["networks"], 1)]
+    texts = [
+        "-" if c["rate"] is None else f"{c['rate']:.1%} [{c['low']:.1%}, {c['high']:.1%}]"
+        for c in record["cells"]
+    ]
+    width, count = max(map(len, names)) + 1, len(names)
+    lines = [("", [name.split(" ")[0] for name in names])]
+    lines += [(name, texts[i * count : (i + 1) * count]) for i, name in enumerate(names)]
+    about = f"{record['attack']}, {record['images']} images of {record['data']}"
+    rows = [f"{name:{width}}" + "".join(f"{text:>25}" for text in own) for name, own in lines]
+    return [f"rows: made on; columns: shown to; {about}", *rows]
+
+
+def _counted(verdicts: Sequence[Verdict]) -> str:
+    """`Of 32 claims under the paper's own attack: 8 ✓ holds, ...`, then of all readings."""
+    found = tally(verdicts)
+    claimed = ", ".join(f"{len(names)} {icon} {answer}" for icon, answer, names, _ in found)
+    read = ", ".join(f"{count} {icon} {answer}" for icon, answer, _, count in found)
+    return (
+        f"Of {len(verdicts)} claims under the paper's own attack: {claimed}. "
+        f"Of {sum(count for *_, count in found)} readings under all attacks: {read}."
+    )
+
+
+def _written(kind: str, **parts: Any) -> str:
+    """What the macro `kind` of page.md makes of `parts`."""
+    written: str = getattr(_template("page.md").module, kind)(**parts)
+    return written.strip("\n") + "\n"
+
+
+def _paragraph(text: str) -> str:
+    """Words, and no list or heading, whatever they begin with."""
+    shown = markdown(text.strip())
+    first = shown.split(" ")[0]
+    if first[:-1].isdigit() and first[-1:] in (".", ")"):
+        return f"{first[:-1]}\\{first[-1]}{shown[len(first) :]}"
+    return "\\" + shown if first[:1] in ("-", "+", "#") else shown
+
+
+def _guesses(table: StripTable) -> Table:
+    kinds = ("clean", "attacked")
+    heads = [f"{name}, {kind}" for name, *_ in table.columns for kind in kinds]
+    rows = []
+    for image in table.images:
+        found = [o.answers(image) if image in o.by_id else {} for *_, o in table.columns]
+        said = [" ".join(own.get(kind, [NOTHING])).strip() for own in found for kind in kinds]
+        rows.append((image, table.first(image)[1], *said))
+    return Table(("Image", "Truth", *heads), tuple(rows))
+
+
+# --- terminal -----------------------------------------------------------------------------
+
+
+def _fitted(shown: View, console: Console) -> list[RenderableType]:
+    """Entries in the widest layout that fits, else in the narrowest, then not cut off."""
+    tables = [_terminal(shown, layout) for layout in LAYOUTS]
+    fitting = [table for table in tables if _width(table, console) <= console.width]
+    table = fitting[0] if fitting else tables[-1]
+    table.width = _width(table, console)
+    words: list[RenderableType] = [Text(visible(shown.about), style="dim italic")]
+    return [*(words if shown.about else []), table]
+
+
+def _width(table: rich_table.Table, console: Console) -> int:
+    return Width.get(console, console.options.update(max_width=10_000), table).maximum
+
+
+def _terminal(shown: View, layout: tuple[str, str]) -> rich_table.Table:
+    table = rich_table.Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
+    for index, head in enumerate(shown.head):
+        side: Literal["left", "right"] = "left" if index < shown.words else "right"
+        table.add_column(Text(visible(head)), justify=side, no_wrap=True)
+    for row, run in zip(shown.rows, shown.runs, strict=True):
+        places = [_text(place, layout) for place in row]
+        table.add_row(*([Text(), *places[1:]] if run == 0 else places))
+    return table
+
+
+def _text(place: Place, layout: tuple[str, str]) -> Text:
+    shown = Text(visible(place.text), style=ANSWERS.get(place.mark, STYLES[place.rank]))
+    if place.more:
+        shown = Text.assemble(shown, layout[0] + place.more)
+    paper = (layout[1].format(place.paper), "dim")
+    return Text.assemble(shown, paper) if place.paper else shown

@@ -59,8 +59,8 @@ def _filled(name: str, **values: Any) -> Spec:
 
 
 def _drawing(name: str, rows: Sequence[Mapping[str, Any]], **values: Any) -> Spec:
-    whole = _filled(name, **values)
-    return whole | {"config": _charts()["config"], "datasets": {"rows": rows}}
+    around = {"config": _charts()["config"], "datasets": {"rows": rows}}
+    return _filled(name, **values) | around
 
 
 def figures(panels: Sequence[Panel]) -> list[list[Panel]]:
@@ -83,22 +83,18 @@ def chart(panels: Sequence[Panel], columns: int = COLUMNS) -> Spec:
     rows = [_row(panel, o, numeric) for panel in panels for o in panel.lines if o.points]
     titles = distinct(panel.title for panel in panels)
     units = distinct(f"{p.y} (%)" if p.percent and "%" not in p.y else p.y for p in panels)
-    scales = _filled("numbers", place=first.x) if numeric else _words(first.x, axis(lines))
+    names = [] if numeric else axis(lines)
+    shown = names[:: -max(1, -(-len(names) // TICKS))]
+    wide = max(map(len, names), default=0) * len(shown) > LETTERS
+    scales = {"place": first.x, "places": names, "shown": shown, "slant": -40 * wide}
     return _drawing(
-        "panels", rows, **scales, **_legend(lines), titles=titles,
-        about=f"{first.y} over {first.x}: {', '.join(titles)}", place=first.x,
+        "panels", rows, **_filled("numbers" if numeric else "words", **scales), **_legend(lines),
+        titles=titles, about=f"{first.y} over {first.x}: {', '.join(titles)}", place=first.x,
         columns=min(columns, len(titles)), reach=_reach(panels, rows),
         unit=units[0] if len(units) == 1 else None,
         scales="independent" if len(units) > 1 else "shared",
         papers=_charts()["papers"] if any(line.paper for line in lines) else None,
     )  # fmt: skip
-
-
-def _words(name: str, places: Sequence[str]) -> Spec:
-    every = max(1, -(-len(places) // TICKS))
-    shown = places[::-1][::every]
-    slant = -40 if max(map(len, places)) * len(shown) > LETTERS else 0
-    return _filled("words", place=name, places=places, shown=shown, slant=slant)
 
 
 def _reach(panels: Sequence[Panel], rows: Sequence[Mapping[str, Any]]) -> Spec:
@@ -140,9 +136,7 @@ def _shade(colour: str, index: int, count: int) -> str:
 
 
 def _row(panel: Panel, line: Line, numeric: bool) -> dict[str, Any]:
-    """A line, its points as columns, which Vega-Lite unfolds: where each and its bar are drawn,
-    and what the pointer says of it.
-    """
+    """A line, its points as columns, which Vega-Lite unfolds."""
     points = [_point(panel, line, float(at) if numeric else at, n) for at, n in line.points]
     columns = {name: [point[name] for point in points] for name in points[0]}
     return {"panel": panel.title, "line": _name(line), "paper": line.paper} | columns

@@ -220,17 +220,18 @@ def of_runs(strips: Sequence[Strip]) -> list[StripTable]:
     largest: dict[tuple[str, str], Sequence[Strip]] = {}
     for name in sorted(groups, key=lambda item: -len(groups[item])):
         largest.setdefault(name[:2], list(groups[name].values()))
-    return [_table(_columns(own), len(largest)) for own in largest.values()]
+    return [_table([_column(s) for s in _fitting(own)], len(largest)) for own in largest.values()]
 
 
-def _columns(strips: Sequence[Strip]) -> list[Column]:
+def _column(strip: Strip) -> Column:
+    note = ", ".join(filter(None, [strip.series.family.shown_beta, f"seed {strip.seed}"]))
+    return strip.series.short, note, strip
+
+
+def _fitting(strips: Sequence[Strip]) -> list[Strip]:
     """Full precision and 4 bits first, as the paper's Figure 7, where not all columns fit."""
-    ordered = sorted(strips, key=lambda s: (s.series.bits not in (None, 4), s.series.order))
-    first = sorted(ordered[:COLUMNS], key=lambda s: s.series.order)
-    return [
-        (s.series.short, ", ".join(filter(None, [s.series.family.shown_beta, f"seed {s.seed}"])), s)
-        for s in (*first, *ordered[COLUMNS:])
-    ]
+    ordered = sorted(strips, key=lambda s: (s.bits not in (None, 4), s.series.order))
+    return sorted(ordered[:COLUMNS], key=lambda s: s.series.order) + ordered[COLUMNS:]
 
 
 def _table(every: Sequence[Column], share: int) -> StripTable:
