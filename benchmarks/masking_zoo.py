@@ -3,7 +3,7 @@
 Networks on scikit-learn's digits, trained on one core and kept in `build/masking-zoo`. Thresholds
 were chosen on seed 0 of the kinds that are not held out; the rest, and other seeds, are. Exits
 with 1 where a masked network does not FAIL, an honest one does though no attack proves it, or one
-of undecided truth PASSes.
+of undecided truth PASSes. An honest network may be OVERSTATED: that is proved.
 """
 
 import argparse
@@ -52,7 +52,7 @@ class Row:
     @property
     def right(self) -> bool:
         if self.kind.masked is None:
-            return self.found in ("WARN", "FAIL")
+            return self.found != "PASS"
         return (self.found == "FAIL") == self.kind.masked
 
     @property
@@ -85,7 +85,7 @@ def table(rows: list[Row]) -> str:
 
 
 def confusion(rows: list[Row]) -> str:
-    words = ("FAIL", "FAIL, proved", "WARN", "PASS", "not decided")
+    words = ("FAIL", "FAIL, proved", "OVERSTATED", "WARN", "PASS", "not decided")
     lines = [("", *words), ("---",) * (len(words) + 1)]
     for held in (False, True):
         for truth, name in TRUTH.items():

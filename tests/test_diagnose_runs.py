@@ -46,7 +46,7 @@ def test_diagnose_prints_three_parts_and_writes_them(
     status, out, _ = call(capsys, "diagnose", *words, "--substitute", folder / "other")
     assert out[-1] == str(folder / "two" / "diagnosis.json")
     record = json.loads((folder / "two" / "diagnosis.json").read_text())
-    assert status == int(record["verdict"] == "FAIL")
+    assert status == int(record["verdict"] in ("FAIL", "OVERSTATED"))
     assert [n["name"] for n in record["amplification"]] == ["two", "float"]
     assert len(record["audit"]["layers"]) == len(record["amplification"][0]["layers"]) > 5
     assert 0 < record["audit"]["lower"] <= record["audit"]["bound"]
@@ -119,7 +119,7 @@ def test_a_model_of_ones_own_is_diagnosed(
     status, out, err = call(capsys, *words, f"{tmp_path}/own.py:make_model")
     assert "runs your code" in err[0] and "the model guesses" in err[1]
     record = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
-    assert status == int(record["verdict"] == "FAIL")
+    assert status == int(record["verdict"] in ("FAIL", "OVERSTATED"))
     assert out[-1] == str(tmp_path / "out" / "diagnosis.json")
     assert (record["run"], record["bits"], record["masking"]["quantized"]) == ("out", None, False)
     assert [n["layer"] for n in record["audit"]["layers"]] == ["fc", "gate"]

@@ -127,7 +127,7 @@ def diagnose(
 ) -> int:
     """Say whether the robustness of a run or of your own model is real, and where noise grows.
 
-    Three parts on stdout, diagnosis.json in the run's folder; exit status 1 on a FAIL.
+    Three parts on stdout, diagnosis.json in the run's folder; exit status 1 on FAIL or OVERSTATED.
 
     Args:
         run: folder of the run, if no --model-file.
@@ -174,7 +174,7 @@ def diagnose(
         make_folder(Path(out or ""))
     print_json(record) if json else print("\n".join(rows.diagnosis_rows(record)))
     print(write_json(Path(run or out or "") / "diagnosis.json", record))
-    return int(record["verdict"] == "FAIL")
+    return int(record["verdict"] in ("FAIL", "OVERSTATED"))
 
 
 def judge(

@@ -182,10 +182,11 @@ def _audited(found: Audit) -> dict[str, Any]:
 
 def _masking(verdict: Verdict) -> dict[str, Any]:
     return {
-        "verdict": verdict.overall,
+        "verdict": str(verdict),
         "quantized": verdict.quantized,
         "usual": _counted(verdict.usual),
         "strongest": _counted(verdict.strongest),
+        "overstated": _counted(verdict.overstated),
         "signs": [
             {"name": sign.name, "verdict": sign.verdict, **_counted(sign.finding),
              "means": sign.means, "do": sign.do}
