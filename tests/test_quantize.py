@@ -248,6 +248,33 @@ def test_a_branch_is_the_closed_form_and_its_gradient_ends_with_its_range() -> N
         assert torch.equal(torch.autograd.grad(3 * y.sum(), at)[0], 3 * inside)
 
 
+@pytest.mark.parametrize("least", [None, 0.0, 0.17])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_signed_grid_is_the_nearest_of_its_values(bits: int, least: float | None) -> None:
+    """As many as 2^bits, of which the share of the negative range lies below 0."""
+    x, top = torch.linspace(-3.013, 2.987, 401, dtype=torch.float64), 2**bits - 1
+    below = 2 ** (bits - 1) if least is None else round(top * least / (2 + least))
+    grid = torch.arange(-below, top + 1 - below).double() * (2 / (top - below))
+    module = dq.QuantSigned(bits, peak=2.0, least=least).eval().double()
+    y = module(at := x.requires_grad_())
+    nearest = grid[(x[:, None] - grid).abs().argmin(1)]
+    torch.testing.assert_close(y, nearest.to(y))
+    half = 1 / (top - below)
+    inside = (x > grid[0] - half) & (x < grid[-1] + half)
+    assert torch.equal(torch.autograd.grad(y.sum(), at)[0], inside.to(x))
+    cells = module.cells(x.detach())
+    assert cells is not None
+    torch.testing.assert_close(cells.scaled.round().clamp(0, top) - below, y / (2 / (top - below)))
+
+
+def test_a_signed_range_is_the_one_of_least_squared_error() -> None:
+    x = torch.randn(64, 100, generator=torch.Generator().manual_seed(0))
+    x[0, 0] = 12.0
+    module = dq.QuantSigned(3).train()
+    module(x)
+    assert float(module.peak) == 3.0  # a quarter of the outlier
+
+
 def test_before_the_first_batch_a_branch_passes_x() -> None:
     x = torch.randn(3, 4, requires_grad=True)
     assert torch.equal(y := branch()(x), x)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from defquant.attacks.access import untouched
 from defquant.config import check_bits
 from defquant.errors import UserError
-from defquant.quantize import QuantReLU, QuantSigned
+from defquant.quantize import QuantReLU, QuantSigned, signed_grid
 from defquant.weights import weight_grid
 
 __all__ = [
@@ -42,9 +42,10 @@ class Grid:
 PIXELS = Grid(1 / 255)
 
 
-def branch_grid(peak: float, bits: int = 8) -> Grid:
+def branch_grid(peak: float, bits: int = 8, least: float | None = None) -> Grid:
     """Of signed values up to `peak`, as `QuantSigned` has them."""
-    return Grid(peak / (2 ** (bits - 1) - 1), 2 ** (bits - 1), 2**bits - 1)
+    zero, top = int(signed_grid(torch.tensor(peak), bits, least)[1]), 2**bits - 1
+    return Grid(peak / (top - zero), zero, top)
 
 
 def grid_of(module: nn.Module) -> Grid | None:
@@ -52,7 +53,7 @@ def grid_of(module: nn.Module) -> Grid | None:
     if isinstance(module, QuantReLU) and (bits := check_bits(module.bits)) is not None:
         return Grid(module.high / (2**bits - 1), 0, 2**bits - 1)
     if isinstance(module, QuantSigned) and module.bits is not None and float(module.peak):
-        return branch_grid(float(module.peak), module.bits)
+        return branch_grid(float(module.peak), module.bits, module.least)
     return None
 
 

@@ -33,6 +33,12 @@ _KEEPS = {
     "view",
 }  # fmt: skip
 """Operations whose output has the values of their inputs."""
+_LEAST = {
+    "gelu": 0.17, "hardsigmoid": 0.0, "hardswish": 0.375, "mish": 0.309,
+    "sigmoid": 0.0, "silu": 0.2785, "softmax": 0.0, "softplus": 0.0,
+}  # fmt: skip
+"""How far the values of an operation reach below 0."""
+_GATES = {"hardsigmoid", "sigmoid", "softmax"}
 _POOLS = {"adaptive_avg_pool2d", "avg_pool2d", "mean"}
 _DROPOUT = nn.Dropout | nn.Dropout2d | nn.AlphaDropout
 
@@ -164,6 +170,7 @@ class _Quantising:
     def __init__(self, net: Rebuilt, bits: int | None, weight_bits: int | None) -> None:
         self.net, self.bits, self.weight_bits = net, bits, weight_bits
         self.codes: dict[fx.Node, int] = {}
+        self.least: dict[fx.Node, float] = {}  # of values: how far they reach below 0, where known
         self.signed: dict[tuple[fx.Node, type], fx.Node] = {}
         self.notes: dict[str, list[str]] = {}
 
@@ -185,6 +192,8 @@ class _Quantising:
                 node = self._replaced(node, high, convex)
             if module is None or isinstance(module, _DROPOUT):
                 self._pass_on(node)
+            if (least := self._least_of(node)) is not None:
+                self.least[node] = least
         if self.weight_bits is not None:
             self._end_in_integers()
         self._set_weight_bits()
@@ -212,20 +221,37 @@ class _Quantising:
         if widths and self._keeps(node) and None not in widths:
             self.codes[node] = max(width or 0 for width in widths)
 
+    def _least_of(self, node: fx.Node) -> float | None:
+        read = [n for n in node.all_input_nodes if is_tensor(n)]
+        if isinstance(self.net.module(node), QuantReLU):
+            return 0.0
+        if name_of(node) == "mul" and len(read) == 2:  # by a gate in [0, 1]
+            read = [n for n in read if name_of(self._origin(n)) not in _GATES][:1] or read[:1]
+        elif not self._keeps(node) and name_of(node) not in _POOLS:
+            return _LEAST.get(name_of(node))
+        known = [self.least.get(n) for n in read]
+        return None if None in known else max((least or 0.0 for least in known), default=None)
+
+    def _origin(self, node: fx.Node) -> fx.Node:
+        """What made the values that operations only moved since."""
+        while self._keeps(node) and node not in self.codes:
+            node = next(n for n in node.all_input_nodes if is_tensor(n))
+        return node
+
     def _read(self, x: fx.Node, path: str) -> fx.Node:
         """What the layer at `path` reads instead of `x`: codes, where it is to read some."""
-        chain, origin = [x], x  # the quantiser stands before what only moves values
-        while self._keeps(origin) and origin not in self.codes:
-            inputs = [n for n in origin.all_input_nodes if is_tensor(n)]
-            origin = inputs[0]
-            if chain[-1].all_input_nodes == inputs == [origin] and len(chain[-1].users) == 1:
-                chain.append(origin)
+        chain, origin = [x], self._origin(x)
+        while chain[-1] is not origin and len(chain[-1].users) == 1:
+            if len(chain[-1].all_input_nodes) > 1:
+                break
+            chain += chain[-1].all_input_nodes  # before what only moves values
         between = x not in self.net.deep or name_of(origin) in _POOLS
         if x in self.codes or (between and self.weight_bits is None):
             return x
         at, kind = chain[-1], QuantBranch if between else QuantSigned
         if (at, kind) not in self.signed:
-            made = QuantBranch() if between else QuantSigned(self.bits)
+            least = self.least.get(at)
+            made = QuantBranch(least=least) if between else QuantSigned(self.bits, least=least)
             self.signed[at, kind] = self.net.insert(at, f"{path}_in", made)
         codes = self.signed[at, kind]
         self.codes[codes] = 8 if between else self.bits or 8

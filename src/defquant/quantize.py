@@ -14,7 +14,7 @@ from defquant.errors import UserError
 __all__ = [
     "Cells", "QuantBranch", "QuantReLU", "QuantSigned", "QuantTanh", "Quantizer", "Rounded",
     "Staircase", "activation", "adjustable", "fake_quantize", "full_precision", "set_bits",
-    "shared_by_all_bits",
+    "shared_by_all_bits", "signed_grid",
 ]  # fmt: skip
 
 
@@ -73,17 +73,21 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 class _Signed(torch.autograd.Function):
-    """Forward on the signed grid of `step` (0: x itself), no gradient beyond its ends -n, n - 1."""
+    """Forward on the grid of `signed_grid` (step 0: x itself), no gradient beyond its ends."""
 
     @staticmethod
-    def forward(x: Tensor, step: Tensor, n: int) -> Tensor:
-        return torch.where(step > 0, x.div(step).round_().clamp_(-n, n - 1).mul_(step), x)
+    def forward(x: Tensor, peak: Tensor, bits: int, least: float | None) -> Tensor:
+        step, n = signed_grid(peak.to(x.dtype), bits, least)
+        codes: Tensor = x.div(step).round_().clamp_(-n, 2**bits - 1 - n)
+        return torch.where(step > 0, codes.mul_(step), x)
 
     @staticmethod
-    def inside(x: Tensor, step: Tensor, n: int) -> Tensor:
-        """Where x / step rounds to -n..n-1, ties to even; everywhere at step 0."""
+    def inside(x: Tensor, peak: Tensor, bits: int, least: float | None) -> Tensor:
+        """Where x / step rounds to a code, ties to even; everywhere at step 0."""
+        step, n = signed_grid(peak.to(x.dtype), bits, least)
         codes = x.div(step)
-        return ((codes >= -n - 0.5) & (codes < n - 0.5)) | (step == 0)
+        inside: Tensor = ((codes >= -n - 0.5) & (codes < 2**bits - 0.5 - n)) | (step == 0)
+        return inside
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -91,19 +95,19 @@ class _Signed(torch.autograd.Function):
             ctx.save_for_backward(_Signed.inside(*inputs))
 
     @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None, None]:
-        return _masked(ctx, grad[0]), None, None
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _masked(ctx, grad[0]), None, None, None
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], x: Tensor, step: Tensor, n: int
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, peak: Tensor, *how: Any
     ) -> tuple[Tensor, int | None]:
-        """Networks that are stacked have a step each."""
+        """Networks that are stacked have a range each."""
         dim = in_dims[0]
         if in_dims[1] is not None:
             x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-            dim, step = 0, step.view(-1, *[1] * (x.dim() - 1))
-        return _Signed.apply(x, step, n), dim  # type: ignore[no-untyped-call]
+            dim, peak = 0, peak.view(-1, *[1] * (x.dim() - 1))
+        return _Signed.apply(x, peak, *how), dim  # type: ignore[no-untyped-call]
 
 
 @torch.library.custom_op("defquant::clip_round", mutates_args=())
@@ -118,13 +122,18 @@ def _tanh_round(x: Tensor, bits: int) -> Tensor:
 
 
 @torch.library.custom_op("defquant::signed_round", mutates_args=())
-def _signed_round(x: Tensor, peak: Tensor, bits: int) -> Tensor:
-    return _Signed.forward(x, *_step(peak.to(x.dtype), bits))
+def _signed_round(x: Tensor, peak: Tensor, bits: int, least: float | None) -> Tensor:
+    return _Signed.forward(x, peak, bits, least)
 
 
-def _step(peak: Tensor, bits: int) -> tuple[Tensor, int]:
-    """Of the signed grid: its step, and n of its codes -n..n-1."""
-    return peak / (2 ** (bits - 1) - 1), 2 ** (bits - 1)
+def signed_grid(peak: Tensor, bits: int, least: float | None) -> tuple[Tensor, Any]:
+    """Of `QuantSigned`: its step, and n of its codes -n .. 2^bits - 1 - n, a number or a tensor."""
+    top, n = 2**bits - 1, 2 ** (bits - 1)
+    if least is None:
+        return peak / (top - n), n
+    share = least / (peak + least).clamp_min(torch.finfo(peak.dtype).tiny)
+    few = share.mul(top).round_().clamp_(max=n)
+    return peak / (top - few), few
 
 
 @torch.library.custom_op("defquant::affine_round", mutates_args=())
@@ -337,27 +346,37 @@ class Rounded(torch.autograd.Function):
         return grad[0] if ctx.saved_tensors[0] is None else _masked(ctx, grad[0]), None, None
 
 
+def _largest(x: Tensor) -> Tensor:
+    largest: Tensor = torch.linalg.vector_norm(x, math.inf)
+    return largest
+
+
 class QuantSigned(Quantizer):
     r"""A signed grid whose range follows what it sees: for values that no ReLU bounds.
 
-    Q(x) = s · clamp(round(x / s), -2^(bits-1), 2^(bits-1) - 1),  s = peak / (2^(bits-1) - 1), ties
-    to even; straight-through inside the range, no gradient outside it. `peak`, a buffer, is a
-    moving average of the batches' max|x|, taken in training mode (a batch with an infinite or NaN x
-    is passed over); 0 before the first batch, when x passes unrounded, as it does at bits None.
+    Q(x) = s · clamp(round(x / s), -n, 2^bits - 1 - n),  s = peak / (2^bits - 1 - n), ties to even;
+    straight-through inside the range, no gradient outside it. n = 2^(bits-1), so that the range is
+    the same on both sides of 0; or, where x is never below -`least` (GELU, SiLU), of all codes the
+    share least / (peak + least), to the nearest: few, and at few bits none.
 
-    Deployed it is uint8 codes with zero point 2^(bits-1).
+    `peak`, a buffer, is a moving average of the batches' `best_peak` at these bits, taken in
+    training mode (a batch with an infinite or NaN x is passed over); 0 before the first batch, when
+    x passes unrounded, as it does at bits None. Deployed it is uint8 codes with zero point n.
 
     Raises `UserError` for bits other than 2 to 8, and a `peak` that is negative or not finite.
     """
 
     MOMENTUM = 0.1
 
-    def __init__(self, bits: int | None = None, *, peak: float = 0.0) -> None:
+    def __init__(
+        self, bits: int | None = None, *, peak: float = 0.0, least: float | None = None
+    ) -> None:
         super().__init__(bits)
         if bits == 1:
             raise UserError("a signed quantiser has 2 bits at least; found 1")
         if not (math.isfinite(peak) and peak >= 0):
             raise UserError(f"peak, the largest magnitude, must not be negative; found {peak}")
+        self.least = least
         self.peak: Tensor
         self.register_buffer("peak", torch.tensor(float(peak)))
 
@@ -368,40 +387,55 @@ class QuantSigned(Quantizer):
         if self.bits is None:
             return x
         if WHOLE.on:
-            return _signed_round(x, self.peak, self.bits)  # type: ignore[no-any-return]
-        step, n = _step(self.peak.to(x.dtype), self.bits)
+            return _signed_round(x, self.peak, self.bits, self.least)  # type: ignore[no-any-return]
+        grid = self.peak, self.bits, self.least
         if _inlined():
             fixed = x.detach()
-            slope = torch.where(_Signed.inside(fixed, step, n), x - fixed, 0.0)
-            return _sloped(_Signed.forward(fixed, step, n), slope)
-        return _Signed.apply(x, step, n)  # type: ignore[no-untyped-call,no-any-return]
+            slope = torch.where(_Signed.inside(fixed, *grid), x - fixed, 0.0)
+            return _sloped(_Signed.forward(fixed, *grid), slope)
+        return _Signed.apply(x, *grid)  # type: ignore[no-untyped-call,no-any-return]
 
     def cells(self, x: Tensor) -> Cells | None:
         if self.bits is None:
             return None
-        step, n = _step(self.peak.to(x.dtype), self.bits)
-        return Cells(x / step.where(step > 0, 1.0), -n, n - 2)
+        step, n = signed_grid(self.peak.to(x.dtype), self.bits, self.least)
+        return Cells(x.div(step.where(step > 0, 1.0)).add_(n), 0, 2**self.bits - 2)
+
+    def best_peak(self, x: Tensor) -> Tensor:
+        """Of 13 ends from max|x| / 4 to max|x|, the one of least squared error on some of x."""
+        most = _largest(x).to(self.peak)
+        if self.bits is None:
+            return most
+        some = x[:: max(1, len(x) // 16)].flatten()
+        some = some[:: max(1, len(some) // 8192)]
+        ends = most * torch.linspace(0.25, 1, 13, device=x.device)
+        rounded = _Signed.forward(some, ends[:, None], self.bits, self.least)
+        return ends.gather(0, (rounded - some).square().sum(1).argmin(keepdim=True))[0]
 
     @torch.no_grad()
     def _watch(self, x: Tensor) -> None:
-        now = torch.linalg.vector_norm(x, math.inf).to(self.peak)
+        now = self.best_peak(x)
         mean = torch.lerp(self.peak, now, self.MOMENTUM).where(self.peak > 0, now)
         self.peak.copy_(mean.where(now.isfinite(), self.peak))
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}"
+        return f"bits={self.bits}" + (f", least={self.least:g}" if self.least else "")
 
 
 class QuantBranch(QuantSigned):
     """One of 8 bits whatever those of the activations: between layers, not of an activation.
 
     Behind a convolution that enters a residual stream it lets that convolution end in integers.
+    Its range ends at max|x|.
     """
 
     fixed = 8
 
-    def __init__(self, *, peak: float = 0.0) -> None:
-        super().__init__(self.fixed, peak=peak)
+    def __init__(self, *, peak: float = 0.0, least: float | None = None) -> None:
+        super().__init__(self.fixed, peak=peak, least=least)
+
+    def best_peak(self, x: Tensor) -> Tensor:
+        return _largest(x).to(self.peak)
 
 
 def activation(kind: Activation, bits: int | None, high: float) -> Quantizer:

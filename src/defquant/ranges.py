@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from defquant.errors import UserError
-from defquant.quantize import Quantizer, QuantReLU, QuantSigned
+from defquant.quantize import Quantizer, QuantReLU, QuantSigned, fake_quantize
 
 __all__ = ["MeasuredReLU", "calibrate"]
 
@@ -42,9 +42,10 @@ def calibrate(model: nn.Module, images: Tensor, bits: int | None) -> dict[str, s
 
     def measure(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if isinstance(module, QuantSigned) and float(module.peak) == 0:
-            found[module] = _range(args[0], module.fixed or bits, signed=True)
+            grid = module if module.fixed else QuantSigned(bits, least=module.least)
+            found[module] = float(grid.best_peak(args[0]))
         elif isinstance(module, MeasuredReLU):
-            found[module] = _range(args[0].clamp_min(0), bits, signed=False)
+            found[module] = _range(args[0].clamp_min(0), bits)
 
     handles = [m.register_forward_pre_hook(measure) for m in own]
     for quantiser in own:
@@ -75,16 +76,15 @@ def _ranged(name: str, module: Quantizer, found: float | None) -> str:
     return said
 
 
-def _range(x: Tensor, bits: int | None, *, signed: bool) -> float:
+def _range(x: Tensor, bits: int | None) -> float:
     """The end of the range of least squared error at `bits`: the largest value, or less."""
-    most = float(x.abs().max())
+    most = float(x.max())
     if bits is None or most == 0 or not math.isfinite(most):
         return most
     sample = x.flatten()[:: max(1, x.numel() // 10_000)]
 
     def error(end: float) -> float:
-        grid = QuantSigned(bits, peak=end) if signed else QuantReLU(bits, end)
-        return float((grid.eval()(sample) - sample).square().sum())
+        return float((fake_quantize(sample, bits, end) - sample).square().sum())
 
     return min((most * part / 16 for part in range(16, 3, -1)), key=error)
 

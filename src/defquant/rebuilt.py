@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from defquant.captured import Captured, operation
 from defquant.errors import UserError
+from defquant.models.squeezing import median_2x2
 from defquant.quantize import QuantBranch, Quantizer, QuantReLU, QuantSigned, QuantTanh
 from defquant.weights import FirstConv, QuantConv2d, QuantLinear
 
@@ -131,6 +132,12 @@ class Rebuilt:
             else:
                 node.replace_all_uses_with(given["input"])
                 self.graph.erase_node(node)
+        elif name == "median_2x2":
+            node.target = median_2x2  # as an operation it has no gradient
+        elif name == "affine_round":
+            raise UserError(
+                f"{self.captured.model} is quantised by torch already: prepare the float network"
+            )
         elif (quantiser := self._quantiser(name, given)) is not None:
             self.replace(node, self.place(node, "act"), quantiser, (given["x"],))
         elif "device" in node.kwargs:  # a tensor that the program makes lies where the images do
@@ -185,12 +192,9 @@ class Rebuilt:
             return None
         peak = self._value(given["peak"])
         assert peak is not None
+        range_ = {"peak": float(peak), "least": given["least"]}
         between = given["bits"] == QuantBranch.fixed
-        return (
-            QuantBranch(peak=float(peak))
-            if between
-            else QuantSigned(given["bits"], peak=float(peak))
-        )
+        return QuantBranch(**range_) if between else QuantSigned(given["bits"], **range_)
 
     # ------------------------------------------------------------------------------- constants
 

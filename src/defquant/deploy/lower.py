@@ -363,7 +363,8 @@ def _signed_round(walk: _Walk, node: fx.Node) -> Value:
         raise UserError(
             f"cannot export layer {node.meta['layer']!r}: its range is 0, as before training"
         )
-    return _onto(walk, node, branch_grid(float(peak), int(node.args[2])))  # type: ignore[arg-type]
+    bits, least = node.args[2:]
+    return _onto(walk, node, branch_grid(float(peak), int(bits), least))  # type: ignore[arg-type]
 
 
 def _affine_round(walk: _Walk, node: fx.Node) -> Value | None:

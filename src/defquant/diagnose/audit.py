@@ -15,6 +15,7 @@ from defquant.diagnose.bound import BatchNormCall, LayerAudit, reach
 from defquant.diagnose.masking import Connected
 from defquant.evaluate import Images, linted
 from defquant.models.squeezing import median_2x2
+from defquant.quantize import signed_grid
 
 __all__ = ["Audit", "LayerAudit", "Radius", "audit", "jacobian_norms", "surrogate"]
 
@@ -106,8 +107,8 @@ def surrogate(program: Captured) -> nn.Module:
         elif name == "defquant.median_2x2.default":
             node.target = median_2x2
         elif peak is not None and peak > 0:
-            n = 2 ** (node.args[2] - 1)
-            ends = -n / (n - 1) * float(peak), float(peak)
+            step, n = signed_grid(peak, *node.args[2:])
+            ends = -float(step * n), float(peak)
             node.target, node.args = aten.hardtanh.default, (source, *ends)
         elif peak is not None or name.startswith("aten.round."):
             node.replace_all_uses_with(source)
