@@ -271,7 +271,7 @@ class QuantTanh(Quantizer):
 
 
 class Staircase(Quantizer):
-    r"""Whole numbers of `u`, of a range: clamp(rounding(u), low, high), someone else's quantiser.
+    r"""unit · clamp(rounding(x / unit), low, high): someone else's quantiser, zero point at zero.
 
     Ties to even, as ONNX; straight-through inside the range, no gradient outside it, as
     `fake_quantize`. `bits` are at first those that number the range, at most 8; others spread
@@ -280,6 +280,7 @@ class Staircase(Quantizer):
     Args:
         low, high: whole numbers, or infinite.
         rounding: `torch.round`, or `torch.floor`, `torch.ceil`, `torch.trunc`.
+        unit: how far the values lie apart.
     """
 
     def __init__(
@@ -287,63 +288,64 @@ class Staircase(Quantizer):
         low: float = -math.inf,
         high: float = math.inf,
         rounding: Callable[[Tensor], Tensor] = torch.round,
+        unit: float = 1.0,
     ) -> None:
         bounded = math.isfinite(high - low)
         super().__init__(min(8, math.ceil(math.log2(high - low + 1))) if bounded else 8)
-        self.low, self.high, self.rounding, self.own = low, high, rounding, self.bits
+        self.low, self.high, self.unit, self.own = low, high, unit, self.bits
+        self.rounding = rounding
         self.shift = 0.5 * (rounding in (torch.floor, torch.trunc)) - 0.5 * (rounding == torch.ceil)
 
-    def forward(self, u: Tensor) -> Tensor:
-        u = full_precision(u)
-        at = u - self.shift if self.shift else u
+    def forward(self, x: Tensor) -> Tensor:
+        x = full_precision(x)
+        ends = [unit * self.unit for unit in (self.low, self.high, self.shift)]
         if self.bits is None:
-            return at.clamp(self.low, self.high)
+            return (x - ends[2]).clamp(*ends[:2])
         step, low = self.step()
         with torch.no_grad():
+            u = x / self.unit if self.unit != 1 else x
             if self.bits == self.own:
                 rounded = self.rounding(u)
             else:
-                rounded = at.sub(low).div_(step).round_().mul_(step).add_(low)
-            bounded = math.isfinite(self.low) or math.isfinite(self.high)
-            if bounded:
-                rounded.clamp_(self.low, self.high)
-        if not u.requires_grad or not torch.is_grad_enabled():
-            return rounded
-        inside = (at > self.low) & (at < self.high) if bounded else None
-        return Rounded.apply(u, rounded, inside)  # type: ignore[no-untyped-call,no-any-return]
+                rounded = u.sub(low + self.shift).div_(step).round_().mul_(step).add_(low)
+            rounded.clamp_(self.low, self.high).mul_(self.unit)
+        return Rounded.apply(x, rounded, *ends)  # type: ignore[no-untyped-call,no-any-return]
 
     def step(self) -> tuple[float, float]:
-        """How far its values lie apart, in whole numbers, and where they begin."""
+        """How far its values lie apart, in units, and where they begin."""
         low = self.low if math.isfinite(self.low) else 0.0
         if self.bits is None or self.bits == self.own or not math.isfinite(self.high - self.low):
             return 1.0, low
         return (self.high - self.low) / (2**self.bits - 1), low
 
-    def cells(self, u: Tensor) -> Cells | None:
+    def cells(self, x: Tensor) -> Cells | None:
         if self.bits is None:
             return None
         step, low = self.step()
         first, last = (self.low - low) / step, (self.high - low) / step - 1
-        return Cells((u - (low + self.shift)) / step, first, last)
+        return Cells((x / self.unit).sub_(low + self.shift).div_(step), first, last)
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, low={self.low:g}, high={self.high:g}"
+        return f"bits={self.bits}, low={self.low:g}, high={self.high:g}, unit={self.unit:g}"
 
 
 class Rounded(torch.autograd.Function):
-    """`rounded` forward; backward the gradient of the identity, where `inside` (None: all)."""
+    """`rounded` forward; backward the gradient of clamp(x - shift, low, high)."""
 
     @staticmethod
-    def forward(x: Tensor, rounded: Tensor, inside: Tensor | None) -> Tensor:
+    def forward(x: Tensor, rounded: Tensor, low: float, high: float, shift: float) -> Tensor:
         return rounded
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[2])
+        x, _, low, high, shift = inputs
+        ctx.save_for_backward(x)
+        ctx.ends = low + shift, high + shift
 
     @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad[0] if ctx.saved_tensors[0] is None else _masked(ctx, grad[0]), None, None
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
+        inside = torch.ops.aten.hardtanh_backward(grad[0], *ctx.saved_tensors, *ctx.ends)
+        return inside, None, None, None, None
 
 
 def _largest(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """How 8-bit images are given to a file, and what its columns mean: found on labelled images."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,9 +76,7 @@ class Contract:
         shift, divide = (pixels.new_tensor(v)[:, None, None] for v in (self.shift, self.divide))
         x = (pixels.flip(1) if self.bgr else pixels).sub(shift).div(divide)
         if self.whole is not None:
-            with torch.no_grad():
-                rounded = x.round().clamp(*self.whole)
-            x = Rounded.apply(x, rounded, None)  # type: ignore[no-untyped-call]
+            x = Rounded.apply(x, x.detach().round().clamp(*self.whole), -math.inf, math.inf, 0.0)  # type: ignore[no-untyped-call]
         x = x.permute(0, 2, 3, 1) if self.layout == "NHWC" else x
         return x.reshape(len(x), *sizes)
 

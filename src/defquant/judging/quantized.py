@@ -50,6 +50,8 @@ def codes(s: Step, u: Tensor, zero: Numbers | None, axis: int = 0) -> Tensor:
 
 
 def quantize(s: Step, x: Tensor, scale: Tensor, zero: Numbers | None = None) -> Tensor:
+    if s.get("joined"):
+        return s.staircase(x)
     unblocked(s)
     axis = s.get("axis", 1)
     return codes(s, x / along(scale, x, axis), zero, axis)
@@ -57,7 +59,7 @@ def quantize(s: Step, x: Tensor, scale: Tensor, zero: Numbers | None = None) -> 
 
 def dequantize(s: Step, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     unblocked(s)
-    return real(x, scale, zero, s.get("axis", 1))
+    return x if s.get("joined") else real(x, scale, zero, s.get("axis", 1))
 
 
 def unblocked(s: Step) -> None:

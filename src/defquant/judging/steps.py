@@ -80,6 +80,7 @@ class Steps:
         for step in self.kept:
             if step.kind in ("Cast", "Ceil", "Floor", "QuantizeLinear", "Round"):
                 self.narrow(step)
+                self.join(step)
 
     def add(self, step: Step, batch: int | None) -> None:
         if step.kind in _COMMUTE and step.inputs[0] in self.constants:
@@ -189,18 +190,43 @@ class Steps:
             ends = ends / self.values[step.inputs[1]]
             zero = float(step.known.get(2, [0])[0])
         ends = stairs.rounding(ends.flatten())
-        low, high = self.after(step, zero)
+        low, high, clip = self.after(step, zero)
         low, high = max(low, float(ends[0]), stairs.low), min(high, float(ends[1]), stairs.high)
         if low < high:
             step.stairs = Staircase(low, high, stairs.rounding)
-            self.free(step)
+            for other in (*self.own(step), clip):
+                if other is not None:
+                    other.kind, other.inputs, other.known = "Identity", other.inputs[:1], {}
 
-    def free(self, step: Step) -> None:
-        for clip in self.before(step):
-            if self.uses[clip.outputs[0]] > 1:
+    def join(self, step: Step) -> None:
+        """A QuantizeLinear that only its inverses follow rounds in the reals: fewer passes."""
+        if step.kind != "QuantizeLinear" or step.stairs is None:
+            return
+        name = step.outputs[0]
+        users = self.users(name)
+        while len(users) == self.uses[name] == 1 and users[0].kind == "Identity":
+            name = users[0].outputs[0]
+            users = self.users(name)
+        grid = self.grid(step)
+        same = [u for u in users if u.kind == "DequantizeLinear" and self.grid(u) == grid]
+        if max(map(len, grid)) > 1 or not users or len(same) < self.uses[name]:
+            return
+        old, unit = step.stairs, float(self.values[step.inputs[1]])
+        step.stairs = Staircase(old.low, old.high, old.rounding, unit)
+        for each in (step, *same):
+            each.attributes["joined"] = True
+
+    def grid(self, step: Step) -> list[list[float]]:
+        """Its scales and its zero points."""
+        found = [self.values[name].flatten().tolist() for name in step.inputs[1:3] if name]
+        return [*found, [0]][:2]
+
+    def own(self, step: Step) -> Iterator[Step]:
+        for before in self.before(step):
+            if self.uses[before.outputs[0]] > 1:
                 break
-            if clip.kind in ("Clip", "Max", "Min", "Relu"):
-                clip.kind, clip.inputs, clip.known = "Identity", clip.inputs[:1], {}
+            if before.kind in ("Clip", "Max", "Min", "Relu"):
+                yield before
 
     def before(self, step: Step) -> Iterator[Step]:
         """The steps that lead to this one, last first, as long as they rise with their input."""
@@ -208,10 +234,10 @@ class Steps:
             step = self.makers[step.inputs[0]]
             yield step
 
-    def after(self, step: Step, zero: float) -> tuple[float, float]:
-        """What a clip of the codes, less `zero`, leaves of all numbers."""
+    def after(self, step: Step, zero: float) -> tuple[float, float, Step | None]:
+        """What a clip of the codes, less `zero`, leaves of all numbers, and that clip."""
         while self.uses[step.outputs[0]] == 1:
-            users = [user for user in self.kept if step.outputs[0] in user.inputs]
+            users = self.users(step.outputs[0])
             if not users:  # it is the output
                 break
             (step,) = users
@@ -221,11 +247,14 @@ class Steps:
                 break
             if step.kind == "Clip":
                 low, high = call(step, [self.ends, *map(self.values.get, step.inputs[1:])])[0]
-                return float(low) - zero, float(high) - zero
+                return float(low) - zero, float(high) - zero, step
             if step.kind not in ("Add", "Sub"):
                 break
             zero += float(self.values[step.inputs[1]]) * (1 if step.kind == "Add" else -1)
-        return -math.inf, math.inf
+        return -math.inf, math.inf, None
+
+    def users(self, name: str) -> list[Step]:
+        return [step for step in self.kept if name in step.inputs[:1]]
 
     def rises(self, step: Step) -> bool:
         """Whether a step is a rising function of its first input, the same for all numbers."""

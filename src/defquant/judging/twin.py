@@ -122,7 +122,11 @@ class Twin(nn.Module):
             return
         self.source, self.ending, self.logit = name, tuple(passed), step
         scale = ZERO.get(step.kind, 0) - 1
-        if 0 <= scale < len(step.inputs) and program.size(step.inputs[scale]) == 1:
+        if (
+            not step.get("joined")
+            and 0 <= scale < len(step.inputs)
+            and program.size(step.inputs[scale]) == 1
+        ):
             self.unit, self.logit = step.inputs[scale], replace(step, raw=True)
             self.ending += (step.kind,)
 
