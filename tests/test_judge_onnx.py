@@ -175,6 +175,15 @@ def test_a_batch_that_the_file_fixes(tmp_path: Path) -> None:
         assert file.twin.rows == rows
         x = torch.from_numpy(draw(3, *IMAGE[1:]))
         torch.testing.assert_close(file.twin.answers(x), file.answers(x))
+    turned: list[Node] = [
+        ("Reshape", [..., ints(0, 4, 3)], {}), ("Transpose", [...], {"perm": [1, 0, 2]}),
+        ("DynamicQuantizeLinear", [...], {"outputs": ["a", "b", "c"]}),
+        ("DequantizeLinear", [..., "b", "c"], {}), ("Transpose", [...], {"perm": [1, 0, 2]}),
+    ]  # fmt: skip
+    file = File(built(turned, ("n", 12), tmp_path / "m.onnx"))
+    x = torch.from_numpy(draw(5, 12))
+    torch.testing.assert_close(file.twin.answers(x), file.answers(x))
+    assert file.twin.rows == 1
     mixed = File(built([("Softmax", [...], {"axis": 0})], ("n", 12), tmp_path / "m.onnx"))
     assert mixed.twin.alone
     assert bool((mixed.answers(torch.rand(4, 12)) == 1).all())

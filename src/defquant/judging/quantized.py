@@ -69,8 +69,11 @@ def unblocked(s: Step) -> None:
 
 def dynamic(s: Step, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each image has the range that it has alone."""
+    many = s.image and s.images > 1
+    if many and len(x) != s.images:
+        raise ValueError("images are not along its first axis, so that their ranges mix")
     with torch.no_grad():
-        dims = tuple(range(1 if s.image else 0, x.ndim))
+        dims = tuple(range(1 if many else 0, x.ndim))
         low, high = (f(dims, True) for f in (x.clamp(max=0).amin, x.clamp(min=0).amax))
         scale = (high - low) / 255
         scale = torch.where(scale == 0, 1, scale)

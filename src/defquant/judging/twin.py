@@ -271,7 +271,7 @@ def _as_one(twin: Twin) -> None:
             twin.rows = None
             together = twin(x)
     except UserError:  # a batch of another size has no place in it
-        twin.rows = twin.port.batch
+        twin.rows = twin.port.batch or (1 if twin.alone else None)
         return
     slack = 0.05 * float(single.max() - single.min()) + 1e-5
     if together.shape != single.shape or not float((together - single).abs().max()) <= slack:
