@@ -230,14 +230,7 @@ def test_usual_mistakes_are_named() -> None:
             return super().forward(x - x.mean(0) + 0.5)
 
     assert "batch" in warned(Centred().eval(), data)[0]
-    images, labels = data
-    for model, given, message in (
-        (nn.Flatten(0), data, "must return logits (n, classes)"),
-        (Threshold(), (images, labels * 7), "labels must lie in 0..1"),
-        (Threshold(), (images * 255, labels), "images must lie in [0, 1]"),
-        (Threshold(), (images[:0], labels[:0]), "no images"),
-    ):
-        refused(lambda m=model, g=given: dq.accuracy(m.eval(), g), message)  # type: ignore[misc]
+    refused(lambda: dq.accuracy(Threshold().eval(), (data[0][:0], data[1][:0])), "no images")
 
 
 def test_vanishing_gradients_are_counted() -> None:

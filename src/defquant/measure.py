@@ -61,10 +61,8 @@ def subject_of(facts: Facts | Subject) -> Subject:
 
 def about(run: Path, subject: Subject, images: Dataset) -> dict[str, Any]:
     """What each record begins with: the fields of `results.ABOUT`."""
-    of = {"method": subject.method, "model": subject.model, "bits": subject.bits}
-    trained = {"beta": subject.beta, "seed": subject.seed}
-    shown = {"data": images.name, "fingerprint": images.fingerprint}
-    return {"run": run.name, **of, **trained, **shown}
+    of = {name: getattr(subject, name) for name in ("method", "model", "bits", "beta", "seed")}
+    return {"run": run.name, **of, "data": images.name, "fingerprint": images.fingerprint}
 
 
 def measure(

@@ -30,8 +30,7 @@ _ARCHIVE = "cifar-10-python.tar.gz"
 _AGAIN = "run `defquant data fetch cifar10`"
 _WORTH_CACHING = 5_000
 """Images; fewer decode in half a second."""
-_CACHE = 1 << 30
-"""Bytes of decoded images that are kept; CIFAR-10 has a sixth of it."""
+_CACHE = 1 << 30  # bytes of decoded images that are kept; CIFAR-10 has a sixth of it
 
 
 def read_cifar10(root: Path, split: str) -> Dataset:

@@ -17,15 +17,12 @@ from defquant.files import opened, write_bytes, write_whole
 
 __all__ = ["LARGEST", "fetch", "read_tar"]
 
-LARGEST = 1 << 26
-"""Bytes of one member; the official ones have 31 million."""
+LARGEST = 1 << 26  # bytes of one member; the official ones have 31 million
 _WHOLE = 1 << 30
 _MEMBERS = 1000
 _CHUNK = 1 << 20
-_DOWNLOAD = 1 << 28
-"""Bytes; the largest of the archives has two thirds of it."""
-_TIMEOUT = 30.0
-"""Seconds without a byte."""
+_DOWNLOAD = 1 << 28  # bytes; the largest of the archives has two thirds of it
+_TIMEOUT = 30.0  # seconds without a byte
 
 
 _ARCHIVES: Mapping[str, tuple[str, Mapping[str, str]]] = {  # where they lie, and their MD5s

@@ -33,10 +33,8 @@ _TYPES = {
 _MATRIX, _COMPRESSED = 14, 15
 _NUMERIC = range(6, 16)
 _COMPLEX = 0x0800
-_MOST = 1 << 29
-"""Bytes of one array; SVHN's largest has 225 million."""
-_HEAD = 1 << 12
-"""Bytes that hold flags, dimensions and name."""
+_MOST = 1 << 29  # bytes of one array; SVHN's largest has 225 million
+_HEAD = 1 << 12  # bytes that hold flags, dimensions and name
 
 
 def load(
@@ -298,5 +296,4 @@ _READERS: Mapping[str, Callable[[Path, str], Dataset]] = {
     "folder": read_folder,
     "npz": _read_npz,
 }
-DATASETS = tuple(_READERS)
-"""The names that `load` takes."""
+DATASETS = tuple(_READERS)  # the names that `load` takes
