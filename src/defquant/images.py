@@ -30,7 +30,7 @@ from defquant.evaluate import Watch, answers, device_of, lint_classes
 from defquant.files import owned_folder, read_lines, write_bytes
 from defquant.measure import Subject, measure
 from defquant.results import ABOUT, EIGHT_BIT, Measurement, Score, append
-from defquant.typed import NOT_NEGATIVE, UNIT, Rule, from_mapping
+from defquant.typed import NOT_NEGATIVE, POSITIVE, UNIT, Rule, from_mapping
 
 __all__ = [
     "KIND", "MANIFEST", "Manifest", "Rescored", "Saved", "fingerprint_of", "measure_and_save",
@@ -39,7 +39,10 @@ __all__ = [
 
 MANIFEST = "manifest.jsonl"
 KIND = "defquant saved images"
-_LARGEST = 4096  # pixels of a side
+_SHAPE = Rule(
+    "must be 1 or 3 channels and two sides up to 4096",
+    lambda shape: shape[0] in (1, 3) and all(0 < side <= 4096 for side in shape[1:]),
+)
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,9 @@ class Saved:
 class _Head:
     """What the reader needs of the first line."""
 
-    shape: tuple[int, int, int]
+    shape: Annotated[tuple[int, int, int], _SHAPE]
     classes: tuple[str, ...]
-    pictures: int
+    pictures: Annotated[int, POSITIVE]
 
 
 def fingerprint_of(pixels: NDArray[np.uint8]) -> str:
@@ -108,19 +111,14 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(head, dict) or head.get("kind") != KIND or head.get("format") != 1:
         raise UserError(f"{path} is no manifest of saved images, or was cut: copy it again")
     about = from_mapping(_Head, head, records[0][0])
-    (channels, height, width), classes, count = about.shape, len(about.classes), about.pictures
-    if channels not in (1, 3) or not 0 < max(height, width) <= _LARGEST or min(height, width) < 1:
-        raise UserError(
-            f"saved images have 1 or 3 channels and sides up to {_LARGEST}; found "
-            f"{channels} x {height} x {width} in {path}"
-        )
-    if count != len(records) - 1 or not count:
+    classes, count = len(about.classes), about.pictures
+    if count != len(records) - 1:
         raise UserError(
             f"{path} must list its {count} pictures; found {len(records) - 1}: it was cut, copy it "
             "again"
         )
     pictures = tuple(_picture(record, classes, where) for where, record in records[1:])
-    return Manifest(folder, head, (channels, height, width), classes, pictures)
+    return Manifest(folder, head, about.shape, classes, pictures)
 
 
 def _picture(record: Any, classes: int, where: str) -> Saved:
