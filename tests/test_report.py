@@ -4,8 +4,6 @@ import gzip
 import io
 import json
 import re
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -269,7 +267,6 @@ def test_only_png_pictures_reach_the_page(tmp_path: Path) -> None:
 
 def test_missing_and_broken_files_leave_a_report(tmp_path: Path) -> None:
     plain = page_of(tmp_path, *two((30,), (20,)))
-    check(plain)
     assert 'id="examples"' not in plain and 'id="training"' not in plain
     (tmp_path / "DQ4-0" / "config.json").write_text("{cut")
     (tmp_path / "vanilla4-0" / "examples.json").write_text('{"examples": [1]}')
@@ -278,22 +275,19 @@ def test_missing_and_broken_files_leave_a_report(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     check(page)
     assert page.count("left out in part") == 2
-    assert 'id="training"' in page
+    assert 'id="training"' in page and "PGD-10, watched" not in page
 
 
-def test_the_monitor_of_adversarial_training_has_columns_where_there_is_one(tmp_path: Path) -> None:
+def test_the_monitor_of_adversarial_training_has_columns(tmp_path: Path) -> None:
     page_of(tmp_path, *two((30,), (20,)))
-    for run in ("DQ4-0", "vanilla4-0"):
-        (tmp_path / run / "log.jsonl").write_text(json.dumps(EPOCH))
-    assert "PGD-10, watched" not in page_of(tmp_path)
-    watched = [{"monitor_fgsm": 0.4, "monitor_pgd": 0.5}]
-    watched += [{"monitor_fgsm": 0.78125, "monitor_pgd": 0.03125}]
-    log = "\n".join(json.dumps(EPOCH | own) for own in watched)
+    watched = [{"monitor_fgsm": fgsm, "monitor_pgd": 0.0} for fgsm in (0.4, 0.78125)]
+    (tmp_path / "DQ4-0" / "log.jsonl").write_text(json.dumps(EPOCH))
+    log = "\n".join(json.dumps(EPOCH | epoch) for epoch in watched)
     (tmp_path / "vanilla4-0" / "log.jsonl").write_text(log)
     (table,) = check(page_of(tmp_path)).tables["training"]
     assert table[0][-3:] == ["PGD-10, watched", "FGSM, watched", "Time a run"]
     assert {row[0]: row[-3:-1] for row in table[1:]} == {
-        "DQ 4-bit (β = 0.1)": ["–", "–"], "vanilla 4-bit": ["3.1%", "78.1%"]
+        "DQ 4-bit (β = 0.1)": ["–", "–"], "vanilla 4-bit": ["0.0%", "78.1%"]
     }  # fmt: skip
 
 
@@ -307,13 +301,11 @@ def test_folders_without_results_are_the_users_mistake(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("networks", [("float",), ("dq-4bit", "vanilla-4bit"), ("dq-full",)])
-@pytest.mark.parametrize("seeds", [1, 2])
-def test_any_selection_of_runs_makes_a_page(
-    tmp_path: Path, networks: tuple[str, ...], seeds: int
-) -> None:
-    page = page_of(write_runs(tmp_path, seeds=seeds, networks=networks))
-    check(page)
-    assert "accuracy over activation bits" not in page
+def test_any_selection_of_runs_makes_a_page(tmp_path: Path, networks: tuple[str, ...]) -> None:
+    for seeds in (1, 2):
+        page = page_of(write_runs(tmp_path / str(seeds), seeds=seeds, networks=networks))
+        check(page)
+        assert "accuracy over activation bits" not in page
 
 
 def test_mixed_data_and_two_runs_of_one_seed(tmp_path: Path) -> None:
@@ -333,11 +325,6 @@ def test_a_blind_attack_is_marked_everywhere(tmp_path: Path) -> None:
     # PGD's cell and the note; clean and black box are not blind
     assert markdown_table(sound + masked).count("†") == 2
     assert "masked, not robust" in page_of(tmp_path, *sound, *masked)
-
-
-def test_the_report_needs_no_torch() -> None:
-    code = "import sys, defquant.report; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_curves_are_drawn_the_same_every_time(tmp_path: Path) -> None:

@@ -89,25 +89,19 @@ def test_claims_are_escaped(tmp_path: Path, drawn: None) -> None:
     assert "[red]" in printed(hostile, width=400)
 
 
-def test_the_title_is_the_readers_or_says_what_the_page_is(tmp_path: Path) -> None:
-    append(tmp_path / "run" / "results.jsonl", measurement())
-    out = tmp_path / "page.html"
-    assert "<h1>Accuracy under attack" in build_report(tmp_path, out).read_text()
-    assert "<h1>Mine</h1>" in build_report(tmp_path, out, "Mine", verdicts=CLAIMS).read_text()
-    page = build_report(tmp_path, out, sections=(Section("x", "X", ()),)).read_text()
-    assert "<h1>Defensive Quantization, measured again</h1>" in page
-    assert 'id="claims"' not in page
-
-
-def test_sections_without_scores_make_a_page(tmp_path: Path) -> None:
+def test_titles_and_sections_without_scores(tmp_path: Path) -> None:
     """Figures 3 and 7 measure no accuracy."""
+    out, section = tmp_path / "page.html", Section("x", "X", ("Seen.",))
     (tmp_path / "probes.jsonl").write_text('{"cell": "x", "values": 1}\n')
-    out = tmp_path / "page.html"
-    page = build_report(tmp_path, out, sections=(Section("x", "X", ("Seen.",)),)).read_text()
+    page = build_report(tmp_path, out, sections=(section,)).read_text()
     check(page)
-    assert "Seen." in page and 'id="all"' not in page
+    assert "<h1>Defensive Quantization, measured again</h1>" in page and "Seen." in page
+    assert 'id="all"' not in page and 'id="claims"' not in page
     with pytest.raises(UserError, match="no results"):
         build_report(tmp_path, out)
+    assert "<h1>Mine</h1>" in build_report(tmp_path, out, "Mine", verdicts=CLAIMS).read_text()
+    append(tmp_path / "run" / "results.jsonl", measurement())
+    assert "<h1>Accuracy under attack" in build_report(tmp_path, out).read_text()
     (tmp_path / "results.jsonl").write_text("broken\n")
     with pytest.raises(UserError, match="line 1 is not JSON"):
         build_report(tmp_path, out, verdicts=CLAIMS)

@@ -1,6 +1,5 @@
 """Sections of experiments: every number in Markdown, terminal, page and figure."""
 
-import base64
 import io
 import re
 import tempfile
@@ -9,6 +8,7 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -22,7 +22,7 @@ from defquant.report.model import axis, bar, places, uncertainty_text
 from defquant.report.plot import chart, figures
 from defquant.report.sources import of_pictures
 from pages import HOSTILE, check
-from synthetic_runs import append, measurement
+from synthetic_runs import append, measurement, png
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -138,21 +138,16 @@ def test_best_and_second_are_of_the_bits_and_never_masked() -> None:
     assert places(replace(three, percent=False), 0) == [0] * 6
 
 
-def test_the_rest_of_a_sections_notation() -> None:
+def test_the_rest_of_a_sections_notation_and_order() -> None:
     assert uncertainty_text(Number(0.5, seeds=3)) == "±0.0"
     assert uncertainty_text(GAIN) == ""
     assert uncertainty_text(replace(GAIN, low=-0.1, high=0.2)) == "[−10.0, +20.0]"
     assert uncertainty_text(Number(0.1234, 0.0456, 1), percent=False) == "±0.0456"
     distances = Panel("a", "layer", "D", (Line("x", (("0", Number(0.1)),)),), percent=False)
     assert "| x | 0.100 |" in section_markdown(Section("f", "F", (), panels=(distances,)))
-
-
-def test_an_axis_keeps_each_lines_order() -> None:
-    def line(*names: str) -> Line:
-        return Line("", tuple((name, OURS) for name in names))
-
-    assert axis([line("2", "8"), line("1", "2", "4", "8")]) == ["1", "2", "4", "8"]
-    assert axis([line("1", "2"), line("2", "full"), line("other")]) == ["1", "2", "full", "other"]
+    for names, merged in (("28 1248", "1248"), ("12 2f o", "12fo")):  # each line keeps its own
+        lines = [Line("", tuple((at, OURS) for at in own)) for own in names.split()]
+        assert axis(lines) == list(merged)
 
 
 def test_charts_leave_gaps_and_say_all_of_a_point() -> None:
@@ -218,11 +213,9 @@ def test_everything_in_a_section_is_escaped(tmp_path: Path, drawn: None) -> None
 
 
 def pictures(word: str = "cat") -> dict[str, Any]:
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), (9, 8, 7)).save(buffer, "PNG")
-    png = base64.b64encode(buffer.getvalue()).decode()
+    both = dict.fromkeys(("clean_png", "adversarial_png"), png(np.zeros((4, 4))))
     answers = {"clean": {"prediction": 0, "confidence": 0.93}, "adversarial": {"prediction": 1}}
-    example = {"id": 7, "label": 0, "clean_png": png, "adversarial_png": png, **answers}
+    example = {"id": 7, "label": 0, **both, **answers}
     return {"examples": [example], "classes": [word, "dog"], "attack": "FGSM", "eps": 8 / 255}
 
 

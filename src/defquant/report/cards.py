@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, product
 from pathlib import Path
 from string import Formatter
@@ -80,9 +80,9 @@ class Time:
 class Latency:
     """By batch size and engine."""
 
-    threads: int
-    repeats: int
-    batches: Mapping[str, Mapping[str, Time]]
+    threads: int = 0
+    repeats: int = 0
+    batches: Mapping[str, Mapping[str, Time]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,7 @@ class Cost:
     uint8_peak_activation_bytes: int
     float_peak_activation_bytes: int
     float_macs: int = 0
-    latency: Latency | None = None
-
-    @property
-    def times(self) -> Mapping[str, Mapping[str, Time]]:
-        return self.latency.batches if self.latency else {}
+    latency: Latency = Latency()
 
 
 @dataclass(frozen=True)
@@ -134,11 +130,15 @@ class Card:
     def __post_init__(self) -> None:
         check_bits(self.bits)
         check_bits(self.weight_bits, "weight_bits")
-        times = [asdict(time) for batch in self.cost.times.values() for time in batch.values()]
-        sizes = {k: v for k, v in asdict(self.cost).items() if k not in ("latency", "float_macs")}
+        batches = self.cost.latency.batches.values()
+        times = [vars(time) for engines in batches for time in engines.values()]
+        sizes = {k: v for k, v in vars(self.cost).items() if k not in ("latency", "float_macs")}
         for name, value in (pair for part in (sizes, *times) for pair in part.items()):
             if value <= 0:
                 raise UserError(f"{name} must be positive; found {value:g}")
+        counts = (self.calibrated or 0, self.cost.float_macs, self.parity.reference_mismatches)
+        if least := min(0, *counts, *self.convolutions):
+            raise UserError(f"a count must not be negative; found {least}")
 
     @property
     def family(self) -> Family:
@@ -233,7 +233,7 @@ def _answers(card: Card) -> Iterator[tuple[str, Any, str, Entry]]:
                 yield "Right", order, f"{pair.settings or pair.attack}, {side}", right
         if pair.outside:
             yield "Accuracy", (*pair.order, 2), f"{name}, against the interval", pair.outside
-    for batch, times in card.cost.times.items():
+    for batch, times in card.cost.latency.batches.items():
         every = {ENGINES.get(engine, engine): time for engine, time in times.items()}
         for i, (engine, time) in enumerate(every.items()):
             order, rests = (len(batch), batch, i), vars(time) | vars(card.cost.latency)

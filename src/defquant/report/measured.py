@@ -280,7 +280,7 @@ def training(runs: Sequence[Run], measurements: Sequence[Measurement]) -> list[C
         points: list[Point] = []
         for network, own in networks.items():
             curves = [run.curves[field] for run in own if field in run.curves]
-            if any(map(any, curves)):  # no penalty is 0 throughout
+            if curves and (field != "penalty" or any(map(any, curves))):  # 0 throughout is none
                 rows[network][title] = form.format(fmean(curve[-1] for curve in curves))
                 points += [(title, *network, at, number) for at, number in _trace(curves)]
         drawn += [replace(p, percent="%" in form) for p in panels(points, "epoch", title)]
