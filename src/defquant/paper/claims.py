@@ -26,6 +26,7 @@ from defquant.typed import from_mapping
 __all__ = ["CLAIMS", "Claim", "verdicts"]
 
 MARGIN = 0.01  # what "no loss" and "no gap" leave open
+_WEAKER = ("random", "fgsm", "rfgsm")
 
 Labels = Mapping[str, Any]
 Answers = Mapping[str, Found]
@@ -134,8 +135,9 @@ class _Rows:
 
     def values(self, label: str, plus: Labels, whole: bool = False) -> list[Any]:
         """Those of the rows that `plus` may be; without 0 and none, but for `whole`."""
-        if label == "trial":
-            return self._weaker()
+        if label == "trial":  # the paper's other attacks at this radius
+            weaker = [t for t in self._here() if t.substitute or t.attack in _WEAKER]
+            return [trial for trial in weaker if not trial.unaware]
         there = self._having({k: v for k, v in plus.items() if k != label})
         found = dict.fromkeys(a.at[label] for a, _ in there if label in a.at)
         return [value for value in found if value or whole]
@@ -152,12 +154,10 @@ class _Rows:
         return every if value == "quantised" else [value]
 
     def _box(self, box: str | None) -> Trial | None:
-        if self.trial is None or box is None:
+        if self.trial is None or box is None or (box == "black" and self.trial.substitute):
             return self.trial
         if box == "white":
             return replace(self.trial, substitute=None)
-        if self.trial.substitute:
-            return self.trial
         through = [t for t in self._here() if t.substitute]
         return next((t for t in through if t.attack == self.trial.attack), through[0])
 
@@ -165,12 +165,6 @@ class _Rows:
         """The trials at this radius."""
         every = dict.fromkeys(a.trial for a, _ in self.found)
         return [trial for trial in every if self.trial and trial.eps == self.trial.eps]
-
-    def _weaker(self) -> list[Trial]:
-        """The paper's other attacks at this radius."""
-        direct = ("random", "fgsm", "rfgsm")
-        every = self._here()
-        return [t for t in every if (t.substitute or t.attack in direct) and not t.unaware]
 
 
 def _trials(scale: Scale, found: Found, names: Sequence[str]) -> list[Trial]:

@@ -1,9 +1,9 @@
 """Figures made of other measurements than accuracies, and every section by its name. No torch."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import product, zip_longest
 from typing import Any
 
 from defquant.config import TrainConfig
@@ -120,16 +120,13 @@ def fig7(scale: Scale) -> list[Ask]:
 
 
 def show_fig7(scale: Scale, found: Found) -> Shown:
-    rows = [
-        (ask.label("name"), *(_right(v["examples"], kind) for kind in ("clean", "adversarial")))
-        for ask, v in found
-        if v
-    ]
+    rows = []
+    for name, every in ((ask.label("name"), value["examples"]) for ask, value in found if value):
+        kinds = (
+            [e[k]["prediction"] == e["label"] for e in every] for k in ("clean", "adversarial")
+        )
+        rows.append((name, *(f"{sum(right)} of {len(right)}" for right in kinds)))
     return [Table(("Network", "Clean pictures", "Attacked"), tuple(rows))] if rows else [], []
-
-
-def _right(examples: Sequence[Any], kind: str) -> str:
-    return f"{sum(e[kind]['prediction'] == e['label'] for e in examples)} of {len(examples)}"
 
 
 # --- beyond the paper: what the straight-through gradient overstates ----------------------
@@ -217,9 +214,8 @@ class Experiment:
 
     def cells(self, scale: Scale) -> list[Cell]:
         """Each once; the first seed of everything before the second."""
-        rows = [ask.cells for ask in self.asks(scale)]
-        turns = range(max(map(len, rows)))
-        return list(dict.fromkeys(row[i] for i in turns for row in rows if i < len(row)))
+        turns = zip_longest(*(ask.cells for ask in self.asks(scale)))
+        return list(dict.fromkeys(cell for turn in turns for cell in turn if cell))
 
 
 EXPERIMENTS: Mapping[str, Experiment] = {
