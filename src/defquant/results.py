@@ -12,12 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from defquant.config import check_bits, check_eps
 from defquant.errors import UserError, visible
 from defquant.files import append_line, read_lines
-from defquant.typed import from_mapping
+from defquant.typed import NOT_NEGATIVE, UNIT, from_mapping
 
 __all__ = [
     "ABOUT", "BLACK", "EIGHT_BIT", "FOREIGN", "MASKED", "UNAWARE", "Cell", "Measurement", "Score",
@@ -168,7 +168,7 @@ class Measurement:
     method: str
     model: str
     bits: int | None
-    beta: float
+    beta: Annotated[float, NOT_NEGATIVE]
     seed: int
     data: str
     fingerprint: str
@@ -177,7 +177,7 @@ class Measurement:
     settings: str
     correct: int
     total: int
-    vanishing: float | None = None
+    vanishing: Annotated[float, UNIT] | None = None
     attack_seed: int = 0
     seconds: float = 0.0
     evidence: dict[str, Any] = field(default_factory=dict)
@@ -187,11 +187,6 @@ class Measurement:
         check_eps(self.eps)
         check_bits(self.bits)
         _ = self.score
-        if not (self.beta >= 0 and 0 <= (self.vanishing or 0.0) <= 1):
-            raise UserError(
-                "a measurement needs beta >= 0 and vanishing in [0, 1]; found "
-                f"{self.beta:g} and {self.vanishing}"
-            )
 
     @property
     def score(self) -> Score:
