@@ -22,7 +22,7 @@ from defquant.report.names import (
     series_of,
     whole_text,
 )
-from defquant.report.plot import chart, check_name, figures, save
+from defquant.report.plot import chart, figures, save
 from defquant.report.sources import Run, flatten
 from defquant.results import Cell, Measurement, blind, over_seeds, told_apart
 
@@ -255,7 +255,6 @@ def plot_curves(measurements: Sequence[Measurement], out: Path) -> Path:
 
     Raises `UserError` where `out` does not end in .png, .svg or .pdf, or nothing was attacked.
     """
-    check_name(out)
     found = over_seeds(chosen(measurements))
     drawn = _eps_panels(found, several=len({(cell.data, cell.model) for cell in found}) > 1)
     if not drawn:

@@ -19,7 +19,7 @@ from defquant.report.sources import StripTable, of_pictures
 
 __all__ = [
     "EPS", "MARKS", "NOTHING", "WORDS", "Chapter", "Place", "Plain", "View", "axis", "bar",
-    "evidence", "height", "interval_text", "listing", "of_section", "panels", "places", "said",
+    "evidence", "height", "interval_text", "listing", "of_section", "panels", "places",
     "uncertainty_text", "value_text", "view",
 ]  # fmt: skip
 
@@ -140,11 +140,16 @@ class View:
 
 def view(table: Table) -> View:
     """`table` as it is shown."""
+
+    def place(entry: Entry, rank: int) -> Place:
+        if not isinstance(entry, Number):
+            return Place(NOTHING if entry is None else entry)
+        paper = "" if entry.paper is None else value_text(entry.paper, entry, table.percent)
+        text = value_text(entry.mean, entry, table.percent)
+        return Place(text, uncertainty_text(entry, table.percent), paper, rank)
+
     ranks = [places(table, index) for index in range(len(table.rows))]
-    rows = tuple(
-        tuple(_place(entry, rank, table.percent) for entry, rank in zip(row, own, strict=True))
-        for row, own in zip(table.rows, ranks, strict=True)
-    )
+    rows = tuple(tuple(map(place, row, own)) for row, own in zip(table.rows, ranks, strict=True))
     notes = _notes(_numbers(table), best=any(2 in own for own in ranks))
     return View(table.head, _label_columns(table), rows, table.caption, tuple(notes))
 
@@ -277,20 +282,6 @@ def interval_text(number: Number, percent: bool = True) -> str:
     """`62.4 to 64.2`; empty where there is none."""
     ends = (number.low, number.high)
     return " to ".join(value_text(end, number, percent) for end in ends) if None not in ends else ""
-
-
-def said(number: Number, percent: bool = True) -> str:
-    """Value and uncertainty: `63.3 ±1.2`."""
-    more = uncertainty_text(number, percent)
-    return f"{value_text(number.mean, number, percent)} {more}".rstrip()
-
-
-def _place(entry: Entry, rank: int, percent: bool) -> Place:
-    if not isinstance(entry, Number):
-        return Place(NOTHING if entry is None else entry)
-    paper = "" if entry.paper is None else value_text(entry.paper, entry, percent)
-    text = value_text(entry.mean, entry, percent)
-    return Place(text, uncertainty_text(entry, percent), paper, rank)
 
 
 def _notes(numbers: Sequence[Number], best: bool) -> list[str]:

@@ -22,11 +22,19 @@ import yaml
 from defquant.errors import UserError
 from defquant.files import cache_folder, read_bytes, write_bytes
 from defquant.paper.section import Line, Number, Panel, Section, Verdict
-from defquant.report.model import EPS, axis, bar, height, interval_text, said, value_text
+from defquant.report.model import (
+    EPS,
+    axis,
+    bar,
+    height,
+    interval_text,
+    uncertainty_text,
+    value_text,
+)
 from defquant.report.names import distinct
 
 __all__ = [
-    "Spec", "chart", "check_name", "claims_chart", "figures", "plot_matrix", "save", "script",
+    "Spec", "chart", "claims_chart", "figures", "plot_matrix", "save", "script",
     "section_figure", "svg",
 ]  # fmt: skip
 
@@ -148,9 +156,10 @@ def _point(panel: Panel, line: Line, at: float | str, n: Number) -> dict[str, fl
     if low is not None and high is not None and panel.percent and not n.points:
         low, high = max(low, 0.0), min(high, 1.0)
     ends = {"y": value, "low": low, "high": high}
+    more = "" if line.paper else uncertainty_text(n, panel.percent)
     return {
         "at": at, **{k: None if v is None else float(f"{factor * v:.5g}") for k, v in ends.items()},
-        "said": value_text(value, n, panel.percent) if line.paper else said(n, panel.percent),
+        "said": " ".join(filter(None, [value_text(value, n, panel.percent), more])),
         "interval": interval_text(n, panel.percent),
         "rests": "" if line.paper else f"{n.seeds or ''}" + f" × {n.images:,}" * bool(n.images),
     }  # fmt: skip
@@ -176,7 +185,6 @@ def section_figure(section: Section, out: Path) -> Path:
 
     Raises `UserError` where `out` does not end in .png, .svg or .pdf, or no panel has a point.
     """
-    check_name(out)
     found = figures(section.panels)
     if not found:
         raise UserError(f"{section.name} has nothing to draw: measure it first")
@@ -195,29 +203,21 @@ def plot_matrix(record: Mapping[str, Any], out: Path) -> Path:
 # --- files --------------------------------------------------------------------------------
 
 
-def check_name(out: Path) -> str:
-    """The format that the file's name asks for. Raises `UserError` for others than the three."""
-    kind = out.suffix.removeprefix(".").lower()
-    if kind not in ("png", "svg", "pdf"):
-        raise UserError(f"a figure's name ends in .png, .svg or .pdf; found {out.name!r}")
-    return kind
-
-
 def save(specs: Sequence[Spec], out: Path) -> Path:
-    """Write the charts, one below the other, to `out`, whole.
-
-    The same make the same bytes, but for the order of a PDF's dictionaries.
+    """Write the charts, one below the other, to `out`, whole; the same make the same bytes, but for
+    the order of a PDF's dictionaries. Raises `UserError` for another name than .png, .svg or .pdf.
     """
     import vl_convert
 
-    kind = check_name(out)
     drawn = _svg(_below(specs) | {"background": "white"})
-    content = drawn.encode()
-    if kind == "pdf":
-        content = vl_convert.svg_to_pdf(drawn)
-    elif kind == "png":
-        content = vl_convert.svg_to_png(drawn, scale=2)
-    return write_bytes(out, content)
+    match out.suffix.lower():
+        case ".png":
+            return write_bytes(out, vl_convert.svg_to_png(drawn, scale=2))
+        case ".pdf":
+            return write_bytes(out, vl_convert.svg_to_pdf(drawn))
+        case ".svg":
+            return write_bytes(out, drawn.encode())
+    raise UserError(f"a figure's name ends in .png, .svg or .pdf; found {out.name!r}")
 
 
 def _below(specs: Sequence[Spec]) -> Spec:
