@@ -410,9 +410,10 @@ UNBOUNDED: dict[str, tuple[nn.Module, str]] = {
     "batch statistics": (
         nn.BatchNorm2d(1, track_running_stats=False), "no bound: batch_norm by its own batch in 1"
     ),
+    "batch mean": (Function(lambda x: x - x.mean(0)), "no bound: mean over the batch in 1"),
     "product": (Function(lambda x: x.sigmoid() * x), "no bound: mul of two moving tensors in 1"),
     "square": (Function(lambda x: x**2), "no bound: pow in 1"),
-    "quotient": (Function(lambda x: x / (1 + x.abs())), "no bound: div by what the image changes"),
+    "quotient": (Function(lambda x: x / (1 + x.abs())), "no bound: div by what moves in 1"),
     "softmax": (Function(lambda x: x.softmax(-1)), "no bound: softmax in 1"),
     "attention": (
         Function(attention, nn.MultiheadAttention(64, 2, batch_first=True)),

@@ -169,23 +169,29 @@ class _Walk:
             return  # the images, or their number, do not count
         try:
             self.reach[node] = self._carried(node, name)
-        except _NoBound as why:
+        except (_NoBound, RuntimeError, TypeError, LookupError) as error:
+            why = (
+                f"{name} {error}".strip() if isinstance(error, _NoBound) else name
+            )  # else no rule fits
             layer = str(node.meta["layer"])
             alone = layer.rstrip("_0123456789") == name  # called in no layer
-            self.unbounded.append(str(why) if alone else f"{why} in {layer}")
+            self.unbounded.append(why if alone else f"{why} in {layer}")
             self.reach[node] = math.inf
 
     def _carried(self, node: fx.Node, name: str) -> float:
         given, value = _given(node), self.value[node]
-        if isinstance(value, Tensor) and not value.is_floating_point():
-            raise _NoBound(name)
+        if isinstance(value, Tensor):
+            if not value.is_floating_point():
+                raise _NoBound
+            if all(isinstance(side, int) for side in node.meta["val"].shape):
+                raise _NoBound("over the batch")
         if name in _LAYERS and (found := self._layer(node, name, given)) is not None:
             return found
-        if (rule := getattr(self, f"_{name}", None)) is not None:
+        if (rule := getattr(self, f"op_{name}", None)) is not None:
             return float(rule(node, given))
         if name in ("maximum", "minimum") or (name in ("max", "min") and "other" in given):
             return self._either(node, given)
-        source = self._only(node, name)
+        source = self._only(node)
         if name in _SLOPES:
             return _times(_SLOPES[name] * self._copies(source, node), self.reach[source])
         if name in _SPREADS:
@@ -193,7 +199,7 @@ class _Walk:
             return _times(factor, self.reach[source])
         if name in _LINEAR:
             return self._linear_map(node, source)
-        raise _NoBound(name)
+        raise _NoBound
 
     # ---------------------------------------------------------------- layers
 
@@ -204,7 +210,7 @@ class _Walk:
         if name in _LINEAR and (self._is_moving(weight) or self.value[weight].ndim != 2):
             return None
         if self._is_moving(weight) or self._is_moving(given.get("bias")):
-            raise _NoBound(f"{name} by weights that the image changes")
+            raise _NoBound("by weights that move")
         W = self._constant(weight)
         W = W.mT if name in _LINEAR else W
         pads: list[fx.Node] = []  # in front of a convolution, part of its map
@@ -239,10 +245,10 @@ class _Walk:
         out: Tensor = node.target(**known | changed)  # type: ignore[operator]
         return out
 
-    def _batch_norm(self, node: fx.Node, given: dict[str, Any]) -> float:
+    def op_batch_norm(self, node: fx.Node, given: dict[str, Any]) -> float:
         source, layer = given["input"], node.meta["layer"]
         if given["training"] or given["running_var"] is None:
-            raise _NoBound("batch_norm by its own batch")
+            raise _NoBound("by its own batch")
         scale = (self._constant(given["running_var"]) + given["eps"]).rsqrt()
         if given["weight"] is not None:
             scale = scale * self._constant(given["weight"])
@@ -260,33 +266,31 @@ class _Walk:
 
     # ------------------------------------------------- other operations, by name
 
-    def _add(self, node: fx.Node, given: dict[str, Any]) -> float:
+    def op_add(self, node: fx.Node, given: dict[str, Any]) -> float:
         alpha = given.get("alpha", 1)
         return self._total(node, [(given["self"], 1.0), (given["other"], alpha)])
 
-    def _sub(self, node: fx.Node, given: dict[str, Any]) -> float:
+    def op_sub(self, node: fx.Node, given: dict[str, Any]) -> float:
         alpha = given.get("alpha", 1)
         return self._total(node, [(given["self"], 1.0), (given["other"], -alpha)])
 
-    def _rsub(self, node: fx.Node, given: dict[str, Any]) -> float:
+    def op_rsub(self, node: fx.Node, given: dict[str, Any]) -> float:
         return self._total(node, [(given["self"], -given["alpha"]), (given["other"], 1.0)])
 
-    def _mul(self, node: fx.Node, given: dict[str, Any]) -> float:
+    def op_mul(self, node: fx.Node, given: dict[str, Any]) -> float:
         return self._total(node, [self._product(node, given["self"], given["other"])])
 
-    def _div(self, node: fx.Node, given: dict[str, Any]) -> float:
-        if self._is_moving(given["other"]) or given.get("rounding_mode"):
-            raise _NoBound("div by what the image changes, or rounded")
+    def op_div(self, node: fx.Node, given: dict[str, Any]) -> float:
+        if given.get("rounding_mode"):
+            raise _NoBound("with rounding")
         least = self._constant(given["other"]).abs().min().item()
         return self._total(node, [(given["self"], 1 / least if least else math.inf)])
 
-    def _addcmul(self, node: fx.Node, given: dict[str, Any]) -> float:
+    def op_addcmul(self, node: fx.Node, given: dict[str, Any]) -> float:
         moving, size = self._product(node, given["tensor1"], given["tensor2"])
         return self._total(node, [(given["self"], 1.0), (moving, size * abs(given["value"]))])
 
-    def _lerp(self, node: fx.Node, given: dict[str, Any]) -> float:
-        if self._is_moving(given["weight"]):
-            raise _NoBound("lerp by what the image changes")
+    def op_lerp(self, node: fx.Node, given: dict[str, Any]) -> float:
         w = self._constant(given["weight"])
         ends = [(given["self"], (1 - w).abs().max().item()), (given["end"], w.abs().max().item())]
         return self._total(node, ends)
@@ -294,7 +298,7 @@ class _Walk:
     def _product(self, node: fx.Node, a: Any, b: Any) -> tuple[Any, float]:
         """The factor that moves, and the largest size of the other."""
         if self._is_moving(a) and self._is_moving(b):
-            raise _NoBound(f"{_name(node)} of two moving tensors")
+            raise _NoBound("of two moving tensors")
         a, b = (b, a) if self._is_moving(b) else (a, b)
         return a, self._constant(b).abs().max().item()
 
@@ -308,36 +312,36 @@ class _Walk:
             for term, weight in weights.items()
         )
 
-    def _cat(self, node: fx.Node, given: dict[str, Any]) -> float:
+    def op_cat(self, node: fx.Node, given: dict[str, Any]) -> float:
         return math.hypot(*(self.reach[part] for part in given["tensors"]))
 
-    _stack = _cat
+    op_stack = op_cat
 
-    def _where(self, node: fx.Node, given: dict[str, Any]) -> float:
+    def op_where(self, node: fx.Node, given: dict[str, Any]) -> float:
         if self._is_moving(given["condition"]):
-            raise _NoBound("where, by what the image changes")
+            raise _NoBound("by what moves")
         return self._either(node, given)
 
     def _either(self, node: fx.Node, given: dict[str, Any]) -> float:
         moving = [part for part in (given["self"], given["other"]) if self._is_moving(part)]
         return math.hypot(*(_times(self._copies(m, node), self.reach[m]) for m in moving))
 
-    def _leaky_relu(self, node: fx.Node, given: dict[str, Any]) -> float:
+    def op_leaky_relu(self, node: fx.Node, given: dict[str, Any]) -> float:
         return _times(max(1.0, abs(given["negative_slope"])), self.reach[given["self"]])
 
-    def _elu(self, node: fx.Node, given: dict[str, Any]) -> float:
+    def op_elu(self, node: fx.Node, given: dict[str, Any]) -> float:
         ends = given["scale"], given["scale"] * given["alpha"] * given["input_scale"]
         return _times(max(map(abs, ends)), self.reach[given["self"]])
 
-    def _prelu(self, node: fx.Node, given: dict[str, Any]) -> float:
+    def op_prelu(self, node: fx.Node, given: dict[str, Any]) -> float:
         slope = self._constant(given["weight"]).abs().max().item()
         return _times(max(1.0, slope), self.reach[given["self"]])
 
-    def _max_pool2d(self, node: fx.Node, given: dict[str, Any]) -> float:
+    def op_max_pool2d(self, node: fx.Node, given: dict[str, Any]) -> float:
         windows = (given[name] for name in ("kernel_size", "stride", "dilation"))
         return _times(max_pool_norm(*windows), self.reach[given["self"]])
 
-    def _adaptive_max_pool2d(self, node: fx.Node, given: dict[str, Any]) -> float:
+    def op_adaptive_max_pool2d(self, node: fx.Node, given: dict[str, Any]) -> float:
         sides = zip(self.value[given["self"]].shape[-2:], given["output_size"], strict=True)
         shared = math.prod(1 if n % o == 0 else math.ceil(o / n) + 1 for n, o in sides)
         return _times(math.sqrt(shared), self.reach[given["self"]])
@@ -358,15 +362,17 @@ class _Walk:
         fx.node.map_arg((node.args, node.kwargs), inputs.append)
         return [one for one in inputs if self._is_moving(one)]
 
-    def _only(self, node: fx.Node, name: str) -> fx.Node:
+    def _only(self, node: fx.Node) -> fx.Node:
         moving = self._moving(node)
         if len(moving) > 1:
             number = "two" if len(moving) == 2 else len(moving)
-            raise _NoBound(f"{name} of {number} moving tensors")
+            raise _NoBound(f"of {number} moving tensors")
         return moving[0]
 
     def _constant(self, argument: Any) -> Tensor:
-        """What does not move, in float64; `UserError` where it is not finite."""
+        """What does not move, and is no number of one type; `UserError` where it is not finite."""
+        if self._is_moving(argument):
+            raise _NoBound("by what moves")
         value = self.value[argument] if isinstance(argument, fx.Node) else argument
         tensor = torch.as_tensor(value)
         if not bool(tensor.isfinite().all()):
