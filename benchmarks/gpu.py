@@ -306,19 +306,17 @@ def speed(scene: Scene, names: tuple[str, ...], how: str, **changes: Any) -> Fou
     return found
 
 
-WAYS: dict[str, tuple[bool, bool | None]] = {
-    "plain": (False, None), "float32": (False, False), "fast": (True, None),
-}  # fmt: skip
-"""How an attack runs: whether it searches on the fast path; TensorFloat-32 around it all."""
+WAYS = ("float32", "as used")
+"""How an attack runs: plainly in float32; or recorded, in TensorFloat-32 without a quantiser."""
 
 
 @contextmanager
 def searching(scene: Scene, way: str) -> Iterator[list[str]]:
-    """Attack `plain` (as torch is), in `float32` or `fast`; gives why looks were not recorded."""
-    fits, (fast, tf32) = engine.searchable, WAYS[way]
-    if not fast or scene.cpu:
-        engine.searchable = lambda *_: fast
-    with heard("defquant.attacks.look") as reasons, tensor_float(tf32):
+    """Attack in one of the `WAYS`; gives why looks were not recorded."""
+    fits = engine.searchable
+    if way == "float32" or scene.cpu:
+        engine.searchable = lambda *_: way != "float32"
+    with heard("defquant.attacks.look") as reasons, tensor_float(False):
         try:
             yield reasons
         finally:
@@ -362,9 +360,7 @@ def attacks(scene: Scene) -> Found:
         calls |= {a: partial(robust, model, data, ours[a], standing=clean) for a in ours}
         for attack, call in calls.items():
             stood: dict[str, Tensor] = {}
-            for way in ("float32", "plain", "fast"):
-                if attack == "bare" and way == "fast":
-                    continue
+            for way in WAYS[: 1 if attack == "bare" else 2]:
                 with searching(scene, way) as reasons:
                     times = []
                     for _ in range(2):  # the first warms up
@@ -386,8 +382,8 @@ def attacks(scene: Scene) -> Found:
 def looks(scene: Scene) -> Found:
     """Milliseconds of one look: forward, loss, gradient; by its size and by how it is run."""
     model, found, plan = trained(scene), {}, dq.PGD(0.01, steps=20).plan
-    kinds: dict[str, tuple[bool, bool | None, bool, bool]] = {
-        "float32": (False, False, False, False), "as torch is": (False, None, False, False),
+    kinds = {
+        "float32": (False, False, False, False),
         "channels last, tf32": (True, True, False, False),
         "channels last, tf32, graph": (True, True, False, True),
         "float32, graph": (False, False, False, True),
@@ -402,7 +398,10 @@ def looks(scene: Scene) -> Found:
             for gradient in (True, False):
 
                 def inner(
-                    rows: Any = rows, gradient: bool = gradient, tf32: Any = tf32, half: bool = half
+                    rows: Any = rows,
+                    gradient: bool = gradient,
+                    tf32: bool = tf32,
+                    half: bool = half,
                 ) -> None:
                     low = torch.autocast(
                         scene.device.type, torch.bfloat16, enabled=half, cache_enabled=False
@@ -423,7 +422,7 @@ def looks(scene: Scene) -> Found:
 
 
 def equal(scene: Scene) -> Found:
-    """PGD-20 and the adaptive worst case, fast and in float32, on networks trained shortly."""
+    """PGD-20 and the adaptive worst case, both ways, on networks trained shortly."""
     found: Found = {}
     data = scene.data.first(64 if scene.cpu else 1000)
     few = scene.data.first(128 if scene.cpu else 12_800)
@@ -444,14 +443,14 @@ def equal(scene: Scene) -> Found:
         clean = correct(model, data)
         for way_of in (dq.PGD(0.5 / 255, steps=20), dq.Adaptive(0.5 / 255, steps=10)):
             stood, times = {}, {}
-            for way in ("float32", "fast"):
+            for way in WAYS:
                 with searching(scene, way):
                     start = scene.wait()
                     stood[way] = robust(model, data, way_of, standing=clean)
                     times[way] = scene.wait() - start
             found[f"{name}, {way_of.name}"] = {
                 "clean": int(clean.sum()), **{way: int(stood[way].sum()) for way in stood},
-                "differ": int((stood["float32"] != stood["fast"]).sum()),
+                "differ": int((stood["float32"] != stood["as used"]).sum()),
                 **{f"{way}, s": round(times[way], 2) for way in times},
             }  # fmt: skip
     return found

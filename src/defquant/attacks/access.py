@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from defquant.attacks.graphs import tensor_float
 from defquant.errors import UserError
 
 __all__ = ["differentiable", "gradient", "leaf", "to_eval", "untouched"]
@@ -22,7 +23,8 @@ def untouched(model: nn.Module) -> Iterator[nn.Module]:
     random state on the CPU and on the model's GPUs. Not restored: what a forward pass writes into
     parameters, and its Python attributes, but for those of a module whose buffers it bound anew
     (they may tell which buffers there are). Inside, a float64 or half model takes float32
-    images, too, and `torch.inference_mode` is off.
+    images, too, `torch.inference_mode` is off, and so is TensorFloat-32, which torch allows a GPU's
+    convolutions: 10 bits of a pixel, too few for an attack and for a quantiser.
 
     Raises `UserError` for lazy layers that have met no image yet.
     """
@@ -54,7 +56,8 @@ def untouched(model: nn.Module) -> Iterator[nn.Module]:
                 if requires_grad:
                     parameter.requires_grad_(False)
             inference = torch.is_inference_mode_enabled()  # to leave it turns gradients on, too
-            with _fed(model), torch.inference_mode(False) if inference else nullcontext():
+            free = torch.inference_mode(False) if inference else nullcontext()
+            with _fed(model), free, tensor_float(False):
                 yield model
         except BaseException as first:
             try:

@@ -24,12 +24,14 @@ from defquant.attacks.look import (
     look,
     opened,
     searchable,
+    smooth,
 )  # fmt: skip
 from defquant.data import to_unit
 
 __all__ = [
     "Forward", "Look", "Plan", "Radius", "Single", "State", "Surrogate", "better", "column",
-    "into_ball", "look", "perturb", "rank", "searchable", "stepped", "unbroken",
+    "into_ball", "look", "perturb", "rank", "searchable", "smooth",
+    "stepped", "unbroken",
 ]  # fmt: skip
 
 
@@ -142,9 +144,9 @@ def unbroken(target: Target, attack: Single, ids: Tensor) -> Tensor:
     model, images, labels, seed, batch_size, tick, _ = target
     images, labels = images[ids], labels[ids]
     n, plan, eps, top = len(ids), attack.plan, attack.eps, int(labels.max())
-    fast = searchable(model, plan, images.device)
+    fast, rough = searchable(model, plan, images.device), smooth(model, plan)
     with opened(model, plan, images) as forwards:
-        looks = Looks(forwards, plan, batch_size, top, fast=fast)
+        looks = Looks(forwards, plan, batch_size, top, fast=fast, rough=rough)
         standing = torch.ones(n, dtype=torch.bool, device=ids.device)
 
         def begun(row: Tensor) -> State:
@@ -161,7 +163,7 @@ def unbroken(target: Target, attack: Single, ids: Tensor) -> Tensor:
                 rows, seen = where(rows, going), Look(*(part[going] for part in seen))
             rows = attack.advance(rows, seen, eps, seed) if count(rows) else rows
             fell = hit.nonzero().squeeze(1)  # a GPU is waited for here, when all is under way
-            if looks.fast and not exact and len(fell):
+            if looks.rough and not exact and len(fell):
                 claimed = {name: before[name][fell] for name in ("row", "at", "x", "y", "target")}
                 believed = hits(plan, claimed, looks(claimed, gradient=False, exact=True), eps)
                 fell = fell[believed]

@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,15 +63,51 @@ def recorded(
                 tensor.copy_(value)
 
 
+def _said(owner: Any, name: str, off: Any, on: Any) -> tuple[Any, Any, Any, Any]:
+    return partial(getattr, owner, name), partial(setattr, owner, name), off, on
+
+
+_CUDNN: Any = torch.backends.cudnn
+_PRODUCTS: Any = torch.backends.cuda.matmul
+_PRECISION = (
+    torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest", "high"
+)  # fmt: skip
+_NAMES = (
+    (_said(_CUDNN, "allow_tf32", False, True), _PRECISION),
+    (_said(_CUDNN, "allow_tf32", False, True), _said(_PRODUCTS, "allow_tf32", False, True)),
+    tuple(
+        _said(owner, "fp32_precision", "ieee", "tf32")
+        for owner in (_CUDNN.conv, _CUDNN.rnn, _PRODUCTS)
+    ),
+)
+"""The names by which torch may be told, the oldest first: (get, set, off, on) of each setting.
+
+What was set by newer ones the older refuse to read; torch's compiler wants the older where it can.
+"""
+
+
 @contextmanager
 def tensor_float(on: bool | None) -> Iterator[None]:
-    """TensorFloat-32 on or off inside, for convolutions and products on a GPU; None: as it is."""
+    """TensorFloat-32 on or off inside, for convolutions and products; None: as it is.
+
+    Off, products are in float32 on a CPU, too, whatever `torch.set_float32_matmul_precision` says.
+    """
     if on is None:
         yield
         return
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = on
+    for names in _NAMES:
+        with suppress(RuntimeError):
+            before = [get() for get, *_ in names]
+            break
+    moved = [
+        (put, was, values[on])
+        for (_, put, *values), was in zip(names, before, strict=True)
+        if was != values[on]
+    ]
+    for put, _, value in moved:
+        put(value)
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+        for put, was, _ in moved:
+            put(was)
