@@ -42,8 +42,8 @@ __all__ = [
 FORMAT = 2
 CALIBRATION = 512
 """Training images on which the ranges of branch outputs are measured where they are not trained."""
-NEAR = 0.5
-"""Largest error of a file's logits on its first images, over their spread, before it is written."""
+NEAR = 0.8
+"""Largest mean error of a file's first logits, over their spread: another file's have 1.1."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def export_onnx(
             f"only {integer} of {convolutions} convolutions run in integers in this onnxruntime: "
             "accept that with --allow-float"
         )
-    _check_answers(seen, file, images[:8])
+    _check_answers(seen, file, images[:64])
     write_bytes(Path(path), file.SerializeToString())
     return program, file
 
