@@ -144,7 +144,7 @@ def test_a_linear_layer_and_its_batch_norm() -> None:
     found = audited(model, labelled())
     exact = norm_of(model, (1, 8, 8))
     assert found.bound == pytest.approx(exact, rel=1e-4)
-    assert found.lower == pytest.approx(exact, rel=1e-4)
+    assert list(found.jacobians) == pytest.approx([exact] * 4, rel=1e-4)
 
 
 def test_an_orthonormal_kernel_has_norm_one_as_a_matrix_and_up_to_three_as_a_map() -> None:
@@ -228,14 +228,6 @@ class Function(nn.Module):
         return self.function(x, *self.parts)
 
 
-@pytest.mark.parametrize(
-    "pool", [nn.AvgPool2d(3, stride=1, padding=1), nn.AvgPool2d(3, stride=2), nn.AvgPool2d(2)]
-)
-def test_average_pooling_is_bounded_by_its_matrix(pool: nn.Module) -> None:
-    exact, found = norm_of(pool, (1, 8, 8)), bound(pool, 1, 8, 8).bound
-    assert found is not None and exact <= found <= 1.4 * exact
-
-
 NETWORKS: dict[str, Callable[[bool], nn.Module]] = {
     "deployable": lambda convex: build(
         ModelConfig("wrn-10-1", bits=4, weight_bits=4, convex=convex, deployable=True),
@@ -287,7 +279,7 @@ STEPS: list[Callable[[], nn.Module]] = [
     lambda: QuantReLU(2, high=1.0),
     lambda: Residual(-2.0, True, 4),
     nn.GELU, nn.SiLU, nn.Hardswish, nn.ELU, nn.Tanh, nn.Softplus,
-    lambda: nn.MaxPool2d(3, 1, 1),
+    lambda: nn.MaxPool2d(3, 1, 1), lambda: nn.AvgPool2d(3, 1, 1),
     lambda: nn.Sequential(nn.AvgPool2d(2), nn.Upsample(scale_factor=2)),
     lambda: Function(lambda x: torch.cat([x[:, 1:], x[:, :1] - x.amax(1, keepdim=True)], 1)),
     lambda: Function(lambda x: torch.minimum(x.abs(), x.transpose(2, 3).clamp(-1, 2))),
@@ -347,15 +339,6 @@ def test_what_is_computed_is_audited_whatever_its_name(change: str) -> None:
     assert found.bound is not None
     assert exact * 0.999 <= found.lower <= found.bound <= 1.03 * exact
     assert found.layers[0].layer == "0"
-
-
-def test_the_jacobian_of_a_linear_network_is_its_matrix() -> None:
-    torch.manual_seed(0)
-    fc = nn.Linear(64, 7)
-    model = nn.Sequential(nn.Flatten(), fc)
-    x, _ = labelled(3)
-    expected = float(torch.linalg.matrix_norm(fc.weight.detach().double(), 2))
-    assert jacobian_norms(model, x).tolist() == pytest.approx([expected] * 3)
 
 
 def test_the_radius_of_a_two_class_linear_network() -> None:

@@ -12,7 +12,6 @@ from torch import nn
 
 from defquant.attacks import PGD, Attack
 from defquant.checkpoint import Facts, load_on, stamp
-from defquant.config import check_eps
 from defquant.data import Dataset, to_unit
 from defquant.diagnose.amplification import layer_distances
 from defquant.diagnose.audit import Audit, audit
@@ -86,7 +85,6 @@ def diagnose_run(
 
     Raises `UserError` for unknown runs, runs of other data, and as `diagnosis` does.
     """
-    _check_above(eps)
     device = torch.device("cpu") if device is None else device
     places = [run, *against, *([] if substitute is None else [substitute])]
     loaded = [load_on(place, device) for place in places]
@@ -116,17 +114,11 @@ def diagnose_foreign(
     effort: Effort | None = None,
 ) -> dict[str, Any]:
     """The same of a model that is no run, for the folder `place`."""
-    _check_above(eps)
     found = diagnosis(model, images, eps, audited=audited, effort=effort)
     right = next((sign["total"] for sign in found["masking"]["signs"]), 0)
     warn_of_chance(Score(right, len(images)), images.num_classes)
     evidence = stamp(images.images.device) | dict(subject.evidence or {})
     return _told([place.name], [subject], images, eps, effort, found) | {"evidence": evidence}
-
-
-def _check_above(eps: float) -> None:
-    if not check_eps(eps):
-        raise UserError("the masking verdict needs an eps above 0; found 0: write 8/255")
 
 
 def _told(
