@@ -1,16 +1,24 @@
 """Anyone's quantised network is seen as what it computes, and judged as long as it must be."""
 
+import json
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import defquant as dq
+from conftest import REAL_DATA, refused
 from defquant.attacks.surrogates import SoftRound
-from defquant.judging.suspects import open_staircases, suspect
+from defquant.cli import main
+from defquant.judging.opening import open_staircases
+from defquant.judging.suspects import suspect
 from defquant.results import mean_between
 
 N, HIGH = 3, 6.0
@@ -155,7 +163,7 @@ def nearest(x: Tensor) -> Tensor:
 
 
 def test_what_cannot_be_opened_is_named(trained: dict[str, Tensor], data: dq.Dataset) -> None:
-    found = dq.judge(with_(trained, nearest), data, eps=[8 / 255], images=32, masking=False)
+    found = dq.judge(with_(trained, nearest), data, eps=[8 / 255], images=8, masking=False)
     assert found.record["model"]["closed"] == ["argmin", "argmin_1"]
     plain = suspect(with_(trained, torch.relu), data)  # a mask that switches is no staircase
     masked = suspect(with_(trained, lambda x: x * (x > 0)), data)
@@ -175,3 +183,90 @@ def test_the_sequence_of_intervals_keeps_its_error_rate(p: tuple[float, float]) 
     assert missed.sum() <= 33
     low, high = mean_between(wins[0, -1], losses[0, -1], 1024)
     assert high - low < 0.2
+
+
+def test_every_kind_of_network_is_judged(
+    trained: dict[str, Tensor], data: dq.Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my.py").write_text(
+        "import test_judge as t\ndef make(): return t.Net(t.detached)\n"
+    )
+    net, (x, _) = with_(trained, detached), data.take(torch.arange(2))
+    save_file(net.state_dict(), tmp_path / "w.safetensors")
+    shapes = ({0: torch.export.Dim("n")},)
+    torch.export.save(torch.export.export(net, (x,), dynamic_shapes=shapes), tmp_path / "n.pt2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(net, x), tmp_path / "n.ts")
+    own = ["--weights", f"{tmp_path}/w.safetensors"]
+    specs = (
+        [f"{tmp_path}/my.py:make", *own],
+        [f"{tmp_path}/n.pt2"],
+        [f"torchscript:{tmp_path}/n.ts"],
+    )
+    rows, how = [], ["--data", "digits", "--eps", "16/255", "--images", "32", "--budget", "1h"]
+    for spec in specs:
+        out = tmp_path / "out"
+        code = main(["judge", *spec, *how, "--out", str(out), "--json"])
+        record = json.loads((out / "judgement.json").read_text())
+        assert record == json.loads(capsys.readouterr().out.splitlines()[0])
+        assert code == (record["verdict"] == "MASKED")
+        assert record["verdict"] in (out / "judgement.html").read_text()
+        rows.append([record["rows"][0][name]["count"] for name in ("usual", "strongest")])
+    assert rows[0] == rows[1] and abs(rows[2][0] - rows[0][0]) <= 1 and rows[0][1] < rows[0][0] - 3
+
+
+def test_worse_than_the_reference_closes_the_gate(
+    trained: dict[str, Tensor], data: dq.Dataset
+) -> None:
+    good, bad = with_(trained, detached), with_(trained, detached)
+    with torch.no_grad():
+        bad.fc.weight.neg_()
+    how: dict[str, Any] = {"eps": [1 / 255], "masking": False, "budget": 1e4}
+    found = dq.judge(bad, dq.load("digits", split="test"), reference=good, **how)
+    assert (found.paired, found.finding, found.record["images"]) == ("WORSE", True, 128)
+    same = dq.judge(good, data, reference=good, margin=20, **how)
+    assert (same.paired, same.finding) == ("NOT WORSE", False)
+    assert {t["fooled"] - t["total"] for t in same.record["rows"][0]["transfer"]} == {0}
+
+
+def test_only_what_fools_the_thing_itself_counts(
+    trained: dict[str, Tensor], data: dq.Dataset
+) -> None:
+    seen = suspect(with_(trained, detached), data)
+    same = data.labels[:32] == data.labels[0]
+    only = (data.images[:32][same], data.labels[:32][same])
+    found = dq.judge(replace(seen, answers=lambda p: only[1][:1].expand(len(p))), only,
+                     eps=[64 / 255], masking=False)  # fmt: skip
+    assert found.record["rows"][0]["strongest"]["rate"] == 1.0
+
+
+REFUSED = {
+    "no.onnx": "no file", "no.pt2": "no file", "torchscript:no.ts": "no file",
+    "elsewhere": "a model is the folder of a run",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("spec", "message"), REFUSED.items(), ids=REFUSED)
+def test_what_is_no_model_is_said_in_one_line(spec: str, message: str, data: dq.Dataset) -> None:
+    refused(lambda: dq.judge(spec, data), message)
+
+
+def test_a_broken_file_and_a_budget_of_nothing(data: dq.Dataset, tmp_path: Path) -> None:
+    (tmp_path / "x.pt2").write_bytes(b"PK\3\4nothing")
+    refused(lambda: dq.judge(tmp_path / "x.pt2", data), "no whole torch.export file")
+    refused(lambda: dq.judge(nn.Flatten(), data, budget=0), "a budget above 0")
+    refused(lambda: dq.judge(nn.Flatten(), data, eps=[0.001]), "8-bit images differ")
+    assert main(["judge", "x.onnx", "--budget", "soon"]) == 2
+
+
+@pytest.mark.slow
+def test_files_of_the_industry() -> None:
+    folder = REAL_DATA / "models"
+    if not folder.is_dir():
+        pytest.skip("no MLPerf Tiny files here")
+    data = dq.load("cifar10", REAL_DATA / "cifar-10-batches-py", "test").first(64)
+    files = [folder / f"mlperf-tiny-resnet8-{kind}.onnx" for kind in ("int8", "float")]
+    found = dq.judge(files[0], data, reference=files[1], eps=[1 / 255], masking=False, budget=1e4)
+    assert found.record["model"]["staircases"] == 15 and not found.record["model"]["closed"]
+    assert found.record["rows"][0]["strongest"]["count"] <= 8 and found.paired != "WORSE"

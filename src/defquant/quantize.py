@@ -309,6 +309,8 @@ class Staircase(Quantizer):
             else:
                 rounded = u.sub(low + self.shift).div_(step).round_().mul_(step).add_(low)
             rounded.clamp_(self.low, self.high).mul_(self.unit)
+        slack = 1e-3 * self.unit  # the ends are inside: a black pixel keeps its gradient
+        ends = [ends[0] - slack, ends[1] + slack, ends[2]]
         return Rounded.apply(x, rounded, *ends)  # type: ignore[no-untyped-call,no-any-return]
 
     def step(self) -> tuple[float, float]:

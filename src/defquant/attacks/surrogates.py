@@ -162,8 +162,9 @@ def _backward(model: nn.Module, derivative: Derivative) -> Iterator[tuple[Forwar
 
 
 def twin_of(model: nn.Module) -> nn.Module:
-    """The network whose quantisers are known: `model.opened`, of a model of someone else's."""
-    return getattr(model, "opened", model)
+    """The network whose quantisers are known; someone else's keeps one as `defquant_twin`."""
+    twin: nn.Module = getattr(model, "defquant_twin", model)
+    return twin
 
 
 def _replaced(quantizer: Quantizer, own: Forward, derivative: Derivative) -> Forward:

@@ -12,7 +12,7 @@ from defquant.cli import rows
 from defquant.cli.rows import print_json, print_measurements
 from defquant.config import check_bits
 from defquant.errors import UserError
-from defquant.results import EIGHT_BIT
+from defquant.results import EIGHT_BIT, FOREIGN
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ ModelFile = Annotated[
     str | None,
     Parameter(
         help="my.py:make_model, a function that returns a torch.nn.Module of images in [0, 1] to "
-        "logits. THIS RUNS YOUR CODE in my.py"
+        "logits; THIS RUNS YOUR CODE in my.py. Or NAME.onnx, NAME.pt2, torchscript:FILE"
     ),
 ]
 Weights = Annotated[str | None, Parameter(help="for --model-file: a .safetensors file")]
@@ -213,12 +213,21 @@ def _loaded(
 def foreign_on(
     spec: str, weights: str | None, images: "Dataset", batch_size: int, place: "torch.device"
 ) -> "Foreign":
-    """The user's own model, seen to answer on the images."""
-    from defquant.foreign import load_foreign, probe
+    """The user's own model or file, seen to answer on the images, with its staircases opened."""
+    from defquant.attacks.access import to_eval
+    from defquant.foreign import Foreign, load_foreign, probe
+    from defquant.judging.suspects import FILES, SCRIPT, Witnessed, suspect, with_twin
+    from defquant.measure import Subject
 
-    foreign = load_foreign(spec, weights, place)
-    probe(foreign, images, batch_size)
-    return foreign
+    if not spec.endswith(FILES) and not spec.startswith(SCRIPT):
+        foreign = load_foreign(spec, weights, place)
+        probe(foreign, images, batch_size)
+        with_twin(foreign.model, images)
+        return foreign
+    found, name = suspect(spec, images, weights), Path(spec).name
+    subject = Subject(f"{FOREIGN} ({name})", name, evidence={"file_sha256": found.sha256})
+    model = to_eval(Witnessed(found)) if found.kind == "ONNX" else found.model
+    return Foreign(model, subject, Path(spec))
 
 
 def _shown(

@@ -223,7 +223,7 @@ def masking_verdict(
         for seen in ("an example's output depends", "two identical calls"):
             warnings.filterwarnings("ignore", seen, DefquantWarning)
         x, y = linted(model, data, effort.batch_size)
-    known = any(isinstance(m, Quantizer) and m.bits is not None for m in model.modules())
+    known = any(isinstance(m, Quantizer) and m.bits is not None for m in twin_of(model).modules())
     connected, images = Connected(model), to_unit(x)
     right = answers(connected, (images, y), batch_size=effort.batch_size) == y
     scene, total = _Scene(connected, images[right], y[right], eps, effort), int(right.sum())
@@ -263,7 +263,7 @@ class Connected(nn.Module):
         super().__init__()
         self.model = model
         if twin_of(model) is not model:  # through which surrogates attack
-            self.opened = Connected(twin_of(model))
+            self.defquant_twin = Connected(twin_of(model))
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.model(x)

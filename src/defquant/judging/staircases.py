@@ -1,8 +1,8 @@
 """Staircases found and opened: whatever rounds in a torch program becomes a `Staircase` module.
 
-Each rounding, however it is written, is put as clamp(round(u), low, high) of an affine u: its
-clips, before or after, are taken into the range, and what a detach trick adds and takes away is
-cancelled. So one function, written in any way, has one backward pass.
+Each rounding, however it is written, is put as clamp(round(u), low, high) of an affine u, and what
+a detach trick adds and takes away is cancelled. `opening` takes the clips into the range. So one
+function, written in any way, has one backward pass.
 """
 
 import math
@@ -15,11 +15,13 @@ from torch import Tensor, fx, nn
 
 from defquant.captured import Captured, operation
 from defquant.errors import UserError
-from defquant.judging.clips import CASTS, CLIPS, LINEAR, Ends, name_of, take_clips
 from defquant.quantize import QuantReLU, QuantSigned, QuantTanh, Staircase
 
-__all__ = ["Rewriting"]
+__all__ = ["CASTS", "CLIPS", "LINEAR", "Rewriting", "name_of"]
 
+CLIPS = {"relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "maximum", "minimum"}
+LINEAR = {"add", "sub", "mul", "div", "neg"}
+CASTS = {"to", "_to_copy"}
 aten = torch.ops.aten
 _SIGN = 2.0  # width of a sign's cell: its gradient is usually clipped to [-1, 1]
 _NEAR = 1e-3  # of a step: what rounding may do to it
@@ -29,6 +31,12 @@ _MOVES = CASTS | {
     "view", "reshape", "permute", "transpose", "unsqueeze", "squeeze", "flatten", "_unsafe_view",
     "slice", "select", "expand",
 }  # fmt: skip
+
+
+def name_of(node: Any) -> str:
+    """`gt` of aten.gt.Scalar; "" of what is no operation of aten."""
+    space, _, rest = (operation(node) if isinstance(node, fx.Node) else "").partition(".")
+    return rest.split(".")[0].removesuffix("_") if space == "aten" else ""
 
 
 def _dtype(node: fx.Node) -> torch.dtype | None:
@@ -54,18 +62,17 @@ class Rewriting:
         if compared and isinstance(value, Tensor) and value.is_floating_point():
             self.spread[node] = float(value.std())
 
-    def module(self) -> fx.GraphModule:
-        """The twin: the same program with staircases as modules."""
+    def module(self, clips: "Callable[[Rewriting, fx.Node], None]") -> fx.GraphModule:
+        """The twin: the same program with staircases as modules, of which `clips` takes those."""
         for node in list(self.graph.nodes):
             self._spelled(node)
         self._cancel()
         self.graph.eliminate_dead_code()
-        for node in [n for n in self.found if n.users]:
-            take_clips(self, node)
+        self.found = {node: layer for node, layer in self.found.items() if node.users}
+        for node in self.found:
+            clips(self, node)
         self.graph.eliminate_dead_code()
         self.graph.lint()
-        left = set(self.graph.nodes)
-        self.found = {node: layer for node, layer in self.found.items() if node in left}
         return fx.GraphModule(self.root, self.graph, f"{self.captured.model}Twin").eval()
 
     # nodes
@@ -129,6 +136,8 @@ class Rewriting:
         mode = node.kwargs.get("rounding_mode")
         if not isinstance(x, fx.Node):
             return None
+        if name == "type_as":
+            return x
         if name in _ROUNDS and operation(node).endswith(".default"):
             return x if self._whole(x) else self.stairs(x, _ROUNDS[name])
         if (name == "div" and mode) or name == "floor_divide":
@@ -274,11 +283,21 @@ class Rewriting:
         return self.call("add", self.call("mul", code, step), float(table[0]))
 
     def _chooses(self, node: fx.Node, name: str) -> fx.Node | None:
-        """where(c, a, b) of a switch c is a c + b (1 - c)."""
-        if name != "where" or node.args[0] not in self.switches:
+        """where(c, a, b) of a switch c is a c + b (1 - c); where(x > t, t, x) is a clip."""
+        if name != "where":
             return None
         chosen, *both = node.args
         a, b = (n if isinstance(self.value(n), Tensor) else self.value(n) for n in both)
+        turn = name_of(chosen)
+        if turn in _TURNED and isinstance(chosen, fx.Node) and both[1] is chosen.args[0]:
+            t, upper = self.value(chosen.args[1]), turn in ("gt", "ge")
+            if isinstance(a, int | float) and a == t:
+                clip = aten.clamp_max.default if upper else aten.clamp_min.default
+                made = self.graph.call_function(clip, (both[1], a))
+                made.meta = dict(node.meta)
+                return made
+        if chosen not in self.switches:
+            return None
         others = self.call("add", self.call("mul", chosen, -1.0), 1.0)
         return self.call("add", self.call("mul", chosen, a), self.call("mul", others, b))
 
@@ -330,7 +349,7 @@ def _axis_of_blocks(block: Any, node: fx.Node) -> int | None:
     return axes[0] if axes else None
 
 
-def _range(others: Sequence[Any], node: fx.Node) -> Ends:
+def _range(others: Sequence[Any], node: fx.Node) -> tuple[float, float]:
     """Of the codes: as given, else of their type."""
     whole = [a for a in others if isinstance(a, int | float) and not isinstance(a, bool)]
     if len(whole) >= 2:

@@ -1,36 +1,33 @@
 """Whatever is to be judged, as one thing: what it says of 8-bit images, and how to attack it."""
 
-import copy
-import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from defquant.attacks.access import differentiable, gradient, to_eval, untouched
+from defquant.attacks.access import to_eval, untouched
 from defquant.attacks.lint import lint_model
-from defquant.captured import capture
+from defquant.attacks.surrogates import twin_of
 from defquant.data import Dataset, load, to_unit
 from defquant.diagnose.masking import Connected
-from defquant.errors import DefquantWarning, UserError, shown
-from defquant.judging.staircases import Rewriting
-from defquant.quantize import Staircase
+from defquant.errors import UserError, shown
+from defquant.evaluate import device_of
+from defquant.judging.opening import Opened, few_layers, has_gradient, open_staircases
 
-__all__ = ["Suspect", "images_of", "suspect"]
+__all__ = [
+    "FILES", "SCRIPT", "Pixels", "Suspect", "Witnessed", "images_of", "suspect", "with_twin",
+]  # fmt: skip
 
 LARGEST = 1 << 30
 """Bytes of a file."""
-FEW, MANY = 256, 1024
-"""What takes no more than `FEW` values in `MANY` numbers or more is a staircase."""
-ALIKE = 0.02  # of the images: what rounding may let a twin answer otherwise
-SCRIPT = "torchscript:"
+SCRIPT, FILES = "torchscript:", (".onnx", ".pt2")
 _SHOWN = 256  # labelled images by which the contract of a file's input is found
 
 
@@ -41,8 +38,8 @@ class Suspect:
     Attributes:
         name: as it was named.
         kind: `run`, `ONNX`, `torch.export`, `TorchScript` or `module`.
-        model: images in [0, 1], seen as 8-bit pixels, to logits; its `opened`, where it has one,
-            is the twin through which surrogates attack.
+        model: images in [0, 1] to logits, in torch; its `defquant_twin`, where it has one, is that
+            through which surrogates attack.
         answers: pixels, uint8 (n, c, h, w), to classes int64 (n,), in the thing's own runtime.
         contract: how its input was found to be, in lines for people.
         staircases: layers whose rounding the twin opens; `closed`: those it could not.
@@ -61,25 +58,65 @@ class Suspect:
     sha256: str = ""
 
 
-class Pixels(nn.Module):
-    """`inner` of images rounded to 8 bits; the gradient passes the rounding as it is."""
+class Seen(nn.Module):
+    """`model`, with its own backward pass, and the twin through which surrogates attack it."""
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, model: nn.Module, twin: nn.Module) -> None:
         super().__init__()
-        self.inner = inner
+        self.model, self.defquant_twin = model, twin
 
     def forward(self, x: Tensor) -> Tensor:
-        fixed = x.detach()
-        logits: Tensor = self.inner((fixed * 255).round() / 255 + (x - fixed))
+        logits: Tensor = self.model(x)
         return logits
 
 
-class Seen(Pixels):
-    """A network of one's own, with its own backward pass; `opened` is its twin."""
+class Pixels(nn.Module):
+    """`model` of images rounded to 8 bits; the gradient passes the rounding as it is."""
 
-    def __init__(self, inner: nn.Module, twin: nn.Module) -> None:
-        super().__init__(inner)
-        self.opened = Pixels(twin)
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        if twin_of(model) is not model:
+            self.defquant_twin = Pixels(twin_of(model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        fixed = x.detach()
+        logits: Tensor = self.model((fixed * 255).round() / 255 + (x - fixed))
+        return logits
+
+
+class Witnessed(Pixels):
+    """A twin of a file, whose first class is always the one that the file itself answers."""
+
+    def __init__(self, found: Suspect) -> None:
+        super().__init__(found.model)
+        self.answers = found.answers
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        with torch.no_grad():
+            said = self.answers((x * 255).round().to(torch.uint8))
+            order = torch.arange(logits.shape[1]).expand(logits.shape).clone()
+            top, rows = logits.argmax(1), torch.arange(len(said))
+            order[rows, top], order[rows, said] = said, top
+        return logits.gather(1, order)
+
+
+def with_twin(model: nn.Module, data: Dataset) -> nn.Module:
+    """`model` itself, with its twin beside it where it has staircases that can be opened.
+
+    For a model that nobody else holds: the twin is an attribute of it, and no module or buffer.
+    """
+    x, _ = data.take(torch.arange(min(64, len(data))))
+    device = device_of(model, x.device)
+    try:
+        with redirect_stdout(sys.stderr):
+            opened = open_staircases(model, x.to(device))
+        if opened.staircases and has_gradient(opened.twin, x):
+            vars(model)["defquant_twin"] = opened.twin.to(device)
+    except UserError:
+        pass  # surrogates then change what they know of the model itself
+    return model
 
 
 def images_of(spec: str, name: str | None, root: str | None) -> Dataset:
@@ -157,7 +194,7 @@ def _of_onnx(path: Path, data: Dataset) -> Suspect:
     found = find_contract(file, some.images, some.labels, classes=data.num_classes)
     contract, model = found.contract, file.model(found.contract)
     return Suspect(
-        str(path), "ONNX", Pixels(model), lambda pixels: file.predict(pixels, contract),
+        str(path), "ONNX", model, lambda pixels: file.predict(pixels, contract),
         (str(found),), file.twin.staircases, file.twin.blind, own=False, sha256=_hash(path),
     )  # fmt: skip
 
@@ -200,17 +237,15 @@ def _of_module(model: nn.Module, name: str, kind: str, data: Dataset) -> Suspect
     except Exception as error:  # whatever the model's own code raises
         reason = shown(str(error).strip().split("\n")[0], 200)
         raise UserError(f"{name} does not take images {list(x.shape)}: {reason}") from None
-    own, contract = _has_gradient(model, x), ["images in [0, 1], NCHW"]
+    own, contract = has_gradient(model, x), ["images in [0, 1], NCHW"]
     try:
         opened = open_staircases(model, x)
     except UserError as error:
-        opened = Opened(model, (), _few_layers(model, x))
+        opened = Opened(model, (), few_layers(model, x))
         contract += [f"not opened: {error}"] * bool(opened.closed)
-    twin = opened.twin if opened.twin is model or _has_gradient(opened.twin, x) else None
-    if own:
-        seen = Pixels(model) if twin in (None, model) else Seen(model, twin)
-    else:
-        seen = Pixels(Connected(model) if twin in (None, model) else twin)
+    twin = opened.twin if has_gradient(opened.twin, x) else model
+    seen = Seen(model, twin) if own and twin is not model else twin
+    seen = seen if own or twin is not model else Connected(model)
 
     def answers(pixels: Tensor) -> Tensor:
         with untouched(model), torch.no_grad():
@@ -220,158 +255,3 @@ def _of_module(model: nn.Module, name: str, kind: str, data: Dataset) -> Suspect
     return Suspect(
         name, kind, to_eval(seen), answers, tuple(contract), opened.staircases, opened.closed, own
     )
-
-
-def _has_gradient(model: nn.Module, x: Tensor) -> bool:
-    """Whether autograd reaches the images at all."""
-    try:
-        with untouched(model), differentiable(), warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
-            warnings.simplefilter("ignore", DefquantWarning)
-            at = x[:2].clone().requires_grad_()
-            gradient(model(at).float(), at)
-    except (UserError, RuntimeError, NotImplementedError, UserWarning):
-        return False
-    return True
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A network whose staircases are `Staircase` modules.
-
-    Attributes:
-        twin: gives the network's logits; its gradient goes through every staircase in it.
-        staircases: the layers of those.
-        closed: layers of operations that make many values few and were not opened: an attack that
-            follows the gradient may be blind there, and what it leaves is an upper bound.
-    """
-
-    twin: nn.Module
-    staircases: tuple[str, ...]
-    closed: tuple[str, ...]
-
-
-def open_staircases(model: nn.Module, images: Tensor) -> Opened:
-    """The twin of `model`; `images` are (n, c, h, w), float in [0, 1].
-
-    Raises `UserError` in one line where the model cannot be captured as a program, and where the
-    twin would answer otherwise than the model does.
-    """
-    x = images[:64].float()
-    captured = capture(_without_observers(model), x)
-    with untouched(model), torch.no_grad():
-        wanted = model(x).argmax(1)
-        rewriting = Rewriting(captured, x)
-        twin = rewriting.module()
-        differ = int((wanted != twin(x).argmax(1)).sum())
-    if differ > ALIKE * len(x):
-        raise UserError(
-            f"cannot open the staircases of {captured.model}: its twin answers {differ} of "
-            f"{len(x)} images otherwise"
-        )
-    layers = [layer for node, layer in rewriting.found.items() if node.graph is rewriting.graph]
-    return Opened(twin, tuple(dict.fromkeys(layers)), tuple(_closed(twin, x)))
-
-
-def _without_observers(model: nn.Module) -> nn.Module:
-    """`model`, or a copy in which fake quantisers of torch.ao are what they compute, unobserved."""
-    from torch.ao.quantization import FakeQuantizeBase
-
-    found = [name for name, part in model.named_modules() if isinstance(part, FakeQuantizeBase)]
-    model = copy.deepcopy(model) if found else model
-    for name in found:
-        parent, _, own = name.rpartition(".")
-        part: Any = model.get_submodule(name)
-        fixed = _Fixed(part) if bool(part.fake_quant_enabled[0]) else nn.Identity()
-        setattr(model.get_submodule(parent), own, fixed)
-    return model
-
-
-class _Fixed(nn.Module):
-    """A fake quantiser of torch.ao at the scale that it has."""
-
-    def __init__(self, part: Any) -> None:
-        super().__init__()
-        observer = getattr(part, "activation_post_process", part)
-        self.range = int(observer.quant_min), int(observer.quant_max)
-        self.register_buffer("scale", part.scale.detach().float())
-        self.register_buffer("zero", part.zero_point.detach().to(torch.int32))
-        self.axis = int(part.ch_axis) if len(part.scale) > 1 else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale, zero = self.get_buffer("scale"), self.get_buffer("zero")
-        if self.axis is None:
-            return torch.fake_quantize_per_tensor_affine(x, scale, zero, *self.range)
-        return torch.fake_quantize_per_channel_affine(x, scale, zero, self.axis, *self.range)
-
-
-class _Numbered(fx.Interpreter):
-    """Gives staircases without ends the bits that number the values they take."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
-        if isinstance(module, Staircase) and math.isinf(module.high - module.low):
-            width = float(value.max() - value.min())
-            module.bits = module.own = min(8, max(1, math.ceil(math.log2(width + 1))))
-        return value
-
-
-class _Seen(fx.Interpreter):
-    """Which nodes take few values."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.few: dict[fx.Node, bool] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor) and n.op != "get_attr":
-            self.few[n] = value.numel() >= MANY and len(value.flatten()[:65536].unique()) <= FEW
-        return value
-
-
-def _closed(twin: fx.GraphModule, x: Tensor) -> Iterator[str]:
-    """Layers of what makes few values of many, and is no staircase of ours."""
-    seen = _Seen(twin)
-    seen.run(x)
-    for node, few in seen.few.items():
-        inputs = [a for a in node.all_input_nodes if a in seen.few]
-        opened = node.op == "call_module" or node.op == "placeholder"
-        if few and not opened and inputs and not all(seen.few[a] for a in inputs):
-            kind = node.meta.get("val")
-            switches = isinstance(kind, Tensor) and kind.dtype == torch.bool
-            if not switches or any(seen.few.get(user) for user in node.users):
-                yield str(node.meta.get("layer") or node.name)
-
-
-def _few_layers(model: nn.Module, x: Tensor) -> tuple[str, ...]:
-    """Modules that make many values few, in a network that is no program."""
-    found: dict[str, None] = {}
-    with _watched(model, found), untouched(model), torch.no_grad():
-        model(x)
-    return tuple(found)
-
-
-@contextmanager
-def _watched(model: nn.Module, found: dict[str, None]) -> Iterator[None]:
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            many = [t for t in (*inputs, output) if isinstance(t, Tensor) and t.numel() >= MANY]
-            few = [len(t.flatten()[:65536].unique()) <= FEW for t in many]
-            if len(few) > 1 and few[-1] and not all(few[:-1]):
-                found[name or type(model).__name__] = None
-
-        return hook
-
-    handles = []
-    for name, module in model.named_modules():
-        try:
-            handles.append(module.register_forward_hook(watch(name)))
-        except RuntimeError:  # TorchScript lets nobody look inside
-            found["the whole network"] = None
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

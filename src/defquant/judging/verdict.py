@@ -23,16 +23,14 @@ from defquant.config import check_eps
 from defquant.data import Dataset
 from defquant.data.dataset import in_unit
 from defquant.diagnose import Effort, masking_verdict
+from defquant.diagnose.masking import OVERSTATED as SHARE
 from defquant.errors import DefquantWarning, UserError
-from defquant.judging.suspects import Suspect, suspect
+from defquant.judging.suspects import Pixels, Suspect, suspect
 from defquant.results import mean_between
 
 __all__ = ["Judgement", "judge"]
 
 LEVEL = 0.95
-SHARE = 0.05
-"""Of all images: what the strongest attack may break of those that the usual one leaves. Sound
-attacks on one honest float network differ by 1 to 4 points."""
 FIRST, MASKING = 64, 128
 """Images of the first look; most of those on which signs of masked gradients are looked for."""
 STEPS, QUERIES = 40, 500
@@ -77,6 +75,7 @@ class _Side:
 
     def __post_init__(self) -> None:
         self.clean = torch.zeros(len(self.labels), dtype=torch.bool)
+        self.model = Pixels(self.suspect.model)
 
     def look(self, ids: Tensor, eps: Sequence[float]) -> None:
         """See which of the images `ids` are right, and stand at each eps, rising."""
@@ -93,10 +92,9 @@ class _Side:
                 held.setdefault(radius, torch.zeros_like(self.clean))[ids] = found
 
     def _attacks(self, eps: float) -> list[Attack]:
-        """The usual one's losses and starts, then everything through surrogates, then a search."""
+        """Another loss, then everything through surrogates; a search where gradients are blind."""
         found: list[Attack] = [APGD(eps, STEPS, loss="margin"), *Adaptive(eps, STEPS).attacks]
-        blind = self.suspect.closed or not self.suspect.staircases
-        return [*found, Square(eps, QUERIES)] if blind else found
+        return [*found, Square(eps, QUERIES)] if self.suspect.closed else found
 
     def _left(
         self, ids: Tensor, alive: Tensor, attacks: Sequence[Attack], fooling: dict[int, Tensor]
@@ -114,7 +112,7 @@ class _Side:
             if not bool(alive.any()):
                 break
             target = Target(
-                self.suspect.model, self.images, self.labels, seed_of(self.seed, place), 128,
+                self.model, self.images, self.labels, seed_of(self.seed, place), 128,
                 witness=witness,
             )  # fmt: skip
             alive[alive.clone()] = standing(attack, target, ids[alive])
@@ -156,7 +154,7 @@ def judge(
     Returns:
         A `Judgement`. MASKED: the usual attack overstates, and signs say that gradients are
         hidden. OVERSTATED by x points: straight-through PGD leaves x points more than the
-        strongest attack, more than 5 for sure. REAL: no more than 5 for sure. NOT DECIDED: more
+        strongest attack, more than 10 for sure. REAL: no more than 10 for sure. NOT DECIDED: more
         images are needed, or a staircase could not be opened.
 
     Raises:
@@ -232,6 +230,7 @@ def _row(sides: Sequence[_Side], eps: float, n: int, radii: int, margin: float) 
     side = sides[0]
     usual, strongest = side.usual[eps][:n], side.strongest[eps][:n]
     over = _between(int((usual & ~strongest).sum()), 0, n, level)
+    over["low"] = max(over["low"], 0.0)
     row: dict[str, Any] = {
         "eps": eps, "usual": _share(usual), "strongest": _share(strongest), "overstated": over,
     }  # fmt: skip
@@ -306,7 +305,7 @@ def _signs(
         return None
     effort = Effort(steps=STEPS // 2, restarts=1, queries=QUERIES // 2, draws=8, seed=seed)
     images = side.images[: min(n, MASKING)], side.labels[: min(n, MASKING)]
-    found = masking_verdict(side.suspect.model, images, claimed[-1], effort=effort)
+    found = masking_verdict(side.model, images, claimed[-1], effort=effort)
     return {
         "eps": claimed[-1], "verdict": found.overall, "images": len(images[1]),
         "signs": [
