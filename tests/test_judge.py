@@ -224,7 +224,7 @@ def test_worse_than_the_reference_closes_the_gate(
         bad.fc.weight.neg_()
     how: dict[str, Any] = {"eps": [1 / 255], "masking": False, "budget": 1e4}
     found = dq.judge(bad, dq.load("digits", split="test"), reference=good, **how)
-    assert (found.paired, found.finding, found.record["images"]) == ("WORSE", True, 128)
+    assert (found.paired, found.finding, found.record["images"]) == ("WORSE", True, 64)
     same = dq.judge(good, data, reference=good, margin=20, **how)
     assert (same.paired, same.finding) == ("NOT WORSE", False)
     assert {t["fooled"] - t["total"] for t in same.record["rows"][0]["transfer"]} == {0}
