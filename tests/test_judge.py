@@ -18,7 +18,7 @@ from conftest import REAL_DATA, refused
 from defquant.attacks.surrogates import SoftRound
 from defquant.cli import main
 from defquant.judging.opening import open_staircases
-from defquant.judging.suspects import suspect
+from defquant.judging.suspects import suspect, with_twin
 from defquant.results import mean_between
 
 N, HIGH = 3, 6.0
@@ -139,6 +139,9 @@ def test_one_function_has_one_number(
     for attack in (SOFT, dq.Adaptive(0.1, 4)):
         wanted, found = (dq.robust_accuracy(m, data, attack).correct for m in (ours, seen.model))
         assert abs(wanted - found) <= 2 and wanted < 100
+    beside = with_twin(theirs, data)  # as `attack --model-file` takes it
+    assert dq.robust_accuracy(beside, data, SOFT) == dq.robust_accuracy(seen.model, data, SOFT)
+    assert set(beside.state_dict()) == set(with_(trained, way).state_dict())
 
 
 def thermometer(x: Tensor) -> Tensor:

@@ -291,6 +291,13 @@ def rescored(manifest: Manifest, model: nn.Module, *, batch_size: int = 256) -> 
         yield Rescored(*key, Score(right, len(pictures)), Score(before, len(pictures)))
 
 
+def clean_images(manifest: Manifest, most: int = 256) -> Dataset:
+    """Its first clean pictures, at most so many: what the others were made of."""
+    some = [picture for picture in manifest.pictures if picture.attack == "clean"][:most]
+    images, labels = _read(manifest, some or manifest.pictures[:most])
+    return Dataset(images, labels, tuple(manifest.head["classes"]), "the saved images")
+
+
 def _read(manifest: Manifest, pictures: Sequence[Saved]) -> tuple[Tensor, Tensor]:
     images = np.stack([_pixels(manifest, picture) for picture in pictures])
     return torch.from_numpy(images), torch.tensor([p.label for p in pictures])

@@ -210,16 +210,21 @@ def _loaded(
     return loaded
 
 
+def named_file(spec: str) -> bool:
+    """Whether it names a file of someone's network, and not a function of a Python file."""
+    return spec.endswith((".onnx", ".pt2")) or spec.startswith("torchscript:")
+
+
 def foreign_on(
     spec: str, weights: str | None, images: "Dataset", batch_size: int, place: "torch.device"
 ) -> "Foreign":
     """The user's own model or file, seen to answer on the images, with its staircases opened."""
     from defquant.attacks.access import to_eval
     from defquant.foreign import Foreign, load_foreign, probe
-    from defquant.judging.suspects import FILES, SCRIPT, Witnessed, suspect, with_twin
+    from defquant.judging.suspects import Witnessed, suspect, with_twin
     from defquant.measure import Subject
 
-    if not spec.endswith(FILES) and not spec.startswith(SCRIPT):
+    if not named_file(spec):
         foreign = load_foreign(spec, weights, place)
         probe(foreign, images, batch_size)
         with_twin(foreign.model, images)
@@ -270,11 +275,15 @@ def rescore(
     least(1, batch_size=batch_size)
     from defquant.distributed import pick_device
     from defquant.foreign import blamed, load_foreign
-    from defquant.images import read_manifest, rescored
+    from defquant.images import clean_images, read_manifest, rescored
 
     manifest, place, guard = read_manifest(Path(folder)), pick_device(device), nullcontext()
     if model_file is not None:
-        network = load_foreign(model_file, weights, place).model
+        if named_file(model_file):
+            clean = clean_images(manifest)
+            network = foreign_on(model_file, weights, clean, batch_size, place).model
+        else:
+            network = load_foreign(model_file, weights, place).model
         guard = blamed(Path(model_file.rpartition(":")[0]))  # type: ignore[assignment]
     else:
         network = _own_or_onnx(Path(model or ""), manifest, place)

@@ -22,12 +22,12 @@ from defquant.evaluate import device_of
 from defquant.judging.opening import Opened, few_layers, has_gradient, open_staircases
 
 __all__ = [
-    "FILES", "SCRIPT", "Pixels", "Suspect", "Witnessed", "images_of", "suspect", "with_twin",
+    "Pixels", "Suspect", "Witnessed", "images_of", "suspect", "with_twin",
 ]  # fmt: skip
 
 LARGEST = 1 << 30
 """Bytes of a file."""
-SCRIPT, FILES = "torchscript:", (".onnx", ".pt2")
+SCRIPT = "torchscript:"
 _SHOWN = 256  # labelled images by which the contract of a file's input is found
 
 
