@@ -186,7 +186,7 @@ def judge(
                 tell(f"{count} of {len(data)} images, {time.monotonic() - begun:.0f} s")
             if _decided(rows):
                 break
-        signs = _signs(sides[0], rows, count, budget - (time.monotonic() - begun), seed)
+        signs = _signs(sides[0], rows, budget - (time.monotonic() - begun), seed)
     return _judgement(sides, rows, count, data, signs if masking else None, {
         "margin": margin, "level": LEVEL, "share": 100 * SHARE, "seed": seed,
         "steps": STEPS, "seconds": round(time.monotonic() - begun, 1),
@@ -297,14 +297,14 @@ def _transfer(a: _Side, b: _Side, eps: float, n: int) -> dict[str, Any]:
 
 
 def _signs(
-    side: _Side, rows: Sequence[Mapping[str, Any]], n: int, left: float, seed: int
+    side: _Side, rows: Sequence[Mapping[str, Any]], left: float, seed: int
 ) -> dict[str, Any] | None:
     """Signs of masked gradients at the largest eps at which the usual attack leaves something."""
     claimed = [row["eps"] for row in rows if row["usual"]["rate"] >= CLAIMED]
     if not claimed or left <= 0:
         return None
     effort = Effort(steps=STEPS // 2, restarts=1, queries=QUERIES // 2, draws=8, seed=seed)
-    images = side.images[: min(n, MASKING)], side.labels[: min(n, MASKING)]
+    images = side.images[:MASKING], side.labels[:MASKING]
     found = masking_verdict(side.model, images, claimed[-1], effort=effort)
     return {
         "eps": claimed[-1], "verdict": found.overall, "images": len(images[1]),
