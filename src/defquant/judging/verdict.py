@@ -288,10 +288,7 @@ def _decided(rows: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _transfer(a: _Side, b: _Side, eps: float, n: int) -> dict[str, Any]:
-    """How many images that fool `a` fool `b`, too, of those that both have right.
-
-    One that falls at a smaller eps is shown as it fell there.
-    """
+    """How many images that fool `a`, as they fell, fool `b`, too, where both were right."""
     ids = [i for i in a.fooling[eps] if i < n and bool(a.clean[i] & b.clean[i])]
     pixels = [a.fooling[eps][i] for i in ids]
     wrong = b.suspect.answers(torch.stack(pixels)) != b.labels[ids] if ids else torch.zeros(0)
