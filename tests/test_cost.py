@@ -67,7 +67,7 @@ def linear(source: str, inputs: int) -> Linear:
 
 
 def flatten(name: str, source: str, size: int) -> Call:
-    return Call(name, name, "aten.flatten.using_ints", (Name(source), 1), (), (-1, size))
+    return Call(name, name, "aten.reshape.default", (Name(source), (-1, size)), (), (-1, size))
 
 
 def program(

@@ -695,6 +695,19 @@ class Attention(nn.Module):
         return self.out(x[:, 0])  # type: ignore[no-any-return]
 
 
+class Torchs(nn.Module):
+    """torch's own attention, which lays images and heads in one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.out = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        mixed, _ = self.mix(tokens, tokens, tokens, need_weights=False)
+        return self.out(mixed.mean(1))  # type: ignore[no-any-return]
+
+
 class Squeezed(nn.Module):
     """A squeeze-and-excitation of what it is given, halves swapped on the way."""
 
@@ -731,6 +744,7 @@ SEEN: Mapping[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "attention": (lambda: nn.Sequential(*front(), nn.AvgPool2d(4), Attention()), ()),
     "signed activations": (lambda: chain(conv(), nn.GELU(), dq.QuantSigned(4), conv(8), *norm_act(),
                                          conv(8), dq.QuantSigned(3), nn.SiLU()), ()),
+    "torch's own attention": (lambda: nn.Sequential(*front(), nn.AvgPool2d(4), Torchs()), ()),
     "torch's own quantiser": (lambda: chain(conv(), Fake(), conv(8), dq.QuantReLU(4)), ()),
     "no linear layer": (lambda: nn.Sequential(*front(), conv(8, 4), nn.AdaptiveAvgPool2d(1),
                                               nn.Flatten()), ()),

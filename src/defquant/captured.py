@@ -183,11 +183,14 @@ def _not_finite(model: nn.Module) -> str:
 def _whole_quantizers() -> Iterator[None]:
     """Quantisers are single operations of the program, and known by them; torch's own, too."""
     former, WHOLE.on = WHOLE.on, True
+    fused = torch.backends.mha.get_fastpath_enabled()  # attention as one operation of its own
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with _TorchsQuantizers():
             yield
     finally:
         WHOLE.on = former
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 class _TorchsQuantizers(TorchFunctionMode):

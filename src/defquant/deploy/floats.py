@@ -9,7 +9,7 @@ import numpy as np
 from defquant.deploy.program import Call, Name
 from defquant.errors import UserError
 
-__all__ = ["KNOWN", "borders", "pair", "write"]
+__all__ = ["KNOWN", "RESHAPES", "borders", "pair", "write"]
 
 
 class Nodes(Protocol):
@@ -322,9 +322,7 @@ _TABLE: dict[str, _Write] = {
     "aten.minimum": _both("Min"), "aten.pow": _power, "aten.softmax": _softmax("Softmax"),
     "aten.log_softmax": _softmax("LogSoftmax"), "aten.mean": _reduce("ReduceMean"),
     "aten.sum": _reduce("ReduceSum"), "aten.amax": _reduce("ReduceMax"),
-    "aten.amin": _reduce("ReduceMin"), "aten.view": _reshape, "aten.reshape": _reshape,
-    "aten.flatten": _reshape, "aten.squeeze": _reshape, "aten.unsqueeze": _reshape,
-    "aten.unflatten": _reshape, "aten._unsafe_view": _reshape, "aten.permute": _permute,
+    "aten.amin": _reduce("ReduceMin"), "aten.reshape": _reshape, "aten.permute": _permute,
     "aten.transpose": _permute, "aten.cat": _cat, "aten.slice": _slice, "aten.select": _select,
     "aten.expand": _expand, "aten.scaled_dot_product_attention": _attention,
     "aten.layer_norm": _layer_norm, "aten.group_norm": _group_norm, "aten.max_pool2d": _max_pool,
@@ -332,4 +330,8 @@ _TABLE: dict[str, _Write] = {
     "aten.pad": _pad, "aten.matmul": _product, "aten.bmm": _product,
 }  # fmt: skip
 
-KNOWN = frozenset(_TABLE)
+RESHAPES = frozenset(
+    {"view", "reshape", "flatten", "squeeze", "unsqueeze", "unflatten", "_unsafe_view"}
+)
+"""Written as one operation, `aten.reshape.default`."""
+KNOWN = frozenset(_TABLE) | {f"aten.{kind}" for kind in RESHAPES}

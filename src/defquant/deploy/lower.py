@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from defquant.captured import Captured, capture, operation
 from defquant.deploy.emit import Codes, Emitter, Padded, Scaled, Stream, Unfinished, Value
-from defquant.deploy.floats import KNOWN, borders, pair
+from defquant.deploy.floats import KNOWN, RESHAPES, borders, pair
 from defquant.deploy.program import BATCH, Add, Call, Linear, MaxPool, Name, Program
 from defquant.errors import UserError
 from defquant.integers import (
@@ -150,7 +150,11 @@ class _Walk:
                 f"{name.removeprefix('aten.')} ({node.name})"
             )
         size = self._size(node)
-        if node.target is operator.getitem:
+        args: tuple[Any, ...] = ()
+        kwargs: dict[str, Any] = {}
+        if name.removeprefix("aten.").split(".")[0] in RESHAPES:  # all are written as this one
+            name, args = "aten.reshape.default", (self._plain(node.args[0]), size)
+        elif node.target is operator.getitem:
             name, args, kwargs = self._part(node)
         else:
             args, kwargs = (self._plain(a) for a in (node.args, node.kwargs))
@@ -158,12 +162,12 @@ class _Walk:
         return self.out.emit(Call(_named(node), node.meta["layer"], name, args, given, size))
 
     def _size(self, node: fx.Node) -> tuple[int, ...]:
-        """Of the result, -1 for the batch, which must be one of its dimensions, and unmixed."""
+        """Of the result, -1 for the dimension that the images are in, alone or with others."""
         free = [d for d in node.meta["val"].shape if isinstance(d, torch.SymInt)]
-        if len(free) != 1 or free[0].node.expr != self.batch:
+        if len(free) != 1:
             raise UserError(
-                f"cannot export layer {node.meta['layer']!r}: the images must stay a dimension of "
-                f"their own ({node.name})"
+                f"cannot export layer {node.meta['layer']!r}: one dimension must hold the images "
+                f"({node.name})"
             )
         return tuple(-1 if isinstance(d, torch.SymInt) else d for d in node.meta["val"].shape)
 
@@ -190,7 +194,7 @@ class _Walk:
         """Arguments of a `Call`: names, arrays and plain values."""
         if isinstance(argument, fx.Node):
             if not isinstance(argument.meta["val"], Tensor):
-                return BATCH  # the one size that is not known
+                return self._plain(argument.meta["val"])
             tensor = self.seen.constant(argument)
             if tensor is not None:
                 return tensor.detach().numpy()
@@ -200,6 +204,8 @@ class _Walk:
         if isinstance(argument, dict):
             return {key: self._plain(value) for key, value in argument.items()}
         if isinstance(argument, torch.SymInt):
+            if argument.node.expr != self.batch:
+                raise UserError("cannot export a network that computes sizes from how many images")
             return BATCH
         return argument
 
