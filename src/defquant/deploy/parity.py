@@ -165,7 +165,9 @@ def _openvino(file: onnx.ModelProto, x: Tensor) -> Tensor | None:
 
     core = openvino.Core()
     try:
-        compiled = core.compile_model(core.read_model(io.BytesIO(file.SerializeToString())), "CPU")
+        model = core.read_model(io.BytesIO(file.SerializeToString()))
+        # its default on processors with bfloat16 is bfloat16: then it answers otherwise than itself
+        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         return torch.from_numpy(np.array(compiled(OnnxModel(file).fed(x))[0]))
     except RuntimeError:  # also at the first images, where ONEDNN_MAX_CPU_ISA forbids its kernels
         return None
