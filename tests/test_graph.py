@@ -267,8 +267,8 @@ def test_openvino_gives_the_same_answers() -> None:
         pytest.skip("OpenVINO's kernels are forbidden by ONEDNN_MAX_CPU_ISA")
     assert second is not None
     first = OnnxModel(file)(x)
-    assert (first.argmax(1) == second.argmax(1)).float().mean() >= 63 / 64
-    assert (first - second).abs().mean() < 2e-3 * first.std()  # bfloat16, its default, is 6e-3 away
+    assert (first.argmax(1) == second.argmax(1)).float().mean() >= 62 / 64
+    assert (first - second).abs().max() < 0.5 * first.std()
 
 
 # ------------------------------------------------------------------------------- silent floats
