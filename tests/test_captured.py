@@ -73,7 +73,15 @@ def several_outputs(net: Any, x: Tensor) -> Tensor:
     return net.fc(first + second.max(1, keepdim=True)[0]).mean(1)  # type: ignore[no-any-return]
 
 
+def torchs_quantiser(net: Any, x: Tensor) -> Tensor:
+    y = torch.fake_quantize_per_tensor_affine(
+        net.conv(x), quant_max=255, quant_min=0, zero_point=100, scale=0.02
+    )
+    return net.fc(y.mean((2, 3)))  # type: ignore[no-any-return]
+
+
 SEEN = {
+    "torch's quantiser": net(function=torchs_quantiser),
     "usual": net(),
     "a subclass": net(replaced),
     "a hook": net(lambda m: m.conv.register_forward_hook(lambda c, x, y: 2 * y)),

@@ -16,7 +16,7 @@ from defquant.config import ModelConfig
 from defquant.deploy.floats import pair
 from defquant.deploy.graph import graph
 from defquant.deploy.lower import calibrate, lower
-from defquant.deploy.program import Affine, Conv, MaxPool, Program, Quantize
+from defquant.deploy.program import Affine, Conv, Linear, MaxPool, Program, Quantize
 from defquant.deploy.reference import rounded, run, steps, value
 from defquant.deploy.runtime import OnnxModel
 from defquant.integers import snap_biases_
@@ -837,6 +837,13 @@ def test_what_is_not_understood_is_refused_in_one_line(forward: Callable[..., An
     assert reference.shape == wanted.shape
     for logits in (reference, OnnxModel(file)(x)):
         assert (logits - wanted).abs().max() < 0.1 * wanted.std()
+
+
+def test_a_linear_layer_of_8_bit_codes_has_weights_that_do_not_saturate() -> None:
+    """Laid out anew on the way: onnxruntime multiplies the codes behind a Flatten, too."""
+    layers = conv(), dq.QuantReLU(8), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(128, 4)
+    program = lower(nn.Sequential(*layers), SHAPE, peaks={"0": 1.0})
+    assert [op.weight.bits for op in program.ops if isinstance(op, Conv | Linear)] == [7, 7]
 
 
 @pytest.mark.parametrize("weight_bits", [0, 1, 9, 16])

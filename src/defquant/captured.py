@@ -5,6 +5,7 @@ the operations that they carry out on an image in eval mode; not by the names of
 """
 
 import copy
+import operator
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -21,7 +22,7 @@ from defquant.attacks.access import untouched
 from defquant.errors import UserError, shown
 from defquant.quantize import WHOLE, affine_round
 
-__all__ = ["Captured", "bare", "capture", "operation"]
+__all__ = ["Captured", "arguments", "bare", "capture", "kind_of", "operation"]
 
 _AS_IT_IS = {
     "aten.detach.default", "aten.detach_.default", "aten.clone.default", "aten.contiguous.default",
@@ -97,6 +98,23 @@ def operation(node: fx.Node) -> str:
     Python's own have no overload: `getitem`, what one of several outputs is taken by.
     """
     return _target(node.target) if node.op == "call_function" else ""
+
+
+def kind_of(node: Any) -> str:
+    """`conv2d` of `aten.conv2d.default`, `getitem`; "" of what is no operation of torch."""
+    if not isinstance(node, fx.Node):
+        return ""
+    parts = operation(node).split(".")
+    return parts[1] if len(parts) == 3 else "getitem" * (node.target is operator.getitem)
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operation by name, defaults too."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {}
+    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
+    return {a.name: given.get(a.name, a.default_value) for a in schema.arguments}
 
 
 def _target(target: Any) -> str:
@@ -193,6 +211,13 @@ def _whole_quantizers() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
+_ENDS = ("quant_min", "quant_max")
+_TORCHS: Any = {
+    torch.fake_quantize_per_tensor_affine: ("input", "scale", "zero_point", *_ENDS),
+    torch.fake_quantize_per_channel_affine: ("input", "scale", "zero_point", "axis", *_ENDS),
+}
+
+
 class _TorchsQuantizers(TorchFunctionMode):
     """`torch.fake_quantize_per_tensor_affine`, which torch cannot export, as an operation of ours.
 
@@ -203,16 +228,17 @@ class _TorchsQuantizers(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         given = dict[str, Any](kwargs or {})
-        if function is torch.fake_quantize_per_tensor_affine:
-            x, scale, zero, low, high = [*args, *given.values()]
+        names = _TORCHS.get(function)
+        if names is None:
+            return function(*args, **given)
+        given = dict(zip(names, args, strict=False)) | given
+        x, scale, zero, *axis, low, high = (given[name] for name in names)
+        if not axis:
             ends = (torch.as_tensor(end, dtype=x.dtype) for end in (scale, zero))
             return affine_round(x, *ends, low, high)
-        if function is torch.fake_quantize_per_channel_affine:
-            x, scale, zero, axis, low, high = [*args, *given.values()]
-            along = [-1 if dim == axis % x.ndim else 1 for dim in range(x.ndim)]
-            scale, zero = scale.view(along), zero.view(along)
-            return x.div(scale).round().add(zero).clamp(low, high).sub(zero).mul(scale)
-        return function(*args, **given)
+        along = [-1 if dim == axis[0] % x.ndim else 1 for dim in range(x.ndim)]
+        scale, zero = scale.view(along), zero.view(along)
+        return x.div(scale).round().add(zero).clamp(low, high).sub(zero).mul(scale)
 
 
 def _exported(model: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
@@ -284,7 +310,6 @@ class _Reading:
         self.new: dict[fx.Node, Any] = {}  # of the old graph, in the new one
         self.folded: dict[fx.Node, Any] = {}  # old nodes that the images do not reach
         self.meta: dict[fx.Node, dict[str, Any]] = {}  # of those
-        self.used: dict[str, int] = {}
 
     def module(self) -> fx.GraphModule:
         nodes = list(self.program.graph.nodes)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from defquant.captured import bare, capture
+from defquant.captured import arguments, bare, capture, kind_of
 from defquant.config import check_bits
 from defquant.data import Dataset
 from defquant.errors import UserError
@@ -19,7 +19,7 @@ from defquant.integers import finest
 from defquant.lipschitz import ConvexSum
 from defquant.quantize import QuantBranch, Quantizer, QuantReLU, QuantSigned
 from defquant.ranges import MeasuredReLU, calibrate
-from defquant.rebuilt import Rebuilt, arguments, is_tensor, name_of
+from defquant.rebuilt import Rebuilt, is_tensor
 from defquant.weights import QuantConv2d, QuantLinear
 
 __all__ = ["Account", "Part", "Prepared", "prepare"]
@@ -204,7 +204,7 @@ class _Quantising:
         if (end := _end(node)) is not None:
             end = high if end == math.inf else end
             made = MeasuredReLU(self.bits) if end is None else QuantReLU(self.bits, end)
-            node = self.net.replace(node, self.net.place(node, name_of(node)), made, inputs[:1])
+            node = self.net.replace(node, self.net.place(node, kind_of(node)), made, inputs[:1])
             self.codes[node] = self.bits or 8
         elif convex and _residual(node, inputs):
             node = self.net.replace(node, self.net.place(node, "sum"), ConvexSum(2), inputs)
@@ -212,9 +212,9 @@ class _Quantising:
 
     def _keeps(self, node: fx.Node) -> bool:
         """Whether an operation gives the values it reads, or their share in training."""
-        if "pad" in name_of(node) and (arguments(node).get("value") or 0) != 0:
+        if "pad" in kind_of(node) and (arguments(node).get("value") or 0) != 0:
             return False
-        return name_of(node) in _KEEPS or isinstance(self.net.module(node), _DROPOUT)
+        return kind_of(node) in _KEEPS or isinstance(self.net.module(node), _DROPOUT)
 
     def _pass_on(self, node: fx.Node) -> None:
         widths = [self.codes.get(n) for n in node.all_input_nodes if is_tensor(n)]
@@ -225,10 +225,10 @@ class _Quantising:
         read = [n for n in node.all_input_nodes if is_tensor(n)]
         if isinstance(self.net.module(node), QuantReLU):
             return 0.0
-        if name_of(node) == "mul" and len(read) == 2:  # by a gate in [0, 1]
-            read = [n for n in read if name_of(self._origin(n)) not in _GATES][:1] or read[:1]
-        elif not self._keeps(node) and name_of(node) not in _POOLS:
-            return _LEAST.get(name_of(node))
+        if kind_of(node) == "mul" and len(read) == 2:  # by a gate in [0, 1]
+            read = [n for n in read if kind_of(self._origin(n)) not in _GATES][:1] or read[:1]
+        elif not self._keeps(node) and kind_of(node) not in _POOLS:
+            return _LEAST.get(kind_of(node))
         known = [self.least.get(n) for n in read]
         return None if None in known else max((least or 0.0 for least in known), default=None)
 
@@ -245,7 +245,7 @@ class _Quantising:
             if len(chain[-1].all_input_nodes) > 1:
                 break
             chain += chain[-1].all_input_nodes  # before what only moves values
-        between = x not in self.net.deep or name_of(origin) in _POOLS
+        between = x not in self.net.deep or kind_of(origin) in _POOLS
         if x in self.codes or (between and self.weight_bits is None):
             return x
         at, kind = chain[-1], QuantBranch if between else QuantSigned
@@ -268,7 +268,7 @@ class _Quantising:
                 continue
             end, (reader, *others) = node, list(node.users)
             norm = isinstance(self.net.module(reader), BatchNorm)
-            if not others and (norm or name_of(reader) == "batch_norm"):
+            if not others and (norm or kind_of(reader) == "batch_norm"):
                 end = reader
             if not all(self._lands(user) for user in end.users):
                 made = self.net.insert(end, f"{end.target}_out", QuantBranch())
@@ -323,8 +323,8 @@ class _Quantising:
                 yield Part(path, "convex sum", "", False)
             elif isinstance(module, _DROPOUT):
                 yield Part(path, "dropout", f"p = {module.p:g} in training")
-            elif module is None and name_of(node) and is_tensor(node) and not self._keeps(node):
-                yield Part(str(node.meta["layer"]), name_of(node), "", False)
+            elif module is None and kind_of(node) and is_tensor(node) and not self._keeps(node):
+                yield Part(str(node.meta["layer"]), kind_of(node), "", False)
         for path in dict.fromkeys(name.rpartition(".")[0] for name in self.net.unused):
             kind = type(self.net.owners[path]).__name__
             yield Part(path, kind, "left out: no part of what the network computes in eval mode")
@@ -338,7 +338,7 @@ class _Quantising:
 
 def _end(node: fx.Node) -> float | None:
     """h of an operation that clamps to [0, h], infinity for ReLU; None for any other."""
-    name, given = name_of(node), arguments(node)
+    name, given = kind_of(node), arguments(node)
     if name == "relu":
         return math.inf
     if name == "relu6":
@@ -354,7 +354,7 @@ def _end(node: fx.Node) -> float | None:
 
 def _residual(node: fx.Node, inputs: tuple[fx.Node, ...]) -> bool:
     """Whether it is x + y of two values of one shape that depend on the image."""
-    if name_of(node) != "add" or len(inputs) != 2 or node.kwargs.get("alpha", 1) != 1:
+    if kind_of(node) != "add" or len(inputs) != 2 or node.kwargs.get("alpha", 1) != 1:
         return False
     if any(n.op == "get_attr" for n in inputs):
         return False

@@ -14,7 +14,7 @@ from defquant.errors import UserError
 __all__ = [
     "Cells", "QuantBranch", "QuantReLU", "QuantSigned", "QuantTanh", "Quantizer", "Rounded",
     "Staircase", "activation", "adjustable", "fake_quantize", "full_precision", "set_bits",
-    "shared_by_all_bits", "signed_grid",
+    "shared_by_all_bits", "signed_grid", "whole_operation",
 ]  # fmt: skip
 
 
@@ -25,6 +25,17 @@ class _Whole:
 
 
 WHOLE = _Whole()
+
+
+def whole_operation(function: Callable[..., Tensor]) -> Any:
+    """`function` as `torch.ops.defquant`'s of its name; it gives a new tensor shaped as its first.
+
+    A captured program shows it as one node.
+    """
+    name = f"defquant::{function.__name__.removeprefix('_')}"
+    made = torch.library.custom_op(name, function, mutates_args=())
+    made.register_fake(lambda x, *_: torch.empty_like(x))
+    return made
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -110,18 +121,18 @@ class _Signed(torch.autograd.Function):
         return _Signed.apply(x, peak, *how), dim  # type: ignore[no-untyped-call]
 
 
-@torch.library.custom_op("defquant::clip_round", mutates_args=())
+@whole_operation
 def _clip_round(x: Tensor, bits: int, high: float) -> Tensor:
     return _FakeQuantize.forward(x, 2**bits - 1, high)
 
 
-@torch.library.custom_op("defquant::tanh_round", mutates_args=())
+@whole_operation
 def _tanh_round(x: Tensor, bits: int) -> Tensor:
     levels = 2**bits - 1
     return torch.tanh(x).add_(1).mul_(levels / 2).round_().mul_(2 / levels).sub_(1)
 
 
-@torch.library.custom_op("defquant::signed_round", mutates_args=())
+@whole_operation
 def _signed_round(x: Tensor, peak: Tensor, bits: int, least: float | None) -> Tensor:
     return _Signed.forward(x, peak, bits, least)
 
@@ -136,14 +147,10 @@ def signed_grid(peak: Tensor, bits: int, least: float | None) -> tuple[Tensor, A
     return peak / (top - few), few
 
 
-@torch.library.custom_op("defquant::affine_round", mutates_args=())
+@whole_operation
 def affine_round(x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
     """scale · (clamp(round(x / scale) + zero, low, high) - zero), as torch's fake quantisers."""
     return x.div(scale).round_().add_(zero).clamp_(low, high).sub_(zero).mul_(scale)
-
-
-for _operation in (_clip_round, _tanh_round, _signed_round, affine_round):
-    _operation.register_fake(lambda x, *_: torch.empty_like(x))
 
 
 def _in_operations(x: Tensor, levels: int | Tensor, high: float) -> Tensor:

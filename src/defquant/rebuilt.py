@@ -1,19 +1,18 @@
 """A captured program whose layers are modules again, under the model's own names."""
 
-import operator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from defquant.captured import Captured, operation
+from defquant.captured import Captured, arguments, kind_of
 from defquant.errors import UserError
 from defquant.models.squeezing import median_2x2
 from defquant.quantize import QuantBranch, Quantizer, QuantReLU, QuantSigned, QuantTanh
 from defquant.weights import FirstConv, QuantConv2d, QuantLinear
 
-__all__ = ["Constant", "Rebuilt", "arguments", "is_tensor", "name_of"]
+__all__ = ["Constant", "Rebuilt", "is_tensor"]
 
 _Module = TypeVar("_Module", bound=fx.GraphModule)
 _DROPOUTS: dict[str, type[nn.Module]] = {
@@ -118,7 +117,7 @@ class Rebuilt:
     # ---------------------------------------------------------------------------------- layers
 
     def _visit(self, node: fx.Node) -> None:
-        name, given = name_of(node), arguments(node)
+        name, given = kind_of(node), arguments(node)
         if self.deep.intersection(node.all_input_nodes):
             self.deep.add(node)
         if name in ("conv2d", "linear") and self._value(given["weight"]) is not None:
@@ -276,14 +275,6 @@ class Constant(nn.Module):
         return self.value
 
 
-def name_of(node: fx.Node) -> str:
-    """`conv2d` of `aten.conv2d.default`; "" of what is no operation."""
-    if node.target is operator.getitem:
-        return "getitem"
-    parts = operation(node).split(".")
-    return parts[1] if len(parts) == 3 else ""
-
-
 def _free(path: str) -> str:
     """`path`, or another where it begins with what a graph module calls something else."""
     head, dot, rest = path.partition(".")
@@ -298,15 +289,6 @@ def _is_reshaped(whole: Tensor, value: Tensor) -> bool:
 def is_tensor(node: fx.Node) -> bool:
     """Whether a node gives a tensor or several, and no size."""
     return isinstance(node.meta.get("val"), Tensor | list | tuple)
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an operation by name, defaults too."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return {}
-    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
-    return {a.name: given.get(a.name, a.default_value) for a in schema.arguments}
 
 
 def _made(name: str, given: dict[str, Any], weight: Tensor | None, deep: bool) -> Any:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from defquant.errors import UserError
-from defquant.quantize import WHOLE
+from defquant.quantize import WHOLE, whole_operation
 
 __all__ = [
     "FirstConv", "QuantConv2d", "QuantLinear", "effective_weight", "quantize_weight", "weight_grid",
@@ -39,13 +39,10 @@ def weight_grid(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         return weight.div(_per_channel(scale, weight)).round_(), scale
 
 
-@torch.library.custom_op("defquant::weight_round", mutates_args=())
+@whole_operation
 def _weight_round(weight: Tensor, bits: int) -> Tensor:
     integers, scale = weight_grid(weight, bits)
     return integers.mul_(_per_channel(scale, weight))
-
-
-_weight_round.register_fake(lambda weight, _: torch.empty_like(weight))
 
 
 def quantize_weight(weight: Tensor, bits: int | None) -> Tensor:

@@ -105,7 +105,7 @@ def _layers(program: Program, sizes: _Sizes) -> list[dict[str, Any]]:
 
 def _products(op: Call) -> int:
     """Multiply-adds of what stays in floats: convolutions and linear layers; others count as 0."""
-    if op.kind not in ("conv2d", "linear"):
+    if op.kind not in ("conv2d", "linear") or not isinstance(op.args[1], np.ndarray):
         return 0
     weight, results = op.args[1], op.size[2:] if op.kind == "conv2d" else op.size[1:-1]
     return int(weight.size) * math.prod(results)

@@ -9,7 +9,7 @@ import numpy as np
 from defquant.deploy.program import Call, Name
 from defquant.errors import UserError
 
-__all__ = ["KNOWN", "RESHAPES", "borders", "pair", "write"]
+__all__ = ["KNOWN", "MOVED", "RESHAPES", "borders", "pair", "write"]
 
 
 class Nodes(Protocol):
@@ -61,7 +61,12 @@ def write(out: Nodes, call: Call) -> None:
 
     Raises `UserError` for arguments that the operators of a file do not have, by the layer's name.
     """
-    _TABLE[call.operation.rpartition(".")[0]](out, call, _Given(out, call))
+    try:
+        _TABLE[call.operation.rpartition(".")[0]](out, call, _Given(out, call))
+    except UserError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError):  # arguments that no one foresaw
+        raise _refused(call, "has arguments that a file does not have") from None
 
 
 def _refused(call: Call, why: str) -> UserError:
@@ -334,4 +339,6 @@ RESHAPES = frozenset(
     {"view", "reshape", "flatten", "squeeze", "unsqueeze", "unflatten", "_unsafe_view"}
 )
 """Written as one operation, `aten.reshape.default`."""
+MOVED = RESHAPES | {"permute", "transpose", "slice", "select", "expand", "getitem"}
+"""What moves values alone."""
 KNOWN = frozenset(_TABLE) | {f"aten.{kind}" for kind in RESHAPES}

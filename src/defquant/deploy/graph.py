@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from defquant.deploy import floats
 from defquant.deploy.program import Add, Affine, Conv, Linear, MaxPool, Op, Program, Quantize
+from defquant.errors import UserError, shown
 from defquant.integers import Weight
 
 __all__ = ["METADATA", "OPERATORS", "OPSET", "Input", "Writer", "graph", "packed", "unpacked"]
@@ -66,7 +67,10 @@ def graph(
         ir_version=10,
     )
     helper.set_model_props(model, {METADATA: json.dumps(facts or {})})
-    onnx.checker.check_model(model, full_check=True)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # the checker's and shape inference's own
+        raise UserError(f"cannot export: {shown(str(error), 200)}") from None
     return model
 
 

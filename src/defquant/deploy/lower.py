@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from defquant.captured import Captured, capture, operation
+from defquant.captured import Captured, capture, kind_of, operation
 from defquant.deploy.emit import Codes, Emitter, Padded, Scaled, Stream, Unfinished, Value
-from defquant.deploy.floats import KNOWN, RESHAPES, borders, pair
+from defquant.deploy.floats import KNOWN, MOVED, RESHAPES, borders, pair
 from defquant.deploy.program import BATCH, Add, Call, Linear, MaxPool, Name, Program
 from defquant.errors import UserError
 from defquant.integers import (
@@ -20,6 +20,7 @@ from defquant.integers import (
     Sums,
     as_double,
     branch_grid,
+    finest,
     fold_batch_norm,
     integers,
 )
@@ -101,9 +102,8 @@ def _follow(seen: Captured, peaks: Mapping[str, float] | None, weight_bits: int)
 
 def _rounds(node: fx.Node) -> bool:
     """Whether it quantises an activation; a signed one may only end a branch."""
-    layers = ("aten.conv2d", "aten.linear")
-    if operation(node).startswith("defquant.signed_round"):
-        return any(operation(user).startswith(layers) for user in node.users)
+    if kind_of(node) == "signed_round":
+        return any(kind_of(user) in ("conv2d", "linear") for user in node.users)
     return operation(node).startswith("defquant.")
 
 
@@ -152,7 +152,7 @@ class _Walk:
         size = self._size(node)
         args: tuple[Any, ...] = ()
         kwargs: dict[str, Any] = {}
-        if name.removeprefix("aten.").split(".")[0] in RESHAPES:  # all are written as this one
+        if kind_of(node) in RESHAPES:  # all are written as this one
             name, args = "aten.reshape.default", (self._plain(node.args[0]), size)
         elif node.target is operator.getitem:
             name, args, kwargs = self._part(node)
@@ -175,14 +175,14 @@ class _Walk:
         """One of the tensors that a split, chunk or unbind gives, as a slice of its source."""
         many, index = node.args
         assert isinstance(many, fx.Node) and isinstance(index, int)
-        kind, source = operation(many).split(".")[1:2], many.args[0]
-        if not kind or kind[0] not in ("chunk", "split", "split_with_sizes", "unbind"):
+        kind, source = kind_of(many), many.args[0]
+        if kind not in ("chunk", "split", "split_with_sizes", "unbind"):
             raise UserError(
                 f"cannot export layer {node.meta['layer']!r}: a file has no form here of "
                 f"{operation(many) or many.name}"
             )
         dims = [*many.args[1:], *many.kwargs.values()]
-        if kind[0] == "unbind":
+        if kind == "unbind":
             return "aten.select.int", (self._plain(source), dims[0] if dims else 0, index), {}
         dim = dims[1] if len(dims) > 1 else 0
         lengths = [part.shape[dim] for part in many.meta["val"]]
@@ -211,7 +211,7 @@ class _Walk:
 
 
 _OPEN = (Unfinished, Scaled)
-_SUMS = ("aten.add", "aten.sub", "aten.rsub")  # and addcmul
+_SUMS = ("add", "sub", "rsub", "addcmul")
 
 _Make: TypeAlias = Callable[[_Walk, fx.Node], Value | None]
 """The value of a node, or None where it is one of floats."""
@@ -289,7 +289,7 @@ def _affine(
 
 def _alone(node: fx.Node) -> bool:
     """Whether no sum reads it, which takes a factor for nothing."""
-    return not any(operation(user).startswith(_SUMS) for user in node.users)
+    return not any(kind_of(user) in _SUMS for user in node.users)
 
 
 def _by_channel(value: Floats64, rank: int, channels: int) -> Floats64 | None:
@@ -305,7 +305,7 @@ def _by_channel(value: Floats64, rank: int, channels: int) -> Floats64 | None:
 
 def _sum(walk: _Walk, node: fx.Node) -> Value | None:
     """add, sub, rsub: of two values, or of one and a constant."""
-    kind = operation(node).split(".")[1]
+    kind = kind_of(node)
     alpha = float(node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1))  # type: ignore[arg-type]
     factors = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[kind]
     fixed = [walk.floats(a) for a in node.args[:2]]
@@ -328,7 +328,7 @@ def _alike(node: fx.Node) -> bool:
 def _times(walk: _Walk, node: fx.Node) -> Value | None:
     """mul, div: by a constant."""
     first, second = node.args[:2]
-    divides = operation(node).split(".")[1] == "div"
+    divides = kind_of(node) == "div"
     constant = walk.floats(second)
     if constant is None and not divides:
         first, second = second, first
@@ -398,9 +398,10 @@ def _pad(walk: _Walk, node: fx.Node) -> Value | None:
     rest += node.kwargs.values()
     (reader, *others) = node.users
     zeros = all(r in ("constant", 0, 0.0, None) for r in rest)
-    if others or not zeros or len(pads) != 4 or min(pads) < 0:
+    fixed = walk.seen.constant((*reader.args, None)[1]) is not None
+    if others or not fixed or not zeros or len(pads) != 4 or min(pads) < 0:
         return None
-    if not operation(reader).startswith("aten.conv2d") or reader.args[0] is not node:
+    if kind_of(reader) != "conv2d" or reader.args[0] is not node:
         return None
     source = None if x is None else walk.real(x)
     left, right, top, bottom = pads
@@ -433,12 +434,24 @@ def _linear(walk: _Walk, node: fx.Node) -> Value | None:
     weight = walk.seen.constant(kernel)
     if x is None or weight is None:
         return None
-    bits, kept = kernel.meta.get("bits") or 8, kernel.meta.get("float", weight)
+    top, kept = _top(walk, node.args[0]), kernel.meta.get("float", weight)
+    bits = kernel.meta.get("bits") or min(8, finest(top))
     held = walk.seen.constant(node.args[2]) if len(node.args) > 2 else None
     bias = torch.zeros(len(weight)) if held is None else held
     source, rank = walk.out.tensor(walk.real(x)), node.meta["val"].ndim
-    made = integers(kept, bits), bias.detach().float().cpu().numpy()
+    made = integers(kept, bits, top, node.meta["layer"]), bias.detach().float().cpu().numpy()
     return walk.out.emit(Linear(_named(node), source, node.meta["layer"], *made, rank))
+
+
+def _top(walk: _Walk, node: Any) -> int:
+    """The highest code that a linear layer reads, laid out anew or not; 127 where it reads none.
+
+    onnxruntime moves the dequantisation behind what only moves values, and multiplies codes.
+    """
+    while kind_of(node) in MOVED and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    grid = walk.out.grids.get(_named(node)) if isinstance(node, fx.Node) else None
+    return 127 if grid is None else grid.top
 
 
 def _named(node: fx.Node) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from defquant.captured import Captured, operation
+from defquant.captured import Captured, arguments, kind_of
 from defquant.diagnose.norms import (
     ROUNDING,
     Norm,
@@ -130,9 +130,9 @@ def reach(program: Captured, x: Tensor) -> Reach:
 
 def layer_input(program: Captured, node: fx.Node) -> fx.Node | None:
     """What a convolution or linear layer of constant weights is given; None for other nodes."""
-    if (ends := _LAYERS.get(_name(node))) is None:
+    if (ends := _LAYERS.get(kind_of(node))) is None:
         return None
-    source, weight = (_given(node)[name] for name in ends)
+    source, weight = (arguments(node)[name] for name in ends)
     found: fx.Node | None = source if program.constant(weight) is not None else None
     return found
 
@@ -164,7 +164,7 @@ class _Walk:
         program.values(x, self.value.__setitem__)
 
     def visit(self, node: fx.Node) -> None:
-        name = _name(node)
+        name = kind_of(node)
         if not self._moving(node) or not isinstance(self.value[node], Tensor | tuple | list):
             return  # the images, or their number, do not count
         try:
@@ -179,7 +179,7 @@ class _Walk:
             self.reach[node] = math.inf
 
     def _carried(self, node: fx.Node, name: str) -> float:
-        given, value = _given(node), self.value[node]
+        given, value = arguments(node), self.value[node]
         if isinstance(value, Tensor):
             if not value.is_floating_point():
                 raise _NoBound
@@ -214,7 +214,7 @@ class _Walk:
         W = self._constant(weight)
         W = W.mT if name in _LINEAR else W
         pads: list[fx.Node] = []  # in front of a convolution, part of its map
-        while _name(source) in ("pad", "constant_pad_nd") and len(source.users) == 1:
+        while kind_of(source) in ("pad", "constant_pad_nd") and len(source.users) == 1:
             pads.insert(0, source)
             source = source.all_input_nodes[0]
         self.maps[node] = source, pads, W
@@ -241,7 +241,7 @@ class _Walk:
         return operator_norm(called, tuple(self.value[source].shape), W)
 
     def _called(self, node: fx.Node, changed: dict[str, Any]) -> Tensor:
-        known = fx.node.map_arg(_given(node), self.value.__getitem__)
+        known = fx.node.map_arg(arguments(node), self.value.__getitem__)
         out: Tensor = node.target(**known | changed)  # type: ignore[operator]
         return out
 
@@ -399,22 +399,6 @@ class _Walk:
         if not (isinstance(before, Tensor) and isinstance(after, Tensor) and before.numel()):
             return 1.0
         return math.sqrt(max(1.0, after.numel() / before.numel()))
-
-
-def _name(node: fx.Node) -> str:
-    """`conv2d` of `aten.conv2d.default`."""
-    parts = operation(node).split(".")
-    return parts[1] if len(parts) > 1 else parts[0]
-
-
-def _given(node: fx.Node) -> dict[str, Any]:
-    """The arguments by name, and the defaults of those that are not given."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return {}
-    names = [argument.name for argument in schema.arguments]
-    defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    return defaults | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
 def _times(a: float, b: float) -> float:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from defquant.attacks.access import differentiable, gradient, untouched
-from defquant.captured import capture
+from defquant.captured import capture, kind_of
 from defquant.errors import DefquantWarning, UserError
-from defquant.judging.staircases import CASTS, CLIPS, LINEAR, Rewriting, name_of
+from defquant.judging.staircases import CASTS, CLIPS, LINEAR, Rewriting
 from defquant.quantize import Staircase
 
 __all__ = ["Opened", "few_layers", "has_gradient", "open_staircases"]
@@ -219,7 +219,7 @@ def _step(
     program: Rewriting, node: fx.Node, a: Tensor, b: Tensor
 ) -> tuple[fx.Node, Tensor, Tensor, Ends | None] | None:
     """What goes into `node`, and u = a x + b of that; the range of u where it clips."""
-    name = name_of(node)
+    name = kind_of(node)
     if name in CLIPS:
         ends = _ends(_clip(program, node, name), a, b)
         return None if ends is None else (node.all_input_nodes[0], a, b, ends)
@@ -236,7 +236,7 @@ def _after(program: Rewriting, stairs: fx.Node) -> Iterator[Ends]:
     a, b, node = torch.tensor(1.0), torch.tensor(0.0), stairs
     while len(node.users) == 1:
         (user,) = node.users
-        name = name_of(user)
+        name = kind_of(user)
         if name in CLIPS:
             ends = _ends(_clip(program, user, name), 1 / a, -b / a)
             if ends is None or any(abs(e - round(e)) > _NEAR for e in ends if math.isfinite(e)):

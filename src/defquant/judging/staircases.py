@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from defquant.captured import Captured, operation
+from defquant.captured import Captured, kind_of, operation
 from defquant.errors import UserError
 from defquant.quantize import QuantReLU, QuantSigned, QuantTanh, Staircase
 
-__all__ = ["CASTS", "CLIPS", "LINEAR", "Rewriting", "name_of"]
+__all__ = ["CASTS", "CLIPS", "LINEAR", "Rewriting"]
 
 CLIPS = {"relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "maximum", "minimum"}
 LINEAR = {"add", "sub", "mul", "div", "neg"}
@@ -31,12 +31,6 @@ _MOVES = CASTS | {
     "view", "reshape", "permute", "transpose", "unsqueeze", "squeeze", "flatten", "_unsafe_view",
     "slice", "select", "expand",
 }  # fmt: skip
-
-
-def name_of(node: Any) -> str:
-    """`gt` of aten.gt.Scalar; "" of what is no operation of aten."""
-    space, _, rest = (operation(node) if isinstance(node, fx.Node) else "").partition(".")
-    return rest.split(".")[0].removesuffix("_") if space == "aten" else ""
 
 
 def _dtype(node: fx.Node) -> torch.dtype | None:
@@ -58,7 +52,7 @@ class Rewriting:
         captured.values(images, self._spreads)
 
     def _spreads(self, node: fx.Node, value: Any) -> None:
-        compared = any(name_of(user) in _TURNED for user in node.users)
+        compared = any(kind_of(user) in _TURNED for user in node.users)
         if compared and isinstance(value, Tensor) and value.is_floating_point():
             self.spread[node] = float(value.std())
 
@@ -106,7 +100,7 @@ class Rewriting:
 
     def _spelled(self, node: fx.Node) -> None:
         """Put what rounds, in whatever spelling, as a staircase."""
-        name, self.at, made = name_of(node), node, None
+        name, self.at, made = kind_of(node), node, None
         with self.graph.inserting_before(node):
             for spelling in (self._own, self._rounds, self._coded, self._compares, self._buckets,
                              self._looked_up, self._chooses):  # fmt: skip
@@ -160,7 +154,7 @@ class Rewriting:
 
     def _whole(self, node: fx.Node) -> bool:
         """Whether it is whole numbers, by the way it is made."""
-        while name_of(node) in CLIPS | _MOVES:
+        while kind_of(node) in CLIPS | _MOVES:
             node = node.all_input_nodes[0]
         return node in self.found and isinstance(self.staircase(node), Staircase)
 
@@ -230,7 +224,7 @@ class Rewriting:
         return made
 
     def _counts(self, user: fx.Node, node: fx.Node) -> bool:
-        name, others = name_of(user), [a for a in user.all_input_nodes if a is not node]
+        name, others = kind_of(user), [a for a in user.all_input_nodes if a is not node]
         if name == "where":
             return user.args[0] is node and all(self.value(a) is not None for a in user.args[1:])
         if name in ("mul", "add", "sub"):
@@ -244,9 +238,9 @@ class Rewriting:
         and how many thresholds there are.
         """
         found = self.captured.constant(t) if isinstance(t, fx.Node) else torch.tensor(float(t))
-        base = x.all_input_nodes[0] if name_of(x) in _MOVES else x
+        base = x.all_input_nodes[0] if kind_of(x) in _MOVES else x
         if x not in self.near:
-            others = [user.args[1] for user in x.users if name_of(user) in _TURNED]
+            others = [user.args[1] for user in x.users if kind_of(user) in _TURNED]
             numbers = [float(n) for n in others if isinstance(n, int | float)]
             own = torch.as_tensor(found).flatten().float()
             self.near[x] = torch.cat([own, torch.tensor(numbers)]).unique()
@@ -276,7 +270,7 @@ class Rewriting:
         table, (code, *more) = self.captured.constant(node.args[0]), indices
         step = _step(table) if table is not None and table.ndim == 1 else None
         at: Any = code
-        while name_of(at) in _MOVES | LINEAR | CLIPS:
+        while kind_of(at) in _MOVES | LINEAR | CLIPS:
             at = at.all_input_nodes[0]
         if more or step is None or table is None or at not in self.found:
             return None
@@ -288,7 +282,7 @@ class Rewriting:
             return None
         chosen, *both = node.args
         a, b = (n if isinstance(self.value(n), Tensor) else self.value(n) for n in both)
-        turn = name_of(chosen)
+        turn = kind_of(chosen)
         if turn in _TURNED and isinstance(chosen, fx.Node) and both[1] is chosen.args[0]:
             t, upper = self.value(chosen.args[1]), turn in ("gt", "ge")
             if isinstance(a, int | float) and a == t:
@@ -306,7 +300,7 @@ class Rewriting:
         terms: dict[fx.Node, Counter[fx.Node]] = {}
         for node in list(self.graph.nodes):
             terms[node] = Counter({node: 1})
-            name, inputs = name_of(node), [a for a in node.args[:2] if isinstance(a, fx.Node)]
+            name, inputs = kind_of(node), [a for a in node.args[:2] if isinstance(a, fx.Node)]
             if name not in ("add", "sub") or node.kwargs or len(inputs) < 2:
                 continue
             a, b = (terms[n] for n in inputs)

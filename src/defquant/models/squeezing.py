@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from defquant.config import check_bits
 from defquant.errors import UserError
-from defquant.quantize import WHOLE
+from defquant.quantize import WHOLE, whole_operation
 
 __all__ = ["FeatureSqueezing", "check_images", "median_2x2", "reduce_depth", "squeeze"]
 
@@ -41,17 +41,14 @@ def median_2x2(x: Tensor) -> Tensor:
     """
     check_images(x)
     if WHOLE.on:
-        return _whole_median(x)  # type: ignore[no-any-return]
+        return _median_2x2(x)  # type: ignore[no-any-return]
     chosen: Tensor = _Median.apply(x)  # type: ignore[no-untyped-call]
     return chosen
 
 
-@torch.library.custom_op("defquant::median_2x2", mutates_args=())
-def _whole_median(x: Tensor) -> Tensor:
+@whole_operation
+def _median_2x2(x: Tensor) -> Tensor:
     return _median(x)[1]
-
-
-_whole_median.register_fake(torch.empty_like)
 
 
 def _median(x: Tensor) -> tuple[Tensor, Tensor]:
