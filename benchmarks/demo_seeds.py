@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 
 from scipy.special import stdtrit
 
-from defquant.results import Measurement, read_folder
+from defquant.records import Measurement, read_folder
 
 PAIRS = (
     (("vanilla", 4), ("float", None)),

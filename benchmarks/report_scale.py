@@ -14,8 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from defquant.records import Measurement, record
 from defquant.report import build_report
-from defquant.results import Measurement, record
 
 ATTACKS = ("Random", "FGSM", "R+FGSM", "PGD", "PGD-50x10")
 

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from defquant.paper.grid import Cell, Network, Results
-from defquant.results import Measurement
+from defquant.records import Measurement
 
 NAMES = {"digits": "digits", "cifar10": "CIFAR-10 (JPEG)", "svhn": "SVHN"}
 TEST_IMAGES = {"digits": 450, "cifar10": 10_000, "svhn": 26_032}

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from defquant import results as stored
+from defquant import records as stored
+from defquant.records import Measurement
 from defquant.report.cards import KIND
-from defquant.results import Measurement
 
 NETWORKS: dict[str, tuple[str, int | None, float, float]] = {
     # name: method, bits, beta, how fast the accuracy falls
@@ -37,7 +37,7 @@ ROBUST = {  # of exported models, by attack: eps · 255, share of vanilla's righ
 
 
 def append(path: Path, m: Measurement) -> None:
-    """`defquant.results.append` into a folder that need not be there yet."""
+    """`defquant.records.append` into a folder that need not be there yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
     stored.append(path, m)
 

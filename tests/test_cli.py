@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from defquant.cli import main
-from defquant.results import read_folder
+from defquant.records import read_folder
 
 TRAIN = [
     "train", "--data", "digits", "--train-images", "128", "--epochs", "1", "--batch-size", "32",

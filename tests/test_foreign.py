@@ -18,7 +18,7 @@ import defquant as dq
 from conftest import alike, refused
 from defquant.cli import main
 from defquant.foreign import load_foreign
-from defquant.results import FOREIGN, read_folder
+from defquant.records import FOREIGN, read_folder
 
 CODE = """
 import torch

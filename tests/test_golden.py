@@ -16,10 +16,10 @@ from defquant.paper.claims import verdicts
 from defquant.paper.figures import EXPERIMENTS, cells_of, render
 from defquant.paper.grid import SCALES, read
 from defquant.paper.section import Number, Section
+from defquant.records import aggregate, read_folder
 from defquant.report.cards import read_cards
 from defquant.report.measured import chosen, summary
 from defquant.report.names import series_of
-from defquant.results import aggregate, read_folder
 
 ROOT = Path(__file__).parents[1] / "results"
 GOLDEN = Path(__file__).parent / "golden" / "results.tsv"

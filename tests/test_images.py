@@ -23,7 +23,7 @@ from defquant.cli import main
 from defquant.evaluate import answers, robust
 from defquant.images import MANIFEST, fingerprint_of, measure_and_save, read_manifest, rescored
 from defquant.measure import Subject
-from defquant.results import Measurement, read_folder, read_jsonl
+from defquant.records import Measurement, read_folder, read_jsonl
 
 FIRST = "00-clean/000000.png"
 DATA = tiny_images(48)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "defquant"
 ORDER = (
-    "errors", "typed", "files", "config", "results", "quantize", "weights", "lipschitz", "data",
+    "errors", "typed", "files", "config", "records", "quantize", "weights", "lipschitz", "data",
     "models", "attacks", "captured", "integers", "rebuilt", "ranges", "prepared", "progress",
     "distributed", "evaluate", "monitor", "training", "checkpoint", "runs", "measure",
     "images", "defenses", "foreign", "deploy", "diagnose", "judging", "paper", "report", "cli",
@@ -22,7 +22,7 @@ TORCHLESS = (
     "typed",
     "files",
     "config",
-    "results",
+    "records",
     "report",
     "cli",
     "cli.verbs",

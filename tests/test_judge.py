@@ -19,7 +19,7 @@ from defquant.attacks.surrogates import SoftRound
 from defquant.cli import main
 from defquant.judging.opening import open_staircases
 from defquant.judging.suspects import suspect, with_twin
-from defquant.results import mean_between
+from defquant.records import mean_between
 
 N, HIGH = 3, 6.0
 STEP = HIGH / N

@@ -14,7 +14,7 @@ from conftest import tiny_images
 from defquant.diagnose import Effort, Sign, Verdict, judged, masking_verdict
 from defquant.diagnose.masking import EXAMPLES, RULES, SHARE
 from defquant.errors import UserError
-from defquant.results import Score
+from defquant.records import Score
 
 QUICK = Effort(steps=10, restarts=1, queries=60, draws=4)
 EPS = 76 / 255  # moves the margin of `Corners` by 152/255: more than any image has

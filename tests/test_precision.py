@@ -23,7 +23,7 @@ from defquant.diagnose import (
 )
 from defquant.errors import UserError
 from defquant.quantize import Quantizer
-from defquant.results import Score
+from defquant.records import Score
 
 
 def uniform(*shape: int, seed: int = 0) -> Tensor:

@@ -20,7 +20,7 @@ from defquant.data import Dataset
 from defquant.evaluate import robust, sweep
 from defquant.measure import replay
 from defquant.models import build
-from defquant.results import Measurement, read_folder
+from defquant.records import Measurement, read_folder
 
 CPU = torch.device("cpu")
 DATA = tiny_images(100, seed=5)

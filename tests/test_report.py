@@ -13,11 +13,11 @@ from rich.console import Console
 
 from defquant.errors import UserError
 from defquant.paper.section import eps_text, signed
+from defquant.records import Measurement, aggregate, read_folder
 from defquant.report import build_report, markdown_table, plot, plot_curves, summary, text_table
 from defquant.report.measured import chosen, summary_table, table_eps
 from defquant.report.model import places
 from defquant.report.names import Series, attack_order, series_of
-from defquant.results import Measurement, aggregate, read_folder
 from pages import HOSTILE, check
 from synthetic_runs import append, measurement, write_run, write_runs
 

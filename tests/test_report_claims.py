@@ -14,11 +14,11 @@ from defquant.errors import UserError
 from defquant.paper.figures import EXPERIMENTS, cells_of
 from defquant.paper.grid import SCALES, by_network
 from defquant.paper.section import Reading, Section, Verdict
+from defquant.records import aggregate, read_folder, record
 from defquant.report import build_report, claims_markdown, markdown_table, print_claims
 from defquant.report.measured import groups
 from defquant.report.page import tally
 from defquant.report.plot import figures
-from defquant.results import aggregate, read_folder, record
 from pages import HOSTILE, check
 from synthetic_results import fake_results
 from synthetic_runs import append, measurement

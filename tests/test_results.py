@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 import defquant as dq
 from conftest import refused
 from defquant.cli.rows import print_measurements
-from defquant.results import (
+from defquant.records import (
     Measurement,
     Score,
     aggregate,

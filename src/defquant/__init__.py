@@ -52,8 +52,8 @@ if TYPE_CHECKING:
     from defquant.quantize import QuantTanh as QuantTanh
     from defquant.quantize import fake_quantize as fake_quantize
     from defquant.quantize import set_bits as set_bits
+    from defquant.records import Score as Score
     from defquant.report import build_report as build_report
-    from defquant.results import Score as Score
     from defquant.training import train as train
 
 _HOMES = {
@@ -74,8 +74,8 @@ _HOMES = {
     "models": ("FeatureSqueezing", "resnet18", "vgg16", "wide_resnet"),
     "prepared": ("prepare",),
     "quantize": ("QuantReLU", "QuantSigned", "QuantTanh", "fake_quantize", "set_bits"),
+    "records": ("Score",),
     "report": ("build_report",),
-    "results": ("Score",),
     "training": ("train",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -30,7 +30,7 @@ from defquant.models.squeezing import (
     reduce_depth,
     squeeze,
 )
-from defquant.results import UNAWARE, Score
+from defquant.records import UNAWARE, Score
 
 __all__ = [
     "CALIBRATION", "Detection", "Detector", "FeatureSqueezing", "Squeezer", "Unaware", "detect",

@@ -18,7 +18,7 @@ from defquant.attacks.lint import lint_answer, lint_attack, lint_images, lint_mo
 from defquant.config import positive
 from defquant.data import Dataset, to_unit
 from defquant.errors import UserError
-from defquant.results import MASKED, Score, blind
+from defquant.records import MASKED, Score, blind
 
 __all__ = [
     "Images", "Scored", "Watch", "accuracy", "answers", "correct", "device_of", "lint_classes",

@@ -22,7 +22,7 @@ from defquant.errors import DefquantWarning, UserError
 from defquant.evaluate import lint_classes
 from defquant.measure import Subject
 from defquant.quantize import adjustable
-from defquant.results import FOREIGN, Score
+from defquant.records import FOREIGN, Score
 
 __all__ = ["Foreign", "blamed", "load_foreign", "probe", "warn_of_chance"]
 

@@ -29,7 +29,7 @@ from defquant.errors import UserError, shown
 from defquant.evaluate import Watch, answers, device_of, lint_classes
 from defquant.files import owned_folder, read_lines, write_bytes
 from defquant.measure import Subject, measure
-from defquant.results import ABOUT, EIGHT_BIT, Measurement, Score, append
+from defquant.records import ABOUT, EIGHT_BIT, Measurement, Score, append
 from defquant.typed import NOT_NEGATIVE, POSITIVE, UNIT, Rule, from_mapping
 
 __all__ = [

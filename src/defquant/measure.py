@@ -24,7 +24,7 @@ from defquant.data.pictures import encode
 from defquant.errors import DefquantWarning, UserError
 from defquant.evaluate import Watch, device_of, sweep
 from defquant.files import make_folder, write_whole
-from defquant.results import Measurement, append
+from defquant.records import Measurement, append
 
 __all__ = [
     "Subject", "about", "example_ids", "examples", "load_on", "measure", "replay", "subject_of",

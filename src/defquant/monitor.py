@@ -11,7 +11,7 @@ from defquant.config import TrainConfig, check_eps
 from defquant.data import Dataset
 from defquant.errors import DefquantWarning, UserError
 from defquant.evaluate import correct, robust
-from defquant.results import Score
+from defquant.records import Score
 
 __all__ = [
     "History", "collapsed", "monitor", "monitor_eps", "stop_if_diverged", "warn_of_weak_steps",

@@ -14,9 +14,9 @@ from defquant.config import DataConfig, ModelConfig, TrainConfig
 from defquant.errors import UserError, shown
 from defquant.images import KIND, MANIFEST, Saved, read_manifest
 from defquant.paper import grid
+from defquant.records import Measurement, read_folder, read_jsonl
 from defquant.report import build_report, plot_curves
 from defquant.report.cards import read_cards
-from defquant.results import Measurement, read_folder, read_jsonl
 from harness import SECONDS, fuzz, outcome
 
 pytestmark = pytest.mark.usefixtures("undrawn")  # of memory they take what is no input's fault

@@ -34,7 +34,7 @@ from defquant.attacks.surrogates import ClipFree, FloatTwin, SoftRound
 from defquant.config import positive
 from defquant.data import to_unit
 from defquant.errors import UserError
-from defquant.results import BLACK
+from defquant.records import BLACK
 
 __all__ = ["Adaptive", "Composition", "Elsewhere", "Replay", "Standard", "Transfer", "Worst"]
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any, TextIO
 
 from defquant.errors import visible
-from defquant.results import Measurement, record
+from defquant.records import Measurement, record
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,7 +12,7 @@ from defquant.cli import rows
 from defquant.cli.rows import print_json, print_measurements
 from defquant.config import check_bits
 from defquant.errors import UserError
-from defquant.results import EIGHT_BIT, FOREIGN
+from defquant.records import EIGHT_BIT, FOREIGN
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ from defquant.cli.scores import (
     needs_onnx,
 )
 from defquant.errors import UserError
-from defquant.results import Score
+from defquant.records import Score
 
 if TYPE_CHECKING:
     from torch import nn

@@ -29,7 +29,7 @@ from defquant.cli.scores import (
 from defquant.cli.shipping import export, verify
 from defquant.config import PRESETS, DataConfig, ModelConfig, TrainConfig
 from defquant.errors import UserError
-from defquant.results import read_folder
+from defquant.records import read_folder
 
 if TYPE_CHECKING:
     from defquant.paper.grid import Results, Scale

@@ -16,7 +16,7 @@ from defquant.deploy.lower import captured
 from defquant.deploy.program import Program
 from defquant.deploy.reference import rounded, run, steps, value
 from defquant.deploy.runtime import OnnxModel, integer_convolutions, tensors
-from defquant.results import Score
+from defquant.records import Score
 
 __all__ = ["AGREEMENT", "FLIPPED", "Parity", "parity"]
 

@@ -32,7 +32,7 @@ from defquant.errors import UserError, shown
 from defquant.evaluate import correct, device_of, robust_accuracy
 from defquant.files import write_bytes
 from defquant.measure import Subject
-from defquant.results import Score
+from defquant.records import Score
 
 __all__ = [
     "CALIBRATION", "FORMAT", "Origin", "attacked", "card_of", "compared", "cost", "digest",

@@ -19,7 +19,7 @@ from defquant.data import to_unit
 from defquant.errors import DefquantWarning, UserError
 from defquant.evaluate import Images, answers, linted, robust
 from defquant.quantize import Quantizer
-from defquant.results import MASKED, Score
+from defquant.records import MASKED, Score
 
 __all__ = ["RULES", "Effort", "Finding", "Rule", "Sign", "Verdict", "judged", "masking_verdict"]
 

@@ -19,7 +19,7 @@ from defquant.data import to_unit
 from defquant.errors import UserError
 from defquant.evaluate import Images, answers, linted, sweep
 from defquant.quantize import set_bits
-from defquant.results import Score
+from defquant.records import Score
 
 __all__ = [
     "Cosine", "Crossing", "TransferMatrix", "at_bits", "crossing", "evasive",

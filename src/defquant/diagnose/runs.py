@@ -21,7 +21,7 @@ from defquant.errors import UserError
 from defquant.evaluate import Images, on_device
 from defquant.foreign import warn_of_chance
 from defquant.measure import Subject, subject_of
-from defquant.results import Score
+from defquant.records import Score
 from defquant.runs import test_images
 
 __all__ = ["AMPLIFIED", "diagnose_foreign", "diagnose_run", "diagnosis", "transfer_runs"]

@@ -18,7 +18,7 @@ from defquant.errors import UserError
 from defquant.judging.nodes import blamed
 from defquant.judging.twin import Layout, Twin, read_onnx
 from defquant.quantize import Rounded
-from defquant.results import Score
+from defquant.records import Score
 
 __all__ = ["RANGES", "Contract", "File", "Found", "Front", "find_contract", "normalised"]
 

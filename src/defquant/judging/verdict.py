@@ -1,7 +1,7 @@
 """Is this network's robustness real, and is it no less than another's? Asked until it is decided.
 
 Images are looked at in growing batches. Every interval is one of a confidence sequence
-(`defquant.results.mean_between`), which holds whenever one stops; over all radii together a
+(`defquant.records.mean_between`), which holds whenever one stops; over all radii together a
 question is answered wrongly with a chance of 5 % at most.
 """
 
@@ -26,7 +26,7 @@ from defquant.diagnose import Effort, masking_verdict
 from defquant.diagnose.masking import OVERSTATED as SHARE
 from defquant.errors import DefquantWarning, UserError
 from defquant.judging.suspects import Pixels, Suspect, suspect
-from defquant.results import mean_between
+from defquant.records import mean_between
 
 __all__ = ["Judgement", "judge"]
 

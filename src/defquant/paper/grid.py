@@ -14,7 +14,7 @@ import yaml
 from defquant.config import DataConfig, ModelConfig, TrainConfig, digest
 from defquant.files import append_line, read_lines
 from defquant.paper.section import attack_text, eps_number, eps_text
-from defquant.results import Measurement, append, read_jsonl
+from defquant.records import Measurement, append, read_jsonl
 from defquant.typed import from_mapping
 
 __all__ = [

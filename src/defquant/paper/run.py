@@ -28,7 +28,7 @@ from defquant.measure import examples, load_on, measure, replay
 from defquant.paper import grid
 from defquant.paper.grid import Cell, Network, by_network
 from defquant.paper.workers import cores, each, each_on_cluster
-from defquant.results import Measurement
+from defquant.records import Measurement
 from defquant.runs import load_images, test_images, train_run
 
 __all__ = ["run", "work"]

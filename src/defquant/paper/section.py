@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from defquant.results import MASKED, Measurement, Score, blind
+from defquant.records import MASKED, Measurement, Score, blind
 
 __all__ = [
     "Answer", "Entry", "Line", "Number", "Panel", "Reading", "Section", "Table", "Verdict",

@@ -12,9 +12,9 @@ from defquant.config import check_bits, check_eps
 from defquant.errors import UserError, shown, visible
 from defquant.files import read_text
 from defquant.paper.section import Entry, Number, Table, eps_number, rate
+from defquant.records import Score
 from defquant.report.model import EPS, NOTHING, WORDS, Chapter, interval_text, panels
 from defquant.report.names import Family, Series, attack_at, attack_order, distinct
-from defquant.results import Score
 from defquant.typed import from_mapping, parse_json
 
 __all__ = ["KIND", "Card", "chapters", "read_cards"]

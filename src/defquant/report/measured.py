@@ -11,6 +11,7 @@ from typing import Any
 
 from defquant.errors import UserError
 from defquant.paper.section import Entry, Number, Panel, Table, eps_number, eps_text
+from defquant.records import Cell, Measurement, blind, over_seeds, told_apart
 from defquant.report.model import EPS, NOTHING, WORDS, Chapter, Plain, listing, panels
 from defquant.report.names import (
     Family,
@@ -24,7 +25,6 @@ from defquant.report.names import (
 )
 from defquant.report.plot import chart, figures, save
 from defquant.report.sources import Run, flatten
-from defquant.results import Cell, Measurement, blind, over_seeds, told_apart
 
 __all__ = [
     "Row", "chosen", "groups", "plot_curves", "settings", "summary", "summary_table", "table_eps",

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from defquant.errors import visible
 from defquant.paper.section import eps_text
-from defquant.results import BLACK, EIGHT_BIT, FOREIGN, UNAWARE, Cell
+from defquant.records import BLACK, EIGHT_BIT, FOREIGN, UNAWARE, Cell
 
 __all__ = [
     "Family", "Series", "attack_at", "attack_order", "distinct", "is_validation", "markdown",

@@ -22,6 +22,7 @@ from rich.text import Text
 from defquant.errors import visible
 from defquant.files import write_bytes
 from defquant.paper.section import Answer, Number, Reading, Section, Table, Verdict
+from defquant.records import Measurement, over_seeds, read_folder
 from defquant.report import cards, measured, plot
 from defquant.report.model import (
     MARKS,
@@ -37,7 +38,6 @@ from defquant.report.model import (
 )
 from defquant.report.names import distinct, is_validation, markdown, series_of
 from defquant.report.sources import StripTable, of_runs, read_runs
-from defquant.results import Measurement, over_seeds, read_folder
 
 __all__ = [
     "build_report", "claims_markdown", "judged_page", "markdown_table", "print_claims",

@@ -18,8 +18,8 @@ from defquant.config import check_bits, check_eps
 from defquant.errors import UserError, shown
 from defquant.files import read_json, read_lines
 from defquant.paper.section import eps_text
+from defquant.records import Measurement, run_name
 from defquant.report.names import Series
-from defquant.results import Measurement, run_name
 from defquant.typed import convert, from_mapping
 
 __all__ = [
