@@ -48,13 +48,16 @@ bench: setup-dev
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps torchattacks==3.5.1 timm==1.0.31
 	for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
+# pages of the repository's own Markdown, in build/site; strict: a link or an anchor that leads nowhere is an error
 docs: setup-dev
-	$(BIN)/pytest tests/test_docs.py
+	rm -rf build/docs build/site && mkdir -p build/docs
+	cp -r *.md LICENSE docs examples results build/docs
+	$(BIN)/zensical build --strict --clean
 
 smoke: setup
 	$(BIN)/defquant demo --smoke --seeds 1 --out build/smoke
 
-check: lint types test test-old-cpu test-slow smoke
+check: lint types docs test test-old-cpu test-slow smoke
 
 clean:
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis

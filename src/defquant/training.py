@@ -103,7 +103,8 @@ def train(
             None, what `config.attack` names. Any function of that signature; what it returns is
             checked (shape, range, its own eps).
         test: images for `test_accuracy`.
-        history, momentum: of the epochs already done, to go on from them bit for bit.
+        history: of the epochs already done, to go on from them bit for bit.
+        momentum: of that history's last epoch.
         on_epoch: called after every epoch with the history and the momentum by parameter name.
         label: of the progress bar.
         show: progress on stderr.

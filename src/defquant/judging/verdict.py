@@ -140,13 +140,15 @@ def judge(
     pixels within eps of the image.
 
     Args:
-        model, reference: as `suspect` takes them.
+        model: as `suspect` takes it.
+        reference: its float twin, likewise.
         data: a `Dataset`, or (images, labels); its images are taken in an order drawn by `seed`.
         eps: L-infinity radii in (0, 1]; 8-bit images move by whole 1/255.
         margin: points of robust accuracy, on the same images.
         budget: seconds; what is not decided by then is `NOT DECIDED`.
         images: at most so many; None for all.
-        weights, reference_weights: of `my.py:make`, .safetensors files.
+        weights: of `my.py:make`, a .safetensors file.
+        reference_weights: of the reference, likewise.
         seed: of the order and of the attacks' draws.
         masking: look for the signs of masked gradients, too.
         tell: called with a line after each look.
