@@ -1,4 +1,5 @@
 import json
+import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,8 +12,11 @@ from scipy.stats import binomtest
 import defquant as dq
 from conftest import refused
 from defquant.cli.rows import print_measurements
+from defquant.diagnose.masking import Sign, Verdict
+from defquant.judging.verdict import Judgement
 from defquant.records import (
     Measurement,
+    Rows,
     Score,
     aggregate,
     append,
@@ -59,6 +63,44 @@ def test_lines_are_read_back_and_later_ones_replace(tmp_path: Path) -> None:
     assert (cell.accuracies, cell.seeds, cell.pooled) == ((0.6, 0.7), (0, 1), Score(13, 20))
     assert cell.mean == pytest.approx(0.65)
     assert cell.spread == pytest.approx(0.0707, abs=1e-4)
+
+
+def test_results_are_plain_rows(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    w = known(measurement(bits=None), config_sha256="ab", weights_sha256="1")
+    append(path, w)
+    append(path, replace(known(w, config_sha256="cd", weights_sha256="2"), seed=1, vanishing=0.5))
+    found = dq.results(str(tmp_path))
+    kinds = {str, int, float, bool, type(None)}
+    assert {type(value) for row in found for value in row.values()} <= kinds
+    assert [row["method"] for row in found] == ["DQ [ab]", "DQ [cd]"]  # one name, two networks
+    low, high = w.score.interval
+    wanted = {"bits": None, "total": 10, "accuracy": 0.5, "low": low, "high": high, "masked": False}
+    assert wanted.items() <= found[0].items() and found[1]["masked"] is True
+
+
+RESULTS = Path(__file__).parents[1] / "results"
+JUDGED = json.loads((RESULTS / "judged" / "judgement.json").read_text())
+SIGN = Sign("<b>noise & all", Score(3, 9), "WARN", "more\u202e\n", "x")
+
+
+@pytest.mark.parametrize(
+    ("shown", "lines", "said"),
+    [
+        (Score(1, 2), 2, "50.0%"),
+        (Rows([{"run": "<b>", "eps": 8 / 255}, {"bits": None}]), 3, "0.03137"),
+        (Rows({"run": str(i)} for i in range(1200)), 101, "1,100 more rows"),
+        (Verdict(8 / 255, Score(9, 10), Score(7, 10), True, (SIGN,)), 2, "WARN at eps 8/255"),
+        (Judgement("REAL", "NOT WORSE", JUDGED), 1 + len(JUDGED["rows"]), "NOT WORSE"),
+    ],
+)
+def test_a_notebook_shows_a_small_escaped_table(
+    shown: Score | Rows | Verdict | Judgement, lines: int, said: str
+) -> None:
+    table = ElementTree.fromstring(shown._repr_html_())
+    text = "".join(table.itertext())
+    assert (table.tag, len(table.findall("tr"))) == ("table", lines)
+    assert said in text and not table.findall(".//b") and text.isprintable()
 
 
 def test_a_cut_last_line_is_left_out_but_a_broken_one_is_named(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from defquant.quantize import fake_quantize as fake_quantize
     from defquant.quantize import set_bits as set_bits
     from defquant.records import Score as Score
+    from defquant.records import results as results
     from defquant.report import build_report as build_report
     from defquant.training import train as train
 
@@ -74,7 +75,7 @@ _HOMES = {
     "models": ("FeatureSqueezing", "resnet18", "vgg16", "wide_resnet"),
     "prepared": ("prepare",),
     "quantize": ("QuantReLU", "QuantSigned", "QuantTanh", "fake_quantize", "set_bits"),
-    "records": ("Score",),
+    "records": ("Score", "results"),
     "report": ("build_report",),
     "training": ("train",),
 }  # fmt: skip

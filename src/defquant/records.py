@@ -8,9 +8,10 @@ versions, machine, command).
 import math
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,9 +21,9 @@ from defquant.files import append_line, read_lines
 from defquant.typed import NOT_NEGATIVE, UNIT, from_mapping
 
 __all__ = [
-    "ABOUT", "BLACK", "EIGHT_BIT", "FOREIGN", "MASKED", "UNAWARE", "Cell", "Measurement", "Score",
-    "aggregate", "append", "blind", "mean_between", "over_seeds", "read_folder", "read_jsonl",
-    "record", "run_name", "told_apart",
+    "ABOUT", "BLACK", "EIGHT_BIT", "FOREIGN", "MASKED", "UNAWARE", "Cell", "Measurement", "Rows",
+    "Score", "aggregate", "append", "blind", "html_table", "mean_between", "over_seeds",
+    "read_folder", "read_jsonl", "record", "results", "run_name", "told_apart",
 ]  # fmt: skip
 
 ABOUT = (
@@ -78,6 +79,27 @@ class Score:
     def __str__(self) -> str:
         low, high = self.interval
         return f"{self.accuracy:.1%} [{low:.1%}, {high:.1%}] ({self.correct}/{self.total})"
+
+    def _repr_html_(self) -> str:
+        low, high = self.interval
+        interval = f"{low:.1%} to {high:.1%}"
+        row = {"accuracy": f"{self.accuracy:.1%}", "95 % interval": interval, **asdict(self)}
+        return html_table([row])
+
+
+def html_table(rows: Sequence[Mapping[str, object]], caption: str = "", most: int = 100) -> str:
+    """The first `most` rows as an HTML table, as a notebook shows them; all text is escaped."""
+
+    def cells(kind: str, values: Iterable[object]) -> str:
+        texts = (f"{v:.4g}" if isinstance(v, float) else "" if v is None else v for v in values)
+        return "".join(f"<{kind}>{escape(visible(str(text)))}</{kind}>" for text in texts)
+
+    head = dict.fromkeys(column for row in rows for column in row)
+    lines = [cells("th", head), *(cells("td", map(row.get, head)) for row in rows[:most])]
+    more = f"{len(rows) - most:,} more rows" * (len(rows) > most)
+    about = escape(visible("; ".join(filter(None, (caption, more)))))
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<table>{f'<caption>{about}</caption>' * bool(about)}{body}</table>"
 
 
 def mean_between(wins: float, losses: float, n: float, level: float = 0.95) -> tuple[float, float]:
@@ -318,6 +340,25 @@ def read_folder(folder: Path) -> list[Measurement]:
     if not latest:
         raise UserError(f"no results.jsonl below {folder}: run `defquant attack` on a run first")
     return [m for same in latest.values() for m in same]
+
+
+class Rows(list[dict[str, Any]]):
+    """Measurements as flat dictionaries, which a notebook shows as a table."""
+
+    def _repr_html_(self) -> str:
+        return html_table(self)
+
+
+def results(folder: Path | str) -> Rows:
+    """All measurements below `folder`, each a flat dictionary: `pandas.DataFrame(results(folder))`.
+
+    Keys are the fields of `Measurement` but its evidence (`run`, `method`, `bits`, `seed`,
+    `attack`, `eps`, `correct`, `total`, ...), then `accuracy`, the ends `low` and `high` of its
+    95 % interval (Wilson's), in [0, 1], and `masked`. `method` and `data` are told apart by hashes
+    where one name stands for several. Raises `UserError` where there are none, or one is broken.
+    """
+    found = told_apart(read_folder(Path(folder)))
+    return Rows({k: v for k, v in record(m).items() if k != "evidence"} for m in found)
 
 
 def run_name(run: Path, folder: Path) -> str:

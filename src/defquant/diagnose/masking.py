@@ -19,7 +19,7 @@ from defquant.data import to_unit
 from defquant.errors import DefquantWarning, UserError
 from defquant.evaluate import Images, answers, linted, robust
 from defquant.quantize import Quantizer
-from defquant.records import MASKED, Score
+from defquant.records import MASKED, Score, html_table
 
 __all__ = ["RULES", "Effort", "Finding", "Rule", "Sign", "Verdict", "judged", "masking_verdict"]
 
@@ -185,6 +185,15 @@ class Verdict:
     def __str__(self) -> str:
         points = f" by {100 * self.overstated.accuracy:.0f} points"
         return self.overall + points * (self.overall == "OVERSTATED")
+
+    def _repr_html_(self) -> str:
+        about = f"Masked gradients? {self} at eps {self.eps * 255:.4g}/255; robust under PGD "
+        about += f"{self.usual}, under all {self.strongest}"
+        rows = [
+            {"sign": s.name, "verdict": s.verdict, "images": s.finding, "means": s.means}
+            for s in self.signs
+        ]
+        return html_table(rows, about)
 
 
 def masking_verdict(

@@ -26,7 +26,7 @@ from defquant.diagnose import Effort, masking_verdict
 from defquant.diagnose.masking import OVERSTATED as SHARE
 from defquant.errors import DefquantWarning, UserError
 from defquant.judging.suspects import Pixels, Suspect, suspect
-from defquant.records import mean_between
+from defquant.records import html_table, mean_between
 
 __all__ = ["Judgement", "judge"]
 
@@ -55,6 +55,16 @@ class Judgement:
     def finding(self) -> bool:
         """Whether a gate should close: masked, or worse than the margin."""
         return self.verdict == "MASKED" or self.paired == "WORSE"
+
+    def _repr_html_(self) -> str:
+        about, names = self.record, ("usual", "strongest", "overstated", "reference", "paired")
+        beside = f"; beside {about['reference']['name']}: {self.paired}" if self.paired else ""
+        rows = [
+            {"eps": _eps(row)} | {n: _rate(row[n]) for n in names if n in row}
+            for row in about["rows"]
+        ]
+        said = f"{about['model']['name']}: {self.verdict}{beside}; {about['images']} images"
+        return html_table(rows, said)
 
 
 @dataclass
@@ -399,3 +409,7 @@ def _images(more: int) -> str:
 
 def _eps(row: Mapping[str, Any]) -> str:
     return f"{row['eps'] * 255:g}/255"
+
+
+def _rate(found: Mapping[str, Any]) -> str:
+    return f"{found['rate']:.1%} [{found['low']:.1%}, {found['high']:.1%}]"
