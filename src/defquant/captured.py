@@ -22,7 +22,20 @@ from defquant.attacks.access import untouched
 from defquant.errors import UserError, shown
 from defquant.quantize import WHOLE, affine_round
 
-__all__ = ["Captured", "arguments", "bare", "capture", "kind_of", "operation"]
+__all__ = [
+    "MOVES", "RESHAPES", "Captured", "arguments", "bare", "capture", "kind_of", "operation",
+]  # fmt: skip
+
+RESHAPES = {"_unsafe_view", "flatten", "reshape", "squeeze", "unflatten", "unsqueeze", "view"}
+"""Operations that lay out the same values in the same order."""
+MOVES = RESHAPES | {
+    "channel_shuffle", "chunk", "diagonal", "expand", "expand_as", "flip", "getitem",
+    "index_select", "mT", "movedim", "narrow", "permute", "pixel_shuffle", "pixel_unshuffle",
+    "repeat", "repeat_interleave", "roll", "rot90", "select", "slice", "split",
+    "split_with_sizes", "swapaxes", "t", "tensor_split", "tile", "transpose", "unbind", "unfold",
+    "upsample_nearest2d",
+}  # fmt: skip
+"""Operations on one tensor that give values of it: moved, copied or left out, none computed."""
 
 _AS_IT_IS = {
     "aten.detach.default", "aten.detach_.default", "aten.clone.default", "aten.contiguous.default",

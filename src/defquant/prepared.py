@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from defquant.captured import arguments, bare, capture, kind_of
+from defquant.captured import MOVES, arguments, bare, capture, kind_of
 from defquant.config import check_bits
 from defquant.data import Dataset
 from defquant.errors import UserError
@@ -24,13 +24,9 @@ from defquant.weights import QuantConv2d, QuantLinear
 
 __all__ = ["Account", "Part", "Prepared", "prepare"]
 
-_KEEPS = {
-    "adaptive_max_pool2d", "cat", "channel_shuffle", "chunk", "clone", "constant_pad_nd",
-    "contiguous", "detach", "expand", "flatten", "flip", "getitem", "max_pool2d",
-    "max_pool2d_with_indices", "movedim", "narrow", "pad", "permute", "pixel_shuffle",
-    "pixel_unshuffle", "repeat", "reshape", "roll", "select", "slice", "split", "split_with_sizes",
-    "squeeze", "stack", "t", "transpose", "unbind", "unflatten", "unsqueeze", "upsample_nearest2d",
-    "view",
+_KEEPS = MOVES | {
+    "adaptive_max_pool2d", "cat", "clone", "constant_pad_nd", "contiguous", "detach", "max_pool2d",
+    "max_pool2d_with_indices", "pad", "stack",
 }  # fmt: skip
 """Operations whose output has the values of their inputs."""
 _LEAST = {

@@ -6,10 +6,11 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
+from defquant.captured import RESHAPES
 from defquant.deploy.program import Call, Name
 from defquant.errors import UserError
 
-__all__ = ["KNOWN", "MOVED", "RESHAPES", "borders", "pair", "write"]
+__all__ = ["KNOWN", "borders", "pair", "write"]
 
 
 class Nodes(Protocol):
@@ -335,10 +336,5 @@ _TABLE: dict[str, _Write] = {
     "aten.pad": _pad, "aten.matmul": _product, "aten.bmm": _product,
 }  # fmt: skip
 
-RESHAPES = frozenset(
-    {"view", "reshape", "flatten", "squeeze", "unsqueeze", "unflatten", "_unsafe_view"}
-)
-"""Written as one operation, `aten.reshape.default`."""
-MOVED = RESHAPES | {"permute", "transpose", "slice", "select", "expand", "getitem"}
-"""What moves values alone."""
 KNOWN = frozenset(_TABLE) | {f"aten.{kind}" for kind in RESHAPES}
+"""What a file has a form of; `RESHAPES` are written as one operation, `aten.reshape.default`."""

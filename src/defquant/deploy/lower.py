@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from defquant.captured import Captured, capture, kind_of, operation
+from defquant.captured import MOVES, RESHAPES, Captured, capture, kind_of, operation
 from defquant.deploy.emit import Codes, Emitter, Padded, Scaled, Stream, Unfinished, Value
-from defquant.deploy.floats import KNOWN, MOVED, RESHAPES, borders, pair
+from defquant.deploy.floats import KNOWN, borders, pair
 from defquant.deploy.program import BATCH, Add, Call, Linear, MaxPool, Name, Program
 from defquant.errors import UserError
 from defquant.integers import (
@@ -448,7 +448,7 @@ def _top(walk: _Walk, node: Any) -> int:
 
     onnxruntime moves the dequantisation behind what only moves values, and multiplies codes.
     """
-    while kind_of(node) in MOVED and node.all_input_nodes:
+    while kind_of(node) in MOVES and node.all_input_nodes:
         node = node.all_input_nodes[0]
     grid = walk.out.grids.get(_named(node)) if isinstance(node, fx.Node) else None
     return 127 if grid is None else grid.top

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from defquant.captured import MOVES
 from defquant.integers import Floats, Grid, Weight
 
 __all__ = [
@@ -15,10 +16,7 @@ __all__ = [
     "Quantize", "sources",
 ]  # fmt: skip
 
-MOVES = {
-    "view", "reshape", "flatten", "squeeze", "unsqueeze", "permute", "transpose", "slice", "select",
-    "cat", "expand", "mean", "adaptive_avg_pool2d", "_unsafe_view", "t", "unflatten",
-}  # fmt: skip
+_CHEAP = MOVES | {"adaptive_avg_pool2d", "cat", "mean"}
 """Operations without arithmetic worth the name."""
 
 
@@ -167,7 +165,7 @@ class Program:
     def floats(self) -> dict[str, int]:
         """How often each operation stays in floats, the cheap ones (shapes, pooling) aside."""
         kinds = Counter(op.kind for op in self.ops if isinstance(op, Call))
-        return {kind: count for kind, count in kinds.items() if kind not in MOVES}
+        return {kind: count for kind, count in kinds.items() if kind not in _CHEAP}
 
     @property
     def float_convolutions(self) -> tuple[str, ...]:

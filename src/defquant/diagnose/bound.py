@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from defquant.captured import Captured, arguments, kind_of
+from defquant.captured import MOVES, Captured, arguments, kind_of
 from defquant.diagnose.norms import (
     ROUNDING,
     Norm,
@@ -38,13 +38,9 @@ _SLOPES = dict.fromkeys((
 
 The upper median of four: each pixel is in up to four windows.
 """
-_SPREADS = {
-    "flatten", "reshape", "unflatten", "permute", "transpose", "t", "mT", "movedim", "swapaxes",
-    "squeeze", "unsqueeze", "expand", "expand_as", "repeat", "repeat_interleave", "tile", "slice",
-    "select", "narrow", "index", "index_select", "flip", "roll", "rot90", "pixel_shuffle",
-    "pixel_unshuffle", "channel_shuffle", "diagonal", "unfold", "im2col", "mean", "sum",
-    "cumsum", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
-    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "upsample_nearest2d", "upsample_bilinear2d",
+_SPREADS = MOVES | {
+    "index", "im2col", "mean", "sum", "cumsum", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "upsample_bilinear2d",
     "pad", "constant_pad_nd", "to", "_to_copy",
 }  # fmt: skip
 """Linear maps with no negative entry."""

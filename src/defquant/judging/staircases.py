@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from defquant.captured import Captured, kind_of, operation
+from defquant.captured import MOVES, Captured, kind_of, operation
 from defquant.errors import UserError
 from defquant.quantize import QuantReLU, QuantSigned, QuantTanh, Staircase
 
@@ -27,10 +27,7 @@ _SIGN = 2.0  # width of a sign's cell: its gradient is usually clipped to [-1, 1
 _NEAR = 1e-3  # of a step: what rounding may do to it
 _ROUNDS = {"round": torch.round, "floor": torch.floor, "ceil": torch.ceil, "trunc": torch.trunc}
 _TURNED = {"gt": "lt", "ge": "le", "lt": "gt", "le": "ge"}
-_MOVES = CASTS | {
-    "view", "reshape", "permute", "transpose", "unsqueeze", "squeeze", "flatten", "_unsafe_view",
-    "slice", "select", "expand",
-}  # fmt: skip
+_LIES = CASTS | MOVES  # where values lie, and as which type
 
 
 def _dtype(node: fx.Node) -> torch.dtype | None:
@@ -154,7 +151,7 @@ class Rewriting:
 
     def _whole(self, node: fx.Node) -> bool:
         """Whether it is whole numbers, by the way it is made."""
-        while kind_of(node) in CLIPS | _MOVES:
+        while kind_of(node) in CLIPS | _LIES:
             node = node.all_input_nodes[0]
         return node in self.found and isinstance(self.staircase(node), Staircase)
 
@@ -238,7 +235,7 @@ class Rewriting:
         and how many thresholds there are.
         """
         found = self.captured.constant(t) if isinstance(t, fx.Node) else torch.tensor(float(t))
-        base = x.all_input_nodes[0] if kind_of(x) in _MOVES else x
+        base = x.all_input_nodes[0] if kind_of(x) in _LIES else x
         if x not in self.near:
             others = [user.args[1] for user in x.users if kind_of(user) in _TURNED]
             numbers = [float(n) for n in others if isinstance(n, int | float)]
@@ -270,7 +267,7 @@ class Rewriting:
         table, (code, *more) = self.captured.constant(node.args[0]), indices
         step = _step(table) if table is not None and table.ndim == 1 else None
         at: Any = code
-        while kind_of(at) in _MOVES | LINEAR | CLIPS:
+        while kind_of(at) in _LIES | LINEAR | CLIPS:
             at = at.all_input_nodes[0]
         if more or step is None or table is None or at not in self.found:
             return None
