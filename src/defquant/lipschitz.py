@@ -1,9 +1,9 @@
 """Keep layers non-expansive: the orthogonality penalty, convex sums, and norms that check them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, final, get_args
+from typing import Literal, NamedTuple, TypeAlias, final, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,14 @@ from defquant.quantize import full_precision
 from defquant.weights import effective_weight
 
 __all__ = [
-    "ConvexSum", "OrthogonalPenalty", "conv_spectral_norm", "project_simplex", "project_simplex_",
-    "spectral_norm",
+    "ROUNDING", "ConvexSum", "KernelMatrix", "Norm", "OrthogonalPenalty", "average_norm",
+    "conv_spectral_norm", "kernel_matrix", "matrix_norm", "max_pool_norm", "operator_norm",
+    "project_simplex", "project_simplex_", "spectral_norm",
 ]  # fmt: skip
+
+STEPS = 100
+FAILURE = 1e-9
+ROUNDING = 1e-5  # of float32 sums, far above what a hundred steps gather
 
 Target = Literal["identity", "parseval"]
 
@@ -163,46 +168,132 @@ def project_simplex_(model: nn.Module) -> None:
             module.alpha.copy_(project_simplex(module.alpha))
 
 
-@torch.inference_mode(False)
-def spectral_norm(weight: Tensor, *, iterations: int = 200, tolerance: float = 1e-6) -> float:
-    """The largest singular value of `weight` reshaped to (c_out, -1), by power iteration.
-
-    Approached from below, from a fixed start; ends when a step changes it by at most `tolerance`,
-    relatively, or after `iterations` steps. In float64 where the weight is, else in float32.
-    """
-    W = full_precision(weight.detach().flatten(1))
-    return _operator_norm(lambda v: W @ v, (W.shape[1],), W, iterations, tolerance)
+def spectral_norm(weight: Tensor) -> float:
+    """The largest singular value of `weight` reshaped to (c_out, -1)."""
+    return matrix_norm(weight.detach().flatten(1)).value
 
 
 @torch.inference_mode(False)
-def conv_spectral_norm(
-    conv: nn.Conv2d, input_size: tuple[int, int], *, iterations: int = 200, tolerance: float = 1e-6
-) -> float:
+def conv_spectral_norm(conv: nn.Conv2d, input_size: tuple[int, int]) -> float:
     """The largest singular value of the map x -> conv(x) - bias on images of `input_size`.
 
     Stride, padding (any mode), dilation and groups are the layer's: this is its true Lipschitz
-    constant, up to 3 for an orthonormal 3x3 kernel matrix. Computed as `spectral_norm`.
+    constant, up to 3 for an orthonormal 3x3 kernel matrix. See `operator_norm`.
     """
     W, size = full_precision(effective_weight(conv).detach()), (1, conv.in_channels, *input_size)
-    return _operator_norm(lambda x: conv._conv_forward(x, W, None), size, W, iterations, tolerance)
+    return operator_norm(lambda x: conv._conv_forward(x, W, None), size, W).value
 
 
-def _operator_norm(
-    A: Callable[[Tensor], Tensor], size: tuple[int, ...], like: Tensor, steps: int, tolerance: float
-) -> float:
-    """||A|| of a linear map: v <- A'Av / ||A'Av||, where A'Av is the gradient of ||Av||^2/2."""
-    start = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    v, norm = (start / start.norm()).to(like), 0.0
-    with torch.enable_grad(), _no_autocast(like):
-        for _ in range(steps):
-            v = v.detach().requires_grad_()
-            energy = A(v).square().sum()
-            before, norm = norm, math.sqrt(energy.item())
-            if abs(norm - before) <= tolerance * norm:
+@dataclass(frozen=True)
+class Norm:
+    """||A||_2 of a linear map: `value` approaches it from below, `upper` bounds it from above.
+
+    After k Lanczos steps on A'A from a Gaussian start in n dimensions, the largest Ritz value is
+    below (1 - e) ||A||^2 with probability at most 1.648 sqrt(n) exp(-(2k - 1) sqrt(e)) (Kuczyński
+    and Woźniakowski 1992, theorem 3.2). `upper` takes the e for which that is 1e-9. Where the
+    steps exhaust the space, and for linear layers, `upper` is `value` up to rounding.
+    """
+
+    value: float
+    upper: float
+
+
+class KernelMatrix(NamedTuple):
+    """Singular values of a weight read as (c_out, c_in/groups k k), all groups together.
+
+    `residual` is the smaller of ||W'W - I||_F and ||WW' - I||_F (Eq. 8, reduced): 0 where the
+    rows, or the columns, are orthonormal.
+    """
+
+    largest: float
+    smallest: float
+    residual: float
+
+
+@torch.no_grad()
+def kernel_matrix(weight: Tensor, groups: int = 1) -> KernelMatrix:
+    """The weight's extreme singular values and its distance from orthonormal, in float64."""
+    W = weight.double().reshape(groups, len(weight) // groups, -1)
+    gram = W @ W.mT if W.shape[1] <= W.shape[2] else W.mT @ W
+    squares = torch.linalg.eigvalsh(gram).clamp(min=0)
+    largest, smallest = math.sqrt(squares.max().item()), math.sqrt(squares.min().item())
+    return KernelMatrix(largest, smallest, (squares - 1).norm().item())
+
+
+def matrix_norm(W: Tensor) -> Norm:
+    """||W||_2 of a linear layer's weight, exact."""
+    norm = torch.linalg.matrix_norm(W.double(), 2).item()
+    return Norm(norm, norm)
+
+
+@torch.inference_mode(False)
+def average_norm(pool: Callable[[Tensor], Tensor], size: tuple[int, ...]) -> float:
+    """||A|| <= sqrt(max row sum * max column sum) of a map with no negative entry (Schur's test).
+
+    Exact, 1/sqrt(h w), for windows of h w pixels that do not overlap, and for a global mean.
+    """
+    with torch.enable_grad():
+        ones = torch.ones(*size, dtype=torch.float64, requires_grad=True)
+        rows = pool(ones)
+        (columns,) = torch.autograd.grad(rows.sum(), ones)
+    return math.sqrt(rows.max().item() * columns.max().item())
+
+
+def max_pool_norm(kernel: list[int], stride: list[int], dilation: list[int] | int) -> float:
+    """sqrt of how many windows share a pixel at most: no window's maximum moves more than it."""
+    return math.sqrt(_shared(*(_pair(v) for v in (kernel, stride or kernel, dilation))))
+
+
+def _pair(value: list[int] | int) -> list[int]:
+    value = [value] if isinstance(value, int) else value
+    return list(value) * 2 if len(value) == 1 else list(value)
+
+
+def operator_norm(A: Callable[[Tensor], Tensor], size: tuple[int, ...], like: Tensor) -> Norm:
+    """`Norm` of a linear map on tensors of `size`: Lanczos on v -> A'Av.
+
+    Every new vector is made orthogonal to all before it.
+    """
+    n = math.prod(size)
+    steps = min(STEPS, n)
+    start = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    v, basis = (start / start.norm()).to(like), like.new_empty(steps, n)
+    diagonal, beside = [], []
+    with _no_autocast(like):
+        for k in range(steps):
+            basis[k] = v
+            w = _normal(A, v.view(size)).flatten()
+            diagonal.append(float(w @ v))
+            for _ in range(2):  # once leaves what rounding puts back
+                w = w - (basis[: k + 1] @ w) @ basis[: k + 1]
+            rest = float(w.norm())
+            if rest <= ROUNDING * max(diagonal):
                 break
-            (v,) = torch.autograd.grad(energy / 2, v)
-            v = v / v.norm()
-    return norm
+            beside.append(rest)
+            v = w / rest
+    done = len(diagonal)
+    T = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    for k, value in enumerate(beside[: done - 1]):
+        T[k, k + 1] = T[k + 1, k] = value
+    value = math.sqrt(max(0.0, torch.linalg.eigvalsh(T)[-1].item()))
+    exhausted = done == n or len(beside) < done
+    short = 0.0 if exhausted else _shortfall(n, done)
+    return Norm(value, value / math.sqrt(1 - short) * (1 + ROUNDING))
+
+
+def _shortfall(n: int, steps: int) -> float:
+    """The e of `Norm` for which the probability is `FAILURE`."""
+    return (math.log(1.648 * math.sqrt(n) / FAILURE) / (2 * steps - 1)) ** 2
+
+
+@torch.inference_mode(False)
+def _normal(A: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+    """A'A v, by the gradient of ||Av||^2/2."""
+    with torch.enable_grad():
+        v = v.detach().requires_grad_()
+        image = A(v)
+        (back,) = torch.autograd.grad(image, v, image.detach())
+    return back
 
 
 @dataclass(frozen=True)
@@ -269,5 +360,9 @@ def _overlap(layer: _Layer) -> int:
     """c^2: in how many patches a pixel takes part at most (kernel k, stride s, dilation d)."""
     if not isinstance(layer, nn.Conv2d):
         return 1
-    sides = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
-    return math.prod(math.ceil(k * math.gcd(s, d) / s) for k, s, d in sides)
+    return _shared(layer.kernel_size, layer.stride, layer.dilation)
+
+
+def _shared(*windows: Sequence[int]) -> int:
+    """How many windows (kernel, stride, dilation; height and width each) share a pixel at most."""
+    return math.prod(math.ceil(k * math.gcd(s, d) / s) for k, s, d in zip(*windows, strict=True))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from defquant.captured import MOVES, Captured, arguments, kind_of
-from defquant.diagnose.norms import (
+from defquant.errors import UserError
+from defquant.lipschitz import (
     ROUNDING,
     Norm,
     average_norm,
@@ -19,7 +20,6 @@ from defquant.diagnose.norms import (
     max_pool_norm,
     operator_norm,
 )
-from defquant.errors import UserError
 
 __all__ = ["BatchNormCall", "LayerAudit", "Reach", "layer_input", "reach"]
 
