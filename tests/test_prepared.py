@@ -15,7 +15,7 @@ from defquant.attacks.surrogates import SoftRound
 from defquant.captured import capture
 from defquant.lipschitz import ConvexSum
 from defquant.quantize import QuantBranch, Quantizer, QuantReLU
-from defquant.weights import FirstConv
+from defquant.weights import FirstConv, QuantConv2d, quantize_weight
 
 PIXELS = torch.randint(256, (12, 3, 8, 8), generator=torch.Generator().manual_seed(0))
 DATA = dq.Dataset(PIXELS.byte(), torch.arange(12) % 4, tuple("abcd"), "noise")
@@ -248,6 +248,28 @@ def test_wrappers_precisions_and_names() -> None:
     odd = nn.Sequential(OrderedDict(graph=conv(3), code=nn.ReLU(), meta=nn.Flatten()))
     odd.add_module("account", nn.Linear(512, 4))
     assert {"graph_", "account_"} < parts(dq.prepare(odd, X)).keys()
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gates", "residual"])
+def test_it_runs_in_half_precision(name: str, kind: torch.dtype) -> None:
+    """Grids are computed in float32; what attacks and exports is given images of its type."""
+    net = dq.prepare(seeded(MODELS[name]), X, bits=4, weight_bits=8, convex=True).to(kind)
+    x = X.to(kind).requires_grad_()
+    logits = net.train()(x)
+    logits.square().sum().backward()
+    assert logits.dtype == kind
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in (x, *net.parameters()))
+    for layer in net.modules():
+        if isinstance(layer, QuantConv2d):
+            exact = quantize_weight(layer.weight.float(), layer.weight_bits)
+            assert torch.equal(quantize_weight(layer.weight, layer.weight_bits), exact.to(kind))
+    twin = copy.deepcopy(net).float().eval()
+    torch.testing.assert_close(net.eval()(X.to(kind)).float(), twin(X), rtol=0.1, atol=0.1)
+    assert dq.robust_accuracy(net, DATA, dq.Adaptive(1 / 255, steps=1)).total == 12
+    assert dq.audit(net, DATA).lower == pytest.approx(dq.audit(twin, DATA).lower, rel=0.5)
+    with pytest.raises(dq.UserError, match=f"training needs float32 weights; found {kind}"):
+        dq.train(net, DATA, dq.TrainConfig(epochs=1))
 
 
 def test_what_was_trained_loads_into_another_copy() -> None:

@@ -13,8 +13,8 @@ from defquant.errors import UserError
 
 __all__ = [
     "Cells", "QuantBranch", "QuantReLU", "QuantSigned", "QuantTanh", "Quantizer", "Rounded",
-    "Staircase", "activation", "adjustable", "fake_quantize", "full_precision", "set_bits",
-    "shared_by_all_bits", "signed_grid", "whole_operation",
+    "Staircase", "activation", "adjustable", "as_given", "autocasts", "fake_quantize",
+    "full_precision", "set_bits", "shared_by_all_bits", "signed_grid", "whole_operation",
 ]  # fmt: skip
 
 
@@ -41,6 +41,17 @@ def whole_operation(function: Callable[..., Tensor]) -> Any:
 def full_precision(x: Tensor) -> Tensor:
     """`x` in float32, or in float64 where it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether `torch.autocast` is on where `x` lies: each operation then casts what it reads."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def as_given(y: Tensor, x: Tensor) -> Tensor:
+    """`y`, made of `x` in `full_precision`, in the type of `x` again; under autocast as it is."""
+    return y if y.dtype == x.dtype or autocasts(x) else y.to(x.dtype)
 
 
 def _inlined() -> bool:
@@ -171,8 +182,8 @@ def fake_quantize(x: Tensor, bits: int | None, high: float = 6.0) -> Tensor:
         high: upper end of the range, positive.
 
     Returns:
-        The shape of `x`; float32, or float64 for float64. For the backward pass one byte per
-        element is kept.
+        The shape and type of `x`; float32 for half precisions under `torch.autocast`. For the
+        backward pass one byte per element is kept.
 
     Raises:
         UserError: `bits` is no whole number from 1 to 8.
@@ -181,7 +192,10 @@ def fake_quantize(x: Tensor, bits: int | None, high: float = 6.0) -> Tensor:
     tensor([0., 0., 6., 6.])
     """
     check_bits(bits)
-    x = full_precision(x)
+    return as_given(_quantized(full_precision(x), bits, high), x)
+
+
+def _quantized(x: Tensor, bits: int | None, high: float) -> Tensor:
     if bits is None:
         return nn.functional.hardtanh(x, 0.0, high)
     if WHOLE.on:
@@ -220,6 +234,14 @@ class Quantizer(nn.Module):
         super().__init__()
         self.bits = check_bits(bits)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """`on_grid`, in float32 or float64 inside; of the type of `x` (`as_given`)."""
+        return as_given(self.on_grid(full_precision(x)), x)
+
+    def on_grid(self, x: Tensor) -> Tensor:
+        """What the activation function makes of `x`."""
+        raise NotImplementedError
+
     def cells(self, x: Tensor) -> Cells | None:
         """The staircase at `x`, for a backward pass that smooths it; None at full precision."""
         return None
@@ -234,9 +256,9 @@ class QuantReLU(Quantizer):
             raise UserError(f"high, the end of the range [0, high], must be positive; found {high}")
         self.high = float(high)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def on_grid(self, x: Tensor) -> Tensor:
         if self.levels is not None and torch.compiler.is_compiling():
-            return _in_operations(full_precision(x), self.levels, self.high)
+            return _in_operations(x, self.levels, self.high)
         return fake_quantize(x, self.bits, self.high)
 
     def cells(self, x: Tensor) -> Cells | None:
@@ -256,8 +278,7 @@ class QuantTanh(Quantizer):
     that the gradient is that of tanh. Output in [-1, 1]; `bits=None` is tanh.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = full_precision(x)
+    def on_grid(self, x: Tensor) -> Tensor:
         if WHOLE.on and self.bits is not None:
             return _tanh_round(x, self.bits)  # type: ignore[no-any-return]
         t = torch.tanh(x)
@@ -303,8 +324,7 @@ class Staircase(Quantizer):
         self.rounding = rounding
         self.shift = 0.5 * (rounding in (torch.floor, torch.trunc)) - 0.5 * (rounding == torch.ceil)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = full_precision(x)
+    def on_grid(self, x: Tensor) -> Tensor:
         ends = [unit * self.unit for unit in (self.low, self.high, self.shift)]
         if self.bits is None:
             return (x - ends[2]).clamp(*ends[:2])
@@ -391,8 +411,7 @@ class QuantSigned(Quantizer):
         self.peak: Tensor
         self.register_buffer("peak", torch.tensor(float(peak)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = full_precision(x)
+    def on_grid(self, x: Tensor) -> Tensor:
         if self.training and not WHOLE.on:
             self._watch(x.detach())
         if self.bits is None:
@@ -425,7 +444,7 @@ class QuantSigned(Quantizer):
 
     @torch.no_grad()
     def _watch(self, x: Tensor) -> None:
-        now = self.best_peak(x)
+        now = self.best_peak(x).to(self.peak)
         mean = torch.lerp(self.peak, now, self.MOMENTUM).where(self.peak > 0, now)
         self.peak.copy_(mean.where(now.isfinite(), self.peak))
 

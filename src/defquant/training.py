@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from defquant.attacks import FGSM, PGD, RFGSM, Attack, RandomEps, untouched
+from defquant.attacks.access import only_type
 from defquant.attacks.contract import draw_seed, made_by
 from defquant.attacks.engine import Radius, look, rows_of
 from defquant.attacks.first_order import FirstOrder
@@ -114,8 +115,13 @@ def train(
 
     Raises:
         UserError: the loss became infinite or NaN; labels that the model has no logit for; an
-            attack that breaks its own rules.
+            attack that breaks its own rules; weights of another type than float32.
     """
+    if (kind := only_type(model)) not in (None, torch.float32):
+        raise UserError(
+            f"training needs float32 weights; found {kind}: train model.float(), with --amp in "
+            "bfloat16, and make it half after that"
+        )
     device = pick_device(config.device)
     with _layout_kept(model), _determined(config, device), workers(device) as me:
         eps = monitor_eps(config, training_attack(config) if attack is None else attack)

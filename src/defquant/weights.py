@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from defquant.errors import UserError
-from defquant.quantize import WHOLE, whole_operation
+from defquant.quantize import WHOLE, autocasts, full_precision, whole_operation
 
 __all__ = [
     "FirstConv", "QuantConv2d", "QuantLinear", "effective_weight", "quantize_weight", "weight_grid",
@@ -25,24 +25,29 @@ def weight_grid(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         bits: 2 to 8.
 
     Returns:
-        k, float of the shape of `weight` (whole numbers), and s, (c_out,), both without gradient.
+        k, float32 or float64 of the shape of `weight` (whole numbers), and s, (c_out,), both
+        without gradient.
 
     Raises:
         UserError: other bits.
     """
     if not 2 <= bits <= 8:
         raise UserError(f"weight bits must be a whole number from 2 to 8; found {bits!r}")
-    weight = weight.detach()
+    weight = full_precision(weight.detach())
     with torch.no_grad():
         scale = weight.flatten(1).abs().amax(1).float() / (2 ** (bits - 1) - 1)
         scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0)
         return weight.div(_per_channel(scale, weight)).round_(), scale
 
 
+def _on_grid(weight: Tensor, bits: int) -> Tensor:
+    integers, scale = weight_grid(weight, bits)
+    return integers.mul_(_per_channel(scale, integers)).to(weight.dtype)
+
+
 @whole_operation
 def _weight_round(weight: Tensor, bits: int) -> Tensor:
-    integers, scale = weight_grid(weight, bits)
-    return integers.mul_(_per_channel(scale, weight))
+    return _on_grid(weight, bits)
 
 
 def quantize_weight(weight: Tensor, bits: int | None) -> Tensor:
@@ -56,8 +61,7 @@ def quantize_weight(weight: Tensor, bits: int | None) -> Tensor:
         return weight
     if WHOLE.on:
         return _weight_round(weight, bits)  # type: ignore[no-any-return]
-    integers, scale = weight_grid(weight, bits)
-    return integers.mul_(_per_channel(scale, weight)) + (weight - weight.detach())
+    return _on_grid(weight, bits) + (weight - weight.detach())
 
 
 def _per_channel(scale: Tensor, weight: Tensor) -> Tensor:
@@ -86,10 +90,9 @@ class FirstConv(QuantConv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
-        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        if not autocasts(x):
             return super().forward(x)
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.to(self.weight.dtype))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from defquant.attacks.graphs import tensor_float
 from defquant.errors import UserError
 
-__all__ = ["differentiable", "gradient", "leaf", "to_eval", "untouched"]
+__all__ = ["differentiable", "gradient", "leaf", "only_type", "to_eval", "untouched"]
 
 
 @contextmanager
@@ -71,12 +71,10 @@ def untouched(model: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def _fed(model: nn.Module) -> Iterator[None]:
     """A model whose numbers are all of one other type, as float64 or half, is given images so."""
-    numbers = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    kinds = {number.dtype for number in numbers}
-    if len(kinds) != 1 or kinds == {torch.float32}:
+    kind = only_type(model)
+    if kind in (None, torch.float32):
         yield
         return
-    kind = kinds.pop()
     handle = model.register_forward_pre_hook(
         lambda _, args: tuple(a.to(kind) if a.is_floating_point() else a for a in args)
     )
@@ -84,6 +82,13 @@ def _fed(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def only_type(model: nn.Module) -> torch.dtype | None:
+    """The type of all of a model's floating numbers; None where there are several, or none."""
+    numbers = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    kinds = {number.dtype for number in numbers}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def to_eval(model: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from defquant.attacks.engine import Forward
 from defquant.config import check_bits, positive
 from defquant.errors import UserError
-from defquant.quantize import Quantizer, set_bits
+from defquant.quantize import Quantizer, full_precision, set_bits
 
 __all__ = [
     "EOT", "ClipFree", "FloatTwin", "Precisions", "SoftRound", "staircase_slope", "twin_of",
@@ -172,7 +172,7 @@ def _replaced(quantizer: Quantizer, own: Forward, derivative: Derivative) -> For
         rate = None
         if torch.is_grad_enabled() and x.requires_grad:
             with torch.no_grad():
-                rate = derivative(quantizer, x)
+                rate = derivative(quantizer, full_precision(x))
         return own(x) if rate is None else _graft(x, own(x.detach()), rate)
 
     return forward
