@@ -6,8 +6,8 @@ import pytest
 
 from defquant.cli import main
 from defquant.paper import reproduce
-from defquant.paper.figures import EXPERIMENTS, cells_of
-from defquant.paper.grid import SCALES, keep, read
+from defquant.paper.figures import EXPERIMENTS, cells_of, render
+from defquant.paper.grid import SCALES, Results, keep, read
 from defquant.paper.reproduce import cells_to_make, names_of, passes_by_model
 from synthetic_results import fake_measurement
 
@@ -117,15 +117,38 @@ def test_a_cell_alone_is_made_with_the_smaller_radii_and_shown(
     assert str(shown.score) in out
 
 
+def test_what_was_changed_is_never_the_presets() -> None:
+    """Other epochs share no key with any preset; other seeds those of the same seeds alone."""
+    keys = {cell.key for cell in cells_of(EXPERIMENTS, SMOKE)}
+    longer, seeded = SMOKE.changed(None, 2), SMOKE.changed((0, 3), None)
+    assert not keys & {cell.key for cell in cells_of(EXPERIMENTS, longer)}
+    assert keys < {cell.key for cell in cells_of(EXPERIMENTS, seeded)}
+    assert SMOKE.changed(SMOKE.seeds, None) == SMOKE
+    for scale, flags in ((longer, "--epochs 2"), (seeded, "--seeds 0 3")):
+        command = f"defquant reproduce table1 --preset smoke {flags}"
+        assert render("table1", scale, Results()).command == command
+    own = cells_to_make(["table1"], seeded, networks=["*_4bit_*_s3_*", "*_1bit_s0_*"])
+    assert len({cell.network for cell in own}) == 4
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ((), "reproduce needs a name: fig1"),
         (("table9",), "unknown table or figure 'table9'"),
-        (("fig1", "--cell", "0" * 16), "no cell '0000000000000000' in fig1 at preset small: take"),
+        (
+            ("fig1", "--cell", "0" * 16),
+            "no cell '0000000000000000' in fig1 at --preset small: take",
+        ),
+        (
+            ("fig1", "--networks", "*_9bit_*"),
+            "no network '*_9bit_*' in fig1 at --preset small: --dr",
+        ),
+        (("fig1", "--seeds", "1", "1"), "--seeds are numbers from 0, each once; found 1 and 1"),
+        (("fig1", "--epochs", "0"), "epochs must be positive; found 0"),
         (
             ("fig1", "--preset", "tiny"),
-            "--preset must be one of smoke, small, gpu, paper; found 'tiny'",
+            "--preset must be one of smoke, hour, small, gpu, paper; found 'tiny'",
         ),
         (("fig1", "--jobs", "0"), "--jobs must be 1 or more"),
         (("fig1",), "preset small needs CIFAR-10: give its place with --data-root"),

@@ -248,7 +248,10 @@ def _seconds(text: str) -> float:
 def reproduce(
     names: tuple[str, ...] = (),
     *,
-    preset: Literal["smoke", "small", "gpu", "paper"] = "small",
+    preset: Literal["smoke", "hour", "small", "gpu", "paper"] = "small",
+    seeds: tuple[int, ...] | None = None,
+    epochs: int | None = None,
+    networks: tuple[str, ...] | None = None,
     cell: tuple[str, ...] | None = None,
     out: str | None = None,
     data_root: Root = None,
@@ -266,6 +269,9 @@ def reproduce(
     Args:
         names: fig1 fig3 fig5 fig6 fig7 table1 ... table6 surrogates, or all.
         preset: how large.
+        seeds: of the trainings of Table 1, instead of the preset's.
+        epochs: of every training, instead of the preset's: other networks, with other keys.
+        networks: make these alone, by patterns of their names, as '*_4bit_*'.
         cell: make and show the cells of these keys alone; each number on the page names its cells.
         out: folder of results; runs/PRESET if not given.
         svhn_root: where SVHN lies.
@@ -281,9 +287,9 @@ def reproduce(
     if list:
         paper.print_list()
         return 0
-    scale = grid.SCALES[preset].placed(data_root, svhn_root, device)
+    scale = grid.SCALES[preset].placed(data_root, svhn_root, device).changed(seeds, epochs)
     chosen = paper.names_of(names or ["all"] * bool(cell), scale)
-    cells = paper.cells_to_make(chosen, scale, cell or ())
+    cells = paper.cells_to_make(chosen, scale, cell or (), networks or ())
     folder = Path(out or f"runs/{preset}")
     least(1, jobs=jobs)
     if dry_run:

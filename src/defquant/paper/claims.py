@@ -291,7 +291,7 @@ def verdicts(
             paper=claim.paper,
             readings=claim.readings(scale, answers, known),
             note=claim.note,
-            command=f"defquant reproduce {claim.made} --preset {scale.name}",
+            command=f"defquant reproduce {claim.made} {scale.flags}",
         )
         for i, claim in enumerate(CLAIMS, start=1)
     )

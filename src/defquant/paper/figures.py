@@ -265,7 +265,7 @@ def render(name: str, scale: Scale, results: Results) -> Section:
         panels=tuple(panel for panel in panels if panel.drawn),
         pictures=tuple((a.at["name"], v) for a, v in select(found, kind="examples") if v),
         missing=len(results.missing(cells)),
-        command=f"defquant reproduce {name} --preset {scale.name}",
+        command=f"defquant reproduce {name} {scale.flags}",
     )
 
 

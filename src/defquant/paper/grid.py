@@ -3,7 +3,7 @@
 A measurement is a `Cell`; its key, a hash of all that was asked, names its result. No torch.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import Any, Literal
 import yaml
 
 from defquant.config import DataConfig, ModelConfig, TrainConfig, digest
+from defquant.errors import UserError
 from defquant.files import append_line, read_lines
-from defquant.paper.section import attack_text, eps_number, eps_text
+from defquant.paper.section import attack_text, eps_number, eps_text, listed
 from defquant.records import Measurement, append, read_jsonl
 from defquant.typed import from_mapping
 
@@ -158,6 +159,12 @@ class Scale:
     surrogate_steps: int = 50  # of APGD through each backward pass
     standard_images: int = 250  # test images on which AutoAttack's worst case is measured
     standard_bits: tuple[int | None, ...] = (None, 1, 2, 4)  # of its Wide ResNets
+    changes: str = ""  # the flags that made it another than its preset
+
+    @property
+    def flags(self) -> str:
+        """What `reproduce` must be told to have it: `--preset small --epochs 2`."""
+        return f"--preset {self.name}{self.changes}"
 
     @property
     def paper_eps(self) -> float:
@@ -231,6 +238,32 @@ class Scale:
             svhn = data
         trainings = [replace(train, device=device) for train in (self.train, self.svhn_train)]
         return replace(self, data=data, svhn=svhn, train=trainings[0], svhn_train=trainings[1])
+
+    def changed(self, seeds: Sequence[int] | None, epochs: int | None) -> "Scale":
+        """With these `seeds` of Table 1, and with every training that many `epochs` long.
+
+        Other epochs are other networks with other keys: no result of them counts as the preset's.
+        Raises `UserError` for a seed twice or below 0, and for less than one epoch.
+        """
+        scale = self
+        if seeds is not None and tuple(seeds) != self.seeds:
+            if not seeds or min(seeds) < 0 or len({*seeds}) < len(seeds):
+                raise UserError(f"--seeds are numbers from 0, each once; found {listed(seeds)}")
+            flags = f" --seeds {' '.join(map(str, seeds))}"
+            scale = replace(scale, seeds=tuple(seeds), changes=scale.changes + flags)
+        if epochs is not None:
+            long: dict[str, Any] = {
+                name: replace(getattr(self, name), epochs=epochs)
+                for name in ("train", "svhn_train")
+            }
+            long |= {
+                name: {**own, "epochs": epochs}
+                for name in ("adversarial", "madry")
+                if "epochs" in (own := getattr(self, name))
+            }
+            if any(getattr(self, name) != value for name, value in long.items()):
+                scale = replace(scale, **long, changes=f"{scale.changes} --epochs {epochs}")
+        return scale
 
 
 _RADII = ("eps", "hard_eps", "attack_eps", "attack_sigma")

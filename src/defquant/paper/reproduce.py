@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from statistics import NormalDist
 
@@ -67,17 +68,28 @@ def print_list() -> None:
         print(f"{scale.name:6} {scale.about}")
 
 
-def cells_to_make(names: Sequence[str], scale: Scale, keys: Sequence[str] = ()) -> list[Cell]:
-    """The experiments' cells; with `keys` those alone, and the smaller radii that they rest on.
+def cells_to_make(
+    names: Sequence[str], scale: Scale, keys: Sequence[str] = (), networks: Sequence[str] = ()
+) -> list[Cell]:
+    """The experiments' cells; with `keys` those alone, and the smaller radii that they rest on;
+    with `networks`, patterns of names (`*_4bit_*`), theirs alone.
 
-    Raises `UserError` for a key of none of them.
+    Raises `UserError` for a key of none of them, and for a pattern of no network.
     """
     cells = cells_of(names, scale)
+    for pattern in networks:
+        if not any(fnmatch(cell.network.name, pattern) for cell in cells):
+            raise UserError(
+                f"no network {pattern!r} in {', '.join(names)} at {scale.flags}: --dry-run lists "
+                "their names, of which a pattern such as '*_4bit_*' picks some"
+            )
+    if networks:
+        cells = [c for c in cells if any(fnmatch(c.network.name, p) for p in networks)]
     known = {cell.key: cell for cell in cells}
     for key in keys:
         if key not in known:
             raise UserError(
-                f"no cell {key!r} in {', '.join(names)} at preset {scale.name}: take its key from "
+                f"no cell {key!r} in {', '.join(names)} at {scale.flags}: take its key from "
                 "`cell` in results.jsonl or probes.jsonl, or from the evidence on the page"
             )
     ends = [(known[key].family, known[key].eps) for key in keys]
