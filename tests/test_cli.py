@@ -220,7 +220,8 @@ def test_unaware_needs_a_squeezing_in_every_run(
         ("attack {tmp}/none", "no checkpoint at"),
         ("report {tmp}/none", "no folder"),
         ("report {tmp}", "results.jsonl"),
-        ("data get x", "unknown action 'get'"),
+        ("data get x", "use `defquant data fetch NAME`, or `defquant data pack NAME --out FILE`, "),
+        ("data pack digits", "not of digits; found pack digits"),
     ],
 )
 def test_mistakes_are_one_line(

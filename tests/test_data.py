@@ -22,7 +22,9 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 
 from conftest import REAL_DATA, refused
+from defquant.cli import main
 from defquant.data import Dataset, augment, batches, cifar, load, num_batches, pictures
+from defquant.data.packed import pack as pack_data
 from defquant.data.readers import read_mat
 from defquant.errors import DefquantWarning, UserError
 from test_fetch import pack
@@ -572,6 +574,37 @@ def test_bad_files(tmp_path: Path, kind: str, raw: bytes, said: str) -> None:
     name = kind if kind in ("svhn", "npz") else "cifar10"
     root = path if kind == "npz" else tmp_path
     assert re.search(said, fails(root, str(tmp_path), name=name, split="test"))
+
+
+@pytest.mark.parametrize("name", ["cifar10", "npz"])
+def test_packed_is_what_was_packed(tmp_path: Path, name: str) -> None:
+    """Every field and the fingerprint; equal bytes each time; any change of them is refused."""
+    root = write_batches(tmp_path) if name == "cifar10" else tmp_path / "d.npz"
+    if name == "npz":
+        root.write_bytes(npz(X))
+    packed, again = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    assert main(["data", "pack", name, "--data-root", str(root), "--out", str(packed)]) == 0
+    splits: Any = ("train", "test")
+    pack_data(name, load(name, root, "train"), load(name, root, "test"), again)
+    assert packed.read_bytes() == again.read_bytes()
+    for split in splits:
+        read, direct = load(name, packed, split), load(name, root, split)
+        assert read.fingerprint == direct.fingerprint
+        told = ("name", "classes", "flip", "shift")
+        assert [getattr(read, t) for t in told] == [getattr(direct, t) for t in told]
+    whole = packed.read_bytes()
+    changes = {
+        "not a whole packed file": whole[:-1],
+        "other images or labels": whole[:-1] + bytes([whole[-1] ^ 1]),
+        "no packed data": whole.replace(b"defquant-data", b"defquant-dote"),
+        "in format 2": whole.replace(b'\\"format\\": 1', b'\\"format\\": 2'),
+        "the header of": whole.replace(b'\\"flip\\": ', b'\\"flip\\":7'),
+    }  # fmt: skip
+    for said, raw in changes.items():
+        packed.write_bytes(raw)
+        refused(lambda: [load(name, packed, split) for split in splits], said)
+    refused(lambda: load("svhn", again), f"must hold svhn in format 1; found {name}")
+    refused(lambda: pack_data(name, read, read, tmp_path / "a.npz"), "NAME.safetensors")
 
 
 def test_no_files(tmp_path: Path) -> None:

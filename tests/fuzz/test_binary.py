@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from defquant.data import load
+from defquant.data.packed import pack
 from defquant.data.pictures import decode
 from defquant.errors import UserError
 from defquant.files import read_json
@@ -47,6 +49,13 @@ def small_npz(compressed: bool = False) -> bytes:
     return npz(pixels(10, 4, 4), np.arange(10) % 2, compressed=compressed)
 
 
+def small_pack() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.safetensors")
+        digits = load("digits").first(2), load("digits", split="test").first(3)
+        return pack("svhn", *digits, path).read_bytes()
+
+
 def inside(name: str) -> bytes:
     with zipfile.ZipFile(io.BytesIO(small_npz())) as file:
         return file.read(name)
@@ -59,7 +68,7 @@ def rows(n: int, compression: str = "none") -> bytes:
 FILES = {
     "svhn": "train_32x32.mat", "batch": "test_batch", "tar": "cifar-10-python.tar.gz",
     "packed": "cifar-10-python.tar.gz", "npz": "a.npz", "array": "a.npz",
-    "parquet": "test-0.parquet",
+    "parquet": "test-0.parquet", "data": "a.safetensors",
 }  # fmt: skip
 
 
@@ -68,7 +77,12 @@ def reader(kind: str, folder: Path) -> Read:
     if kind == "picture":
         return lambda raw: decode([picture("PNG"), raw], "here")
     path = folder / FILES[kind]
-    words = {"svhn": ("svhn", folder), "npz": ("npz", path), "array": ("npz", path)}
+    words = {
+        "svhn": ("svhn", folder),
+        "data": ("svhn", path),
+        "npz": ("npz", path),
+        "array": ("npz", path),
+    }
 
     def read(raw: bytes) -> object:
         if kind == "array":
@@ -93,6 +107,7 @@ def reader(kind: str, folder: Path) -> Read:
         ("packed", lambda: [gzip.compress(small_tar())], (), 2),
         ("npz", lambda: [small_npz(), small_npz(True)], (), 2),
         ("array", lambda: [inside("images.npy")], [b"999999999", b"'|O'", b"(", b"{"], 2),
+        ("data", lambda: [small_pack()], [b"999999999", b"-1", b"{"], 2),
         ("parquet", lambda: [rows(3), rows(9, "snappy")], (), 1),
     ],
 )  # fmt: skip

@@ -367,19 +367,27 @@ def report(
     print(page)
 
 
-def data(action: str, name: str, *, data_root: str = "data") -> None:
-    """Download, check and unpack a data set.
+def data(action: str, name: str, *, data_root: str = "data", out: str | None = None) -> None:
+    """Fetch a data set, or pack one into a single file that loads at once.
 
     Args:
-        action: fetch.
-        name: cifar10 or svhn.
-        data_root: where the files go.
+        action: fetch (download, check, unpack) or pack.
+        name: cifar10 or svhn; pack takes folder and npz, too.
+        data_root: where the files go, or lie.
+        out: of pack; NAME.safetensors if not given. Give it as --data-root then.
     """
-    if action != "fetch":
-        raise UserError(f"unknown action {action!r}: use `defquant data fetch NAME`")
-    from defquant.data import fetch
+    from defquant.data import fetch, load, pack
 
-    print(fetch(name, Path(data_root)))
+    if action == "pack" and name != "digits":
+        splits = load(name, data_root, "train"), load(name, data_root, "test")
+        print(pack(name, *splits, Path(out or f"{name}.safetensors")))
+    elif action == "fetch" and out is None:
+        print(fetch(name, Path(data_root)))
+    else:
+        raise UserError(
+            "use `defquant data fetch NAME`, or `defquant data pack NAME --out FILE`, not of "
+            f"digits; found {action} {name}" + " --out" * (out is not None)
+        )
 
 
 VERBS = {

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from defquant.data.cifar import read_cifar10
 from defquant.data.dataset import Dataset, as_labels, from_arrays, in_unit
+from defquant.data.packed import SUFFIX, read_packed
 from defquant.data.pictures import read_folder
 from defquant.errors import UserError, shown
 from defquant.files import opened
@@ -52,7 +53,7 @@ def load(
             `root/CLASS/` alone, of which a fifth, by a hash of their names, is for the test;
             `npz`: a file with `x_train y_train x_test y_test`, or with `images labels`, of which
             every fifth, counted class by class, is for the test.
-        root: where it lies; digits need none.
+        root: where it lies; digits need none. Or the file that `data pack` made of it.
         split: `train` or `test`.
 
     Raises `UserError` for an unknown name or split, and for files missing, broken or out of range.
@@ -72,6 +73,8 @@ def load(
     if not path.exists():
         raise UserError(f"found no data at {path}: correct the data root{fetchable}")
     try:
+        if path.suffix == SUFFIX and path.is_file():
+            return read_packed(name, path, split)
         return _READERS[name](path, split)
     except OSError as error:
         raise UserError(
