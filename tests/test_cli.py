@@ -2,10 +2,12 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import pytest
 import torch
 import yaml
 
-from defquant.cli import main
+from defquant.cli import VERBS, main
+from defquant.progress import TrainingProgress, keep_log, spoken
 from defquant.records import read_folder
 
 TRAIN = [
@@ -209,8 +212,15 @@ def test_unaware_needs_a_squeezing_in_every_run(
         ("train --device tpux --out {tmp}/x", "unknown device"),
         ("train --preset x --out x", "unknown preset 'x'"),
         ("train --nope", "--nope"),
+        ("train --presett x", "Did you mean --preset?"),
+        ("train --schedule setp", "found 'setp' (did you mean step?)"),
+        ("train --preset digits-shrt", "(did you mean digits-short?)"),
+        ("train --data digts --out {tmp}/x", "(did you mean digits?)"),
+        ("train --quiet -v --out x", "the opposite"),
         ("train", "--out"),
-        ("tain", "unknown verb"),
+        ("tarin", "unknown verb 'tarin' (did you mean train?)"),
+        ("attack x --attack pdg-20", "unknown attack 'pdg-20' (did you mean pgd?)"),
+        ("reproduce tabel1", "(did you mean table1?)"),
         ("attack x --eps 8", "write 8/255"),
         ("attack x --eps eight", "found 'eight'"),
         ("attack x --attack cw", "unknown attack 'cw'"),
@@ -228,6 +238,56 @@ def test_mistakes_are_one_line(
     words: str, message: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in refused(capsys, *words.format(run=trained, tmp=tmp_path).split())
+
+
+def test_quiet_verbose_and_the_log_of_a_run(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The log gets what is said, quiet or not, after what was there; a refused command none."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    log = run / "run.log"
+    before = log.read_text()
+    assert "defquant train --data digits" in before and "dq4: epoch 1/1" in before
+    refused(capsys, *TRAIN, "--bits", "4", "--out", str(run))
+    assert log.read_text() == before
+    words = ["attack", str(run), "--attack", "fgsm", "--eps", "0.1", "--images", "9"]
+    status, out, err = call(capsys, "-q", *words, "--examples", "0")
+    assert (status, len(out), err) == (0, 3, [])
+    (command, *said) = log.read_text().removeprefix(before).splitlines()
+    assert command.endswith(f"$ defquant -q {shlex.join(words)} --examples 0")
+    lines = [line.partition(" ") for line in said]
+    assert all(datetime.fromisoformat(at).tzinfo for at, _, _ in lines)
+    assert [line for _, _, line in lines if line in out] == out
+    assert [line for _, _, line in lines if line not in out] == ["run: FGSM 25.5/255 (1 of 1)"]
+    status, loud, err = call(capsys, *words, "--examples", "0", "-v")
+    assert (status, loud) == (0, out) and "eps: [0.1]" in err and err[-1].endswith(" s")
+    assert read_folder(run)  # it is no result
+
+
+def test_on_a_terminal_epochs_are_logged_and_left_to_the_bar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = dict.fromkeys(("epoch", "loss", "accuracy", "penalty", "images_per_second"), 1.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with spoken("defquant x"), TrainingProgress("r", 1, 0) as progress:
+        keep_log(tmp_path / "later")
+        progress.epoch(1, record)  # no folder yet: it waits
+        (tmp_path / "later").mkdir()
+        print("\x1b[1mloss", end=" ")
+        print("1\x1b[0m")
+    first, *rest = (tmp_path / "later" / "run.log").read_text().splitlines()
+    assert first.endswith("$ defquant x") and "r: epoch 1/1" in rest[0]
+    assert rest[1].endswith(" loss 1") and "epoch" not in capsys.readouterr().err
+
+
+def test_completion_knows_the_verbs_and_flags(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    status, out, _ = call(capsys, "--install-completion", "--shell", "bash")
+    text = Path(out[-1]).read_text()
+    assert status == 0 and tmp_path in Path(out[-1]).parents
+    assert all(word in text for word in (*VERBS, "--weight-bits", "digits-short", "one-cycle"))
 
 
 def test_a_folder_is_not_trained_over(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

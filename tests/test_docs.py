@@ -143,7 +143,7 @@ def flags() -> set[str]:
     app = verb_app()
     arguments = [a for verb in VERBS for a in app[verb].assemble_argument_collection()]
     names = {name[2:].replace("-", "_") for a in arguments for name in a.names}
-    return names | {"config", "print_config", "help", "version"}
+    return names | {"config", "print_config", "help", "version", "quiet", "verbose"}
 
 
 # ----------------------------------------------------------------- (c) names

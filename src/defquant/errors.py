@@ -1,6 +1,9 @@
 """What a user did wrong, in one line: the rule, the value found, the remedy."""
 
-__all__ = ["DefquantWarning", "UserError", "shown", "visible"]
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = ["DefquantWarning", "UserError", "near", "shown", "visible"]
 
 
 def visible(text: str) -> str:
@@ -22,6 +25,12 @@ def shown(value: object, limit: int = 80) -> str:
         text = f"a {type(value).__name__}"
     text = visible(" ".join(text[: 20 * limit].split()))
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def near(found: str, known: Iterable[str]) -> str:
+    """` (did you mean train?)` for `tarin`; empty where no name is like the one found."""
+    close = get_close_matches(found[:80].lower(), list(known), 1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 class UserError(ValueError):

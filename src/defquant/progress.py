@@ -1,16 +1,108 @@
-"""Progress on stderr: a bar on a terminal, one line per epoch or attack elsewhere."""
+"""Progress on stderr: a bar on a terminal, one line per epoch or attack elsewhere; and the log.
 
+What a command prints is also appended to `run.log` in the folder of the run, line by line.
+"""
+
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["AttackProgress", "TrainingProgress"]
+from defquant.errors import visible
+
+__all__ = [
+    "LOG", "AttackProgress", "TrainingProgress", "keep_log", "note", "quiet", "say", "spoken",
+]  # fmt: skip
+
+LOG = "run.log"
+
+
+@dataclass
+class _Command:
+    """The command that runs: its words, where its lines go, and those that are not there yet."""
+
+    words: str = ""
+    quiet: bool = False
+    log: Path | None = None
+    begun: bool = False
+    waiting: list[str] = field(default_factory=list)
+
+
+_command = _Command()
+
+
+@contextmanager
+def spoken(words: str, *, quiet: bool = False) -> Iterator[None]:
+    """Run the command `words`: without progress where `quiet`; what is printed can be logged."""
+    global _command
+    before, _command = _command, _Command(words, quiet)
+    try:
+        with redirect_stdout(_Copied(sys.stdout)):
+            yield
+    finally:
+        _command = before
+
+
+def quiet() -> bool:
+    """Whether progress is not wanted."""
+    return _command.quiet
+
+
+def keep_log(folder: Path) -> None:
+    """From now on, append what the command says to `run.log` in `folder`, first the command."""
+    _command.log, _command.begun, _command.waiting = folder / LOG, False, []
+    note(f"$ {_command.words}", begins=False)
+
+
+def note(text: str, *, begins: bool = True) -> None:
+    """Append a line with the time to the log, if one is kept; one that cannot be written is lost.
+
+    A line that does not begin the log waits for one that does: a refused command leaves nothing.
+    """
+    if _command.log is None:
+        return
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    _command.waiting.append(f"{now} {visible(_COLOURS.sub('', text))}\n")
+    _command.begun |= begins
+    if _command.begun:
+        with suppress(OSError), _command.log.open("a", encoding="utf-8") as file:
+            file.write("".join(_command.waiting))
+            _command.waiting.clear()
+
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def say(text: str, *, shown: bool = True) -> None:
+    """One line of progress: into the log, and on stderr where it is `shown` and not `quiet`."""
+    if shown and not quiet():
+        print(text, file=sys.stderr, flush=True)
+    note(text)
+
+
+class _Copied:
+    """A stream whose whole lines are noted, too."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._line = stream, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            note(line)
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class TrainingProgress:
@@ -48,8 +140,8 @@ class TrainingProgress:
         self._next = time.monotonic() + 0.5
 
     def epoch(self, epochs: int, record: Mapping[str, float], how: str = "") -> None:
-        """Say that an epoch is done, and `how` its steps ran, where there is no bar to say so."""
-        if not self._show or not self._bar.disable:
+        """Say that an epoch is done, and `how` its steps ran; on stderr where no bar does."""
+        if not self._show:
             return
         text = f"loss {record['loss']:.3f}  accuracy {record['accuracy']:.1%}"
         text += f"  penalty {record['penalty']:.3g}  {record['images_per_second']:,.0f} images/s"
@@ -59,7 +151,7 @@ class TrainingProgress:
             text += f"  test {record['test_accuracy']:.1%}"
         number = f"{record['epoch']:.0f}/{epochs}"
         text += f"  {how}" if how else ""
-        print(f"{self._label}: epoch {number}  {text}", file=sys.stderr, flush=True)
+        say(f"{self._label}: epoch {number}  {text}", shown=self._bar.disable)
 
 
 class AttackProgress:
@@ -80,8 +172,7 @@ class AttackProgress:
         label = f"{self._label}: {name} {eps:.4g}/255 ({self._begun} of {self._attacks})"
         with _bar() as bar:
             task, due = bar.add_task(label, total=1.0, text=""), time.monotonic()
-            if bar.disable:
-                print(label, file=sys.stderr, flush=True)
+            say(label, shown=bar.disable)
 
             def tick(ask: Callable[[], tuple[float, int]]) -> None:
                 nonlocal due
@@ -100,5 +191,5 @@ def _bar(*, show: bool = True) -> Progress:
         TextColumn("{task.percentage:>3.0f}%"),
         TextColumn("{task.fields[text]}"), TimeRemainingColumn(),
         console=Console(stderr=True), transient=True, redirect_stdout=False,
-        disable=not (show and sys.stderr.isatty()),
+        disable=quiet() or not (show and sys.stderr.isatty()),
     )  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
-from defquant.errors import UserError, shown
+from defquant.errors import UserError, near, shown
 
 __all__ = [
     "NOT_NEGATIVE", "POSITIVE", "UNIT", "Rule", "check_fields", "check_sound", "convert", "decode",
@@ -221,6 +221,8 @@ def convert(kind: Any, value: Any, name: str) -> Any:
     elif isinstance(kind, type) and is_dataclass(kind):
         return value if isinstance(value, kind) else from_mapping(kind, value, f"{name}.")
     found = f"'{shown(value, 78)}'" if isinstance(value, str) else shown(value)
+    if isinstance(value, str):  # a slip of one name among several
+        found += near(value, [one for one in inner if isinstance(one, str)])
     raise UserError(f"{name} must be {_words(kind)}; found {found}")
 
 

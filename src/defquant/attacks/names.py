@@ -12,7 +12,7 @@ from defquant.attacks.fab import FAB
 from defquant.attacks.first_order import BIM, FGSM, PGD, RFGSM, FirstOrder, Random
 from defquant.attacks.square import Square
 from defquant.attacks.surrogates import EOT, ClipFree, FloatTwin, Precisions, SoftRound
-from defquant.errors import UserError
+from defquant.errors import UserError, near
 
 __all__ = ["ATTACKS", "parse_attack", "parse_first_order"]
 
@@ -59,8 +59,9 @@ def parse_attack(text: str, eps: float) -> Single | Composition:
         if len(numbers) <= len(names) and match[2] in (None, *_SURROGATES):
             return make(eps, **options)
     *known, last = ATTACKS
+    like = near(re.split(r"[@+]|-\d", text)[0], ATTACKS)
     raise UserError(
-        f"unknown attack {text!r}: use {', '.join(known)} or {last}, with steps, restarts, "
+        f"unknown attack {text!r}{like}: use {', '.join(known)} or {last}, with steps, restarts, "
         "surrogate and queries as in pgd-20, apgd-50x10 or apgd@soft-50+200"
     )
 

@@ -5,8 +5,12 @@ value may be.
 """
 
 import argparse
+import logging
 import re
+import shlex
 import sys
+import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -17,20 +21,24 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from cyclopts import App, CycloptsError, Parameter, Token
+from cyclopts.completion import ShellDetectionError
 from cyclopts.config import Dict
 
 from defquant.cli.rows import json_alone
 from defquant.cli.verbs import VERBS
 from defquant.config import PRESETS, check_eps
-from defquant.errors import UserError, shown, visible
+from defquant.errors import UserError, near, shown, visible
 from defquant.files import read_text
+from defquant.progress import note, spoken
 from defquant.typed import check_sound, convert, parse_yaml
 
 __all__ = ["VERBS", "eps", "main", "parse", "settings_of", "verb_app"]
 
 _MOVES = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_QUIET, _VERBOSE = ("-q", "--quiet"), ("-v", "--verbose")
 _EVERYWHERE = """With every verb: --config FILE reads any of these flags from YAML, flags on the
-command line override it; --print_config prints them all as YAML and does nothing.
+command line override it; --print_config prints them all as YAML and does nothing; -q or --quiet
+leaves progress out; -v or --verbose adds the settings, the time, and an error's traceback.
 
 Exit status: 0 done, 1 a finding, 2 bad input, 130 interrupted."""
 
@@ -39,27 +47,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Returns 0 when done, 1 for a finding, 2 for bad input, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     warnings.showwarning = _print_warning
-    try:
-        asked = parse(words)
-        if asked is None:
-            return 0
-        verb, given = asked
-        with json_alone() if given.arguments.get("json") else nullcontext():
-            return int(verb(*given.args, **given.kwargs) or 0)
-    except UserError as error:
-        print(f"defquant: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "defquant: interrupted; what was finished stands, the last checkpoint too",
-            file=sys.stderr,
-        )
-        return 130
-    except BrokenPipeError:
-        return 1
-    except (OSError, UnicodeError, OverflowError, RecursionError, MemoryError) as error:
-        print(f"defquant: {type(error).__name__}: {shown(str(error), 300)}", file=sys.stderr)
-        return 2
+    few, much = (any(word in switch for word in words) for switch in (_QUIET, _VERBOSE))
+    with spoken(shlex.join(["defquant", *words]), quiet=few):
+        try:
+            if few and much:
+                raise UserError("--quiet and --verbose say the opposite: give one")
+            return _run(words, much)
+        except UserError as error:
+            return _failed(str(error))
+        except KeyboardInterrupt:
+            _failed("interrupted; what was finished stands, the last checkpoint too")
+            return 130
+        except BrokenPipeError:
+            return 1
+        except (OSError, UnicodeError, OverflowError, RecursionError, MemoryError) as error:
+            return _failed(f"{type(error).__name__}: {shown(str(error), 300)}", much)
+
+
+def _run(words: Sequence[str], verbose: bool) -> int:
+    asked, begun = parse(words), time.monotonic()
+    if asked is None:
+        return 0
+    verb, given = asked
+    if verbose:
+        logging.basicConfig(format="defquant: %(message)s")
+        logging.getLogger("defquant").setLevel(logging.INFO)
+        settings = yaml.safe_dump(settings_of(given), sort_keys=False, default_flow_style=None)
+        print(settings, end="", file=sys.stderr)
+    with json_alone() if given.arguments.get("json") else nullcontext():
+        status = int(verb(*given.args, **given.kwargs) or 0)
+    if verbose:
+        print(f"defquant: {time.monotonic() - begun:.1f} s", file=sys.stderr)
+    return status
+
+
+def _failed(why: str, verbose: bool = False) -> int:
+    if verbose:
+        traceback.print_exc()
+    _tell(why)
+    return 2
 
 
 def parse(words: Sequence[str]) -> tuple[Callable[..., int | None], BoundArguments] | None:
@@ -67,9 +93,11 @@ def parse(words: Sequence[str]) -> tuple[Callable[..., int | None], BoundArgumen
 
     Raises `UserError`: an unknown verb or flag, a value that the flag does not take.
     """
+    words = [word for word in words if word not in (*_QUIET, *_VERBOSE)]
     verb, *flags = words or ["--help"]
-    if verb not in (*VERBS, "-h", "--help", "help", "--version"):
-        raise UserError(f"unknown verb {shown(verb)!r}: use one of {', '.join(VERBS)}")
+    if verb not in (*VERBS, "-h", "--help", "help", "--version", "--install-completion"):
+        known = f"{near(verb, VERBS)}: use one of {', '.join(VERBS)}"
+        raise UserError(f"unknown verb {shown(verb)!r}{known}")
     app, show = verb_app(), False
     if verb in VERBS:
         app.config, show, flags = _files(verb, flags)
@@ -107,6 +135,15 @@ def verb_app() -> App:
     )  # fmt: skip
     for place, (name, verb) in enumerate(VERBS.items()):
         app.command(verb, name=name, sort_key=place)
+
+    def complete(*, shell: Literal["bash", "zsh", "fish"] | None = None) -> None:
+        """Teach your shell the verbs and flags."""
+        try:
+            print(app.install_completion(shell=shell))
+        except ShellDetectionError:
+            raise UserError("which shell? Give --shell bash, zsh or fish") from None
+
+    app.command(complete, name="--install-completion")
     return app
 
 
@@ -135,8 +172,8 @@ def _files(verb: str, flags: list[str]) -> tuple[list[Dict], bool, list[str]]:
         named = [found.preset, *(layer.get("preset") for layer in layers.values())]
         if preset := next((name for name in named if name is not None), None):
             if not isinstance(preset, str) or preset not in PRESETS:
-                known = ", ".join(PRESETS)
-                raise UserError(f"unknown preset {shown(str(preset))!r}: use one of {known}")
+                known = f"{near(str(preset), PRESETS)}: use one of {', '.join(PRESETS)}"
+                raise UserError(f"unknown preset {shown(str(preset))!r}{known}")
             layers = {"--preset": {"preset": preset}, **layers, preset: dict(PRESETS[preset])}
     sources = [
         Dict(layer, use_commands_as_keys=False, source=name) for name, layer in layers.items()
@@ -242,5 +279,10 @@ def _version() -> str:
 
 
 def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    text = visible(" ".join(str(message).split("\n")))
-    print(f"defquant: warning: {text}", file=sys.stderr)
+    _tell("warning: " + visible(" ".join(str(message).split("\n"))))
+
+
+def _tell(text: str) -> None:
+    """On stderr, and into a log that has begun."""
+    print(f"defquant: {text}", file=sys.stderr)
+    note(f"defquant: {text}", begins=False)

@@ -12,6 +12,7 @@ from defquant.cli import rows
 from defquant.cli.rows import print_json, print_measurements
 from defquant.config import check_bits
 from defquant.errors import UserError
+from defquant.progress import keep_log
 from defquant.records import EIGHT_BIT, FOREIGN
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ def attack(
         guard = blamed(foreign.path)
     with guard:
         for run, model, facts, tested in targets:
+            keep_log(run)
             boxes = [
                 replay(a, Path(substitute), tested, device=place, source=substitute, **how)
                 for a in asking

@@ -1,6 +1,5 @@
 """What each verb does. Its signature is its flags, its docstring its help. No torch on import."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from defquant.cli.scores import (
 from defquant.cli.shipping import export, verify
 from defquant.config import PRESETS, DataConfig, ModelConfig, TrainConfig
 from defquant.errors import UserError
+from defquant.progress import keep_log, say
 from defquant.records import read_folder
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def demo(*, out: str = "demo", seeds: int = 3, smoke: bool = False, json: Json =
     from defquant.report import build_report
 
     folder = Path(out)
+    keep_log(folder)
     run_demo(folder, seeds=seeds, smoke=smoke)
     page = build_report(folder, folder / "report.html")
     rows.print_summary(read_folder(folder), as_json=json)
@@ -72,7 +73,7 @@ def demo(*, out: str = "demo", seeds: int = 3, smoke: bool = False, json: Json =
 def train(
     *,
     out: str | None = None,
-    preset: Annotated[str | None, Parameter(help=", ".join(PRESETS))] = None,
+    preset: Annotated[str | None, Parameter(choices=tuple(PRESETS))] = None,
     resume: bool = False,
     json: Json = False,
     model: Annotated[_Model, Flat] = _MODEL,
@@ -92,6 +93,7 @@ def train(
     from defquant.distributed import leads
     from defquant.runs import train_run
 
+    keep_log(Path(out))
     last = train_run(network, data, config, Path(out), resume=resume).history[-1]
     if not leads():
         return
@@ -155,6 +157,7 @@ def diagnose(
         steps=steps, restarts=restarts, queries=queries, seed=seed, batch_size=batch_size
     )
     how: Any = {"audited": 0 if no_audit else audited, "effort": effort}
+    keep_log(Path(run or out or ""))
     if model_file is None:
         record = diagnose_run(
             Path(run or ""), eps, against=[Path(other) for other in against],
@@ -215,6 +218,7 @@ def judge(
     """
     least(1, images=images)
     seconds = _seconds(budget)
+    keep_log(Path(out))
     from defquant.files import write_bytes, write_json
     from defquant.judging.suspects import images_of
     from defquant.judging.verdict import judge as judged
@@ -224,7 +228,7 @@ def judge(
         model, images_of(model, data, data_root), reference=reference, eps=eps,
         margin=margin, budget=seconds, images=images, weights=weights,
         reference_weights=reference_weights, seed=seed,
-        tell=lambda line: print(f"defquant: {line}", file=sys.stderr),
+        tell=lambda line: say(f"defquant: {line}"),
     )  # fmt: skip
     print_json(found.record) if json else print("\n".join(rows.judged_rows(found.record)))
     page = judged_page(found.record).encode()
@@ -295,6 +299,7 @@ def reproduce(
     if dry_run:
         paper.print_plan(cells, scale, folder, jobs)
         return 0
+    keep_log(folder)
     failed = [] if render_only else paper.make(cells, scale, folder, jobs, workers)
     results = grid.read(folder)
     for key in cell or ():

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from defquant.errors import UserError, shown
+from defquant.errors import UserError, near, shown
 from defquant.files import opened, write_bytes, write_whole
 
 __all__ = ["LARGEST", "fetch", "read_tar"]
@@ -54,7 +54,8 @@ def fetch(
     would do harm.
     """
     if name not in _ARCHIVES:
-        raise UserError(f"cannot fetch {name!r}: choose one of {', '.join(_ARCHIVES)}")
+        known = f"{near(name, _ARCHIVES)}: choose one of {', '.join(_ARCHIVES)}"
+        raise UserError(f"cannot fetch {name!r}{known}")
     root = Path(root).expanduser()
     host, files = _ARCHIVES[name]
 
@@ -86,12 +87,15 @@ def _download(
     from rich import progress
     from rich.console import Console
 
+    from defquant.progress import quiet
+
     remedy = f"try again, or download {url} by hand to {path}"
     columns = (
         progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn(),
         progress.TransferSpeedColumn(), progress.TimeRemainingColumn(),
     )  # fmt: skip
-    bar = progress.Progress(*columns, console=Console(stderr=True), disable=not show_progress)
+    hidden = quiet() or not show_progress
+    bar = progress.Progress(*columns, console=Console(stderr=True), disable=hidden)
 
     def receive(temporary: Path) -> None:
         with temporary.open("wb") as file, bar:

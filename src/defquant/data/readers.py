@@ -17,7 +17,7 @@ from defquant.data.cifar import read_cifar10
 from defquant.data.dataset import Dataset, as_labels, from_arrays, in_unit
 from defquant.data.packed import SUFFIX, read_packed
 from defquant.data.pictures import read_folder
-from defquant.errors import UserError, shown
+from defquant.errors import UserError, near, shown
 from defquant.files import opened
 
 __all__ = ["DATASETS", "load", "read_mat"]
@@ -59,7 +59,8 @@ def load(
     Raises `UserError` for an unknown name or split, and for files missing, broken or out of range.
     """
     if name not in _READERS:
-        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
+        known = f"{near(name, DATASETS)}: choose one of {', '.join(DATASETS)}"
+        raise UserError(f"unknown data set {name!r}{known}")
     if split not in ("train", "test"):
         raise UserError(f"the split must be train or test; found {split!r}")
     if name == "digits":

@@ -17,11 +17,12 @@ from statistics import NormalDist
 from rich.console import Console
 from rich.table import Table
 
-from defquant.errors import UserError
+from defquant.errors import UserError, near
 from defquant.paper import grid
 from defquant.paper.figures import EXPERIMENTS, WORDS, cells_of
 from defquant.paper.grid import SCALES, Cell, Network, Scale, by_network
 from defquant.paper.workers import cores
+from defquant.progress import say
 
 __all__ = ["cells_to_make", "make", "names_of", "passes_by_model", "print_list", "print_plan"]
 
@@ -46,7 +47,10 @@ def names_of(words: Sequence[str], scale: Scale) -> list[str]:
         raise UserError(f"reproduce needs a name: {', '.join(every)} or all; --list explains them")
     for word in words:
         if word != "all" and word not in EXPERIMENTS:
-            raise UserError(f"unknown table or figure {word!r}: use {', '.join(every)} or all")
+            known = ", ".join(every)
+            raise UserError(
+                f"unknown table or figure {word!r}{near(word, every)}: use {known} or all"
+            )
     return every if "all" in words else list(dict.fromkeys(words))
 
 
@@ -140,7 +144,7 @@ def make(
     missing = grid.read(out).missing(cells)
     _check_data(scale, missing)
     there = f"{len(cells) - len(missing)} of {len(cells)} cells are there"
-    print(f"reproduce: {there}", file=sys.stderr)
+    say(f"reproduce: {there}")
     if not missing:
         return []
     from defquant.paper.run import run

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from defquant.errors import UserError
+from defquant.progress import quiet, say
 
 __all__ = ["Job", "cores", "each", "each_on_cluster"]
 
@@ -139,14 +140,14 @@ def _progress(title: str, total: int) -> Iterator[Callable[[str, object], None]]
     hidden = not console.is_terminal
     columns = BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(
-        "{task.description}", *columns, console=console, transient=True, disable=hidden
+        "{task.description}", *columns, console=console, transient=True, disable=hidden or quiet()
     ) as bar:
         task = bar.add_task(title, total=total)
 
         def advance(name: str, result: object) -> None:
             bar.advance(task)
-            if hidden and result in (None, "done"):
-                print(f"{title}: {name} done", file=sys.stderr, flush=True)
+            if result in (None, "done"):
+                say(f"{title}: {name} done", shown=hidden)
 
         yield advance
 
