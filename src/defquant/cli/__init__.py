@@ -96,8 +96,8 @@ def parse(words: Sequence[str]) -> tuple[Callable[..., int | None], BoundArgumen
     words = [word for word in words if word not in (*_QUIET, *_VERBOSE)]
     verb, *flags = words or ["--help"]
     if verb not in (*VERBS, "-h", "--help", "help", "--version", "--install-completion"):
-        known = f"{near(verb, VERBS)}: use one of {', '.join(VERBS)}"
-        raise UserError(f"unknown verb {shown(verb)!r}{known}")
+        known = ", ".join(VERBS)
+        raise UserError(f"unknown verb {shown(verb)!r}{near(verb, VERBS)}: use one of {known}")
     app, show = verb_app(), False
     if verb in VERBS:
         app.config, show, flags = _files(verb, flags)
@@ -172,8 +172,9 @@ def _files(verb: str, flags: list[str]) -> tuple[list[Dict], bool, list[str]]:
         named = [found.preset, *(layer.get("preset") for layer in layers.values())]
         if preset := next((name for name in named if name is not None), None):
             if not isinstance(preset, str) or preset not in PRESETS:
-                known = f"{near(str(preset), PRESETS)}: use one of {', '.join(PRESETS)}"
-                raise UserError(f"unknown preset {shown(str(preset))!r}{known}")
+                preset, known = str(preset), ", ".join(PRESETS)
+                like = near(preset, PRESETS)
+                raise UserError(f"unknown preset {shown(preset)!r}{like}: use one of {known}")
             layers = {"--preset": {"preset": preset}, **layers, preset: dict(PRESETS[preset])}
     sources = [
         Dict(layer, use_commands_as_keys=False, source=name) for name, layer in layers.items()

@@ -54,8 +54,8 @@ def fetch(
     would do harm.
     """
     if name not in _ARCHIVES:
-        known = f"{near(name, _ARCHIVES)}: choose one of {', '.join(_ARCHIVES)}"
-        raise UserError(f"cannot fetch {name!r}{known}")
+        known = ", ".join(_ARCHIVES)
+        raise UserError(f"cannot fetch {name!r}{near(name, _ARCHIVES)}: choose one of {known}")
     root = Path(root).expanduser()
     host, files = _ARCHIVES[name]
 

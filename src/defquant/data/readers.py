@@ -59,8 +59,8 @@ def load(
     Raises `UserError` for an unknown name or split, and for files missing, broken or out of range.
     """
     if name not in _READERS:
-        known = f"{near(name, DATASETS)}: choose one of {', '.join(DATASETS)}"
-        raise UserError(f"unknown data set {name!r}{known}")
+        known = ", ".join(DATASETS)
+        raise UserError(f"unknown data set {name!r}{near(name, DATASETS)}: choose one of {known}")
     if split not in ("train", "test"):
         raise UserError(f"the split must be train or test; found {split!r}")
     if name == "digits":
