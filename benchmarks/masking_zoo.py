@@ -7,6 +7,7 @@ of undecided truth PASSes. An honest network may be OVERSTATED: that is proved.
 """
 
 import argparse
+import math
 import platform
 import sys
 import time
@@ -103,16 +104,20 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="of the kinds not held out")
     parser.add_argument("--fresh", type=int, default=2, help="seeds of the kinds held out")
     parser.add_argument("--only", default="", help="kinds whose name holds this")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="then begin no other")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", dq.DefquantWarning)
     substitute = plain(None, "substitute")(99)
-    rows = []
-    for kind in ZOO:
-        for seed in range(options.fresh if kind.held_out else options.seeds):
-            if options.only in kind.name:
+    asked = [kind for kind in ZOO if options.only in kind.name]
+    rows, end = list[Row](), time.monotonic() + 60 * options.minutes
+    for seed in range(max(options.seeds, options.fresh)):
+        for kind in asked:
+            seeds = options.fresh if kind.held_out else options.seeds
+            if seed < seeds and time.monotonic() < end:
                 rows.append(examined(kind, seed, options.images, substitute))
                 print(*rows[-1].cells, f"{rows[-1].seconds:.0f} s", file=sys.stderr, flush=True)
+    rows.sort(key=lambda row: asked.index(row.kind))
     wrong = [row for row in rows if not row.right]
     print(table(rows) + "\n\n" + confusion(rows))
     print(

@@ -14,12 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import defquant as dq
+import judged_quantisers
 from conftest import REAL_DATA, refused
-from defquant.attacks.surrogates import SoftRound
+from defquant.attacks.surrogates import SoftRound, twin_of
 from defquant.cli import main
-from defquant.judging.opening import open_staircases
+from defquant.judging.opening import has_gradient, open_staircases
 from defquant.judging.suspects import suspect, with_twin
 from defquant.records import mean_between
+from judged_quantisers import QUANTISERS
 
 N, HIGH = 3, 6.0
 STEP = HIGH / N
@@ -158,6 +160,30 @@ def test_steps_and_signs_are_staircases(trained: dict[str, Tensor], data: dq.Dat
         with SoftRound()(opened.twin) as (forward,):
             (grad,) = torch.autograd.grad(forward(at).sum(), at)
         assert (grad != 0).any()
+
+
+@pytest.fixture(scope="module")
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return judged_quantisers.trained(judged_quantisers.Small(), dq.load("digits", split="train"), 2)
+
+
+@pytest.mark.filterwarnings("ignore")  # the tools' own
+@pytest.mark.parametrize(
+    "tool", [t for t, (package, _) in QUANTISERS.items() if package != "torch"]
+)
+def test_the_twin_of_what_a_tool_made(
+    tool: str, small: nn.Module, data: dq.Dataset, tmp_path: Path
+) -> None:
+    """It answers as the file itself does, and every rounding between two layers is open."""
+    package, make = QUANTISERS[tool]
+    pytest.importorskip(package)
+    seen = suspect(make(small, dq.load("digits", split="train"), tmp_path), data)
+    x, y = data.take(torch.arange(len(data)))
+    said, twin = seen.answers(data.images), twin_of(seen.model)
+    assert (twin(x).argmax(1) != said).sum() <= 3  # a file's own quantised logits have ties
+    assert (said == y).float().mean() > 0.8
+    assert len(seen.staircases) >= 2 and not seen.closed and has_gradient(twin, x)
 
 
 def nearest(x: Tensor) -> Tensor:
