@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import nbclient
+import nbformat
 import pytest
 import torch
 
@@ -186,8 +188,8 @@ def test_names_of_the_paper_map_exist() -> None:
 
 
 def test_messages_and_warnings_are_those_of_the_code() -> None:
-    """`### message` of flags.md, `…` for what is filled in: its parts stand in one string of the
-    sources; and every plain warning of the sources has its entry.
+    """The warnings (`### message`) and errors (a table) of flags.md, `…` for what is filled in: the
+    parts stand in one string of the sources, and every plain warning of these has its entry.
     """
     messages, warned = [], set()
     for path in Path(defquant.__file__).parent.rglob("*.py"):
@@ -199,7 +201,9 @@ def test_messages_and_warnings_are_those_of_the_code() -> None:
                 messages.append(node.value)
             elif isinstance(node, ast.Call) and ast.unparse(node.func) in WARN:
                 warned |= {a.value for a in node.args[:1] if isinstance(a, ast.Constant)}
-    heads = re.findall(r"^### (.*)$", (ROOT / "docs" / "flags.md").read_text(), re.M)
+    text, errors = (ROOT / "docs" / "flags.md").read_text().split("\n## Errors\n")
+    heads = re.findall(r"^### (.*)$", text, re.M)
+    heads += re.findall(r"^\| (.*?) \|", errors.split("\n## ")[0], re.M)[2:]
     assert len(heads) > 30
     plain = [message.replace("`", "") for message in messages]
     for head in heads:
@@ -326,3 +330,20 @@ def test_every_field_case_has_its_test() -> None:
 def test_the_reference_has_every_public_name() -> None:
     named = re.findall(r"^::: defquant\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.M)
     assert sorted(named) == defquant.__all__
+
+
+def test_ci_runs_the_targets_of_check() -> None:
+    made = re.search(r"^check: (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    ran = re.search(r"target: \[(.*)\]", (ROOT / ".github/workflows/ci.yml").read_text())
+    assert made and ran
+    assert sorted(made[1].split()) == sorted(ran[1].replace(",", "").split())
+
+
+@pytest.mark.slow  # a minute on two cores
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # they hang on the machine
+    found = nbclient.execute(notebook, cwd=str(tmp_path), kernel_name="python3")
+    assert all(c.execution_count for c in found.cells if c.cell_type == "code")
+    assert (tmp_path / "dq4.onnx").is_file()

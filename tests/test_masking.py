@@ -376,7 +376,7 @@ def test_overstated_takes_ten_points_beyond_chance() -> None:
 def test_every_sign_is_explained() -> None:
     text = (Path(__file__).parents[1] / "docs" / "flags.md").read_text()
     for name, rule in RULES.items():
-        assert f"- **{name}**" in text and rule.means in text and rule.do, name
+        assert f"| **{name}** |" in text and rule.means in text and rule.do, name
 
 
 def test_bad_eps_is_refused() -> None:
