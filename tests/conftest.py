@@ -1,12 +1,13 @@
 """Shared by all tests: few threads, small networks."""
 
 import gzip
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from defquant.data import Dataset
 from defquant.errors import UserError
@@ -46,6 +47,31 @@ def refused(call: Callable[[], object], *parts: str) -> str:
 def alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     """The same names and, bit for bit, the same tensors."""
     return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+@contextmanager
+def left_alone(*models: nn.Module) -> Iterator[None]:
+    """The state, modes, gradients, hooks and bits of `models` stay, and so do global draws."""
+    weights = [p for model in models for p in model.parameters()]
+    state = [{name: t.clone() for name, t in model.state_dict().items()} for model in models]
+    grads, draws = [p.grad for p in weights], torch.get_rng_state()
+
+    def rest() -> list[object]:
+        parts = (part for model in models for part in model.modules())
+        hooks = ((len(p._forward_hooks), len(p._forward_pre_hooks), set(vars(p)), p) for p in parts)
+        own = [(*each, part.training, getattr(part, "bits", None)) for *each, part in hooks]
+        return [own, [p.requires_grad for p in weights]]
+
+    before = rest()
+    yield
+    assert all(map(alike, state, (model.state_dict() for model in models)))
+    assert rest() == before and all(p.grad is g for p, g in zip(weights, grads, strict=True))
+    assert torch.equal(draws, torch.get_rng_state())
+
+
+def uniform(*shape: int, seed: int = 0) -> Tensor:
+    """Numbers in [0, 1) that depend on the seed alone."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture

@@ -144,8 +144,13 @@ def test_a_full_disk_keeps_the_last_checkpoint(
         ({"squeeze": 3}, {}, "float + squeezing 3-bit"),
         ({"bits": 4, "squeeze": 5}, {"attack": "rfgsm"}, "vanilla + squeezing + RFGSM"),
         ({"bits": 1, "convex": True, "squeeze": 5}, {"beta": 0.1}, "DQ + squeezing"),
+        ({"weight_bits": 8}, {}, "float + W8"),
+        ({"bits": 4, "weight_bits": 4}, {}, "vanilla + W4"),
+        ({"bits": 4, "deployable": True}, {}, "vanilla + deployable"),
+        ({"bits": 4, "convex": True, "weight_bits": 8, "deployable": True, "squeeze": 5},
+         {"beta": 0.1, "attack": "rfgsm"}, "DQ + squeezing + W8 + deployable + RFGSM"),
     ],
-)
+)  # fmt: skip
 def test_networks_that_differ_have_other_names(
     model: dict[str, object], train: dict[str, object], method: str
 ) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import defquant as dq
+from conftest import refused
 from defquant.deploy import reference
 from defquant.deploy.cost import (
     REST,
@@ -36,7 +37,6 @@ from defquant.deploy.program import (
     Program,
     Quantize,
 )
-from defquant.errors import UserError
 from defquant.integers import PIXELS, Grid, Weight
 from defquant.quantize import QuantBranch, Quantizer
 from defquant.weights import QuantConv2d, QuantLinear
@@ -276,8 +276,7 @@ def test_latency_is_a_median_without_the_warm_up() -> None:
     found = latency({"a": lambda: time.sleep(next(turns))}, repeats=7)["a"]
     assert found["median_ms"] < 15
     assert found["high_ms"] > 15 > found["low_ms"]
-    with pytest.raises(UserError, match="repeats must be 1 or more; found 0"):
-        latency({"a": lambda: None}, repeats=0)
+    refused(lambda: latency({"a": lambda: None}, repeats=0), "repeats must be 1 or more; found 0")
 
 
 def test_the_float_copy_rounds_nothing_and_the_model_is_untouched() -> None:

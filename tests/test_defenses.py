@@ -15,7 +15,7 @@ from scipy.ndimage import median_filter
 from torch import Tensor, nn
 
 import defquant as dq
-from conftest import alike, refused, tiny_images
+from conftest import alike, refused, tiny_images, uniform
 from defquant.attacks import FGSM, PGD, Random
 from defquant.config import ModelConfig, TrainConfig
 from defquant.data import Dataset, to_unit
@@ -28,16 +28,12 @@ from linear_scenes import network
 Array = NDArray[np.float64]
 
 
-def images(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_depth_is_a_grid_of_that_many_bits(bits: int) -> None:
     """And lets every gradient through."""
     n = 2**bits - 1
     x = torch.linspace(0, 1, 4001).view(1, 1, 1, -1).requires_grad_()
-    squeezed, weight = reduce_depth(x, bits), images(1, 1, 1, 4001)
+    squeezed, weight = reduce_depth(x, bits), uniform(1, 1, 1, 4001)
     assert torch.equal(squeezed.unique(), torch.arange(n + 1) / n)
     assert torch.equal(reduce_depth(squeezed, bits), squeezed)
     assert torch.equal(torch.autograd.grad((squeezed * weight).sum(), x)[0], weight)
@@ -57,7 +53,7 @@ def test_depth_ties_to_even_and_eight_bits_or_none_change_no_eight_bit_image() -
     seed=st.integers(0, 1000),
 )
 def test_median_is_scipys(shape: tuple[int, ...], levels: int, seed: int) -> None:
-    x = images(*shape, seed=seed).mul(levels).round().div(levels)
+    x = uniform(*shape, seed=seed).mul(levels).round().div(levels)
     expected = torch.from_numpy(median_filter(x.numpy(), size=(1, 1, 2, 2), mode="reflect"))
     assert torch.equal(median_2x2(x), expected)
     assert torch.equal(median_2x2(x.double()), expected.double())
@@ -82,7 +78,7 @@ def test_pixels_that_tie_share_the_medians_gradient() -> None:
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_both_orders_give_one_squeezed_image_in_its_memory_format(bits: int) -> None:
-    x = images(2, 3, 6, 7).contiguous(memory_format=torch.channels_last)
+    x = uniform(2, 3, 6, 7).contiguous(memory_format=torch.channels_last)
     assert torch.equal(squeeze(x, bits), reduce_depth(median_2x2(x), bits))
     assert torch.equal(squeeze(x, bits), squeeze(x.contiguous(), bits))
     assert torch.equal(squeeze(x, bits, median=False), reduce_depth(x, bits))
@@ -91,7 +87,7 @@ def test_both_orders_give_one_squeezed_image_in_its_memory_format(bits: int) -> 
 
 @pytest.mark.parametrize("bits", [0, 9, True, 2.5])
 def test_other_bits_and_tensors_are_refused(bits: int) -> None:
-    refused(lambda: reduce_depth(images(1, 1, 2, 2), bits), "bits must be")
+    refused(lambda: reduce_depth(uniform(1, 1, 2, 2), bits), "bits must be")
     refused(lambda: FeatureSqueezing(nn.Flatten(), bits), "bits must be")
     for x in (torch.rand(3, 4, 4), torch.zeros(1, 3, 4, 4, dtype=torch.uint8)):
         for squeezer in (reduce_depth, median_2x2, squeeze):
@@ -108,10 +104,10 @@ def behind(bare: nn.Module) -> dict[str, Tensor]:
 
 
 def test_squeeze_builds_the_same_network_behind_the_filter() -> None:
-    model, bare, x = built(4), built(None), images(6, 1, 8, 8)
+    model, bare, x = built(4), built(None), uniform(6, 1, 8, 8)
     assert alike(model.state_dict(), behind(bare))
     for seed in range(10):  # batch norm's statistics, without which 4 bits are all zero
-        bare(images(32, 1, 8, 8, seed=seed))
+        bare(uniform(32, 1, 8, 8, seed=seed))
     model.load_state_dict(behind(bare))
     model, bare = model.eval(), bare.eval()
     assert torch.equal(model(x), FeatureSqueezing(bare, 4)(x))
@@ -165,7 +161,7 @@ def test_attacks_go_through_the_squeezing() -> None:
 
 
 def test_unaware_attacks_the_inner_network() -> None:
-    attack, x = Unaware(FGSM(8 / 255)), images(6, 1, 8, 8)
+    attack, x = Unaware(FGSM(8 / 255)), uniform(6, 1, 8, 8)
     inner, y = network(), torch.arange(6) % 4
     expected = FGSM(8 / 255).last(inner, x, y)
     assert torch.equal(attack(FeatureSqueezing(inner), x, y), expected)
@@ -218,7 +214,7 @@ def test_distance_in_closed_form() -> None:
 @settings(max_examples=40, deadline=None)
 @given(rate=st.floats(0, 0.99), n=st.integers(1, 60), seed=st.integers(0, 100))
 def test_the_threshold_flags_as_many_as_allowed(rate: float, n: int, seed: int) -> None:
-    clean = dotted(n) * images(n, 1, 1, 1, seed=seed)
+    clean = dotted(n) * uniform(n, 1, 1, 1, seed=seed)
     detector = Detector(squeezers=(median_2x2,)).fit(Brightest(), clean, rate)
     distance = squeezing_distance(Brightest(), clean, (median_2x2,))
     if len(distance.unique()) == n:

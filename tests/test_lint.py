@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import defquant as dq
-from conftest import tiny_images
+from conftest import refused, tiny_images
 from defquant import evaluate
 from defquant.defenses import Detector
 from defquant.diagnose import Effort
@@ -290,8 +290,7 @@ def test_no_model_sees_more_rows_than_batch_size(batch_size: int) -> None:
         model, X[:40], X[:40], Y[:40], batch_size=batch_size
     )
     assert max(seen) == batch_size
-    with pytest.raises(dq.UserError, match="batch_size must be 1 or more; found 0"):
-        dq.accuracy(model, data, batch_size=0)
+    refused(lambda: dq.accuracy(model, data, batch_size=0), "batch_size must be 1 or more; found 0")
 
 
 def test_any_module() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import defquant as dq
-from conftest import alike
+from conftest import alike, refused
 from defquant.config import ModelConfig
 from defquant.lipschitz import ConvexSum
 from defquant.models import build
@@ -100,8 +100,7 @@ def test_weights_come_from_the_seed_alone() -> None:
     "name", ["wrn-11-1", "wrn-4-1", "wrn-10", "wrn-10-0", "vgg-19", "", "resnet"]
 )
 def test_unknown_networks_are_refused(name: str) -> None:
-    with pytest.raises(dq.UserError):
-        network(name)
+    refused(lambda: network(name))
 
 
 # ------------------------------------------------------------------------------ weights of few bits

@@ -4,12 +4,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import defquant as dq
-from conftest import tiny_images
+from conftest import refused, tiny_images, uniform
 from defquant.attacks import DIVA, PGD, Attack, Transfer
 from defquant.diagnose import (
     Crossing,
@@ -24,10 +22,6 @@ from defquant.diagnose import (
 from defquant.errors import UserError
 from defquant.quantize import Quantizer
 from defquant.records import Score
-
-
-def uniform(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def linear(w: Tensor, offset: float = 0.0) -> nn.Module:
@@ -57,20 +51,6 @@ def labels_of(model: nn.Module, x: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------- DIVA
-
-
-@settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 1000), eps=st.sampled_from([0.0, 2 / 255, 0.1, 1.0]))
-def test_diva_stays_in_the_ball_and_in_range(seed: int, eps: float) -> None:
-    x = uniform(5, 1, 1, 6, seed=seed)
-    x[0] = x[0].round()
-    model, twin = (linear(uniform(6, seed=seed + i) - 0.5) for i in (1, 2))
-    moved = DIVA(eps, twin, steps=3)(model, x, torch.ones(5, dtype=torch.long))
-    assert float((moved - x).abs().max()) <= eps + 1e-6
-    assert float(moved.min()) >= 0
-    assert float(moved.max()) <= 1
-    if eps == 0:
-        assert torch.equal(moved, x)
 
 
 def test_diva_moves_apart_what_two_networks_see_apart() -> None:
@@ -117,31 +97,8 @@ def test_an_iterate_that_parts_them_comes_before_one_of_higher_loss() -> None:
     assert evasive(edge, (x, y), DIVA(0.1, twin, c=4, steps=40)) == Score(1, 1)
 
 
-def test_divas_answer_does_not_depend_on_the_batch() -> None:
-    model, twin = small(1), at_bits(small(), None)
-    x = uniform(9, 1, 8, 8)
-    data = (x, labels_of(model, x))
-    attack = DIVA(0.1, twin, steps=4)
-    whole = evasive(model, data, attack)
-    assert whole == evasive(model, data, attack, batch_size=2)
-    ids = torch.arange(9)
-    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
-    moved = attack(model, x, data[1], ids=ids)
-    permuted = attack(model, x[order], data[1][order], ids=ids[order])
-    torch.testing.assert_close(permuted, moved[order], atol=1e-5, rtol=0)
-    scores = {dq.robust_accuracy(model, data, attack, batch_size=b).correct for b in (9, 4)}
-    assert len(scores) == 1
-
-
-def test_diva_leaves_both_networks_alone_and_refuses_nonsense() -> None:
-    model, twin = small(), small(None).train()
-    x = uniform(4, 1, 8, 8)
-    before = [b.clone() for b in twin.buffers()]
-    DIVA(0.1, twin, steps=2)(model, x, labels_of(model, x))
-    assert twin.training and all(map(torch.equal, before, twin.buffers()))
-    assert all(
-        p.requires_grad and p.grad is None for p in (*model.parameters(), *twin.parameters())
-    )
+def test_diva_refuses_nonsense() -> None:
+    model, twin, x = small(), small(None), uniform(4, 1, 8, 8)
     assert repr(DIVA(8 / 255, twin)) == "DIVA(eps=8/255, c=1, steps=20, alpha=1/255)"
     bad: list[dict[str, float]] = [{"eps": 8}, {"steps": 0}, {"c": 0}, {"alpha": 2}]
     for settings_ in bad:
@@ -265,8 +222,7 @@ def test_the_order_of_images_and_the_seed() -> None:
 
 @pytest.mark.parametrize("radii", [[], [0.0, 0.1], [0.2, 0.1], [0.1, 0.1]])
 def test_radii_rise_from_above_zero(radii: list[float]) -> None:
-    with pytest.raises(UserError, match="radii must rise"):
-        crossing(torch.ones(2), torch.ones(2), radii)
+    refused(lambda: crossing(torch.ones(2), torch.ones(2), radii), "radii must rise")
 
 
 def test_curves_of_other_images_are_refused() -> None:
@@ -315,8 +271,7 @@ def test_at_bits_copies() -> None:
     for bits, copy in copies.items():
         assert {m.bits for m in copy.modules() if isinstance(m, Quantizer)} == {bits}
         assert next(copy.parameters()) is not next(model.parameters())
-    with pytest.raises(UserError, match="bits must be"):
-        at_bits(model, 9)
+    refused(lambda: at_bits(model, 9), "bits must be")
 
 
 # ------------------------------------------------------------------- transfer matrix
@@ -380,16 +335,11 @@ def test_linear_networks_transfer_where_the_signs_of_their_weights_agree() -> No
     assert [row[2] for row in found.cells] == [None] * 3
 
 
-def test_the_batch_does_not_matter_and_networks_are_left_alone(model: nn.Module) -> None:
+def test_the_batch_does_not_matter(model: nn.Module) -> None:
     networks = {"2": at_bits(model, 2), "4": model}
     data, attack = tiny_images(20, seed=1), PGD(0.1, steps=3)
-    before = [t.clone() for t in model.state_dict().values()]
-    grads = [p.grad for p in model.parameters()]
     found = transfer_matrix(networks, data, attack)
     assert found == transfer_matrix(networks, data, attack, batch_size=3)
-    assert all(map(torch.equal, before, model.state_dict().values()))
-    assert all(a is b.grad for a, b in zip(grads, model.parameters(), strict=True))
-    assert {m.bits for m in model.modules() if isinstance(m, Quantizer)} == {4}
 
 
 def darken(
@@ -407,12 +357,9 @@ def test_any_attack_will_do(model: nn.Module) -> None:
 
 def test_networks_that_cannot_be_compared_are_refused(model: nn.Module) -> None:
     data, attack = tiny_images(8), PGD(0.1, steps=1)
-    with pytest.raises(UserError, match="one network or more"):
-        transfer_matrix({}, data, attack)
+    refused(lambda: transfer_matrix({}, data, attack), "one network or more")
     torch.manual_seed(0)
     more = dq.wide_resnet(10, 1, in_channels=1, num_classes=7).eval()
-    with pytest.raises(UserError, match="a knows 4, b 7"):
-        transfer_matrix({"a": model, "b": more}, data, attack)
+    refused(lambda: transfer_matrix({"a": model, "b": more}, data, attack), "a knows 4, b 7")
     colour = dq.wide_resnet(10, 1, in_channels=3, num_classes=4).eval()
-    with pytest.raises(UserError, match="b does not"):
-        transfer_matrix({"a": model, "b": colour}, data, attack)
+    refused(lambda: transfer_matrix({"a": model, "b": colour}, data, attack), "b does not")

@@ -1,4 +1,4 @@
-"""Square: its schedule and squares, the exact answer of a linear network, logits alone."""
+"""Square: its schedule and squares, the exact answer of a linear network."""
 
 import torch
 from torch import Tensor, nn
@@ -44,30 +44,6 @@ def test_on_a_linear_network_it_comes_near_the_optimum_and_never_below() -> None
     found = [dq.robust_accuracy(model, (x, y), Square(eps, queries=q)).correct for q in (5, 2000)]
     assert stand <= found[1] < found[0]
     assert found[1] <= stand + 1
-
-
-class Foreign(nn.Module):
-    """As a wrapper of another runtime: no parameters, float32 numpy inside, never a gradient."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["inner"] = inner  # hidden from torch
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert not torch.is_grad_enabled()
-        with torch.no_grad():
-            answer: Tensor = self.__dict__["inner"](torch.from_numpy(x.numpy()))
-        return answer
-
-
-def test_logits_are_all_it_asks_for() -> None:
-    model, x, y = scene(20)
-    eps, _ = middle_eps(model, x, y)
-    foreign = Foreign(model).eval()
-    assert not list(foreign.parameters())
-    attack = Square(eps, queries=30)
-    assert dq.robust_accuracy(foreign, (x, y), attack) == dq.robust_accuracy(model, (x, y), attack)
-    torch.testing.assert_close(attack(foreign, x, y), attack(model, x, y))
 
 
 def test_no_query_after_the_fall() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import defquant as dq
+from conftest import left_alone, refused
 from defquant.attacks import APGD
 from defquant.attacks.engine import Plan, Surrogate, look
 from defquant.attacks.surrogates import (
@@ -22,7 +23,7 @@ from defquant.attacks.surrogates import (
     staircase_slope,
 )
 from defquant.evaluate import robust
-from defquant.quantize import Quantizer, QuantReLU, QuantTanh
+from defquant.quantize import QuantReLU, QuantTanh
 from linear_scenes import network
 
 ALL: list[Surrogate] = [
@@ -52,21 +53,12 @@ def test_the_answers_stay_exact(surrogate: Surrogate, bits: int | None) -> None:
 def test_the_model_is_put_back(surrogate: Surrogate) -> None:
     model, x = network(2), torch.rand(4, 1, 8, 8)
     before = gradient(EOT(1), model, x)[1]
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    keys = [set(module.__dict__) for module in model.modules()]
-
-    def boom() -> None:
-        with surrogate(model) as forwards:
+    with left_alone(model):
+        gradient(surrogate, model, x)
+        with pytest.raises(RuntimeError, match="boom"), surrogate(model) as forwards:
             forwards[0](x)
             raise RuntimeError("boom")
-
-    gradient(surrogate, model, x)
-    with pytest.raises(RuntimeError, match="boom"):
-        boom()
-    assert [set(module.__dict__) for module in model.modules()] == keys
-    assert {m.bits for m in model.modules() if isinstance(m, Quantizer)} == {2}
     assert torch.equal(gradient(EOT(1), model, x)[1], before)
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 def test_a_forward_of_the_users_own_comes_back() -> None:
@@ -197,6 +189,4 @@ def test_a_users_mistakes() -> None:
         lambda: SoftRound(0), lambda: SoftRound(math.nan), lambda: EOT(0), lambda: Precisions(()),
         lambda: Precisions((9,)),
     ):  # fmt: skip
-        with pytest.raises(dq.UserError) as error:
-            make()
-        assert "\n" not in str(error.value)
+        refused(make)

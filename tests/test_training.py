@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import defquant as dq
 import reference_lipschitz as slow
-from conftest import alike, tiny_images
+from conftest import alike, refused, tiny_images
 from defquant import checkpoint, training
 from defquant.attacks import Attack
 from defquant.checkpoint import Facts
@@ -22,7 +22,6 @@ from defquant.data import Dataset, batches
 from defquant.errors import DefquantWarning, UserError
 from defquant.evaluate import robust
 from defquant.files import write_bytes
-from defquant.lipschitz import ConvexSum
 from defquant.models import build
 from defquant.runs import _check_momentum, train_run
 from defquant.training import learning_rate, train, training_attack
@@ -31,8 +30,8 @@ from defquant.typed import from_mapping
 CONFIG = TrainConfig(epochs=2, batch_size=16, lr=0.05, device="cpu")
 
 
-def network(bits: int | None = 4, *, convex: bool = False, name: str = "wrn-10-1") -> nn.Module:
-    return build(ModelConfig(name, bits=bits, convex=convex), num_classes=4, in_channels=1)
+def network(bits: int | None = 4, *, name: str = "wrn-10-1", **options: Any) -> nn.Module:
+    return build(ModelConfig(name, bits=bits, **options), num_classes=4, in_channels=1)
 
 
 def trained(corners: Dataset, model: nn.Module | None = None, **changes: Any) -> nn.Module:
@@ -45,11 +44,16 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return alike(a.state_dict(), b.state_dict())
 
 
-@pytest.mark.parametrize("amp", [False, True])
-def test_it_learns(corners: Dataset, amp: bool) -> None:
+FEW_BITS: dict[str, Any] = {"weight_bits": 4, "deployable": True}
+
+
+@pytest.mark.parametrize(("amp", "options", "least"), [
+    (False, {}, 0.95), (True, {"convex": True}, 0.9), (False, FEW_BITS | {"convex": True}, 0.9),
+])  # fmt: skip
+def test_it_learns(corners: Dataset, amp: bool, options: dict[str, Any], least: float) -> None:
     config = replace(CONFIG, epochs=10, amp=amp)
-    history = train(network(convex=amp), corners, config, test=tiny_images(seed=1))
-    assert history[-1]["test_accuracy"] > (0.9 if amp else 0.95)
+    history = train(network(**options), corners, config, test=tiny_images(seed=1))
+    assert history[-1]["test_accuracy"] > least
     assert history[-1]["loss"] < history[0]["loss"]
     assert [h["epoch"] for h in history] == list(range(1, 11))
 
@@ -97,15 +101,6 @@ def test_penalties_pull_weights_towards_orthonormal(corners: Dataset, penalty: s
         train(model, corners, replace(CONFIG, beta=beta, **settings))
         found.append(dq.OrthogonalPenalty(model, 1.0).penalty().item())
     assert found[0] < 0.2 * found[1]
-
-
-def test_convex_coefficients_stay_on_the_simplex_and_are_not_decayed(corners: Dataset) -> None:
-    model = network(convex=True)
-    train(model, corners, replace(CONFIG, weight_decay=0.5))
-    for module in model.modules():
-        if isinstance(module, ConvexSum):
-            assert (module.alpha >= 0).all()
-            assert abs(float(module.alpha.detach().sum()) - 1) < 1e-6
 
 
 def test_same_seed_same_weights_other_seed_other_weights(corners: Dataset) -> None:
@@ -397,8 +392,7 @@ def test_a_folder_removed_in_training_ends_it(
         return dq.Score(1, 1)
 
     monkeypatch.setattr("defquant.training.accuracy", removing)
-    with pytest.raises(UserError, match="was removed while a run was in it"):
-        begin(TWO, tmp_path / "run")
+    refused(lambda: begin(TWO, tmp_path / "run"), "was removed while a run was in it")
     assert not (tmp_path / "run").exists()
 
 
@@ -437,8 +431,7 @@ def test_a_foreign_attack_in_training_is_checked(corners: Dataset) -> None:
         y.zero_()  # a copy
         return x[:1]
 
-    with pytest.raises(UserError, match="must return float images"):
-        train(network(), corners, CONFIG, attack=broken)
+    refused(lambda: train(network(), corners, CONFIG, attack=broken), "must return float images")
 
 
 def test_momentum_that_is_missing_or_of_another_shape_is_refused() -> None:

@@ -13,12 +13,11 @@ from hypothesis.extra import numpy as arrays
 from torch import Tensor, nn
 
 import defquant as dq
-from conftest import alike, tiny_images
+from conftest import alike
 from defquant import checkpoint
-from defquant.checkpoint import Checkpoint, Facts
+from defquant.checkpoint import Checkpoint
 from defquant.config import DataConfig, ModelConfig, TrainConfig
 from defquant.lipschitz import OrthogonalPenalty, Target
-from defquant.models import build
 from defquant.runs import train_run
 from defquant.typed import from_mapping
 from defquant.weights import QuantConv2d, QuantLinear, quantize_weight, weight_grid
@@ -209,27 +208,6 @@ def test_a_stopped_run_resumes_to_the_same_weights(
     assert alike(peaks, {k: network.state_dict()[k] for k in peaks})
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_attacks_leave_the_ranges_alone(training: bool) -> None:
-    model = build(MODEL, num_classes=4, in_channels=1).train()
-    x, y = tiny_images(16).take(torch.arange(16))
-    model(x)
-    model.train(training)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    for attack in (dq.FGSM(0.5), dq.PGD(0.5, steps=2)):
-        assert not torch.equal(attack(model, x, y), x)
-    assert model.training is training
-    assert alike(before, model.state_dict())
-
-
-def test_weights_of_few_bits_learn() -> None:
-    """Straight through 4-bit weights and 8-bit branches: the four corners in ten epochs."""
-    model = build(MODEL, num_classes=4, in_channels=1)
-    config = TrainConfig(epochs=10, batch_size=16, lr=0.05, device="cpu")
-    history = dq.train(model, tiny_images(), config, test=tiny_images(seed=1))
-    assert history[-1]["test_accuracy"] > 0.9
-
-
 @pytest.mark.parametrize("weight_bits", [0, 1, 3, 7, 16, "8", True, -8])
 def test_other_weight_bits_of_a_run_are_refused(weight_bits: object) -> None:
     said = r"weight_bits must be (8, 4 or 2|a whole).*found '?" + str(weight_bits)
@@ -240,22 +218,3 @@ def test_other_weight_bits_of_a_run_are_refused(weight_bits: object) -> None:
 def test_runs_from_before_have_float_weights() -> None:
     config = from_mapping(ModelConfig, {"model": "wrn-10-1", "bits": 4})
     assert (config.weight_bits, config.deployable) == (None, False)
-
-
-@pytest.mark.parametrize(
-    ("model", "train", "method"),
-    [
-        ({"weight_bits": 8}, {}, "float + W8"),
-        ({"bits": 4, "weight_bits": 4}, {}, "vanilla + W4"),
-        ({"bits": 4, "deployable": True}, {}, "vanilla + deployable"),
-        (
-            {"bits": 4, "convex": True, "weight_bits": 8, "deployable": True, "squeeze": 5},
-            {"beta": 0.1, "attack": "rfgsm"}, "DQ + squeezing + W8 + deployable + RFGSM",
-        ),
-    ],
-)  # fmt: skip
-def test_methods_name_weights_and_branches(
-    model: dict[str, Any], train: dict[str, Any], method: str
-) -> None:
-    settings = ModelConfig(**model), DataConfig(), TrainConfig(**train)
-    assert Facts(*settings, 2, 1, ("a", "b"), "", "").method == method

@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from torch import nn
 
-from conftest import tiny_images
+from conftest import refused, tiny_images
 from defquant.checkpoint import NAME, Checkpoint, Facts, load_on, save
 from defquant.config import DataConfig, ModelConfig, TrainConfig
 from defquant.data import load
@@ -22,7 +22,6 @@ from defquant.deploy.graph import graph
 from defquant.deploy.lower import lower
 from defquant.deploy.runtime import OnnxModel, facts_of, open_model
 from defquant.deploy.ship import compared
-from defquant.errors import UserError
 from defquant.judging.contract import File
 from defquant.models import wide_resnet
 from harness import SECONDS, Read, fuzz, outcome
@@ -160,8 +159,7 @@ def test_a_file_of_other_shapes_is_no_traceback() -> None:
     """Its metadata may say that it is the network's."""
     program = lower(network(), (1, 8, 8))
     file = graph(lower(network(width=2), (1, 8, 8)), facts={"format": 1})
-    with pytest.raises(UserError, match="not those of the network"):
-        compared(network(), program, file, tiny_images(8))
+    refused(lambda: compared(network(), program, file, tiny_images(8)), "not those of the network")
 
 
 @pytest.mark.parametrize("name", ["pipe", "/dev/zero"])
