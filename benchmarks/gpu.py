@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import defquant as dq
-from defquant import training
+from defquant import step
 from defquant.attacks import Attack, engine, untouched
 from defquant.attacks.graphs import recorded, tensor_float
 from defquant.attacks.look import look
@@ -103,33 +103,33 @@ def heard(name: str) -> Iterator[list[str]]:
 @contextmanager
 def stepping(how: str) -> Iterator[list[str]]:
     """Train `eager`, by `graph` or by `compiled` graph; gives the reasons where one is refused."""
-    before, fits = training.WORTH_COMPILING, training.recordable
-    training.WORTH_COMPILING = 0 if how == "compiled" else 1 << 60
+    before, fits = step.WORTH_COMPILING, step.recordable
+    step.WORTH_COMPILING = 0 if how == "compiled" else 1 << 60
     if how == "eager" or not torch.cuda.is_available():
-        training.recordable = lambda state: how == "graph"
+        step.recordable = lambda state: how == "graph"
     try:
-        with heard("defquant.training") as reasons:
+        with heard("defquant.step") as reasons:
             yield reasons
     finally:
-        training.WORTH_COMPILING, training.recordable = before, fits
+        step.WORTH_COMPILING, step.recordable = before, fits
 
 
 def run(scene: Scene, model: nn.Module, config: TrainConfig, how: str, **more: Any) -> Found:
     """Train; the last epoch's images/s, the wall, and how the steps ran."""
     words: list[str] = []
 
-    def hear(state: training._Training, own: bool) -> training._Replay | None:
+    def hear(state: step.Training, own: bool) -> step.Replay | None:
         state.replay = found(state, own)
         words.append("eager" if state.replay is None else state.replay.how)
         return state.replay
 
-    found, start = training._Replay.of, scene.wait()
-    training._Replay.of = hear  # type: ignore[method-assign, assignment]
+    found, start = step.Replay.of, scene.wait()
+    step.Replay.of = hear  # type: ignore[method-assign, assignment]
     try:
         with stepping(how) as reasons:
             history = dq.train(model, more.pop("data", scene.data), config, **more)
     finally:
-        training._Replay.of = found  # type: ignore[method-assign]
+        step.Replay.of = found  # type: ignore[method-assign]
     last = history[-1]
     return {
         "images_per_second": round(last["images_per_second"]), "loss": last["loss"],

@@ -13,9 +13,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "defquant"
 ORDER = (
     "errors", "typed", "files", "config", "records", "progress", "quantize", "weights",
     "lipschitz", "data", "models", "attacks", "captured", "integers", "rebuilt", "ranges",
-    "prepared", "distributed", "evaluate", "monitor", "training", "checkpoint", "runs", "measure",
-    "images", "defenses", "foreign", "deploy", "diagnose", "judging", "paper", "report", "cli",
-    "__main__",
+    "prepared", "distributed", "evaluate", "monitor", "step", "training", "checkpoint", "runs",
+    "measure", "images", "defenses", "foreign", "deploy", "diagnose", "judging", "paper", "report",
+    "cli", "__main__",
 )  # fmt: skip
 TORCHLESS = (
     "errors",

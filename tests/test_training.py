@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import defquant as dq
 import reference_lipschitz as slow
 from conftest import alike, refused, tiny_images
-from defquant import checkpoint, training
+from defquant import checkpoint, step
 from defquant.attacks import Attack
 from defquant.checkpoint import Facts
 from defquant.config import PRESETS, DataConfig, ModelConfig, TrainConfig
@@ -128,16 +128,16 @@ def test_a_step_on_buffers_that_stay_is_the_step(
     corners: Dataset, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], fits: bool
 ) -> None:
     """What a GPU records is run here as it is: after its runs beforehand, and the short batches."""
-    call, steps = training._Replay.__call__, list[int]()
+    call, steps = step.Replay.__call__, list[int]()
 
-    def counted(self: training._Replay, draws: Tensor, step: int) -> None:
-        steps.append(step)
-        call(self, draws, step)
+    def counted(self: step.Replay, draws: Tensor, index: int) -> None:
+        steps.append(index)
+        call(self, draws, index)
 
-    monkeypatch.setattr(training._Replay, "__call__", counted)
+    monkeypatch.setattr(step.Replay, "__call__", counted)
     found = []
     for wanted in (False, True):
-        monkeypatch.setattr(training, "recordable", lambda _, wanted=wanted: wanted)
+        monkeypatch.setattr(step, "recordable", lambda _, wanted=wanted: wanted)
         model = network(convex=True)
         (record,) = train(model, corners, replace(CONFIG, epochs=1, batch_size=24, **changes))
         found.append((model.state_dict(), record["loss"], record["penalty"]))
