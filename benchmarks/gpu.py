@@ -246,7 +246,7 @@ def resume(scene: Scene) -> Found:
             state = {key: value.clone() for key, value in model.state_dict().items()}
             kept[len(history)] = (history, {k: v.clone() for k, v in momentum.items()}, state)
 
-        ran = run(scene, model, config, how, data=data, on_epoch=keep)
+        ran = run(scene, model, config, how, data=data, keep=keep)
         again = scene.model(4, convex=True, small=True)
         history, momentum, state = kept[2]
         again.load_state_dict(state)

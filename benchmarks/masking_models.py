@@ -128,7 +128,7 @@ def overfitted(seed: int) -> nn.Module:
         )  # fmt: skip
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dq.train(model, digits("train", 512), config, on_epoch=watch)
+            dq.train(model, digits("train", 512), config, keep=watch)
     model.load_state_dict(load_file(path))
     return model.eval()
 

@@ -60,7 +60,7 @@ def test_a_squeezed_run_comes_back_and_goes_on(tmp_path: Path) -> None:
         now = replace(about, history=history)
         save(tmp_path / str(len(history)), Checkpoint(now, whole.state_dict(), dict(momentum)))
 
-    train(whole, data, config, on_epoch=keep)
+    train(whole, data, config, keep=keep)
     x = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     again, _ = load_model(tmp_path / "2")
     assert isinstance(again, FeatureSqueezing)

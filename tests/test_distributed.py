@@ -17,15 +17,19 @@ from defquant.files import owned_folder
 from defquant.runs import train_run
 from test_training import RUN
 
+HOOK = "show=False, on_epoch=print"
+
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """Two gloo processes with half the batch each: the same loss as one, up to batch norm."""
     script = tmp_path / "run.py"
-    script.write_text(RUN.replace('attack="rfgsm", ', "").replace("resume=True", "show=False"))
+    script.write_text(RUN.replace('attack="rfgsm", ', "").replace("resume=True", HOOK))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*launch, str(script), str(tmp_path / "two")], env=env, check=True, timeout=240)
+    words = [*launch, str(script), str(tmp_path / "two")]
+    said = subprocess.run(words, env=env, check=True, timeout=240, capture_output=True, text=True)
+    assert said.stdout.count("'epoch': ") == 4  # one of the two calls it
     subprocess.run([sys.executable, str(script), str(tmp_path / "one")], env=env, check=True)
     one, two = (checkpoint.load(tmp_path / name).facts.history for name in ("one", "two"))
     assert len(one) == len(two) == 4

@@ -124,7 +124,7 @@ def test_weights_are_those_of_a_training_without_it(
 ) -> None:
     def run() -> tuple[dict[str, Tensor], History]:
         model, state = network(), dict[str, Tensor]()
-        history = train(model, corners, CONFIG, on_epoch=lambda _, momentum: state.update(momentum))
+        history = train(model, corners, CONFIG, keep=lambda _, momentum: state.update(momentum))
         state |= {f"model.{name}": value for name, value in model.state_dict().items()}
         return state | {"chance": torch.get_rng_state()}, history
 
@@ -147,7 +147,7 @@ def test_a_resumed_training_watches_the_same(corners: Dataset) -> None:
         weights, momenta = ({k: v.clone() for k, v in each.items()} for each in tensors)
         kept.append((history, weights, momenta))
 
-    complete = train(whole, corners, config, on_epoch=keep)
+    complete = train(whole, corners, config, keep=keep)
     history, weights, momentum = kept[0]
     again.load_state_dict(weights)
     resumed = train(again, corners, config, history=history, momentum=momentum)

@@ -421,8 +421,37 @@ def test_memory_formats_are_the_users_own_after_training(corners: Dataset) -> No
     model = network()
     before = strides()
     with pytest.raises(KeyboardInterrupt):
-        train(model, corners, CONFIG, on_epoch=moved)
+        train(model, corners, CONFIG, keep=moved)
     assert strides() == before
+
+
+def test_a_hook_hears_each_epoch_and_disturbs_nothing(corners: Dataset, tmp_path: Path) -> None:
+    def trained_with(**hook: Any) -> tuple[nn.Module, Any]:
+        torch.manual_seed(0)
+        model = nn.Sequential(network(), nn.Dropout(0.5))  # draws from torch's own state
+        return model, train(model, corners, CONFIG, test=corners, **hook)
+
+    def hook(record: dict[str, float]) -> None:
+        heard.append(dict(record))
+        record["loss"] = torch.rand(()).item()
+
+    heard: list[dict[str, float]] = []
+    (a, _), (b, history) = trained_with(), trained_with(on_epoch=hook)
+    assert same(a, b) and heard == list(history)
+    assert {type(value) for value in heard[-1].values()} <= {int, float}
+    parts = ModelConfig(), DataConfig(train_images=64), replace(CONFIG, batch_size=64)
+
+    def stop(record: dict[str, float]) -> None:
+        heard.append(record)
+        assert len(checkpoint.load(tmp_path).facts.history) == record["epoch"]
+        if record["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    heard.clear()
+    with pytest.raises(KeyboardInterrupt):
+        train_run(*parts, tmp_path, on_epoch=stop, show=False)
+    facts = train_run(*parts, tmp_path, resume=True, on_epoch=stop, show=False)
+    assert heard == list(facts.history)  # no epoch is told twice
 
 
 def test_a_foreign_attack_in_training_is_checked(corners: Dataset) -> None:

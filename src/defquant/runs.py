@@ -33,13 +33,15 @@ def train_run(
     out: Path,
     *,
     resume: bool = False,
+    on_epoch: Callable[[dict[str, float]], object] | None = None,
     show: bool = True,
 ) -> Facts:
     """Train a network into the folder `out`, with a checkpoint after every epoch.
 
     With `resume`, a run that was killed goes on from its last checkpoint to the same weights, bit
     for bit on a CPU, with the same versions, threads and processes: a `DefquantWarning` names what
-    differs, and `Facts.versions` keeps both. A finished one is left as it is.
+    differs, and `Facts.versions` keeps both. A finished one is left as it is. `on_epoch` is called
+    as `train` calls it, with the checkpoint on the disk.
 
     Raises:
         UserError: `out` holds a run already (without `resume`), one of another configuration or
@@ -78,7 +80,7 @@ def train_run(
 
             history = train(
                 model, data, config, test=test, history=facts.history, momentum=momentum,
-                on_epoch=keep, label=out.name, show=show,
+                on_epoch=on_epoch, keep=keep, label=out.name, show=show,
             )  # fmt: skip
         return replace(facts, history=history)
 

@@ -61,7 +61,8 @@ def train(
     test: Dataset | None = None,
     history: History = (),
     momentum: Mapping[str, Tensor] | None = None,
-    on_epoch: Callable[[History, Mapping[str, Tensor]], None] | None = None,
+    on_epoch: Callable[[dict[str, float]], object] | None = None,
+    keep: Callable[[History, Mapping[str, Tensor]], None] | None = None,
     label: str = "train",
     show: bool = False,
 ) -> History:
@@ -82,7 +83,12 @@ def train(
         test: images for `test_accuracy`.
         history: of the epochs already done, to go on from them bit for bit.
         momentum: of that history's last epoch.
-        on_epoch: called after every epoch with the history and the momentum by parameter name.
+        on_epoch: called after every epoch, in one process of several, with the epoch's record, a
+            dictionary of plain numbers: `epoch` from 1, `lr`, `loss`, `accuracy`, `penalty`,
+            `seconds`, `images_per_second`, and where they were measured `test_accuracy`,
+            `monitor_fgsm` and `monitor_pgd`. Neither what it changes there nor what it draws from
+            torch's random state changes the training; what it raises ends it.
+        keep: called before that with the history and the momentum by parameter name, to save them.
         label: of the progress bar.
         show: progress on stderr.
 
@@ -122,8 +128,12 @@ def train(
                     model.eval()
                     record["test_accuracy"] = accuracy(model, test.to(device)).accuracy
                 history = (*history, record)
+                if keep is not None and me.leads:
+                    keep(history, state.momentum())
                 if on_epoch is not None and me.leads:
-                    on_epoch(history, state.momentum())
+                    devices = [device] if device.type == "cuda" else []
+                    with torch.random.fork_rng(devices):
+                        on_epoch(dict(record))
                 progress.epoch(
                     config.epochs, record, state.how
                 )  # after it: what is said to be done is kept
