@@ -347,3 +347,9 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     found = nbclient.execute(notebook, cwd=str(tmp_path), kernel_name="python3")
     assert all(c.execution_count for c in found.cells if c.cell_type == "code")
     assert (tmp_path / "dq4.onnx").is_file()
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    named = set(re.findall(r'"([\w/.-]+\.md)"', (ROOT / "zensical.toml").read_text()))
+    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "results").glob("*/README.md")]
+    assert {page.relative_to(ROOT).as_posix() for page in pages} < named
