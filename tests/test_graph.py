@@ -270,6 +270,9 @@ def test_openvino_gives_the_same_answers() -> None:
     first = OnnxModel(file)(x)
     assert (first.argmax(1) == second.argmax(1)).float().mean() >= 62 / 64
     assert (first - second).abs().max() < 0.5 * first.std()
+    rounding = _openvino(file, x, sums=True)
+    assert rounding is not None
+    assert (first - rounding).abs().mean() < 0.3 * (first - second).abs().mean()
 
 
 # ------------------------------------------------------------------------------- silent floats

@@ -215,3 +215,5 @@ def _parity(card: Mapping[str, Any], found: "Parity") -> Iterator[str]:
     )
     if found.openvino is not None:
         yield f"{run} OpenVINO, the same answer: {found.openvino}"
+    if found.openvino_sums is not None:
+        yield f"{run} OpenVINO, made to keep each rounding in front of a sum: {found.openvino_sums}"
