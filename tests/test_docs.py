@@ -280,16 +280,14 @@ def test_the_checks_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_claims_are_those_of_the_results() -> None:
-    """`docs/claims.md` ends with the verdicts on `results/small`; so does that folder's own file.
+    """`results/small/claims.md` has the verdicts on that folder; `docs/claims.md` their number.
 
     `defquant reproduce all --preset small --out results/small --render-only` makes them again.
     """
     results = read(ROOT / "results" / "small")
     found = claims_markdown(verdicts(SCALES["small"], results))
     assert (ROOT / "results" / "small" / "claims.md").read_text() == found
-    head, _, table = (ROOT / "docs" / "claims.md").read_text().partition("\nOf 32 claims")
-    assert head.startswith("# ")
-    assert f"Of 32 claims{table}" == found
+    assert found.splitlines()[0] in (ROOT / "docs" / "claims.md").read_text()
 
 
 @pytest.mark.parametrize("name", sorted(EXPERIMENTS.keys() - {"table2"}))
