@@ -4,7 +4,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -51,7 +51,7 @@ def test_networks_of_gpus_ask_for_one(tmp_path: Path, monkeypatch: pytest.Monkey
     asked = []
 
     def cluster(
-        title: str, jobs: Sequence[Any], address: str, *, gpus: int | None
+        title: str, jobs: Any, address: str, *, gpus: int | None, total: int
     ) -> Iterator[Any]:
         asked.append((address, gpus))
         yield from ((name, f"{name}: no") for name, _ in jobs)

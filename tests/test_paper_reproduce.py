@@ -8,7 +8,8 @@ from defquant.cli import main
 from defquant.paper import reproduce
 from defquant.paper.figures import EXPERIMENTS, cells_of, render
 from defquant.paper.grid import SCALES, Results, keep, read
-from defquant.paper.reproduce import cells_to_make, names_of, passes_by_model
+from defquant.paper.plan import passes_by_model
+from defquant.paper.reproduce import cells_to_make, names_of
 from synthetic_results import fake_measurement
 
 SMOKE = SCALES["smoke"].placed(None, None, "cpu")

@@ -32,6 +32,7 @@ from small_experiment import (
     DQ,
     FAMILY,
     FLOAT,
+    SUBSTITUTE,
     TRAIN,
     counts,
     each_once,
@@ -51,7 +52,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs run in this process, one after the other."""
 
-    def one_by_one(title: str, jobs: Sequence[Any], processes: int) -> Iterator[Any]:
+    def one_by_one(title: str, jobs: Any, processes: int, **how: Any) -> Iterator[Any]:
         yield from ((name, job()) for name, job in jobs)
 
     monkeypatch.setattr(run_module, "each", one_by_one)
@@ -209,12 +210,37 @@ def test_one_bad_network_does_not_stop_the_others(
     assert said == [f"defquant: {line}" for line in failed]
 
 
+def test_what_finds_the_card_full_comes_again_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four side by side have a quarter of the memory each; at the end one has all of it."""
+    needed, shares = {FLOAT.name: 0.5, DQ.name: 0.2, SUBSTITUTE.name: 2.0}, list[list[float]]()
+
+    def pool(title: str, jobs: Any, processes: int, **how: Any) -> Iterator[Any]:
+        calls = list(jobs)
+        shares.append([job.keywords["share"] for _, job in calls])
+        yield from ((name, job()) for name, job in calls)
+
+    def train(out: Path, network: Network) -> None:
+        if needed[network.name] > shares[-1][0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        raise UserError("trained")
+
+    monkeypatch.setattr(run_module, "each", pool)
+    monkeypatch.setattr(run_module, "_train", train)
+    cells = [Trial(images=40).cell(network) for network in (FLOAT, DQ, SUBSTITUTE)]
+    failed = run(cells, tmp_path, workers="3")
+    assert shares == [[1 / 3] * 3, [1.0] * 2]
+    ends = {DQ: "trained", FLOAT: "trained", SUBSTITUTE: "the GPU's memory is not enough"}
+    assert failed == [f"{network.name}: {end}" for network, end in ends.items()]
+
+
 def test_results_that_do_not_arrive_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when another machine writes them on a disk of its own."""
     monkeypatch.setattr(
-        run_module, "each", lambda _, jobs, __: ((name, "done") for name, _ in jobs)
+        run_module, "each", lambda _, jobs, __, **how: ((name, "done") for name, _ in jobs)
     )
     (lost,) = run(FAMILY, tmp_path)
     assert lost.startswith(f"{FLOAT.name}: done, but 3 results are not in {tmp_path}")
@@ -250,6 +276,22 @@ def test_pool_ends_all_when_the_caller_stops(capsys: pytest.CaptureFixture[str])
     results.close()
     assert not active_children()
     assert capsys.readouterr().err.splitlines() == ["t: n-done done"]  # and no more
+
+
+def test_pool_asks_for_a_job_when_it_can_do_it_and_stops_in_time() -> None:
+    asked: list[str] = []
+
+    def jobs() -> Iterator[Job[Any]]:
+        for name in ("0", "1", "2"):
+            asked.append(name)
+            yield name, partial(str, name)
+        yield SLEEPER
+
+    began = time.monotonic()
+    for i, _ in enumerate(each("t", jobs(), 1, total=4, until=began + 25)):
+        assert len(asked) == i + 1
+    assert asked == ["0", "1", "2"] and 25 <= time.monotonic() - began < 50
+    assert not active_children()
 
 
 @pytest.mark.parametrize(

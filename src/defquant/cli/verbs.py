@@ -258,6 +258,9 @@ def reproduce(
     networks: tuple[str, ...] | None = None,
     cell: tuple[str, ...] | None = None,
     out: str | None = None,
+    budget: str | None = None,
+    merge: tuple[str, ...] = (),
+    keep: tuple[str, ...] | None = None,
     data_root: Root = None,
     svhn_root: str | None = None,
     jobs: int | None = None,
@@ -278,9 +281,13 @@ def reproduce(
         networks: make these alone, by patterns of their names, as '*_4bit_*'.
         cell: make and show the cells of these keys alone; each number on the page names its cells.
         out: folder of results; runs/PRESET if not given.
+        budget: of time, as 90s, 10m or 1h: what undecided claims need most comes first, and what
+            is missing then is made by the same command again.
+        merge: folders of results from other machines, to take over what is missing here.
+        keep: networks whose weights stay, by patterns; all if not given.
         svhn_root: where SVHN lies.
-        jobs: processes; one per core.
-        workers: local, or a Ray cluster that sees --out: ray://HOST:10001.
+        jobs: processes; one per core, four on a GPU.
+        workers: local, a number of processes, or a Ray cluster that sees --out: ray://HOST:10001.
         list: names, and what presets cost.
         dry_run: what is missing, in cells, image passes and hours on this machine; nothing is made.
         render_only: show what is there; make nothing.
@@ -295,12 +302,17 @@ def reproduce(
     chosen = paper.names_of(names or ["all"] * bool(cell), scale)
     cells = paper.cells_to_make(chosen, scale, cell or (), networks or ())
     folder = Path(out or f"runs/{preset}")
-    least(1, jobs=jobs)
+    least(1, jobs=jobs, workers=int(workers) if workers.isdecimal() else None)
+    seconds = None if budget is None else _seconds(budget)
+    if merge:
+        paper.merge(folder, merge)
     if dry_run:
         paper.print_plan(cells, scale, folder, jobs)
         return 0
     keep_log(folder)
-    failed = [] if render_only else paper.make(cells, scale, folder, jobs, workers)
+    failed = []
+    if not render_only:
+        failed = paper.make(cells, scale, folder, jobs, workers, seconds, keep)
     results = grid.read(folder)
     for key in cell or ():
         if key in results.scores:

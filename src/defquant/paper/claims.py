@@ -60,6 +60,14 @@ class Comparison:
     maximum: bool = False  # tell the paper's Quantize Gain, too
 
     def readings(self, scale: Scale, answers: Answers, evidence: Evidence) -> Iterator[Reading]:
+        for name, what, contrasts, choices in self.asked(scale, answers):
+            extra = _best_gains(contrasts) if self.maximum else ""
+            yield answer(name, what, contrasts, evidence, choices, extra)
+
+    def asked(
+        self, scale: Scale, answers: Answers
+    ) -> Iterator[tuple[str, str, Sequence[Contrast], int]]:
+        """Of each reading its name, what it compares, its contrasts and among how many choices."""
         every = [(a, n) for name in self.of for a, n in answers[name] if isinstance(n, Number)]
         widths = {"": [None], "first": scale.defense_bits[:1], "rest": scale.defense_bits[1:]}
         trials = [None] if self.under else _trials(scale, every, self.trials)
@@ -75,8 +83,7 @@ class Comparison:
                 contrasts, choices = _chosen(self.over, clean, rows.find({}))
             else:
                 contrasts = list(self._contrasts(rows))
-            extra = _best_gains(contrasts) if self.maximum else ""
-            yield answer(name, what, contrasts, evidence, choices, extra)
+            yield name, what, contrasts, choices
 
     def _contrasts(self, rows: "_Rows") -> Iterator[Contrast]:
         options = MARGIN * self.margin, self.blind
@@ -200,10 +207,12 @@ def _best_gains(contrasts: Sequence[Contrast]) -> str:
 
 def _chosen(over: str, clean: Found, attacked: Found) -> tuple[list[Contrast], int]:
     """By beta, with the number of choices that the intervals must allow for: the best one inside
-    against both ends; or the range under attack against that of clean images.
+    against both ends; or the range under attack against that of clean images. Until all is
+    measured, one contrast that lacks what is missing.
     """
-    if any(n.mean is None for _, n in [*attacked, *(clean if over == "range" else ())]):
-        return [], 0
+    needed = [*attacked, *(clean if over == "range" else ())]
+    if any(n.mean is None for _, n in needed):
+        return [versus(over, [needed], [])], 1
     low, *inner, high = attacked
     if over == "peak":
         best = max(inner, key=_mean)

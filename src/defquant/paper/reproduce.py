@@ -1,37 +1,29 @@
-"""The verb `reproduce`: names and presets in; lists, plans with their cost, measurements out.
-
-Costs are counted in image passes: an image forward and fully backward. A probe of a few training
-steps says how long one takes here.
-"""
+"""The verb `reproduce`: names and presets in; lists, plans with their cost, measurements out."""
 
 import math
-import re
+import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
-from statistics import NormalDist
 
 from rich.console import Console
 from rich.table import Table
 
 from defquant.errors import UserError, near
+from defquant.files import append_line, make_folder, read_lines
 from defquant.paper import grid
 from defquant.paper.figures import EXPERIMENTS, WORDS, cells_of
 from defquant.paper.grid import SCALES, Cell, Network, Scale, by_network
-from defquant.paper.workers import cores
+from defquant.paper.plan import Plan, kind_of, passes_by_model
 from defquant.progress import say
 
-__all__ = ["cells_to_make", "make", "names_of", "passes_by_model", "print_list", "print_plan"]
+__all__ = ["cells_to_make", "make", "merge", "names_of", "print_list", "print_plan", "remove"]
 
 PROBE_SECONDS = 10.0
 STEPS = 4  # of a probe, in two epochs: the first also pays for what is made once
-FORWARD, INPUT_GRADIENT = 1 / 3, 2 / 3  # of a pass, whose backward is twice its forward
-WORST = {"adaptive": 2.2, "standard": 44.0}  # times the time of a PGD of its steps, or of 50
-STANDING = 0.5  # share of images that long attacks work on, for those that fell cost nothing
-_IMAGES = {"cifar10": (50_000, 10_000), "svhn": (73_257, 26_032), "digits": (1_347, 450)}
 _SHAPES = {"digits": (1, 8), "cifar10": (3, 32), "svhn": (3, 32)}  # channels, side
 
 
@@ -116,40 +108,90 @@ def print_plan(cells: Sequence[Cell], scale: Scale, out: Path, jobs: int | None)
         _check_data(scale, missing)
     except UserError as error:
         print(f"without its images nothing can be made: {error}")
-    kinds = {_kind(network): network for network in passes}
+    kinds = {kind_of(network): network for network in passes}
     rates = {kind: _rate(network, PROBE_SECONDS / len(kinds)) for kind, network in kinds.items()}
     for (model, data), rate in rates.items():
         shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
         print(f"{model} on {data}: {shown} image passes a second in one process")
     from defquant.distributed import pick_device
+    from defquant.paper.run import processes
 
-    processes, (training, measuring) = jobs or cores(), map(sum, zip(*passes.values(), strict=True))
+    jobs, (training, measuring) = (
+        jobs or processes(passes),
+        map(sum, zip(*passes.values(), strict=True)),
+    )
     on_gpu = any(pick_device(network.train.device).type == "cuda" for network in passes)
-    seconds = sum(sum(both) / rates[_kind(network)] for network, both in passes.items())
+    seconds = sum(sum(both) / rates[kind_of(network)] for network, both in passes.items())
     # as if processes of the CPU did not slow each other down
-    hours = seconds / (1 if on_gpu else min(processes, len(passes))) / 3600
+    hours = seconds / (1 if on_gpu else min(jobs, len(passes))) / 3600
     long = f"{hours:,.1f} hours" if hours < 72 else f"{hours / 24:,.0f} days"
     print(
         f"{len(passes)} networks, {len(missing)} cells: {training + measuring:,.0f} image passes "
         f"({training:,.0f} of them training), about "
-        f"{long if hours >= 1 else f'{max(1, round(60 * hours))} minutes'} with {processes} "
+        f"{long if hours >= 1 else f'{max(1, round(60 * hours))} minutes'} with {jobs} "
         "processes"
     )
 
 
 def make(
-    cells: Sequence[Cell], scale: Scale, out: Path, jobs: int | None, workers: str
+    cells: Sequence[Cell],
+    scale: Scale,
+    out: Path,
+    jobs: int | None,
+    workers: str,
+    budget: float | None = None,
+    keep: Sequence[str] | None = None,
 ) -> list[str]:
-    """Train and measure what is missing of `cells`; returns what failed, a line each."""
+    """Train and measure what is missing of `cells`, for `budget` seconds; returns what failed, a
+    line each. With `keep`, networks of other names than these patterns are removed at the end,
+    where all that needs them is measured.
+    """
+    until = time.monotonic() + (math.inf if budget is None else budget)
     missing = grid.read(out).missing(cells)
     _check_data(scale, missing)
-    there = f"{len(cells) - len(missing)} of {len(cells)} cells are there"
-    say(f"reproduce: {there}")
-    if not missing:
-        return []
-    from defquant.paper.run import run
+    say(f"reproduce: {len(cells) - len(missing)} of {len(cells)} cells are there")
+    failed: list[str] = []
+    if missing:
+        from defquant.paper.run import run
 
-    return run(cells, out, jobs=jobs, workers=workers)
+        plan = Plan(scale, cells, out, until)
+        failed = run(cells, out, jobs=jobs, workers=workers, plan=plan)
+        if time.monotonic() >= until:
+            left = len(grid.read(out).missing(cells))
+            say(f"reproduce: the budget is spent, {left} cells are missing: call it again to go on")
+    if keep is not None:
+        remove(cells, out, keep)
+    return failed
+
+
+def remove(cells: Sequence[Cell], out: Path, keep: Sequence[str]) -> None:
+    results = grid.read(out)
+    for network, own in by_network(cells).items():
+        users = [*own, *(cell for cell in cells if cell.substitute == network)]
+        if not any(fnmatch(network.name, pattern) for pattern in keep) and not (
+            results.missing(users)
+        ):
+            shutil.rmtree(out / "networks" / network.name, ignore_errors=True)
+
+
+def merge(out: Path, others: Sequence[str]) -> None:
+    """Take over the results in these folders, copied from other machines, whose cells have none
+    in `out`. Raises `UserError` for a folder without results, and for lines that are none.
+    """
+    for other in map(Path, others):
+        files = [name for name in (grid.SCORES, grid.VALUES) if (other / name).is_file()]
+        if not files:
+            raise UserError(f"--merge needs folders with {grid.SCORES}; found none in {other}")
+        grid.read(other)  # refuses broken lines before one is taken
+        here, taken = grid.read(out), 0
+        known = {*here.scores, *here.values}
+        make_folder(out)
+        for name in files:
+            for _, line in read_lines(other / name):
+                if line.get("cell") and line["cell"] not in known:
+                    append_line(out / name, line)
+                    known, taken = known | {line["cell"]}, taken + 1
+        say(f"reproduce: {taken} results taken from {other}")
 
 
 def _check_data(scale: Scale, cells: Sequence[Cell]) -> None:
@@ -168,58 +210,7 @@ def _check_data(scale: Scale, cells: Sequence[Cell]) -> None:
             load_images(data, "train")
 
 
-# --- cost ---------------------------------------------------------------------------------
-
-
-def passes_by_model(cells: Iterable[Cell]) -> dict[Network, tuple[float, float]]:
-    """Image passes of each network that `cells` need: of its training, of its measurements."""
-    groups = by_network(cells)
-    return {n: (_training_passes(n), sum(map(_cell_passes, own))) for n, own in groups.items()}
-
-
-def _training_passes(network: Network) -> float:
-    """Those of its attack among them."""
-    data, train = network.data, network.train
-    every = _IMAGES[data.data][0] - data.validation_images
-    steps = float(train.attack in ("fgsm", "rfgsm"))
-    if train.attack == "pgd" and train.attack_eps is not None:
-        steps = _paper_steps(255 * train.attack_eps)
-    elif train.attack == "pgd":  # mean over eps = clip(|N(0, sigma)|, 0, 2 sigma), by quantiles
-        sigma = 255 * train.attack_sigma
-        draws = (abs(NormalDist(0, sigma).inv_cdf(q / 1000)) for q in range(1, 1000))
-        steps = sum(_paper_steps(min(eps, 2 * sigma)) for eps in draws) / 999
-    images = min(every, data.train_images or every)
-    return images * train.epochs * (1 + INPUT_GRADIENT * steps * train.mix)
-
-
-def _cell_passes(cell: Cell) -> float:
-    """Of a black box, only the answers."""
-    data = cell.network.data
-    split = data.validation_images if cell.split == "validation" else _IMAGES[data.data][1]
-    images = min(split, cell.images or split)
-    if cell.substitute is not None or cell.attack in ("clean", "random"):
-        return images * FORWARD
-    steps = _gradients(cell)
-    return images * (FORWARD + INPUT_GRADIENT * steps * (STANDING if steps > 1 else 1))
-
-
-def _gradients(cell: Cell) -> float:
-    """Gradients of one image that stands, two queries for one: of `pgd-50x10`, `apgd@soft-9+40`."""
-    kind, *numbers = re.split(r"-(?=\d)|[x+](?=\d)", cell.attack)
-    if kind in WORST:
-        return WORST[kind] * int(*numbers or [50])
-    if not numbers:
-        return 1.0 if kind in ("fgsm", "rfgsm") else _paper_steps(255 * cell.eps)
-    queries = int(numbers.pop()) if "+" in cell.attack else 0
-    return math.prod(map(int, numbers)) + queries * FORWARD / INPUT_GRADIENT
-
-
-def _paper_steps(pixels: float) -> int:
-    return max(1, math.floor(min(pixels + 4, 1.25 * pixels) + 1e-6))
-
-
-def _kind(network: Network) -> tuple[str, str]:
-    return network.model.model, network.data.data
+# --- a probe ------------------------------------------------------------------------------
 
 
 def _rate(network: Network, seconds: float) -> float:

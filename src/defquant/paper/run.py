@@ -5,7 +5,7 @@ A network is one job: trained where it is missing, then measured, by one process
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
@@ -27,56 +27,77 @@ from defquant.files import claimed
 from defquant.measure import examples, load_on, measure, replay
 from defquant.paper import grid
 from defquant.paper.grid import Cell, Network, by_network
+from defquant.paper.plan import Plan
 from defquant.paper.workers import cores, each, each_on_cluster
 from defquant.records import Measurement
 from defquant.runs import load_images, test_images, train_run
 
-__all__ = ["run", "work"]
+__all__ = ["processes", "run", "work"]
 
 PICTURES = 8
+ON_GPU = 4  # networks side by side on one card: 1.3 times the throughput of one on an H200
 
 
 def run(
-    cells: Sequence[Cell], out: Path, *, jobs: int | None = None, workers: str = "local"
+    cells: Sequence[Cell],
+    out: Path,
+    *,
+    jobs: int | None = None,
+    workers: str = "local",
+    plan: Plan | None = None,
 ) -> list[str]:
-    """Make the missing ones of `cells`, which stand in the order in which they matter, in the
-    folder `out`; returns what failed, a line each.
+    """Make the missing ones of `cells` in the folder `out`; returns what failed, a line each.
 
     Killed at any moment and started again, it goes on where it stopped. Several calls may work
     on one folder at a time: each network is claimed by one of them, and the others wait for it
-    only when nothing else is left. Results lie in `out`, networks below `networks/`. `jobs`
-    processes, as many as cores when None; `workers` is `local`, or the address of a Ray cluster,
-    whose nodes must see `out`.
+    only when nothing else is left. Results lie in `out`, networks below `networks/`. `plan` says
+    which network is next and when to stop; without one they are made in their order. `jobs`
+    processes, when None as many as cores, or `ON_GPU` on a GPU, each with its share of the memory:
+    a network that finds too little comes again at the end, alone. `workers` is `local`, a number of
+    `jobs`, or the address of a Ray cluster, whose nodes must see `out`.
 
     Raises `UserError` where `out` cannot be written or holds foreign lines, and where the workers
     cannot be had.
     """
     out = out.absolute()  # another machine has another working directory
+    if workers.isdecimal():
+        workers, jobs = "local", int(workers)
     own = by_network(cells)
     todo = {network.name: network for network in by_network(grid.read(out).missing(cells))}
     failed: list[str] = []
     if todo:
         _begin(out)
-    for wait in (False, True):
-        calls = [(name, partial(work, out, n, own[n], wait=wait)) for name, n in todo.items()]
-        if not calls:
+    local, full = workers == "local", False
+    how: Any = {"tell": plan.tell, "until": plan.until} if plan else {}
+    for again in (False, True):
+        if not todo:
             break
-        if workers == "local":
-            states = each("reproduce", calls, min(jobs or cores(), len(calls)))
+        many = 1 if full or not local else min(jobs or processes(todo.values()), len(todo))
+        how["total"], job = len(todo), partial(work, out, wait=again, share=1 / many)
+        queue = ((n.name, partial(job, n, own[n])) for n in _following(dict(todo), plan))
+        if local:
+            states = each("reproduce", queue, many, **how)
         else:
             devices = {network.train.device for network in todo.values()}
             gpus = None if "auto" in devices else int(devices != {"cpu"})
-            states = each_on_cluster("reproduce", calls, workers, gpus=gpus)
-        busy = {}
+            states = each_on_cluster("reproduce", queue, workers, gpus=gpus, **how)
+        later = {}
         with closing(states):
             for name, state in states:
-                if state == "busy":
-                    busy[name] = todo[name]
+                if state in ("busy", "full") and not again:
+                    later[name], full = todo[name], full or state == "full"
                 elif wrong := _lost(out, name, own[todo[name]]) if state == "done" else state:
+                    wrong = f"{name}: the GPU's memory is not enough" if state == "full" else wrong
                     failed.append(wrong)
                     print(f"defquant: {wrong}", file=sys.stderr, flush=True)
-        todo = busy
+        todo = later
     return failed
+
+
+def _following(left: dict[str, Network], plan: Plan | None) -> Iterator[Network]:
+    """All of `left`, each chosen when it is asked for."""
+    while left:
+        yield left.pop(plan.next(left) if plan else next(iter(left)))
 
 
 def _begin(out: Path) -> None:
@@ -99,25 +120,38 @@ def _lost(out: Path, name: str, cells: list[Cell]) -> str:
 # --- one network --------------------------------------------------------------------------
 
 
-def work(out: Path, network: Network, cells: Sequence[Cell], *, wait: bool) -> str:
+def work(
+    out: Path, network: Network, cells: Sequence[Cell], *, wait: bool, share: float = 1.0
+) -> str:
     """Train `network` into `out/networks` and make those of its `cells` that are missing.
 
-    Returns "done"; "busy" where another process is at this network and `wait` is false; else, in
-    one line, why the network cannot be had. The claim dies with its process, and what was
-    finished before stands: a checkpoint each epoch, a line each cell.
+    Returns "done"; "busy" where another process is at this network and `wait` is false; "full"
+    where `share` of the GPU's memory is too little; else, in one line, why the network cannot be
+    had. The claim dies with its process, and what was finished before stands: a checkpoint each
+    epoch, a line each cell.
     """
     with claimed(_claim(out, network), wait=wait) as mine:
         if not mine:
             return "busy"
         try:
+            if pick_device(network.train.device).type == "cuda":
+                torch.cuda.set_per_process_memory_fraction(share)
             missing = grid.read(out).missing(cells)
             if missing or not cells:
                 _train(out, network)
             for group in _together(cells, missing):
                 _measure(out, network, group, set(missing))
+        except torch.OutOfMemoryError:
+            return "full"
         except UserError as error:
             return f"{network.name}: {error}"
     return "done"
+
+
+def processes(networks: Iterable[Network]) -> int:
+    """How many work side by side: one on each core, or `ON_GPU` on a GPU."""
+    on_gpu = any(pick_device(network.train.device).type == "cuda" for network in networks)
+    return ON_GPU if on_gpu else cores()
 
 
 def _claim(out: Path, network: Network) -> Path:

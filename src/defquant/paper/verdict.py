@@ -25,6 +25,7 @@ ALONE = 0.10  # what a single training must show where nothing is known of the c
 UNTRAINED = 0.2  # clean accuracy: twice that of a guess among ten classes
 ONE_SEED = "one seed: training not in the interval"
 HARDLY = ", hardly trained"
+_SPOILT = "masked, which proves nothing"
 
 _RANK: dict[Answer, int] = {"does not hold": 0, "not decided": 1, "holds": 2}
 _KINDS = {"fgsm": "one step", "rfgsm": "one step", "adaptive": "worst case"}
@@ -225,6 +226,11 @@ class Contrast(NamedTuple):
         asks = [ask for weight, (ask, _) in self.terms if every or sign * weight > 0]
         return list(dict.fromkeys(name for ask in asks for name in evidence.masked(ask)))
 
+    def undecided(self, evidence: Evidence, comparisons: int) -> bool:
+        """Whether more measurements may decide it: what is masked, they do not."""
+        found = self.judged(evidence, comparisons)
+        return found is None or (found.verdict == "not decided" and _SPOILT not in found.detail)
+
     def judged(self, evidence: Evidence, comparisons: int) -> Reading | None:
         """The reading, called by the contrast's name; None where a term is missing."""
         alone = len({ask.networks for _, (ask, _) in self.terms}) == 1
@@ -237,7 +243,7 @@ class Contrast(NamedTuple):
         remarks = [_seeds([sample for _, sample in terms])]
         remarks += [f"margin {100 * self.margin:g} point"] if self.margin else []
         if masked := self.spoilt(evidence, verdict):
-            remarks.append(f"masked, which proves nothing: {', '.join(masked)}")
+            remarks.append(f"{_SPOILT}: {', '.join(masked)}")
             verdict = "not decided"
         return Reading(self.name, *found[:3], verdict, "; ".join(remarks))
 

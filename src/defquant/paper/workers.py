@@ -5,6 +5,7 @@ been killed, and with them stand their claims.
 """
 
 import logging
+import math
 import multiprocessing
 import os
 import re
@@ -12,23 +13,27 @@ import signal
 import socket
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from itertools import islice
 from multiprocessing import resource_tracker
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, TypeVar
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.text import Text
 
 from defquant.errors import UserError
 from defquant.progress import quiet, say
 
-__all__ = ["Job", "cores", "each", "each_on_cluster"]
+__all__ = ["Job", "Tell", "cores", "each", "each_on_cluster"]
 
 PATIENCE = 10.0  # seconds in which an address must answer
 DEATHS = 10  # of a job's workers before it is given up: nodes may be taken away at any time
@@ -36,6 +41,10 @@ DEATHS = 10  # of a job's workers before it is given up: nodes may be taken away
 T = TypeVar("T")
 
 Job = tuple[str, Callable[[], T]]
+Tell = Callable[[str], Sequence[str]]
+"""What there is to tell of a job that is done, by its name; without a name, of all together."""
+
+_ANY = "FIRST_COMPLETED"
 
 
 def cores() -> int:
@@ -44,38 +53,57 @@ def cores() -> int:
 
 
 def each(
-    title: str, jobs: Sequence[Job[T]], processes: int
+    title: str,
+    jobs: Iterable[Job[T]],
+    processes: int,
+    *,
+    total: int | None = None,
+    tell: Tell = lambda name: [],
+    until: float = math.inf,
 ) -> Generator[tuple[str, T], None, None]:
     """The results of named jobs as they end, each made in one of `processes` of one thread.
 
-    A job is a picklable call without arguments. Progress goes to stderr. When a job raises, or
-    the caller stops, all processes are ended; they end, too, when this process is killed.
+    The next of `jobs`, `total` in number, is asked for when a process is free. Progress, and what
+    there is to `tell`, goes to stderr. When a job raises, the caller stops, or the monotonic clock
+    has come to `until`, all processes are ended; they end, too, when this process is killed.
 
     Raises what a job raises, and `UserError` when a process dies, for want of memory say.
     """
     # spawn: a forked child inherits torch's thread pool in a state that can hang
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_child)
-    try:
-        with _progress(title, len(jobs)) as advance:
-            with _late_ctrl_c(sys.maxsize), _deaf_children():
-                names = {pool.submit(job): name for name, job in jobs}
-                pool.submit(int)  # wakes Python's watcher once all it must watch has been started
-            for future in as_completed(names):
-                result = future.result()
-                advance(names[future], result)
-                yield names[future], result
-    except BaseException as error:
+    queue, names = iter(jobs), dict[Future[T], str]()
+
+    def end() -> None:
         for process in list((pool._processes or {}).values()):
             process.terminate()
         pool.shutdown(wait=True, cancel_futures=True)
+
+    try:
+        with _progress(title, len(jobs) if isinstance(jobs, Sized) else total, tell) as advance:
+            while time.monotonic() < until:
+                free = list(islice(queue, processes - len(names)))
+                with _late_ctrl_c(sys.maxsize), _deaf_children():
+                    names |= {pool.submit(job): name for name, job in free}
+                    if free:  # wakes Python's watcher once all it must watch has been started
+                        pool.submit(int)
+                if not names:
+                    break
+                ready, _ = wait(names, max(0.0, min(1.0, until - time.monotonic())), _ANY)
+                for future in ready:
+                    result = future.result()
+                    name = names.pop(future)
+                    advance(name, result)
+                    yield name, result
+    except BaseException as error:
+        end()
         if isinstance(error, BrokenProcessPool):
             raise UserError(
                 f"one of {processes} processes died (out of memory?): run again, with fewer at a "
                 "time if need be; what was finished stands"
             ) from None
         raise
-    pool.shutdown()
+    end() if names else pool.shutdown()
 
 
 @contextmanager
@@ -134,20 +162,27 @@ def _one_thread() -> None:
 
 
 @contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[[str, object], None]]:
-    """A bar on a terminal, elsewhere one line per job that is done: whose result says no more."""
+def _progress(title: str, total: int | None, tell: Tell) -> Iterator[Callable[[str, object], None]]:
+    """One line per job that is done, whose result says no more, where there is something to tell
+    or no terminal; on a terminal also a bar and the lines that `tell` has, each second.
+    """
     console = Console(stderr=True)
-    hidden = not console.is_terminal
+    hidden = not console.is_terminal or quiet()
     columns = BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(
-        "{task.description}", *columns, console=console, transient=True, disable=hidden or quiet()
-    ) as bar:
-        task = bar.add_task(title, total=total)
+    bar = Progress("{task.description}", *columns, console=console)
+    task = bar.add_task(title, total=total)
+
+    def shown() -> Group:
+        return Group(bar, *(Text(line, no_wrap=True, overflow="ellipsis") for line in tell("")))
+
+    live = Live(get_renderable=shown, console=console, transient=True, refresh_per_second=1)
+    with nullcontext() if hidden else live:
 
         def advance(name: str, result: object) -> None:
             bar.advance(task)
             if result in (None, "done"):
-                say(f"{title}: {name} done", shown=hidden)
+                words = tell(name)
+                say("; ".join([f"{title}: {name} done", *words]), shown=hidden or bool(words))
 
         yield advance
 
@@ -156,7 +191,14 @@ def _progress(title: str, total: int) -> Iterator[Callable[[str, object], None]]
 
 
 def each_on_cluster(
-    title: str, jobs: Sequence[Job[str]], address: str, *, gpus: int | None = None
+    title: str,
+    jobs: Iterable[Job[str]],
+    address: str,
+    *,
+    gpus: int | None = None,
+    total: int | None = None,
+    tell: Tell = lambda name: [],
+    until: float = math.inf,
 ) -> Generator[tuple[str, str], None, None]:
     """The results of named jobs as they end, each made by a task of the Ray cluster at `address`.
 
@@ -165,7 +207,7 @@ def each_on_cluster(
     so for its result, and the others go on. Every node needs the same defquant, Python and Ray, and
     must see the files that the jobs name, under the same paths (a shared disk). Relative paths are
     those of the caller's folder, where the node has it. Each job gets one CPU core, one thread and
-    `gpus`; None for one where the cluster has any.
+    `gpus`; None for one where the cluster has any. All are handed in at once, in their order.
 
     `address`: `ray://HOST:10001` from anywhere; `HOST:6379` or `auto` on a node of the cluster,
     where `auto` asks the node itself; `ray`: as `auto` on a node, elsewhere a cluster of this
@@ -173,7 +215,7 @@ def each_on_cluster(
 
     Raises `UserError`: Ray is not installed, nothing answers, or a node lacks defquant.
     """
-    bar = _progress(title, len(jobs))
+    bar = _progress(title, len(jobs) if isinstance(jobs, Sized) else total, tell)
     with _late_ctrl_c(1) as stop, _connected(address) as ray, bar as advance:
         if gpus is None:
             gpus = int(ray.cluster_resources().get("GPU", 0) >= 1)
@@ -184,7 +226,7 @@ def each_on_cluster(
         folder = str(Path.cwd())
         begun = {task.remote(folder, job): (name, job, 1) for name, job in jobs}
         try:
-            while begun:
+            while begun and time.monotonic() < until:
                 if not ray.is_initialized():  # Ray would join or start another cluster by itself
                     raise ConnectionError("no connection")
                 ready, _ = ray.wait(list(begun), timeout=1.0)
@@ -204,11 +246,10 @@ def each_on_cluster(
                         )
                     advance(name, result)
                     yield name, result
-        except BaseException:
+        finally:  # done, interrupted, or out of time
             with suppress(Exception):  # the cluster may be gone
                 for reference in begun if ray.is_initialized() else ():
                     ray.cancel(reference, force=True)
-            raise
 
 
 def _run(folder: str, job: Any) -> Any:
