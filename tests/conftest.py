@@ -1,6 +1,5 @@
 """Shared by all tests: few threads, small networks."""
 
-import gzip
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,4 +92,3 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def undraw(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("defquant.report.plot.svg", lambda spec: "<svg></svg>")
-    patch.setattr("defquant.report.plot.script", lambda: gzip.compress(b"vega", mtime=0))

@@ -358,6 +358,7 @@ def report(
     out: str = "report.html",
     markdown: str | None = None,
     figure: str | None = None,
+    ladder: str | None = None,
     json: Json = False,
 ) -> None:
     """Make one self-contained HTML page of a folder of runs; its summary on stdout.
@@ -366,10 +367,11 @@ def report(
         folder: folder that holds runs.
         out: the page.
         markdown: also a Markdown table.
-        figure: also a PNG, SVG or PDF.
+        figure: also accuracy over eps, as PNG, SVG or PDF.
+        ladder: also accuracy from the weakest attack to the strongest, as PNG, SVG or PDF.
     """
     from defquant.files import write_bytes
-    from defquant.report import build_report, markdown_table, plot_curves
+    from defquant.report import build_report, markdown_table, plot_curves, plot_ladder
 
     try:
         measurements = read_folder(Path(folder))
@@ -380,6 +382,8 @@ def report(
         write_bytes(Path(markdown), markdown_table(measurements).encode())
     if figure:
         plot_curves(measurements, Path(figure))
+    if ladder:
+        plot_ladder(measurements, Path(ladder))
     rows.print_summary(measurements, as_json=json)
     print(page)
 

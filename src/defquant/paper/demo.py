@@ -74,5 +74,5 @@ def _make(run: Path, network: Network, limit: int | None) -> None:
     (run / "results.jsonl").unlink(missing_ok=True)
     for _ in measure(run, model, facts, images, attacks):
         pass
-    shown = examples(run, model, facts, images, parse_attack("pgd-20", EPS[2]))
+    shown = [examples(run, model, facts, images, parse_attack("pgd-20", e)) for e in EPS[::2]]
     write_json(run / "examples.json", shown)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, product
+from itertools import groupby
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -11,18 +11,21 @@ from typing import Any
 from defquant.config import check_bits, check_eps
 from defquant.errors import UserError, shown, visible
 from defquant.files import read_text
-from defquant.paper.section import Entry, Number, Table, eps_number, rate
+from defquant.paper.section import Entry, Number, Table, rate, signed
+from defquant.paper.verdict import Spread, accuracy, interval
 from defquant.records import Score
-from defquant.report.model import EPS, NOTHING, WORDS, Chapter, interval_text, panels
+from defquant.report.answer import Answer, Mark, Row, differences
+from defquant.report.model import NOTHING, WORDS, Chapter, interval_text
 from defquant.report.names import Family, Series, attack_at, attack_order, distinct
 from defquant.typed import from_mapping, parse_json
 
-__all__ = ["KIND", "Card", "chapters", "read_cards"]
+__all__ = ["KIND", "Card", "answer", "chapters", "read_cards", "rows", "ships"]
 
 KIND = "defquant deployed model"
 INTEGER = "onnxruntime, integers"  # the engine that runs what ships; the others stand beside it
 ENGINES = {"torch": "PyTorch", "integer": INTEGER}
 BITS_PART = re.compile(r"W\d|deployable")  # of a method; said by the table's head
+AGREEMENT = 0.995  # `deploy.parity.AGREEMENT`, which needs torch
 Counts = tuple[int, int]
 
 
@@ -147,6 +150,16 @@ class Card:
         return Series(" + ".join(parts), self.bits, self.beta).family
 
     @property
+    def name(self) -> str:
+        ranges = ", calibrated" if self.calibrated else ""
+        return f"{self.family}, {self.bits}-bit, weights {self.weight_bits}{ranges}"
+
+    @property
+    def amiss(self) -> bool:
+        """Whether it answers otherwise than its network, or is as robust to something alone."""
+        return self.parity.agreement < AGREEMENT or any(pair.outside for pair in self.scores)
+
+    @property
     def order(self) -> tuple[Any, ...]:
         """Equal bits stand together, vanilla before DQ."""
         precision = (self.bits, -self.weight_bits)
@@ -212,7 +225,6 @@ def _chapter(cards: Sequence[Card], name: str) -> Chapter:
     ]  # fmt: skip
     return Chapter(
         name, f"Deployed: {cards[0].model} on {cards[0].data}", tables=tables[:1],
-        panels=panels(_points(cards), EPS),
         folded=[("Every number: parity, scores, latency, versions", tables[1:])],
         commands=distinct(card.command for card in cards),
     )  # fmt: skip
@@ -251,19 +263,84 @@ def _answers(card: Card) -> Iterator[tuple[str, Any, str, Entry]]:
         yield "Versions", 0, name, version
 
 
-def _points(cards: Sequence[Card]) -> Iterator[tuple[str, str, str, str, Number]]:
-    """Accuracy over eps, a panel per attack, as trained and as deployed."""
-    attacks = {pair.attack for card in cards for pair in card.scores} - {"clean"}
-    for attack in sorted(attacks, key=attack_order):
-        for card, side in product(cards, ("deployed", "trained")):
-            own = sorted(
-                (p for p in card.scores if p.attack in ("clean", attack) and getattr(p, side)),
-                key=lambda pair: pair.order,
-            )
-            name = f"{card.family}, {card.bits} × {card.weight_bits} bits, {side}"
-            if own and own[-1].attack == attack:
-                for p in own:
-                    yield attack, name, str(card.family), eps_number(p.eps), rate(getattr(p, side))
+# --- the first screen -----------------------------------------------------------------------
+
+
+def rows(cards: Sequence[Card]) -> list[Row]:
+    """Each file beside the network it came from; the images are the same, so the training's chance
+    is no part of their difference, and that of the images counts as if they were two lots.
+    """
+    found = []
+    attacked = [p for c in cards for p in c.scores if p.attack != "clean" and p.trained]
+    least = min((p.eps for p in attacked), default=0.0)
+    near = [p for p in attacked if p.eps == least]
+    worst = min(near, key=lambda p: p.deployed[0] / p.deployed[1], default=None)
+    for card in cards:
+        kind, place = str(card.family), f"{card.model} on {card.data}"
+        about = {"Card": card.place, "Run": f"{card.run}, seed {card.seed}"}
+        for pair in sorted(card.scores, key=lambda pair: pair.order):
+            of, how = (pair.attack, pair.eps), about | {"Attack": pair.settings}
+            telling = worst is None or of == (worst.attack, worst.eps)
+            base = (kind, str(card.family), card.bits, *of)
+            gap = None
+            if pair.trained:
+                found.append(Row(place, f"{card.name}, trained", *base, rate(pair.trained), None,
+                                 telling, how))  # fmt: skip
+                terms = [
+                    (sign, accuracy(counts[0] / counts[1], counts[1], 1, Spread(0.0, 1.0)))
+                    for sign, counts in ((1, pair.deployed), (-1, pair.trained))
+                ]
+                ends = interval(terms)
+                images = pair.deployed[1]
+                gap = Number(ends.effect, 0, 1, images, ends.low, ends.high, points=True)
+            found.append(Row(place, f"{card.name}, file", *base, rate(pair.deployed), gap,
+                             telling, how))  # fmt: skip
+    return found
+
+
+def ships(cards: Sequence[Card]) -> Mark | None:
+    """Whether what ships is what was measured; None where nothing was exported."""
+    if not cards:
+        return None
+    bad = [card for card in cards if card.amiss]
+    least = min(card.parity.agreement for card in cards)
+    text = f"{len(cards) - len(bad)} of {len(cards)} files answer as their networks do, at least "
+    text += f"{least:.1%} of the images alike" if bad else f"{least:.2%} of the images"
+    return Mark("What ships", "differs" if bad else "the same", "wrong" if bad else "right", text)
+
+
+def answer(cards: Sequence[Card]) -> Answer:
+    """Of exported models alone: do they answer like the networks they came from?"""
+    every, ship = rows(cards), ships(cards)
+    bad, gaps = [card for card in cards if card.amiss], [row for row in every if row.gap]
+    most = max(gaps, key=lambda row: abs(row.gap.mean or 0) if row.gap else 0, default=None)
+    images = [card.parity.images for card in cards]
+    near = min((row.eps for row in gaps if row.eps), default=0.0)
+    sentence = f"{len(cards) - len(bad)} of {len(cards)} files give their network's answers on "
+    sentence += f"{AGREEMENT:.1%} of the images or more, and keep its robust accuracy."
+    if most and most.gap:
+        points = f"{signed(most.gap.mean or 0)} points [{interval_text(most.gap)}]"
+        sentence += f" Under attack they differ most by {points}: {most.network}, "
+        sentence += f"{attack_at(most.attack, most.eps)}."
+    integers = all(card.convolutions[0] == card.convolutions[1] for card in cards)
+    codes = sum(card.parity.reference_mismatches for card in cards)
+    return Answer(
+        "Does what ships answer like what was trained?",
+        "Yes" if not bad else "No" if len(bad) == len(cards) else "Not all of it",
+        "wrong" if bad else "right", sentence,
+        [
+            Mark("Evidence", "one seed each", "open", f"{max(images):,} images of each for parity"),
+            Mark("Masked gradients", "not asked", "open", "defquant diagnose RUN answers"),
+            Mark("What ships", "integers" if integers and not codes else "not all in integers",
+                 "right" if integers and not codes else "wrong",
+                 f"{codes:,} codes differ from the integer reference's")
+            if ship else Mark("What ships", "nothing", "open", ""),
+        ],
+        [f"{card.name}: {card.parity.agreement:.2%} the same answers." for card in bad],
+        ["other seeds", "masked gradients (diagnose)", "attacks on the file itself but Square"],
+        [differences([r for r in gaps if r.eps <= near], "the trained network")]
+        * bool(gaps),
+    )  # fmt: skip
 
 
 class _Words(Formatter):

@@ -11,7 +11,8 @@ from typing import Any
 
 from defquant.errors import UserError
 from defquant.paper.section import Entry, Number, Panel, Table, eps_number, eps_text
-from defquant.records import Cell, Measurement, blind, over_seeds, told_apart
+from defquant.records import Cell, Measurement, over_seeds, told_apart
+from defquant.report.answer import Place, kind_of, ladder, number_of, of_places
 from defquant.report.model import EPS, NOTHING, WORDS, Chapter, Plain, listing, panels
 from defquant.report.names import (
     Family,
@@ -27,8 +28,8 @@ from defquant.report.plot import chart, figures, save
 from defquant.report.sources import Run, flatten
 
 __all__ = [
-    "Row", "chosen", "groups", "plot_curves", "settings", "summary", "summary_table", "table_eps",
-    "training",
+    "Row", "chosen", "groups", "plot_curves", "plot_ladder", "settings", "summary",
+    "summary_table", "table_eps", "training",
 ]  # fmt: skip
 
 LINES = 8  # of one figure where there are many networks
@@ -150,7 +151,7 @@ def summary_table(rows: Sequence[Row]) -> Table:
         {
             **({"Data": row.data, "Network": row.model} if several else {}),
             "Method": str(row.family), "Images": row.images,
-            **{h: _number(row.cells[b]) if b in row.cells else None for b, h in heads.items()},
+            **{h: number_of(row.cells[b]) if b in row.cells else None for b, h in heads.items()},
             "Quantize gain": None if row.gain is None else Number(row.gain, points=True),
             "Best": Number(row.best),
         }
@@ -159,28 +160,15 @@ def summary_table(rows: Sequence[Row]) -> Table:
     return listing(shown, WORDS["summary"])
 
 
-def _number(cell: Cell) -> Number:
-    low, high = cell.pooled.interval
-    return Number(
-        cell.mean, cell.spread, len(cell.seeds), cell.pooled.total // len(cell.seeds), low, high,
-        vanishing=blind(cell.attack, cell.vanishing),
-    )  # fmt: skip
-
-
-def groups(found: Sequence[Cell]) -> list[Chapter]:
-    """One network architecture on one data set each, with every cell folded; the largest first,
-    validation images last. The charts of the first have pictures.
-    """
+def groups(places: Sequence[Place], found: Sequence[Cell], drawn: bool) -> list[Chapter]:
+    """The summary of each architecture and data set; where `drawn`, its accuracy over eps, too."""
     rows = _grouped(_rows(found), lambda row: (row.data, row.model))
-    places = _grouped(found, lambda cell: (cell.data, cell.model))
-    ordered = sorted(places, key=lambda name: (is_validation(name[0]), -len(places[name])))
     return [
         Chapter(
-            f"group-{i}", f"{name[1]} on {name[0]}", tables=[summary_table(rows[name])],
-            panels=[*_eps_panels(places[name]), *_bits_panels(rows[name])],
-            folded=[("Every number", [_listing(places[name])])], still=i == 1,
+            f"group-{i}", place.name, tables=[summary_table(rows[place.data, place.model])],
+            panels=_eps_panels(place.cells) if drawn else (),
         )
-        for i, name in enumerate(ordered, 1)
+        for i, place in enumerate(places, 1)
     ]  # fmt: skip
 
 
@@ -204,11 +192,7 @@ def _over_eps(networks: Mapping[Series, Sequence[Cell]], several: bool) -> Itera
                 label = f"{series}, {model} on {data}" if several else str(series)
                 if any(c.attack == attack for c in cells):
                     for c in shown:
-                        yield attack, label, _kind(series), eps_number(c.eps), _number(c)
-
-
-def _kind(name: Series) -> str:
-    return name.method if name.method.startswith("float") else str(name.family)
+                        yield attack, label, kind_of(series), eps_number(c.eps), number_of(c)
 
 
 def _parts(names: Sequence[Series]) -> list[list[Series]]:
@@ -223,33 +207,6 @@ def _parts(names: Sequence[Series]) -> list[list[Series]]:
     return parts
 
 
-def _bits_panels(rows: Sequence[Row]) -> list[Panel]:
-    """Accuracy over bits, a panel for clean images and each attack; of families with several."""
-    points = [
-        (row.images, str(row.family), str(row.family), str(bits or "full"), _number(cell))
-        for row in rows
-        for bits, cell in sorted(row.cells.items(), key=lambda item: item[0] or 99)
-        if len(row.cells) > 1
-    ]
-    return panels(points, "activation bits")
-
-
-def _listing(cells: Iterable[Cell]) -> Table:
-    ordered = sorted(cells, key=lambda c: (attack_order(c.attack), c.eps, series_of(c).order))
-    rows: list[Plain] = [
-        {
-            "Images": c.attack, "ε": NOTHING if c.attack == "clean" else eps_text(c.eps),
-            "Network": str(series_of(c)),
-            "Accuracy": replace(_number(c), low=None, high=None, images=0),
-            "95% interval": " to ".join(f"{100 * end:.1f}" for end in c.pooled.interval),
-            "Right / images": f"{c.pooled.correct:,} / {c.pooled.total:,}",
-            "Seeds": ", ".join(map(str, c.seeds)),
-        }
-        for c in ordered
-    ]  # fmt: skip
-    return listing(rows, WORDS["listing"])
-
-
 def plot_curves(measurements: Sequence[Measurement], out: Path) -> Path:
     """Accuracy over eps, a panel per attack, a line per network.
 
@@ -260,6 +217,19 @@ def plot_curves(measurements: Sequence[Measurement], out: Path) -> Path:
     if not drawn:
         raise UserError("there are no attacks to plot: run `defquant attack` first")
     return save([chart(own, columns=len(drawn)) for own in figures(drawn)], out)
+
+
+def plot_ladder(measurements: Sequence[Measurement], out: Path) -> Path:
+    """Each network's accuracy from the weakest attack to the strongest, a panel per precision.
+
+    Raises `UserError` where `out` does not end in .png, .svg or .pdf, or there are no two attacks
+    to climb down.
+    """
+    places = of_places(over_seeds(chosen(measurements)), table_eps)
+    drawn = ladder(places[0]) if places else None
+    if drawn is None:
+        raise UserError("a ladder needs two attacks that follow gradients: run `defquant attack`")
+    return save([drawn], out)
 
 
 # --- trainings and settings ----------------------------------------------------------------
@@ -287,7 +257,7 @@ def training(runs: Sequence[Run], measurements: Sequence[Measurement]) -> list[C
         times = [sum(run.curves["seconds"]) for run in own if "seconds" in run.curves]
         rows[network]["Time a run"] = duration(fmean(times)) if times else NOTHING
     table = listing(list(rows.values()), WORDS["trained"])
-    whole = Chapter("training", "Training", panels=drawn, tables=[table], still=False)
+    whole = Chapter("training", "Training", panels=drawn, tables=[table])
     return [whole] * bool(rows)
 
 
@@ -304,7 +274,7 @@ def _networks(
     found: dict[tuple[str, str], list[Run]] = {}
     for run in sorted(measured, key=lambda run: known[run.name][0].order):
         series, where = known[run.name]
-        found.setdefault((f"{series}{where * several}", _kind(series)), []).append(run)
+        found.setdefault((f"{series}{where * several}", kind_of(series)), []).append(run)
     return found | {(run.name, run.name): [run] for run in runs if run.name not in known}
 
 

@@ -1,8 +1,7 @@
 """What a report is made of, and how its numbers are written: once, for page, Markdown, terminal.
 
 A report is `Chapter`s of `Table`s and `Panel`s of `Number`s, both made of rows of plain columns
-(`listing`, `panels`). A `View` is a table as texts; its evidence, what each number rests on, is a
-table of its own that repeats no number.
+(`listing`, `panels`). A `View` is a table as texts; what a number rests on is told by the pointer.
 """
 
 import re
@@ -19,8 +18,8 @@ from defquant.report.sources import StripTable, of_pictures
 
 __all__ = [
     "EPS", "MARKS", "NOTHING", "WORDS", "Chapter", "Place", "Plain", "View", "axis", "bar",
-    "evidence", "height", "interval_text", "listing", "of_section", "panels", "places",
-    "uncertainty_text", "value_text", "view",
+    "height", "interval_text", "listing", "of_section", "panels", "places",
+    "told_of", "uncertainty_text", "value_text", "view",
 ]  # fmt: skip
 
 EPS = "ε · 255"  # an x axis of numbers
@@ -37,9 +36,7 @@ WORDS: Mapping[str, Any] = yaml.safe_load(Path(__file__).with_name("words.yaml")
 
 @dataclass(frozen=True)
 class Chapter:
-    """A section as it is shown; `folded` tables open at a click, `still` charts have a picture
-    for a browser without script.
-    """
+    """A section as it is shown; `folded` tables open at a click."""
 
     anchor: str
     title: str
@@ -51,20 +48,18 @@ class Chapter:
     notes: Sequence[str] = ()
     commands: Sequence[str] = ()
     verdicts: Sequence[Verdict] = ()  # drawn and counted
-    still: bool = True
 
 
 def of_section(section: Section) -> Chapter:
-    """A section of an experiment, with the numbers of its figures and its evidence folded."""
+    """A section of an experiment, with the numbers of its figures folded."""
     strips, notes = of_pictures(section.pictures)
     drawn = _panel_tables(section)
-    proofs = [evidence(table) for table in (*section.tables, *drawn)]
-    folded = {"Numbers of the figure": drawn, "Evidence": [t for t in proofs if t.rows]}
+    folded = [("Numbers of the figure", drawn)] * bool(drawn)
     missing = f"Measurements still missing: {section.missing:,}."
     one = f"{section.command} --cell KEY --out again  # one number: KEY is among its cells"
     return Chapter(
         section.name, section.title, (*section.text, *[missing] * bool(section.missing)),
-        section.tables, section.panels, [(name, own) for name, own in folded.items() if own],
+        section.tables, section.panels, folded,
         strips, notes, [section.command, one] if section.command else [],
     )  # fmt: skip
 
@@ -97,12 +92,15 @@ def panels(
 
 @dataclass(frozen=True)
 class Place:
-    """An entry as it is shown: the value, what stands beside it, the paper's; 1 best, 2 second."""
+    """An entry as it is shown: the value, what stands beside it, the paper's; 1 best, 2 second; and
+    what the pointer is told.
+    """
 
     text: str
     more: str = ""
     paper: str = ""
     rank: int = 0
+    told: str = ""
 
     @property
     def mark(self) -> str:
@@ -146,26 +144,15 @@ def view(table: Table) -> View:
             return Place(NOTHING if entry is None else entry)
         paper = "" if entry.paper is None else value_text(entry.paper, entry, table.percent)
         text = value_text(entry.mean, entry, table.percent)
-        return Place(text, uncertainty_text(entry, table.percent), paper, rank)
+        gap, cells = _gap(entry, table.percent), " ".join(dict.fromkeys(entry.cells)).strip()
+        about = {"": told_of(entry, table.percent) if entry.seeds else "", "gap": gap, "of": cells}
+        told = "; ".join(f"{name} {own}".strip() for name, own in about.items() if own)
+        return Place(text, uncertainty_text(entry, table.percent), paper, rank, told)
 
     ranks = [places(table, index) for index in range(len(table.rows))]
     rows = tuple(tuple(map(place, row, own)) for row, own in zip(table.rows, ranks, strict=True))
     notes = _notes(_numbers(table), best=any(2 in own for own in ranks))
     return View(table.head, _label_columns(table), rows, table.caption, tuple(notes))
-
-
-def evidence(table: Table) -> Table:
-    """A row for each number of `table` that says what it rests on; without rows for none."""
-    rows: list[Plain] = [
-        {
-            "Row": row, "Column": column, "95% interval": interval_text(n, table.percent),
-            "Seeds": f"{n.seeds or ''}", "Images": f"{n.images:,}" if n.images else "",
-            "Gap to the paper": _gap(n, table.percent), "Cells": " ".join(dict.fromkeys(n.cells)),
-        }
-        for row, column, n in _named_numbers(table)
-    ]  # fmt: skip
-    known = [row for row in rows if any(list(row.values())[2:])]
-    return listing(known, table.caption.split(". ")[0].rstrip("."))
 
 
 def _panel_tables(section: Section) -> list[Table]:
@@ -241,17 +228,6 @@ def _label_columns(table: Table) -> int:
     return wordy.index(False) if False in wordy else max(table.head.count(""), min(1, len(wordy)))
 
 
-def _named_numbers(table: Table) -> list[tuple[str, str, Number]]:
-    """Every number row by row, with its row's and column's names; an unnamed row has the last."""
-    found, names = [], [""] * _label_columns(table)
-    for row in table.rows:
-        names = [str(own) or last for own, last in zip(row, names, strict=False)]
-        name = ", ".join(filter(None, names))
-        pairs = zip(table.head, row, strict=True)
-        found += [(name, head, entry) for head, entry in pairs if isinstance(entry, Number)]
-    return found
-
-
 def _numbers(table: Table) -> list[Number]:
     return [entry for row in table.rows for entry in row if isinstance(entry, Number)]
 
@@ -282,6 +258,15 @@ def interval_text(number: Number, percent: bool = True) -> str:
     """`62.4 to 64.2`; empty where there is none."""
     ends = (number.low, number.high)
     return " to ".join(value_text(end, number, percent) for end in ends) if None not in ends else ""
+
+
+def told_of(n: Number, percent: bool = True) -> str:
+    """`63.3 ±1.2, 95% interval 62.4 to 64.2, 2 seeds, 1,000 images each`."""
+    ends, seeds = interval_text(n, percent), f"{n.seeds} seed{'s' * (n.seeds > 1)}"
+    parts = [f"{value_text(n.mean, n, percent)} {uncertainty_text(n, percent) * (n.seeds > 1)}"]
+    parts += [ends and f"95% interval {ends}", seeds * bool(n.seeds)]
+    parts += [f"{n.images:,} images" + " each" * (n.seeds > 1)] * bool(n.images)
+    return ", ".join(part.strip() for part in parts if part.strip())
 
 
 def _notes(numbers: Sequence[Number], best: bool) -> list[str]:

@@ -1,13 +1,11 @@
 """A report as one HTML page that opens offline, as Markdown for GitHub, and for the terminal."""
 
 import base64
-import gzip
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
@@ -21,9 +19,11 @@ from rich.text import Text
 
 from defquant.errors import visible
 from defquant.files import write_bytes
-from defquant.paper.section import Answer, Number, Reading, Section, Table, Verdict
+from defquant.paper.section import Answer as Decided
+from defquant.paper.section import Number, Reading, Section, Table, Verdict, eps_number
 from defquant.records import Measurement, over_seeds, read_folder
-from defquant.report import cards, measured, plot
+from defquant.report import cards, judged, measured, plot
+from defquant.report.answer import Answer, Figure, Row, of_places, rows_of
 from defquant.report.model import (
     MARKS,
     NOTHING,
@@ -34,6 +34,8 @@ from defquant.report.model import (
     View,
     listing,
     of_section,
+    uncertainty_text,
+    value_text,
     view,
 )
 from defquant.report.names import distinct, is_validation, markdown, series_of
@@ -45,7 +47,7 @@ __all__ = [
 ]  # fmt: skip
 
 HERE = Path(__file__).parent
-ICONS: dict[Answer, str] = {"holds": "✓", "does not hold": "✗", "not decided": "?"}
+ICONS: dict[Decided, str] = {"holds": "✓", "does not hold": "✗", "not decided": "?"}
 EMPTY = Reading(NOTHING, None, None, None, "not decided", NOTHING)
 STYLES = ("", "bold", "underline")
 ANSWERS = {"right": "green", "wrong": "red", "open": "yellow"}
@@ -73,20 +75,14 @@ def build_report(
     """
     folder, out = Path(folder), Path(out)
     exported, broken = cards.read_cards(folder)
-    paper = [claims(verdicts)] * bool(verdicts)
-    for chapter in map(of_section, sections):
-        name = "paper-" + re.sub(r"[^a-z0-9]+", "-", chapter.anchor.lower()).strip("-")
-        taken = f"-{len(paper)}" * (name in [other.anchor for other in paper])
-        paper.append(replace(chapter, anchor=name + taken))
     if measurements is None:
         there = any(path.stat().st_size for path in folder.rglob("results.jsonl"))
-        measurements = read_folder(folder) if there or not (paper or exported) else []
+        bare = bool(sections or verdicts or exported)
+        measurements = read_folder(folder) if there or not bare else []
     runs, pictures, notes = read_runs(folder, measurements)
     kept = measured.chosen(measurements)
     found = over_seeds(kept)
-    shown, strips = measured.groups(found), of_runs(pictures)
-    if paper:  # which is what a reader without script sees, too
-        shown = [replace(chapter, still=False) for chapter in shown]
+    places, strips = of_places(found, measured.table_eps), of_runs(pictures)
     alike = distinct(str(series_of(c)) for c in found if len(set(c.seeds)) < len(c.seeds))
     notes = [f"Unreadable. {note}" for note in (*notes, *broken)]
     notes += [
@@ -94,41 +90,77 @@ def build_report(
     ]
     if repeated := len(measurements) - len(kept):
         notes.append(f"Repeated measurements of the same run, attack and ε left out: {repeated}")
+    told = {run.name: run.diagnosis for run in runs if run.diagnosis}
+    answer = places[0].answer(told, cards.ships(exported)) if places else None
     on_test = [m for m in measurements if not is_validation(m.data)]
-    page = _render(
-        title=title or _title(measurements, bool(paper)),
-        facts={
-            "runs": len({m.run for m in measurements}),
+    paper = _of_paper(sections)
+    page = _Page(
+        title or _title(measurements, bool(sections or verdicts)),
+        {
             "seeds": len({m.seed for m in measurements}),
             "attacks": len({m.attack for m in measurements} - {"clean"}),
             "test images": max((m.total for m in on_test or measurements), default=0),
         },
-        chapters=[
-            *paper, *([] if paper else shown), *cards.chapters(exported),
-            *[Chapter("examples", "Examples", strips=strips)] * bool(strips),
+        answer or (cards.answer(exported) if exported else None),
+        [*rows_of(places, kept), *cards.rows(exported)],
+        {name: look for place in reversed(places) for name, look in place.looks.items()},
+        strips or [s for chapter in paper for s in chapter.strips],
+        [claims(verdicts)] * bool(verdicts),
+        [
+            *paper, *measured.groups(places, found, drawn=not paper), *cards.chapters(exported),
+            *measured.training(runs, kept),
+            replace(measured.settings(measurements, runs), notes=notes),
         ],
-        folded=[*(shown if paper else []), *measured.training(runs, kept)],
-        last=[replace(measured.settings(measurements, runs), notes=notes)],
     )  # fmt: skip
-    return write_bytes(out, page.encode())
+    return write_bytes(out, page.html().encode())
 
 
 def judged_page(record: Mapping[str, Any]) -> str:
-    """The card of `defquant judge` for one record of it: a page of its own, without script."""
-    style = (HERE / "page.css").read_text(encoding="utf-8")
-    return _template("judged.html").render(r=record, style=style)
+    """The page of `defquant judge` for one record of it."""
+    facts = {"images": record["images"], "radii": len(record["rows"])}
+    title, answer = f"{record['model']['name']}, judged", judged.answer(record)
+    folded = judged.chapters(record)
+    return _Page(title, facts, answer, judged.rows(record), folded=folded).html()
 
 
-def _render(title: str, facts: Mapping[str, int], **parts: Sequence[Chapter]) -> str:
-    style, boot = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    charts = {c.anchor: list(_charts(c)) for part in parts.values() for c in part}
-    vega = plot.script() if any(charts.values()) else b""
-    hashes = [_hash(text) for text in (gzip.decompress(vega), boot.encode()) if vega]
-    return _template("page.html").render(
-        title=title, facts=facts, **parts, charts=charts, tally=tally, marks=MARKS, svg=plot.svg,
-        json=_json, style=style, boot=boot, vega=base64.b64encode(vega).decode(),
-        scripts=" ".join(hashes) or "'none'",
-    )  # fmt: skip
+def _of_paper(sections: Sequence[Section]) -> list[Chapter]:
+    found: list[Chapter] = []
+    for chapter in map(of_section, sections):
+        name = "paper-" + re.sub(r"[^a-z0-9]+", "-", chapter.anchor.lower()).strip("-")
+        taken = f"-{len(found)}" * (name in [other.anchor for other in found])
+        found.append(replace(chapter, anchor=name + taken))
+    return found
+
+
+@dataclass(frozen=True)
+class _Page:
+    """What the one template shows, of whatever kind the results are."""
+
+    title: str
+    facts: Mapping[str, int]
+    answer: Answer | None
+    rows: Sequence[Row] = ()
+    known: plot.Looks | None = None
+    strips: Sequence[StripTable] = ()
+    chapters: Sequence[Chapter] = ()
+    folded: Sequence[Chapter] = ()
+
+    def html(self) -> str:
+        style, script = ((HERE / f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
+        gaps = distinct(
+            name.removeprefix("Less ") for row in self.rows for name in row.about
+            if name.startswith("Less ")
+        )  # fmt: skip
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        return _template("page.html").render(
+            vars(self), style=style, script=script, policy=f"'sha256-{digest}'", pictures={},
+            charts={c.anchor: list(_charts(c)) for c in (*self.chapters, *self.folded)},
+            looks=plot.looks([(r.network, r.kind) for r in self.rows]) | (self.known or {}),
+            marks=MARKS, tally=tally, svg=plot.svg, net=plot.net, eps_number=eps_number,
+            value=value_text, spread=uncertainty_text,
+            reference=gaps[0] if len(gaps) == 1 else "reference",
+            several=len({row.place for row in self.rows}) > 1,
+        )  # fmt: skip
 
 
 def _template(name: str) -> Template:
@@ -142,24 +174,14 @@ def _template(name: str) -> Template:
     return environment.get_template(name)
 
 
-def _hash(text: bytes) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'"
-
-
-def _json(spec: plot.Spec) -> str:
-    """JSON that no text in it can end."""
-    text = json.dumps(spec, ensure_ascii=False, separators=(",", ":"))
-    return re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", text)
-
-
-def _charts(chapter: Chapter) -> Iterator[tuple[plot.Spec, str]]:
+def _charts(chapter: Chapter) -> Iterator[Figure]:
     """What Vega-Lite draws, and what is said below."""
     for panels in plot.figures(chapter.panels):
         about = WORDS["bars" if panels[0].percent else "deviation"]
         papers = any(line.paper for panel in panels for line in panel.lines)
-        yield plot.chart(panels), about + WORDS["dashed"] * papers
+        yield Figure("", about + WORDS["dashed"] * papers, plot.chart(panels))
     if any(reading.effect is not None for v in chapter.verdicts for reading in v.readings):
-        yield plot.claims_chart(chapter.verdicts), WORDS["effects"]
+        yield Figure("", WORDS["effects"], plot.claims_chart(chapter.verdicts))
 
 
 def _title(measurements: Sequence[Measurement], paper: bool) -> str:
@@ -178,7 +200,7 @@ def _title(measurements: Sequence[Measurement], paper: bool) -> str:
 
 
 def claims(verdicts: Sequence[Verdict]) -> Chapter:
-    """A row per reading; what is said of each claim, and its command, folded."""
+    """Counted and drawn; folded, a row per reading, what is said of each claim, its command."""
     rows: list[Plain] = [
         {
             "Claim": f"{v.name} {v.claim} The paper: {v.paper or NOTHING}",
@@ -194,8 +216,10 @@ def claims(verdicts: Sequence[Verdict]) -> Chapter:
     kept = tuple(note for note in notes if any(note[1:]))
     beside = Table(("Claim", "Where", "Note", "Command"), kept, "Notes and commands")
     return Chapter(
-        "claims", "The paper's claims", tables=[listing(rows, WORDS["claims"])], verdicts=verdicts,
-        folded=[(beside.caption, [beside])] * bool(kept),
+        "claims", "The paper's claims", verdicts=verdicts, folded=[
+            ("Every reading", [listing(rows, WORDS["claims"])]),
+            *[(beside.caption, [beside])] * bool(kept),
+        ],
     )  # fmt: skip
 
 
@@ -217,8 +241,8 @@ def section_markdown(section: Section, figure: str = "") -> str:
     """Heading, paragraphs, tables, and the command; `figure` is the address of a picture of it.
 
     A table has means with ± over seeds (or the interval of a single one) and the paper's in
-    parentheses; intervals, seeds, images, the gap to the paper and cells stand folded below.
-    Pictures are on the page alone; here is what the networks say of them.
+    parentheses. Pictures, and what each number rests on, are on the page; here is what the
+    networks say of them.
     """
     chapter = of_section(section)
     return _written("section", chapter=chapter, figure=figure if section.panels else "")
@@ -261,7 +285,7 @@ def print_claims(verdicts: Sequence[Verdict], console: Console) -> None:
         console.print(Text(visible(f"{verdict.name}  {verdict.claim}"), style="bold"))
         about = f"{verdict.where}. Paper: {verdict.paper or NOTHING}. {verdict.note}".rstrip()
         console.print(Text(visible(about), style="dim"))
-        (table,) = claims([verdict]).tables
+        ((_, (table,)), *_) = claims([verdict]).folded
         short = Table(table.head[1:-1], tuple(row[1:-1] for row in table.rows))
         console.print(_terminal(view(short), LAYOUTS[0]), crop=False)
         console.print()

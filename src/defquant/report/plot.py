@@ -1,50 +1,50 @@
-"""Every figure, in Vega-Lite: live on the page, and as PNG, SVG or PDF. No torch.
+"""Every figure, a Vega-Lite chart drawn to SVG: on the page, and as PNG, SVG or PDF. No torch.
 
-Rows of plain columns in, one grammar: a panel per attack or place, a line per network, colours by
-kind and marks by network, so that nothing hangs on colour alone.
+Rows of plain columns in, one grammar: a panel per attack or place, a line per network. What a
+network looks like, `looks` decides for every page and figure: hue by method, shade and mark by
+bits, so that nothing hangs on colour alone.
 """
 
 import functools
-import gzip
 import hashlib
+import io
 import itertools
 import json
 import re
-import zlib
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from importlib.metadata import version
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from defquant.errors import UserError
-from defquant.files import cache_folder, read_bytes, write_bytes
-from defquant.paper.section import Line, Number, Panel, Section, Verdict
+from defquant.files import write_bytes
+from defquant.paper.section import Line, Number, Panel, Section, Verdict, signed
 from defquant.report.model import (
     EPS,
     axis,
     bar,
     height,
-    interval_text,
-    uncertainty_text,
+    told_of,
     value_text,
 )
 from defquant.report.names import distinct
 
 __all__ = [
-    "Spec", "chart", "claims_chart", "figures", "plot_matrix", "save", "script",
-    "section_figure", "svg",
+    "Looks", "Spec", "chart", "claims_chart", "drawing", "figures", "legend", "looks", "net",
+    "plot_matrix", "save", "section_figure", "svg",
 ]  # fmt: skip
 
 Spec = dict[str, Any]
 """A Vega-Lite chart with its rows."""
+Looks = dict[str, tuple[str, str]]
+"""Colour and mark of networks, by name."""
 
 NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?(e-[0-9]+)?")
 VERSION = "6.1"  # of Vega-Lite: one that the least vl-convert of pyproject.toml knows
 COLUMNS = 3  # panels in a row
-TICKS, LETTERS = 9, 30  # names of an x axis that fit a panel, and letters that fit side by side
+TICKS = 9  # names of an x axis that fit a panel
+BITS = re.compile(r"\b([1-8])[- ]bit")
 
 
 @functools.cache
@@ -66,7 +66,8 @@ def _filled(name: str, **values: Any) -> Spec:
     return {key: fill(part) for key, part in _charts()[name].items()}
 
 
-def _drawing(name: str, rows: Sequence[Mapping[str, Any]], **values: Any) -> Spec:
+def drawing(name: str, rows: Sequence[Mapping[str, Any]], **values: Any) -> Spec:
+    """The chart `name` of charts.yaml of these rows."""
     around = {"config": _charts()["config"], "datasets": {"rows": rows}}
     return _filled(name, **values) | around
 
@@ -76,15 +77,28 @@ def figures(panels: Sequence[Panel]) -> list[list[Panel]]:
     groups: list[tuple[set[str], list[Panel]]] = []
     for panel in panels:
         if any(height(line, n) is not None for line in panel.lines for _, n in line.points):
-            names = {f"{panel.x} {panel.percent} {_kind(line)}" for line in panel.lines}
+            names = {
+                f"{panel.x} {panel.percent} {line.kind or _name(line)}" for line in panel.lines
+            }
             near = [group for group in groups if group[0] & names]
             merged = names.union(*(n for n, _ in near)), [*(p for _, o in near for p in o), panel]
             groups = [group for group in groups if group not in near] + [merged]
     return [own for _, own in groups]
 
 
-def chart(panels: Sequence[Panel], columns: int = COLUMNS) -> Spec:
-    """The panels as one figure: `panels` of charts.yaml. A line does not bridge what is missing."""
+def chart(
+    panels: Sequence[Panel],
+    columns: int = COLUMNS,
+    size: tuple[int, int] = (270, 170),
+    whole: bool = False,
+    known: Looks | None = None,
+    keyed: Sequence[str] = (),
+) -> Spec:
+    """The panels as one figure: `panels` of charts.yaml. A line does not bridge what is missing.
+
+    Axes hold the data; `whole`: accuracies stand on 0 to 100. `known`: the looks of a whole
+    page; `keyed`: the lines that the legend names, all where there are none.
+    """
     first, lines = panels[0], [line for panel in panels for line in panel.lines]
     places = [at for line in lines for at, _ in line.points]
     numeric = first.x in (EPS, "epoch") and all(NUMBER.fullmatch(at) for at in places)
@@ -93,61 +107,81 @@ def chart(panels: Sequence[Panel], columns: int = COLUMNS) -> Spec:
     units = distinct(f"{p.y} (%)" if p.percent and "%" not in p.y else p.y for p in panels)
     names = [] if numeric else axis(lines)
     shown = names[:: -max(1, -(-len(names) // TICKS))]
-    wide = max(map(len, names), default=0) * len(shown) > LETTERS
-    scales = {"place": first.x, "places": names, "shown": shown, "slant": -40 * wide}
-    return _drawing(
-        "panels", rows, **_filled("numbers" if numeric else "words", **scales), **_legend(lines),
+    wide = max(map(len, names), default=0) * len(shown) * 9 > size[0]
+    scales = {
+        "place": None if keyed else first.x,
+        "places": names,
+        "shown": shown,
+        "slant": -40 * wide,
+    }
+    whole = whole and all(panel.percent for panel in panels)
+    kinds = sorted(((_name(o), o.kind, o.paper) for o in lines), key=lambda own: own[2])
+    style = legend([own[:2] for own in kinds], known)
+    style |= {"keyed": [name for name in style["names"] if name in keyed or not keyed]}
+    return drawing(
+        "panels", rows, **_filled("numbers" if numeric else "words", **scales),
+        **style,
         titles=titles, about=f"{first.y} over {first.x}: {', '.join(titles)}", place=first.x,
-        columns=min(columns, len(titles)), reach=_reach(panels, rows),
+        columns=min(columns, len(titles)), width=size[0], height=size[1],
+        reach={"domain": [0, 100]} if whole else {"zero": False, "nice": True},
         unit=units[0] if len(units) == 1 else None,
         scales="independent" if len(units) > 1 else "shared",
         papers=_charts()["papers"] if any(line.paper for line in lines) else None,
     )  # fmt: skip
 
 
-def _reach(panels: Sequence[Panel], rows: Sequence[Mapping[str, Any]]) -> Spec:
-    """Accuracies stand on [0, 100] where one is above a half; any axis holds 0."""
-    ends = [v for row in rows for end in ("low", "high", "y") for v in row[end] if v is not None]
-    shares = all(p.percent for p in panels) and min(ends, default=0.0) >= 0
-    whole = shares and max(ends, default=0.0) > 50
-    return {"domain": [0, 100]} if whole else {"zero": True, "nice": True}
+def looks(networks: Iterable[tuple[str, str]]) -> Looks:
+    """Colour and mark of each (name, kind), by name.
 
-
-def _legend(lines: Sequence[Line]) -> Spec:
-    """Colours of the lines by name: a paper's line has ours' colour."""
-    ordered = sorted(lines, key=lambda line: line.paper)
-    kinds = {_name(line): _kind(line) for line in reversed(ordered)}
-    names = distinct(map(_name, ordered))
-    found = _colours(distinct(kinds[name] for name in names))
-    alike = {name: [n for n in names if kinds[n] == kinds[name]] for name in names}
-    shades = [_shade(found[kinds[n]], alike[n].index(n), len(alike[n])) for n in names]
-    return {"names": names, "colours": shades}
-
-
-def _colours(kinds: Sequence[str]) -> dict[str, str]:
-    """A colour per kind: its own by its first word, else one of the others in turn."""
-    found: dict[str, str] = {}
-    for kind in kinds:
-        word = (kind.lower().split() or [""])[0]
-        own, others = _charts()["colours"].get(word, ""), _charts()["others"]
-        free = [colour for colour in others if colour not in found.values()] or others
-        found[kind] = own if own and own not in found.values() else free[0]
+    Hue: float's, vanilla's, DQ's, by the first word of kind or name; of others, one for each kind
+    in turn. Shade and mark: bits, the fewer the lighter. Where two would look the same, as DQ with
+    two values of beta, the later is lighter.
+    """
+    style, found, others = _charts(), dict[str, tuple[str, str]](), dict[str, str]()
+    for name, kind in dict(networks).items():
+        word, bits = f"{kind or name} ".lower().split(" ")[0], BITS.search(name)
+        free = style["others"][len(others) % len(style["others"])]
+        hue = style["colours"].get(word) or others.setdefault(kind or name, free)
+        width = int(bits[1]) if bits else 0
+        share, mark = 0.45 * (8 - width) / 7 if width else 0.0, style["marks"][width]
+        tries = ((_mixed(hue, min(share + 0.12 * more, 0.8)), mark) for more in range(7))
+        found[name] = next((look for look in tries if look not in found.values()), (hue, mark))
     return found
 
 
-def _shade(colour: str, index: int, count: int) -> str:
-    """Of `count` lines of one kind the first is the darkest."""
-    share = 0.0 if count == 1 else 0.75 * index / (count - 1) - 0.25
+def legend(networks: Iterable[tuple[str, str]], known: Looks | None = None) -> Spec:
+    """The scales of colours and marks; as the whole page has them where it says so."""
+    own = dict(networks)
+    found = looks(own.items())
+    found |= {name: look for name, look in (known or {}).items() if name in own}
+    return {
+        "names": list(found), "colours": [colour for colour, _ in found.values()],
+        "shapes": [mark for _, mark in found.values()],
+    }  # fmt: skip
+
+
+def _mixed(colour: str, share: float) -> str:
+    """With that share of white."""
     parts = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-    mixed = [p + (255 - p) * share if share > 0 else p * (1 + share) for p in parts]
-    return "#" + "".join(f"{round(p):02x}" for p in mixed)
+    return "#" + "".join(f"{round(p + (255 - p) * share):02x}" for p in parts)
+
+
+def net(name: str) -> str:
+    """The class of all marks and rows of a network."""
+    return "n" + hashlib.sha256(name.encode()).hexdigest()[:5]
 
 
 def _row(panel: Panel, line: Line, numeric: bool) -> dict[str, Any]:
     """A line, its points as columns, which Vega-Lite unfolds."""
     points = [_point(panel, line, float(at) if numeric else at, n) for at, n in line.points]
     columns = {name: [point[name] for point in points] for name in points[0]}
-    return {"panel": panel.title, "line": _name(line), "paper": line.paper} | columns
+    name = _name(line)
+    return {
+        "panel": panel.title,
+        "line": name,
+        "paper": line.paper,
+        "net": f"{net(name)}|",
+    } | columns
 
 
 def _point(panel: Panel, line: Line, at: float | str, n: Number) -> dict[str, float | str | None]:
@@ -156,12 +190,12 @@ def _point(panel: Panel, line: Line, at: float | str, n: Number) -> dict[str, fl
     if low is not None and high is not None and panel.percent and not n.points:
         low, high = max(low, 0.0), min(high, 1.0)
     ends = {"y": value, "low": low, "high": high}
-    more = "" if line.paper else uncertainty_text(n, panel.percent)
+    told = told_of(n, panel.percent) if not line.paper else value_text(value, n, panel.percent)
+    where = f"{_name(line)}{', the paper' * line.paper}; {panel.title or panel.y}, {panel.x} {at}"
     return {
         "at": at, **{k: None if v is None else float(f"{factor * v:.5g}") for k, v in ends.items()},
-        "said": " ".join(filter(None, [value_text(value, n, panel.percent), more])),
-        "interval": interval_text(n, panel.percent),
-        "rests": "" if line.paper else f"{n.seeds or ''}" + f" × {n.images:,}" * bool(n.images),
+        "told": f"{net(_name(line))}|{where}: {told}",
+        "short": value_text(value, n, panel.percent),
     }  # fmt: skip
 
 
@@ -170,14 +204,19 @@ def _name(line: Line) -> str:
     return line.label.removesuffix(" (paper)") if line.paper else line.label
 
 
-def _kind(line: Line) -> str:
-    return line.kind or _name(line)
-
-
 def claims_chart(verdicts: Sequence[Verdict]) -> Spec:
     """The effect of every reading with its interval, a line of the chart per claim."""
-    rows = [{"claim": v.name, "of": v.claim} | vars(r) for v in verdicts for r in v.readings]
-    return _drawing("claims", rows, claims=[v.name for v in verdicts])
+    rows = [
+        {
+            "claim": v.name, "verdict": r.verdict, "effect": 100 * r.effect, "low": 100 * low,
+            "high": 100 * high,
+            "told": f"|{v.name} {v.claim} Under {r.attack}: {r.verdict}, {signed(r.effect)} points",
+        }
+        for v in verdicts
+        for r in v.readings
+        if r.effect is not None and (low := r.low or r.effect) and (high := r.high or r.effect)
+    ]  # fmt: skip
+    return drawing("claims", rows, claims=[v.name for v in verdicts])
 
 
 def section_figure(section: Section, out: Path) -> Path:
@@ -197,7 +236,7 @@ def plot_matrix(record: Mapping[str, Any], out: Path) -> Path:
     pairs = zip(itertools.product(names, names), record["cells"], strict=True)
     rows = [{"made": a, "shown": b, "rate": cell["rate"]} for (a, b), cell in pairs]
     about = [record["attack"], f"{record['images']} images of {record['data']}"]
-    return save([_drawing("matrix", rows, names=names, about=about)], out)
+    return save([drawing("matrix", rows, names=names, about=about)], out)
 
 
 # --- files --------------------------------------------------------------------------------
@@ -212,12 +251,22 @@ def save(specs: Sequence[Spec], out: Path) -> Path:
     drawn = _svg(_below(specs) | {"background": "white"})
     match out.suffix.lower():
         case ".png":
-            return write_bytes(out, vl_convert.svg_to_png(drawn, scale=2))
+            return write_bytes(out, _few_colours(vl_convert.svg_to_png(drawn, scale=2)))
         case ".pdf":
             return write_bytes(out, vl_convert.svg_to_pdf(drawn))
         case ".svg":
             return write_bytes(out, drawn.encode())
     raise UserError(f"a figure's name ends in .png, .svg or .pdf; found {out.name!r}")
+
+
+def _few_colours(png: bytes) -> bytes:
+    """The same picture in 128 colours: a seventh of the bytes."""
+    from PIL import Image
+
+    packed = io.BytesIO()
+    drawn = Image.open(io.BytesIO(png)).convert("RGB")
+    drawn.quantize(128, dither=Image.Dither.NONE).save(packed, "PNG", optimize=True)
+    return packed.getvalue()
 
 
 def _below(specs: Sequence[Spec]) -> Spec:
@@ -226,9 +275,7 @@ def _below(specs: Sequence[Spec]) -> Spec:
     parts, rows = [], {}
     for i, spec in enumerate(specs):
         text = json.dumps({k: v for k, v in spec.items() if k not in ("datasets", "config")})
-        for name in ("rows", "picked", "zoom", "marks"):
-            text = text.replace(f'"{name}"', f'"{name}{i}"')
-        parts.append(json.loads(text))
+        parts.append(json.loads(text.replace('"rows"', f'"rows{i}"')))
         rows[f"rows{i}"] = spec["datasets"]["rows"]
     alone = {"resolve": {"scale": {"color": "independent", "shape": "independent"}}}
     whole = {"config": specs[0]["config"], "datasets": rows}
@@ -236,8 +283,8 @@ def _below(specs: Sequence[Spec]) -> Spec:
 
 
 def svg(spec: Spec) -> str:
-    """The chart without its script, for a page."""
-    short = re.sub(r"<[^<>]*>", lambda found: UNSEEN.sub(r"\1", found[0]), _svg(spec))
+    """The chart for a page: what `net` and `told` say of a mark is its class and its title."""
+    short = re.sub(r"<[^<>]*>", lambda found: _clean(found[0]), _svg(spec))
     return re.sub(r'<path d="[^"]*"( display="none")?/>|<g></g>', "", short)
 
 
@@ -245,6 +292,16 @@ def svg(spec: Spec) -> str:
 UNSEEN = re.compile(
     r' (?:class|role|aria-\w+|pointer-events|font-family)="[^"]*"| opacity="1"|(\.\d)\d+'
 )
+TOLD = re.compile(r' aria-label="(n\w{5})?\|([^"]*)"')
+
+
+def _clean(tag: str) -> str:
+    told, short = TOLD.search(tag), UNSEEN.sub(r"\1", tag)
+    if told is None:
+        return short
+    name, _, rest = short.removesuffix("/>").partition(" ")
+    title = f"><title>{told[2]}</title></{name[1:]}>" if told[2] else "/>"
+    return name + f' class="{told[1]}"' * bool(told[1]) + f" {rest}{title}"
 
 
 def _svg(spec: Spec) -> str:
@@ -257,24 +314,3 @@ def _svg(spec: Spec) -> str:
         drawn = drawn.replace(f'id="{name}"', f'id="c{tag}-{i}"')
         drawn = drawn.replace(f"url(#{name})", f"url(#c{tag}-{i})")
     return drawn
-
-
-@functools.cache
-def script() -> bytes:
-    """Vega, Vega-Lite and vega-embed with Vega's interpreter of expressions, as gzip.
-
-    From vl-convert, which takes seconds and 90 MB; so from the user's cache, where it is there.
-    """
-    path = cache_folder() / f"vega-{VERSION}-{version('vl-convert-python')}.js.gz"
-    with suppress(OSError, EOFError, ValueError, zlib.error):  # cut or none: it is made again
-        gzip.decompress(packed := read_bytes(path))
-        return packed
-    import vl_convert
-
-    made = vl_convert.javascript_bundle(
-        "window.draw = vegaEmbed; window.dispatchEvent(new Event('vega'));", vl_version=VERSION
-    )
-    packed = gzip.compress(made.encode(), 9, mtime=0)
-    with suppress(UserError):  # a cache that cannot be written costs time, not the page
-        write_bytes(path, packed)
-    return packed

@@ -23,7 +23,7 @@ from defquant.report.names import Series
 from defquant.typed import convert, from_mapping
 
 __all__ = [
-    "Example", "Run", "Strip", "StripTable", "flatten", "of_pictures", "of_runs",
+    "Diagnosis", "Example", "Run", "Strip", "StripTable", "flatten", "of_pictures", "of_runs",
     "read_runs",
 ]  # fmt: skip
 
@@ -34,6 +34,18 @@ BYTES = 350_000  # of all pictures of a page
 
 
 @dataclass(frozen=True)
+class Diagnosis:
+    """The masking verdict of `defquant diagnose`."""
+
+    verdict: str
+    eps: float
+    images: int
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
+
+
+@dataclass(frozen=True)
 class Run:
     """The settings of one run, flat; its epochs, and their finite numbers by name."""
 
@@ -41,6 +53,7 @@ class Run:
     config: Mapping[str, str]
     epochs: int
     curves: Mapping[str, Sequence[float]]
+    diagnosis: Diagnosis | None = None
 
 
 def read_runs(
@@ -52,19 +65,22 @@ def read_runs(
     `networks/NAME`, by its own name, as its measurements are.
     """
     experiment = any(m.cell for m in measurements)
-    names = ("config.json", "log.jsonl", "examples.json")
+    names = ("config.json", "log.jsonl", "examples.json", "diagnosis.json")
     folders = sorted({path.parent for name in names for path in folder.rglob(name)})
     runs, strips, notes = [], [], []
     for place in folders:
         mine = experiment and place.parent.name == "networks"
         name = place.name if mine else run_name(place, folder)
-        config, log, examples = (
+        config, log, examples, asked = (
             path if path.exists() else None for path in map(place.joinpath, names)
         )
         try:
-            runs.append(Run(name, flatten(read_json(config)) if config else {}, *_log(log)))
-            if examples:
-                strips.append(from_mapping(Strip, read_json(examples), "examples: "))
+            told = from_mapping(Diagnosis, read_json(asked), "diagnosis: ") if asked else None
+            flat = flatten(read_json(config)) if config else {}
+            runs.append(Run(name, flat, *_log(log), told))
+            found = read_json(examples) if examples else []
+            own = found if isinstance(found, list) else [found]  # one of each eps
+            strips += [from_mapping(Strip, one, "examples: ") for one in own]
         except UserError as error:
             notes.append(f"{name}: left out in part ({shown(str(error), 200)})")
     return runs, strips, notes
@@ -149,6 +165,11 @@ class Strip:
         return Series(self.method, self.bits, self.beta)
 
     @property
+    def gain(self) -> int:
+        """By how much a picture of the perturbation is brighter than it."""
+        return max(1, round(0.5 / self.eps)) if self.eps else 8
+
+    @property
     def where(self) -> str:
         attack = f"{self.attack} at {eps_text(self.eps)}" if self.attack else ""
         place = f"{self.model} on {self.data}" if self.model and self.data else ""
@@ -212,15 +233,18 @@ def of_pictures(pictures: Iterable[tuple[str, Any]]) -> tuple[list[StripTable], 
 
 
 def of_runs(strips: Sequence[Strip]) -> list[StripTable]:
-    """Per architecture and data set the attack that most networks share, first seeds only."""
-    groups: dict[tuple[str, str, str, float], dict[Series, Strip]] = {}
+    """Per architecture and data set the attack that most networks share, a table for each eps;
+    first seeds only.
+    """
+    groups: dict[tuple[str, str, str], dict[float, dict[Series, Strip]]] = {}
     for strip in sorted(strips, key=lambda item: item.seed):
-        name = (strip.data, strip.model, strip.attack, strip.eps)
-        groups.setdefault(name, {}).setdefault(strip.series, strip)
-    largest: dict[tuple[str, str], Sequence[Strip]] = {}
-    for name in sorted(groups, key=lambda item: -len(groups[item])):
-        largest.setdefault(name[:2], list(groups[name].values()))
-    return [_table([_column(s) for s in _fitting(own)], len(largest)) for own in largest.values()]
+        of_eps = groups.setdefault((strip.data, strip.model, strip.attack), {})
+        of_eps.setdefault(strip.eps, {}).setdefault(strip.series, strip)
+    largest: dict[tuple[str, str], dict[float, dict[Series, Strip]]] = {}
+    for name in sorted(groups, key=lambda item: -max(map(len, groups[item].values()))):
+        largest.setdefault(name[:2], groups[name])
+    found = [own for of_eps in largest.values() for _, own in sorted(of_eps.items())]
+    return [_table([_column(s) for s in _fitting([*own.values()])], len(found)) for own in found]
 
 
 def _column(strip: Strip) -> Column:

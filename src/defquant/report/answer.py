@@ -1,0 +1,491 @@
+"""What a page answers: a question, its verdict, three marks and charts. No torch.
+
+A `Row` is one network under one attack: runs, exported models and judgements all come as rows. A
+`Place` is one architecture on one data set, of which the page asks its question.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import fmean, stdev
+from typing import Any, Literal
+
+from defquant.paper.section import Answer as Decided
+from defquant.paper.section import Line, Number, Panel, bits_text, eps_text, signed
+from defquant.paper.verdict import Interval, accuracy, decide, interval, pooled
+from defquant.records import BLACK, EIGHT_BIT, UNAWARE, Cell, Measurement, blind
+from defquant.report.model import WORDS, interval_text, told_of
+from defquant.report.names import (
+    Series,
+    attack_at,
+    attack_order,
+    distinct,
+    is_validation,
+    series_of,
+)
+from defquant.report.plot import Looks, Spec, chart, drawing, legend, looks, net
+from defquant.report.sources import Diagnosis
+
+__all__ = [
+    "Answer", "Figure", "Kind", "Mark", "Place", "Row", "differences", "gap", "kind_of", "ladder",
+    "number_of", "of_places", "rows_of",
+]  # fmt: skip
+
+Kind = Literal["right", "wrong", "open"]
+At = tuple[str, float]
+"""An attack and its eps."""
+SEEDS = 3  # that both have, of which a paired interval is made
+VERDICTS: Mapping[Decided, tuple[str, Kind]] = {
+    "holds": ("Yes", "right"),
+    "does not hold": ("No", "wrong"),
+    "not decided": ("Not shown", "open"),
+}
+SIGNS: Mapping[str, tuple[str, Kind]] = {  # of a diagnosis, from the best to the worst
+    "PASS": ("no sign", "right"),
+    "WARN": ("signs", "open"),
+    "OVERSTATED": ("overstated", "wrong"),
+    "FAIL": ("masked", "wrong"),
+}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One side of the evidence in a word, and what it rests on."""
+
+    name: str
+    word: str
+    kind: Kind
+    text: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with its axes on the data and, of accuracies, on 0 to 100."""
+
+    title: str
+    about: str
+    spec: Spec
+    whole: Spec | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the leaderboard, or a mark of a chart; `gap` is `n` less the reference's.
+
+    `kind` is that of its colour; `telling` rows are seen first; `about` is what it rests on.
+    """
+
+    place: str
+    network: str
+    kind: str
+    method: str
+    bits: int | None
+    attack: str
+    eps: float
+    n: Number
+    gap: Number | None = None
+    telling: bool = False
+    about: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The first screen, and the charts below it."""
+
+    question: str
+    word: str
+    kind: Kind
+    sentence: str
+    marks: Sequence[Mark]
+    beside: Sequence[str] = ()
+    missing: Sequence[str] = ()
+    figures: Sequence[Figure] = ()
+
+
+# --- differences ----------------------------------------------------------------------------
+
+
+def number_of(cell: Cell) -> Number:
+    """A cell as the report shows it."""
+    low, high = cell.pooled.interval
+    return Number(
+        cell.mean, cell.spread, len(cell.seeds), _images(cell), low, high,
+        vanishing=blind(cell.attack, cell.vanishing),
+    )  # fmt: skip
+
+
+def gap(a: Cell, b: Cell, alike: Iterable[Cell] = ()) -> tuple[Interval, str]:
+    """Accuracy of `a` less that of `b` with its 95 % interval, and what that covers.
+
+    Of three seeds or more that both have, d_s = a_s - b_s: mean d ± t s_d / sqrt(n), Student's t
+    of n - 1. All seeds see the same images, so it covers the chance in training. Else as
+    `paper.verdict.interval`: the test images' chance and the training's, whose spread is pooled
+    over `alike`, cells of the same attack; of the images alone where nobody has two seeds.
+    """
+    from scipy.special import stdtrit
+
+    ours, theirs = (dict(zip(c.seeds, c.accuracies, strict=True)) for c in (a, b))
+    own = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
+    if len(own) >= SEEDS and len(ours) == len(a.seeds) and len(theirs) == len(b.seeds):
+        half = float(stdtrit(len(own) - 1, 0.975)) * stdev(own) / math.sqrt(len(own))
+        mean = fmean(own)
+        return Interval(mean, mean - half, mean + half, True), f"paired over {len(own)} seeds"
+    spread = pooled(map(number_of, alike))
+    terms = [
+        (sign, accuracy(c.mean, _images(c), len(c.seeds), spread)) for sign, c in ((1, a), (-1, b))
+    ]
+    covers = "test images and training" if spread else "test images alone"
+    return interval(terms), f"over {covers}, not paired"
+
+
+def _images(cell: Cell) -> int:
+    return cell.pooled.total // len(cell.seeds)
+
+
+def _number(found: Interval, cell: Cell) -> Number:
+    ends = found.low, found.high
+    return Number(found.effect, 0.0, len(cell.seeds), _images(cell), *ends, points=True)
+
+
+# --- runs -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """The cells of one architecture on one data set, and the radius of its verdict."""
+
+    data: str
+    model: str
+    cells: Sequence[Cell]
+    eps: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} on {self.data}"
+
+    @cached_property
+    def networks(self) -> dict[Series, dict[At, Cell]]:
+        """In order."""
+        found: dict[Series, dict[At, Cell]] = {}
+        for cell in sorted(self.cells, key=lambda cell: series_of(cell).order):
+            found.setdefault(series_of(cell), {})[cell.attack, cell.eps] = cell
+        return found
+
+    @cached_property
+    def reference(self) -> Series:
+        """Float; else the plainest network, of full precision if there is one."""
+        return min(
+            self.networks,
+            key=lambda s: (s.method != "float", len(s.family.added), s.bits is not None, s.order),
+        )
+
+    @cached_property
+    def candidate(self) -> Series | None:
+        """The plainest DQ network of 4 bits or near; of several betas the most measured, or the
+        middle one: none is chosen by its accuracy.
+        """
+
+        def rank(s: Series) -> tuple[Any, ...]:
+            far, is_dq = abs((s.bits or 9) - 4), s.method.split(" ")[0] == "DQ"
+            return (s.bits is None, len(s.family.added), not is_dq, far, -len(self.networks[s]))
+
+        others = [s for s in self.networks if s != self.reference]
+        best = min(map(rank, others), default=None)
+        tied = sorted((s for s in others if rank(s) == best), key=lambda s: s.beta)
+        return tied[len(tied) // 2] if tied else None
+
+    @property
+    def pair(self) -> list[Series]:
+        return [self.reference, *([self.candidate] if self.candidate else [])]
+
+    @cached_property
+    def keys(self) -> list[Series]:
+        """The candidate, vanilla of its bits, and its full precision."""
+        c = self.candidate
+        return [
+            s for s in self.networks
+            if c and s != self.reference and s.family.added == c.family.added
+            and (s == c or (s.method.startswith("vanilla") and s.bits == c.bits)
+                 or (s.family == c.family and s.bits is None))
+        ]  # fmt: skip
+
+    @cached_property
+    def plain(self) -> list[Series]:
+        """The pair and what differs from it in bits, or in DQ, alone."""
+        c = self.candidate
+        return [
+            s for s in self.networks
+            if s in self.pair or (s.method in ("float", "vanilla", "DQ")
+                                  and (not s.beta or c is None or s.beta == c.beta))
+        ]  # fmt: skip
+
+    @cached_property
+    def looks(self) -> Looks:
+        """Those of all its networks; the plain ones have theirs first."""
+        return looks((str(s), kind_of(s)) for s in (*self.plain, *self.networks))
+
+    @cached_property
+    def rungs(self) -> list[str]:
+        """Attacks that follow gradients, at `eps`, on the pair and as many seeds; weak ones first.
+
+        The last is the strongest.
+        """
+        every = [self.networks[s] for s in self.pair]
+        shared = [
+            a for a, e in every[0]
+            if e == self.eps and _white(a) and all((a, e) in own for own in every)
+        ]  # fmt: skip
+        seeds = {a: min(len(own[a, self.eps].seeds) for own in every) for a in shared}
+        height = {a: fmean(own[a, self.eps].mean for own in every) for a in shared}
+        kept = [a for a in shared if seeds[a] == max(seeds.values())]
+        return sorted(kept, key=lambda a: (-height[a], attack_order(a)))
+
+    @property
+    def at(self) -> At:
+        """The strongest attack, at the radius; or none."""
+        return (self.rungs[-1], self.eps) if self.rungs else ("clean", 0.0)
+
+    def less(self, a: Cell, other: Series) -> tuple[Interval, str] | None:
+        """`a` less another network under the same attack."""
+        b = self.networks[other].get((a.attack, a.eps))
+        if b is None or series_of(a) == other:
+            return None
+        return gap(a, b, self._alike[a.attack, a.eps, a.bits == 1])
+
+    @cached_property
+    def _alike(self) -> dict[tuple[str, float, bool], list[Cell]]:
+        found: dict[tuple[str, float, bool], list[Cell]] = {}
+        for c in self.cells:
+            found.setdefault((c.attack, c.eps, c.bits == 1), []).append(c)
+        return found
+
+    def row(self, cell: Cell, behind: Sequence[Measurement] = (), telling: bool = False) -> Row:
+        """A cell beside the reference; `behind` are its measurements."""
+        series, less = series_of(cell), self.less(cell, self.reference)
+        about = {
+            "Right": f"{cell.pooled.correct:,} of {cell.pooled.total:,}",
+            "95% interval": interval_text(number_of(cell)),
+            "Seeds": ", ".join(map(str, cell.seeds)),
+            f"Less {self.reference}": less[1] if less else "",
+            "No gradient": f"{cell.vanishing:.1%} of the right images" * (cell.vanishing > 0),
+            "Runs": " ".join(distinct(m.run for m in behind if not m.cell)),
+            "Cells": " ".join(distinct(m.cell for m in behind if m.cell)),
+        }
+        return Row(
+            self.name, str(series), kind_of(series), str(series.family), series.bits, cell.attack,
+            cell.eps, number_of(cell), _number(less[0], cell) if less else None, telling,
+            {name: text for name, text in about.items() if text},
+        )  # fmt: skip
+
+    def answer(self, diagnoses: Mapping[str, Diagnosis], ships: Mark | None) -> Answer:
+        """Whether the candidate is safer than the reference; `diagnoses` by run."""
+        series, attack = self.pair[-1], attack_at(*self.at)
+        own = self.networks[series]
+        cell = own.get(self.at) or next(iter(own.values()))
+        marks = [
+            _strength(cell), _masking(cell, diagnoses),
+            ships or Mark("What ships", "not exported", "open",
+                          "defquant export RUN FILE.onnx measures it"),
+        ]  # fmt: skip
+        kept, found = f"{100 * cell.mean:.1f} %", self.less(cell, self.reference)
+        missing, figures = _missing([a for a, _ in own], marks, cell), _figures(self)
+        if found is None:
+            ends = f"[{interval_text(number_of(cell)).replace(' to ', ', ')}]"
+            return Answer(
+                f"How robust is {series}?", kept, "open",
+                f"of {_images(cell):,} images are right, {attack}, 95 % interval {ends}. There is "
+                "no other network to set it beside.", marks, (), missing, figures,
+            )  # fmt: skip
+        word, kind = VERDICTS[decide(found[0])]
+        theirs = self.networks[self.reference][cell.attack, cell.eps]
+        where = f"under {attack}, the strongest attack here" if self.rungs else "on clean images"
+        others = [(s, self.less(cell, s)) for s in self.keys if s != series]
+        return Answer(
+            f"Is {series} safer than {self.reference}?", word, kind,
+            f"{_points(found[0])} {where}: {kept} of the images stay right, "
+            f"{100 * theirs.mean:.1f} % with {self.reference}. The 95 % interval is {found[1]}.",
+            marks, [
+                f"Safer than {s}? {VERDICTS[decide(less[0])][0]}: {_points(less[0])}."
+                for s, less in others if less
+            ], missing, figures,
+        )  # fmt: skip
+
+
+def kind_of(series: Series) -> str:
+    """Its colour's name."""
+    return series.method if series.method.startswith("float") else str(series.family)
+
+
+def of_places(cells: Sequence[Cell], radius: Callable[[Sequence[Cell]], float]) -> list[Place]:
+    """The largest first, validation images last; `radius` of a place's cells is its eps."""
+    found: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        found.setdefault((cell.data, cell.model), []).append(cell)
+    ordered = sorted(found, key=lambda name: (is_validation(name[0]), -len(found[name])))
+    return [Place(*name, found[name], radius(found[name])) for name in ordered]
+
+
+def rows_of(places: Sequence[Place], measurements: Sequence[Measurement]) -> list[Row]:
+    """The leaderboard: every cell; of the first place the strongest attack is seen at once."""
+    behind: dict[tuple[Any, ...], list[Measurement]] = {}
+    for m in measurements:
+        behind.setdefault(_key(m), []).append(m)
+    found = []
+    for place in places:
+        cells = [(attack_order(a), e, s.order, c) for s, o in place.networks.items()
+                 for (a, e), c in o.items()]  # fmt: skip
+        for *_, cell in sorted(cells, key=lambda own: own[:3]):
+            telling = place is places[0] and (cell.attack, cell.eps) == place.at
+            found.append(place.row(cell, behind.get(_key(cell), ()), telling))
+    return found
+
+
+def _key(item: Cell | Measurement) -> tuple[Any, ...]:
+    return (item.method, item.model, item.bits, item.beta, item.data, item.attack, item.eps)
+
+
+def _entire(attack: str) -> bool:
+    """No part of `adaptive`, which names its surrogate in brackets."""
+    return "(" not in attack.removesuffix(EIGHT_BIT).removesuffix(BLACK).removesuffix(UNAWARE)
+
+
+def _white(attack: str) -> bool:
+    """Follows the gradients of the network itself."""
+    aside = attack.startswith(("clean", "Random", "Square")) or attack.endswith((BLACK, UNAWARE))
+    return _entire(attack) and not aside
+
+
+def _points(found: Interval) -> str:
+    return f"{signed(found.effect)} points [{signed(found.low)}, {signed(found.high)}]"
+
+
+def _strength(cell: Cell) -> Mark:
+    """Strong: 5 seeds or more on 400 images or more; fair: 2 seeds or more."""
+    seeds = len(set(cell.seeds))
+    strong = seeds >= 5 and _images(cell) >= 400
+    word, kind = ("strong", "right") if strong else ("fair" if seeds > 1 else "weak", "open")
+    text = f"{seeds} seed{'s' * (seeds > 1)}, {_images(cell):,} images"
+    return Mark("Evidence", word, kind, text)  # type: ignore[arg-type]
+
+
+def _masking(cell: Cell, diagnoses: Mapping[str, Diagnosis]) -> Mark:
+    """The worst of the diagnoses; or that the attack was blind."""
+    name, order = "Masked gradients", list(SIGNS)
+    if cell.masked:
+        share = f"no gradient on {cell.vanishing:.1%} of the right images"
+        return Mark(name, "masked", "wrong", share)
+    known = [(order.index(d.verdict), run, d) for run, d in diagnoses.items() if d.verdict in SIGNS]
+    if not known:
+        return Mark(name, "not asked", "open", "defquant diagnose RUN answers")
+    _, run, worst = max(known, key=lambda own: own[0])
+    about = f"{worst.verdict} of {run} at {eps_text(worst.eps)}, {worst.images:,} images"
+    return Mark(name, *SIGNS[worst.verdict], about)
+
+
+def _missing(attacks: Sequence[str], marks: Sequence[Mark], cell: Cell) -> list[str]:
+    def any_of(*starts: str) -> bool:
+        return any(a.startswith(starts) for a in attacks)
+
+    absent = {
+        "an attack made for quantised networks (adaptive)": not any_of("Adaptive", "Standard"),
+        "a black box (square, --substitute)":
+        not (any_of("Square", "Standard") or any(a.endswith(BLACK) for a in attacks)),
+        "other seeds": len(cell.seeds) == 1,
+        "masked gradients (diagnose)": marks[1].word == "not asked",
+        "what ships (export)": marks[2].word == "not exported",
+    }  # fmt: skip
+    return [what for what, is_so in absent.items() if is_so]
+
+
+# --- charts ---------------------------------------------------------------------------------
+
+
+def _figures(place: Place) -> list[Figure]:
+    """Differences, clean against strongest, and the ladder, as far as there is something to see."""
+    every = [place.networks[s] for s in (place.reference, *place.keys)]
+    shared = [
+        (a, e) for a, e in every[0]
+        if e in (0.0, place.eps) and _entire(a) and all((a, e) in own for own in every)
+    ]  # fmt: skip
+    rows = [place.row(own[at]) for own in every[1:] for at in shared]
+    found = [differences(rows, str(place.reference), place.looks)] * bool(rows)
+    ends = [(s, o.get(("clean", 0.0)), o.get(place.at)) for s in place.plain
+            if (o := place.networks[s])]  # fmt: skip
+    shown = [(s, clean, cell) for s, clean, cell in ends if clean and cell]
+    if len(shown) > 1 and place.rungs:
+        found.append(_trade(shown, place))
+    if drawn := ladder(place):
+        title = "The ladder: from the weakest attack to the strongest"
+        about = f"A panel per precision; the attack grows stronger to the right. {WORDS['bars']}"
+        found.append(Figure(title, about, drawn, ladder(place, whole=True)))
+    return found
+
+
+def ladder(place: Place, whole: bool = False) -> Spec | None:
+    """Accuracy over attacks, weak ones first: a panel per precision, vanilla beside DQ.
+
+    None where there are no two attacks that follow gradients.
+    """
+    own = [s for s in place.plain if all((a, place.eps) in place.networks[s] for a in place.rungs)]
+    found = [
+        Panel(bits_text(bits), "attack", f"accuracy at {eps_text(place.eps)}", tuple(
+            Line(str(s), tuple((a, number_of(place.networks[s][a, place.eps]))
+                               for a in place.rungs), kind_of(s))
+            for s in own if s.bits == bits
+        ))
+        for bits in sorted({s.bits for s in own}, key=lambda b: b or 0)
+        if len(place.rungs) > 1
+    ]  # fmt: skip
+    keyed = [str(s) for s in (place.reference, *place.keys)]
+    size = max(110, 780 // max(1, len(found))), 240
+    return chart(found, len(found), size, whole, place.looks, keyed) if found else None
+
+
+def differences(rows: Sequence[Row], reference: str, known: Looks | None = None) -> Figure:
+    """A mark per row that has a gap, with its interval; the most telling attack last."""
+    low: dict[At, float] = {}
+    for r in rows:
+        low[r.attack, r.eps] = min(r.n.mean or 0.0, low.get((r.attack, r.eps), 1.0))
+    drawn = [
+        {
+            "network": r.network, "attack": (name := attack_at(r.attack, r.eps)),
+            "net": f"{net(r.network)}|", **_ends(r.gap, "effect", "low", "high"),
+            "told": f"{net(r.network)}|{r.network} less {reference}, {name}: {told_of(r.gap)}; "
+            f"{r.network}: {told_of(r.n)}",
+        }
+        for r in rows
+        if r.gap
+    ]  # fmt: skip
+    spec = drawing(
+        "differences", drawn, **legend([(r.network, r.kind) for r in rows], known),
+        attacks=[attack_at(*at) for at in sorted(low, key=lambda at: (at[1], -low[at]))],
+        unit=f"points of accuracy, less {reference}", about=f"Differences to {reference}",
+    )  # fmt: skip
+    about = f"Left of zero: more images are fooled than with {reference}. Bars: 95% intervals."
+    return Figure(f"Difference to {reference}, attack by attack", about, spec)
+
+
+def _trade(shown: Sequence[tuple[Series, Cell, Cell]], place: Place) -> Figure:
+    name = attack_at(*place.at)
+    rows = [
+        {
+            "network": str(s), "net": f"{net(str(s))}|",
+            **_ends(a := number_of(clean), "clean", "left", "right"),
+            **_ends(b := number_of(cell), "robust", "low", "high"),
+            "told": f"{net(str(s))}|{s}; clean: {told_of(a)}; {name}: {told_of(b)}",
+        }
+        for s, clean, cell in shown
+    ]  # fmt: skip
+    style = legend([(str(s), kind_of(s)) for s, *_ in shown], place.looks)
+    words = {"unit": f"under {name} (%)", "about": f"Clean accuracy and that under {name}"}
+    ways = {"zero": False, "nice": True}, {"domain": [0, 100]}
+    drawn = [drawing("trade", rows, **style, **words, reach=reach) for reach in ways]
+    about = "Up and to the right is better. Bars: 95% intervals over the images of all seeds."
+    return Figure(f"Clean against {name}", about, *drawn)
+
+
+def _ends(n: Number, *names: str) -> dict[str, float]:
+    """Value, low and high under these names, in percent."""
+    found = (n.mean, n.low, n.high)
+    return {k: 100 * (v or 0.0) for k, v in zip(names, found, strict=True)}
