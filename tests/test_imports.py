@@ -12,10 +12,10 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "defquant"
 ORDER = (
     "errors", "typed", "files", "config", "records", "progress", "quantize", "weights",
-    "lipschitz", "data", "models", "attacks", "captured", "integers", "rebuilt", "ranges",
-    "prepared", "distributed", "evaluate", "monitor", "step", "training", "checkpoint", "runs",
-    "measure", "images", "defenses", "foreign", "deploy", "diagnose", "judging", "paper", "report",
-    "cli", "__main__",
+    "lipschitz", "data", "models", "attacks", "functional", "captured", "integers", "rebuilt",
+    "ranges", "prepared", "distributed", "evaluate", "monitor", "step", "training", "checkpoint",
+    "runs", "measure", "images", "defenses", "foreign", "deploy", "diagnose", "judging", "paper",
+    "report", "cli", "__main__",
 )  # fmt: skip
 TORCHLESS = (
     "errors",

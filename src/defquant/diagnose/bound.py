@@ -166,9 +166,8 @@ class _Walk:
         try:
             self.reach[node] = self._carried(node, name)
         except (_NoBound, RuntimeError, TypeError, LookupError) as error:
-            why = (
-                f"{name} {error}".strip() if isinstance(error, _NoBound) else name
-            )  # else no rule fits
+            found = isinstance(error, _NoBound)  # else no rule fits
+            why = f"{name} {error}".strip() if found else name
             layer = str(node.meta["layer"])
             alone = layer.rstrip("_0123456789") == name  # called in no layer
             self.unbounded.append(why if alone else f"{why} in {layer}")
@@ -262,13 +261,12 @@ class _Walk:
 
     # ------------------------------------------------- other operations, by name
 
-    def op_add(self, node: fx.Node, given: dict[str, Any]) -> float:
-        alpha = given.get("alpha", 1)
-        return self._total(node, [(given["self"], 1.0), (given["other"], alpha)])
+    def op_add(self, node: fx.Node, given: dict[str, Any], sign: int = 1) -> float:
+        other = given["other"], sign * given.get("alpha", 1)
+        return self._total(node, [(given["self"], 1.0), other])
 
     def op_sub(self, node: fx.Node, given: dict[str, Any]) -> float:
-        alpha = given.get("alpha", 1)
-        return self._total(node, [(given["self"], 1.0), (given["other"], -alpha)])
+        return self.op_add(node, given, -1)
 
     def op_rsub(self, node: fx.Node, given: dict[str, Any]) -> float:
         return self._total(node, [(given["self"], -given["alpha"]), (given["other"], 1.0)])

@@ -109,18 +109,6 @@ class _Fixed(nn.Module):
         return torch.fake_quantize_per_channel_affine(x, scale, zero, self.axis, *self.range)
 
 
-class _Numbered(fx.Interpreter):
-    """Gives staircases without ends the bits that number the values they take."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
-        if isinstance(module, Staircase) and math.isinf(module.high - module.low):
-            width = float(value.max() - value.min())
-            module.bits = module.own = min(8, max(1, math.ceil(math.log2(width + 1))))
-        return value
-
-
 class _Few(fx.Interpreter):
     """Which nodes take few values."""
 
