@@ -184,6 +184,7 @@ def _openvino(file: onnx.ModelProto, x: Tensor, *, sums: bool = False) -> Tensor
     core = openvino.Core()
     try:
         model = core.read_model(io.BytesIO(file.SerializeToString()))
+        model.reshape(list(x.shape))  # of an open batch it can give all channels the first's bias
         if sums:
             model.add_outputs([n.output[0] for n in file.graph.node if n.op_type == "Add"])
         # its default on processors with bfloat16 is bfloat16: then it answers otherwise than itself
