@@ -121,22 +121,14 @@ def train(
                 record = _epoch(state, epoch, steps, progress)
                 if epoch + 1 == config.epochs:
                     snap_biases_(model, to_unit(state.data.images[:1]))
-                if eps is not None and me.leads:
-                    rows = max(64, config.batch_size // me.world)  # what fits in training fits here
-                    record |= monitor(model, state.data, eps, batch_size=rows)
-                if test is not None and me.leads and _tested(config, epoch):
-                    model.eval()
-                    record["test_accuracy"] = accuracy(model, test.to(device)).accuracy
-                history = (*history, record)
+                history = (*history, record | _looked(state, eps, test, epoch))
                 if keep is not None and me.leads:
                     keep(history, state.momentum())
                 if on_epoch is not None and me.leads:
                     devices = [device] if device.type == "cuda" else []
                     with torch.random.fork_rng(devices):
-                        on_epoch(dict(record))
-                progress.epoch(
-                    config.epochs, record, state.how
-                )  # after it: what is said to be done is kept
+                        on_epoch(dict(history[-1]))
+                progress.epoch(config.epochs, history[-1], state.how)  # what is said is kept
                 warn_of_weak_steps(history, config.epochs)
         if state.replay is not None:
             state.optimizer.zero_grad(set_to_none=True)  # they lie in the graph's memory
@@ -238,6 +230,17 @@ def _record(totals: Tensor, epoch: int, lr: float, seconds: float, steps: int) -
     }
 
 
-def _tested(config: TrainConfig, epoch: int) -> bool:
+def _looked(
+    state: Training, eps: float | None, test: Dataset | None, epoch: int
+) -> dict[str, float]:
+    """What an epoch ends with, in the first process: the monitor, and the test images."""
+    config, model, found = state.config, state.model, dict[str, float]()
+    if eps is not None and state.me.leads:
+        rows = max(64, config.batch_size // state.me.world)  # what fits in training fits here
+        found |= monitor(model, state.data, eps, batch_size=rows)
     last = epoch + 1 == config.epochs
-    return last or (config.test_every > 0 and (epoch + 1) % config.test_every == 0)
+    due = last or (config.test_every > 0 and (epoch + 1) % config.test_every == 0)
+    if test is not None and state.me.leads and due:
+        model.eval()
+        found["test_accuracy"] = accuracy(model, test.to(state.device)).accuracy
+    return found
