@@ -1,9 +1,10 @@
 """What a user did wrong, in one line: the rule, the value found, the remedy."""
 
+import importlib.util
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["DefquantWarning", "UserError", "near", "shown", "visible"]
+__all__ = ["DefquantWarning", "UserError", "near", "needs", "shown", "visible"]
 
 
 def visible(text: str) -> str:
@@ -45,3 +46,10 @@ class DefquantWarning(UserWarning):
 
     def __init__(self, message: str) -> None:
         super().__init__(visible(" ".join(message.split("\n"))))
+
+
+def needs(extra: str, *packages: str) -> None:
+    """Raise `UserError` where one of the packages of an extra is missing."""
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"this needs {name}: pip install 'defquant[{extra}]'")

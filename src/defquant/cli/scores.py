@@ -1,6 +1,5 @@
 """Verbs that score a network: attack, rescore and transfer. The flags that several verbs share."""
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,7 +10,7 @@ from cyclopts import Parameter
 from defquant.cli import rows
 from defquant.cli.rows import print_json, print_measurements
 from defquant.config import check_bits
-from defquant.errors import UserError
+from defquant.errors import UserError, needs
 from defquant.progress import keep_log
 from defquant.records import EIGHT_BIT, FOREIGN
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch", "Device", "Images", "Json", "ModelFile", "Root", "Seed", "Weights", "attack",
-    "check_model", "foreign_on", "least", "needs_onnx", "rescore", "transfer",
+    "check_model", "foreign_on", "least", "rescore", "transfer",
 ]  # fmt: skip
 
 Json = Annotated[bool, Parameter(help="JSON lines alone on stdout, instead of rows")]
@@ -295,7 +294,7 @@ def rescore(
 
 def _own_or_onnx(path: Path, manifest: "Manifest", place: "torch.device") -> "nn.Module":
     if path.suffix == ".onnx":
-        needs_onnx()
+        needs("deploy", "onnx", "onnxruntime")
         from defquant.deploy.runtime import OnnxModel, facts_of, open_model
 
         file = open_model(path)
@@ -351,13 +350,6 @@ def transfer(
         (print_json if json else print)(line)
     print(plot_matrix(record, Path(out) / "transfer.png"))
     print(write_json(Path(out) / "transfer.json", record))
-
-
-def needs_onnx() -> None:
-    """Raise `UserError` where the packages of deployment are missing."""
-    for name in ("onnx", "onnxruntime"):
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"this needs {name}: pip install 'defquant[deploy]'")
 
 
 def least(bound: int, **flags: int | None) -> None:

@@ -17,9 +17,8 @@ from defquant.cli.scores import (
     Weights,
     foreign_on,
     least,
-    needs_onnx,
 )
-from defquant.errors import UserError
+from defquant.errors import UserError, needs
 from defquant.records import Score
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def export(
         repeats: rounds of timing; 0 for none.
         threads: of each engine while it is timed.
     """
-    needs_onnx()
+    needs("deploy", "onnx", "onnxruntime")
     least(1, attacked=attacked, few=few, threads=threads)
     least(0, queries=queries, repeats=repeats)
     from defquant.attacks import Single
@@ -132,7 +131,7 @@ def verify(
         data: for --model-file: its data.
         allow_float: accept a file of which this onnxruntime runs some convolutions in float.
     """
-    needs_onnx()
+    needs("deploy", "onnx", "onnxruntime")
     from defquant.deploy import ship
 
     path, network, origin, _, tested = _deployable(

@@ -27,7 +27,7 @@ from defquant.cli.scores import (
 )
 from defquant.cli.shipping import export, verify
 from defquant.config import PRESETS, DataConfig, ModelConfig, TrainConfig
-from defquant.errors import UserError
+from defquant.errors import UserError, needs
 from defquant.progress import keep_log, say
 from defquant.records import read_folder
 
@@ -237,6 +237,41 @@ def judge(
     return int(found.finding)
 
 
+def explore(
+    models: tuple[str, ...] = (),
+    *,
+    data: str | None = None,
+    weights: Weights = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    data_root: Root = None,
+) -> None:
+    """Fool networks by hand, in the browser: pick or draw a picture, and see where the error grows.
+
+    Args:
+        models: folders of runs, or of several runs, NAME.onnx, NAME.pt2, my.py:make_model,
+            torchscript:FILE, of one data set. THE LAST THREE CAN RUN THEIR MAKER'S CODE.
+        data: digits, cifar10, svhn, folder or npz; a run knows its own.
+        host: 0.0.0.0 lets everybody on the network in.
+        port: of the page; 0 for any that is free.
+    """
+    if not models:
+        raise UserError("explore needs a model: folders of runs, NAME.onnx, my.py:make_model, ...")
+    needs("explore", "gradio")
+    from defquant.explore.server import LOOPBACK, Page, serve
+    from defquant.explore.trial import specs_of
+    from defquant.judging.suspects import images_of
+
+    specs = specs_of(models)
+    known = next((spec for spec in specs.values() if Path(spec).is_dir()), models[0])
+    if host not in LOOPBACK:
+        say(f"defquant: whoever reaches {host}:{port} can use it")
+    serve(
+        Page(specs, images_of(known, data, data_root), weights), host, port,
+        lambda address: print(address, flush=True),
+    )  # fmt: skip
+
+
 def _seconds(text: str) -> float:
     """`90s`, `10m`, `1h`, or a number of seconds."""
     units = {"s": 1, "m": 60, "h": 3600}
@@ -414,8 +449,8 @@ def data(action: str, name: str, *, data_root: str = "data", out: str | None = N
 VERBS = {
     verb.__name__: verb
     for verb in (
-        demo, train, attack, rescore, transfer, diagnose, judge, export, verify, reproduce, report,
-        data,
+        demo, train, attack, rescore, transfer, diagnose, judge, explore, export, verify, reproduce,
+        report, data,
     )
 }  # fmt: skip
 """Every verb, in the order of the help."""

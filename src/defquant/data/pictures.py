@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from defquant.data.dataset import Dataset, from_arrays
 from defquant.errors import DefquantWarning, UserError, shown
 from defquant.files import opened
 
-__all__ = ["decode", "encode", "open_image", "read_folder"]
+__all__ = ["decode", "encode", "fitted", "open_image", "read_folder"]
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"}
 _LARGEST = 4096  # pixels of a side
@@ -73,6 +73,23 @@ def decode(sources: Sequence[Path | bytes], where: str, *, gray: bool = False) -
             gray &= pixels.ndim == 2
             images[i] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     return np.ascontiguousarray(images[:, :1]) if gray else images
+
+
+def fitted(source: bytes, name: str, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """The middle of one encoded picture, upright and resized, as an image of `shape`, (c, h, w).
+
+    Raises `UserError`, naming it, where it does not decode or c is neither 1 nor 3.
+    """
+    channels, height, width = shape
+    if channels not in (1, 3):
+        raise UserError(f"a picture has 1 or 3 channels; these networks take {channels}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with open_image(source, name) as image:
+            turned = Image.fromarray(_pixels(ImageOps.exif_transpose(image), name))
+            plain = turned.convert("L" if channels == 1 else "RGB")
+            small = np.asarray(ImageOps.fit(plain, (width, height), Image.Resampling.LANCZOS))
+    return small[None] if channels == 1 else np.ascontiguousarray(small.transpose(2, 0, 1))
 
 
 def encode(pixels: NDArray[np.uint8]) -> bytes:

@@ -17,7 +17,7 @@ from defquant.attacks.lint import lint_model
 from defquant.attacks.surrogates import twin_of
 from defquant.data import Dataset, load, to_unit
 from defquant.diagnose.masking import Connected
-from defquant.errors import UserError, shown
+from defquant.errors import UserError, needs, shown
 from defquant.evaluate import device_of
 from defquant.judging.opening import Opened, few_layers, has_gradient, open_staircases
 
@@ -124,7 +124,9 @@ def images_of(spec: str, name: str | None, root: str | None) -> Dataset:
     if name is not None:
         return load(name, root, "test")
     if not Path(spec).is_dir():
-        raise UserError("judge needs --data: digits, cifar10, svhn, folder or npz")
+        raise UserError(
+            "a model needs --data: digits, cifar10, svhn, folder or npz; a run has its own"
+        )
     from defquant.checkpoint import load_on
     from defquant.runs import test_images
 
@@ -186,6 +188,7 @@ def suspect(
 
 
 def _of_onnx(path: Path, data: Dataset) -> Suspect:
+    needs("deploy", "onnx", "onnxruntime")
     from defquant.judging.contract import File, find_contract
 
     _check_size(path)
