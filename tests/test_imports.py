@@ -15,7 +15,7 @@ ORDER = (
     "lipschitz", "data", "models", "attacks", "functional", "captured", "integers", "rebuilt",
     "ranges", "prepared", "distributed", "evaluate", "monitor", "step", "training", "checkpoint",
     "runs", "measure", "images", "defenses", "foreign", "deploy", "diagnose", "judging", "paper",
-    "report", "explore", "cli", "__main__",
+    "report", "explore", "hub", "cli", "__main__",
 )  # fmt: skip
 TORCHLESS = (
     "errors",

@@ -1,4 +1,4 @@
-"""Verbs of a network as an integer ONNX model: export and verify. No torch on import."""
+"""Verbs that ship a network: export, verify, push and pull. No torch on import."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from defquant.deploy.parity import Parity
     from defquant.deploy.ship import Origin
 
-__all__ = ["export", "verify"]
+__all__ = ["export", "pull", "push", "verify"]
 
 
 def export(
@@ -143,6 +143,38 @@ def verify(
     print_json(card) if json else print("\n".join(_parity(card, found)))
     print(path)
     return _judged(found, origin, allow_float)
+
+
+def push(source: str, repo: str, *, public: bool = False, dry_run: bool = False) -> None:
+    """Put a run or an exported file on the Hugging Face Hub, with a card that has its numbers.
+
+    The token is that of `hf auth login`, or HF_TOKEN. The files name paths and commands as typed.
+
+    Args:
+        source: folder of a run, or an .onnx file of export with its .json.
+        repo: OWNER/NAME.
+        public: a new repository is for all to see; else it is private.
+        dry_run: print the card; put nothing there.
+    """
+    from defquant import hub
+
+    if dry_run:
+        print(hub.model_card(Path(source), repo), end="")
+    else:
+        print(hub.push(Path(source), repo, public=public))
+
+
+def pull(repo: str, *, out: str | None = None, revision: str | None = None) -> None:
+    """Bring a run or an exported file from the Hugging Face Hub, checked; no code of it is run.
+
+    Args:
+        repo: OWNER/NAME.
+        out: new folder; NAME if not given.
+        revision: commit, branch or tag; the newest if not given.
+    """
+    from defquant import hub
+
+    print(hub.pull(repo, Path(out or repo.rpartition("/")[2]), revision=revision))
 
 
 def _deployable(

@@ -25,7 +25,7 @@ from defquant.cli.scores import (
     rescore,
     transfer,
 )
-from defquant.cli.shipping import export, verify
+from defquant.cli.shipping import export, pull, push, verify
 from defquant.config import PRESETS, DataConfig, ModelConfig, TrainConfig
 from defquant.errors import UserError, needs
 from defquant.progress import keep_log, say
@@ -449,8 +449,8 @@ def data(action: str, name: str, *, data_root: str = "data", out: str | None = N
 VERBS = {
     verb.__name__: verb
     for verb in (
-        demo, train, attack, rescore, transfer, diagnose, judge, explore, export, verify, reproduce,
-        report, data,
+        demo, train, attack, rescore, transfer, diagnose, judge, explore, export, verify, push,
+        pull, reproduce, report, data,
     )
 }  # fmt: skip
 """Every verb, in the order of the help."""
