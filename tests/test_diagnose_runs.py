@@ -231,7 +231,7 @@ MISTAKES = [
     ("diagnose RUN --audited -1", "0 images (none) or more"),
     ("diagnose RUN --against RUN", "named once"),
     ("diagnose RUN --images 100000", "ask for fewer"),
-    ("transfer NONE --out OUT", "no checkpoint"),
+    ("transfer NONE --out OUT", "is no run's folder: another model needs --data"),
     ("transfer RUN --bits 9 --out OUT", "1 to 8"),
     ("transfer RUN --bits many --out OUT", "1 to 8"),
     ("transfer RUN --eps 8 --out OUT", "write 8/255"),

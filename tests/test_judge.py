@@ -245,6 +245,37 @@ def test_every_kind_of_network_is_judged(
     assert rows[0] == rows[1] and abs(rows[2][0] - rows[0][0]) <= 1 and rows[0][1] < rows[0][0] - 3
 
 
+def test_other_verbs_take_what_judge_takes(
+    small: nn.Module, data: dq.Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file of someone's: attacked, its images shown to it again, diagnosed, and a transfer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        file = str(judged_quantisers.dynamic(small, data, tmp_path))
+    (tmp_path / "my.py").write_text(
+        "import judged_quantisers as j, torch\ndef make(): torch.manual_seed(0); return j.Small()"
+    )
+    save_file(small.state_dict(), tmp_path / "w.safetensors")
+    own, images, out = [f"{tmp_path}/my.py:make"], str(tmp_path / "images"), str(tmp_path / "out")
+    own += ["--weights", f"{tmp_path}/w.safetensors"]
+    how = ["--data", "digits", "--images", "48", "--eps", "16/255", "--out", out]
+    attack = ["--attack", "pgd-3", "--examples", "0", "--save-images", images]
+    assert main(["attack", "--model-file", file, *how, *attack]) == 0
+    for model in ([file], ["--model-file", *own]):
+        assert main(["rescore", images, *model]) == 0
+    effort = ["--steps", "2", "--restarts", "1", "--queries", "5", "--no-audit"]
+    assert main(["diagnose", "--model-file", file, *how, *effort]) in (0, 1)
+    capsys.readouterr()
+    assert main(["transfer", file, *own, *how, "--attack", "pgd-3", "--json"]) == 0
+    cells = [json.loads(line) for line in capsys.readouterr().out.splitlines()[:4]]
+    assert {c["source"] for c in cells} == {"dynamic.onnx", "my.py:make"}
+    fooled = [c["fooled"] for c in cells]
+    assert 0 < min(fooled) >= max(fooled) - 2  # 8 bits change next to nothing
+    for wrong, message in (([file], "needs --data"), ([file, *how, "--bits", "2"], "--bits is")):
+        assert main(["transfer", *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_worse_than_the_reference_closes_the_gate(
     trained: dict[str, Tensor], data: dq.Dataset
 ) -> None:

@@ -39,7 +39,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 QUICK = ["--attacked", "60", "--few", "20", "--queries", "20", "--repeats", "2", "--threads", "1"]
-QUICKEST = ["--attacked", "10", "--queries", "0", "--repeats", "0", "--images", "50"]
+QUICKEST = [
+    "--attack",
+    "fgsm",
+    "--attacked",
+    "10",
+    "--queries",
+    "0",
+    "--repeats",
+    "0",
+    "--images",
+    "50",
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +63,9 @@ def shipped(runs: Path) -> Path:
 
 def test_export_and_verify(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "dq.onnx"
-    assert main(["export", str(runs / "dq"), str(file), "--eps", "16/255", *QUICK]) == 0
+    words = ["export", str(runs / "dq"), str(file), "--eps", "16/255", *QUICK]
+    words += ["--attack", "fgsm", "pgd-20", "adaptive-5", "--reference", str(runs / "plain")]
+    assert main(words) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[-2:] == [str(file), str(tmp_path / "dq.json")]
     assert any("9 of 9 convolutions in integers" in line for line in out)
@@ -60,9 +73,10 @@ def test_export_and_verify(runs: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert card["convolutions"] == [9, 9] and card["calibrated"] is None
     assert card["parity"]["agreement"] >= AGREEMENT
     assert card["parity"]["reference_mismatches"] == 0
-    assert [s["attack"] for s in card["scores"]] == ["clean", "FGSM", "PGD-20", "Square-20"]
+    attacks = ["clean", "FGSM", "PGD-20", "Adaptive-5", "Square-20"]
+    assert [s["attack"] for s in card["scores"]] == attacks and card["reference"] == "plain"
     for scores in card["scores"]:
-        assert scores["trained"][1] == scores["deployed"][1]
+        assert scores["trained"][1] == scores["deployed"][1] == scores["reference"][1]
         assert abs(scores["trained"][0] - scores["deployed"][0]) <= 2
     assert card["cost"]["file_bytes"] == file.stat().st_size
     assert set(card["cost"]["latency"]["batches"]) == {"1", "32"}
@@ -120,7 +134,7 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(
     [
         (["export", "RUN"], "model"),
         (["export", "RUN", "OUT", "--weight-bits", "3"], "weight_bits"),
-        (["export", "RUN", "OUT", "--attack", "standard"], "make one image each"),
+        (["export", "RUN", "OUT", "--reference", "float"], "a model is the folder of a run"),
         (["export", "RUN", "OUT", "--attacked", "0"], "--attacked must be 1 or more"),
         (["export", "RUN", "OUT", "--repeats", "-1"], "--repeats must be 0 or more"),
         (["export", "NONE", "OUT"], "no checkpoint"),

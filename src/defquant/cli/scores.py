@@ -1,7 +1,7 @@
 """Verbs that score a network: attack, rescore and transfer. The flags that several verbs share."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from defquant.cli import rows
 from defquant.cli.rows import print_json, print_measurements
 from defquant.config import check_bits
-from defquant.errors import UserError, needs
+from defquant.errors import UserError, needs, shown
 from defquant.progress import keep_log
 from defquant.records import EIGHT_BIT, FOREIGN
 
@@ -211,21 +211,16 @@ def _loaded(
     return loaded
 
 
-def named_file(spec: str) -> bool:
-    """Whether it names a file of someone's network, and not a function of a Python file."""
-    return spec.endswith((".onnx", ".pt2")) or spec.startswith("torchscript:")
-
-
 def foreign_on(
     spec: str, weights: str | None, images: "Dataset", batch_size: int, place: "torch.device"
 ) -> "Foreign":
-    """The user's own model or file, seen to answer on the images, with its staircases opened."""
+    """Whatever `judge` takes, seen to answer on the images, with its staircases opened."""
     from defquant.attacks.access import to_eval
     from defquant.foreign import Foreign, load_foreign, probe
     from defquant.judging.suspects import Witnessed, suspect, with_twin
     from defquant.measure import Subject
 
-    if not named_file(spec):
+    if ".py:" in spec:
         foreign = load_foreign(spec, weights, place)
         probe(foreign, images, batch_size)
         with_twin(foreign.model, images)
@@ -265,7 +260,7 @@ def rescore(
 
     Args:
         folder: folder that attack --save-images wrote.
-        model: folder of a run, or an .onnx file of export.
+        model: folder of a run, an .onnx file, or as --model-file.
     """
     if (model is None) == (model_file is None):
         raise UserError(
@@ -279,27 +274,33 @@ def rescore(
     from defquant.images import clean_images, read_manifest, rescored
 
     manifest, place, guard = read_manifest(Path(folder)), pick_device(device), nullcontext()
-    if model_file is not None:
-        if named_file(model_file):
-            clean = clean_images(manifest)
-            network = foreign_on(model_file, weights, clean, batch_size, place).model
+    network = _own_or_onnx(Path(model), manifest, place) if model else None
+    if network is None:
+        spec = model_file or model or ""
+        if ".py:" in spec:
+            network = load_foreign(spec, weights, place).model
         else:
-            network = load_foreign(model_file, weights, place).model
-        guard = blamed(Path(model_file.rpartition(":")[0]))  # type: ignore[assignment]
-    else:
-        network = _own_or_onnx(Path(model or ""), manifest, place)
+            clean = clean_images(manifest)
+            network = foreign_on(spec, weights, clean, batch_size, place).model
+        guard = blamed(Path(spec.rpartition(":")[0]))  # type: ignore[assignment]
     with guard:
         rows.print_rescored(rescored(manifest, network, batch_size=batch_size), as_json=json)
 
 
-def _own_or_onnx(path: Path, manifest: "Manifest", place: "torch.device") -> "nn.Module":
+def _own_or_onnx(path: Path, manifest: "Manifest", place: "torch.device") -> "nn.Module | None":
+    """A run, or a file that `export` wrote; None for any other file."""
     if path.suffix == ".onnx":
         needs("deploy", "onnx", "onnxruntime")
         from defquant.deploy.runtime import OnnxModel, facts_of, open_model
 
-        file = open_model(path)
-        facts_of(file, path)
+        try:
+            file = open_model(path)
+            facts_of(file, path)
+        except UserError:
+            return None
         return OnnxModel(file)
+    if not path.is_dir():
+        return None
     from defquant.checkpoint import load_on
 
     model, facts = load_on(path, place)
@@ -314,6 +315,8 @@ def _own_or_onnx(path: Path, manifest: "Manifest", place: "torch.device") -> "nn
 def transfer(
     runs: tuple[str, ...],
     *,
+    data: str | None = None,
+    weights: Weights = None,
     bits: tuple[int | None, ...] = (),
     attack: str = "pgd-20",
     eps: float = 8 / 255,
@@ -325,10 +328,13 @@ def transfer(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """What fools one run or bit width, shown to all others: a matrix.
+    """What fools one network or bit width, shown to all others: a matrix.
 
     Args:
-        runs: folders of runs of one data set.
+        runs: folders of runs of one data set; with --data also NAME.onnx, NAME.pt2,
+            my.py:make_model, torchscript:FILE. THE LAST THREE CAN RUN THEIR MAKER'S CODE.
+        data: of models that are no runs: digits, cifar10, svhn, folder or npz.
+        weights: for my.py:make_model: a .safetensors file.
         bits: each run at each of these, as 1 2 4 none, weights as trained; else at its own.
         attack: as of `defquant attack`.
         eps: radius, as 8/255.
@@ -336,16 +342,34 @@ def transfer(
     """
     least(1, batch_size=batch_size)
     widths = [check_bits(width) for width in bits]
+    if data is None and (other := next((run for run in runs if not Path(run).is_dir()), None)):
+        raise UserError(f"{shown(other)} is no run's folder: another model needs --data, as digits")
+    if data is not None and widths:
+        raise UserError("--bits is for runs of `defquant train` alone: leave out it or --data")
     from defquant.attacks.names import parse_first_order
-    from defquant.diagnose.runs import transfer_runs
+    from defquant.data import load
+    from defquant.diagnose.runs import transfer_foreign, transfer_runs
     from defquant.distributed import pick_device
     from defquant.files import write_json
+    from defquant.foreign import blamed
     from defquant.report import plot_matrix, text_matrix
 
-    record = transfer_runs(
-        [Path(run) for run in runs], parse_first_order(attack, eps), bits=widths, images=images,
-        data_root=data_root, seed=seed, device=pick_device(device), batch_size=batch_size,
-    )  # fmt: skip
+    step, place = parse_first_order(attack, eps), pick_device(device)
+    how: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
+    if data is None:
+        record = transfer_runs(
+            [Path(run) for run in runs], step, bits=widths, images=images, data_root=data_root,
+            device=place, **how,
+        )  # fmt: skip
+    else:
+        tested = load(data, data_root, "test").first(images)
+        own = {run: weights if ".py:" in run else None for run in runs}
+        models = [foreign_on(run, w, tested, batch_size, place) for run, w in own.items()]
+        named = {Path(run): one.model for run, one in zip(own, models, strict=True)}
+        with ExitStack() as guard:
+            for one in models:
+                guard.enter_context(blamed(one.path))
+            record = transfer_foreign(named, tested.to(place), step, **how)
     for line in record["cells"] if json else text_matrix(record):
         (print_json if json else print)(line)
     print(plot_matrix(record, Path(out) / "transfer.png"))

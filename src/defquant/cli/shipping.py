@@ -43,8 +43,9 @@ def export(
     strict: bool = False,
     weight_bits: Literal[8, 4, 2] = 8,
     input: Literal["float", "uint8"] = "float",
-    attack: tuple[str, ...] = ("fgsm", "pgd-20"),
+    attack: tuple[str, ...] = ("fgsm", "pgd-20", "adaptive-20"),
     eps: tuple[float, ...] = (2 / 255, 8 / 255),
+    reference: str | None = None,
     attacked: int = 1000,
     queries: int = 500,
     few: int = 200,
@@ -67,6 +68,8 @@ def export(
         attack: attacks whose images are made on the trained network and shown to both; as in
             attack.
         eps: as 8/255.
+        reference: the float network to stand beside them under the same attacks, made on itself: a
+            run, NAME.onnx, NAME.pt2 or my.py:make_model.
         attacked: first so many images for them.
         queries: of the random search (Square) on the file itself; 0 for none.
         few: first so many images for it.
@@ -76,18 +79,19 @@ def export(
     needs("deploy", "onnx", "onnxruntime")
     least(1, attacked=attacked, few=few, threads=threads)
     least(0, queries=queries, repeats=repeats)
-    from defquant.attacks import Single
+    import torch
+
     from defquant.attacks.names import parse_attack
     from defquant.deploy import cost, ship
     from defquant.files import write_json
 
     attacks = [parse_attack(name, radius) for name in attack for radius in eps]
-    single = [a for a in attacks if isinstance(a, Single)]
-    if len(single) < len(attacks):
-        raise UserError("--attack takes attacks that make one image each: not standard or adaptive")
     path, network, origin, known, tested = _deployable(
         run, model, model_file, weights, data, data_root, images
     )
+    beside = None
+    if reference is not None:
+        beside = foreign_on(reference, None, tested, len(tested), torch.device("cpu")).model
     program, file = ship.exported(
         network, origin, known("train"), path, weight_bits=weight_bits, input_type=input,
         allow_float=allow_float, strict=strict,
@@ -96,14 +100,14 @@ def export(
     card = ship.card_of(origin, path, file, program, tested, found)
     if not json:
         print("\n".join(_parity(card, found)), flush=True)
-    card["scores"] = []
+    card["scores"], card["reference"] = [], reference and Path(reference).name
     some = tested.first(min(attacked, len(tested)))
-    for scores in ship.attacked(network, file, some, single, queries, few, seed=seed):
+    for scores in ship.attacked(network, file, some, attacks, queries, few, beside, seed=seed):
         card["scores"].append(scores)
         if not json:
-            trained, deployed = (Score(*scores[kind]) for kind in ("trained", "deployed"))
             row = f"{origin.name:24} {scores['attack']:12} {eps_column(scores['eps'])}"
-            print(f"{row}  trained {trained}  deployed {deployed}", flush=True)
+            sides = (f"{kind} {Score(*scores[kind])}" for kind in ship.SIDES if kind in scores)
+            print("  ".join([row, *sides]), flush=True)
     card["cost"] = ship.cost(network, program, file, repeats=repeats, threads=threads)
     print_json(card) if json else print("\n".join(cost.rows(card["cost"])))
     print(path)

@@ -15,7 +15,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from defquant.attacks import Single, Square
+from defquant.attacks import Composition, Single, Square
 from defquant.attacks.contract import Target, right
 from defquant.attacks.contract import attacked as made
 from defquant.captured import Captured, capture
@@ -35,13 +35,14 @@ from defquant.measure import Subject
 from defquant.records import Score
 
 __all__ = [
-    "CALIBRATION", "FORMAT", "Origin", "attacked", "card_of", "compared", "cost", "digest",
+    "CALIBRATION", "FORMAT", "SIDES", "Origin", "attacked", "card_of", "compared", "cost", "digest",
     "export_onnx", "exported", "read", "replayed",
 ]  # fmt: skip
 
 FORMAT = 2
 CALIBRATION = 512
 """Training images on which the ranges of branch outputs are measured where they are not trained."""
+SIDES = "trained", "deployed", "reference"
 NEAR = 0.8
 """Largest mean error of a file's first logits, over their spread: another file's have 1.1."""
 
@@ -274,40 +275,43 @@ def attacked(
     model: nn.Module,
     file: onnx.ModelProto,
     images: Dataset,
-    attacks: Sequence[Single],
+    attacks: Sequence[Single | Composition],
     queries: int,
     few: int,
+    reference: nn.Module | None = None,
     *,
     seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """Scores of the trained network and of the file, side by side, as the card holds them.
 
     Clean; each of `attacks`, made on `model`, rounded to 8 bits and shown to both; and `Square`,
-    which needs answers alone, on the first `few` images of each directly, at each eps.
+    which needs answers alone, on the first `few` images of each directly, at each eps. Beside them
+    those of a `reference`, under the same attacks made on itself.
     """
     deployed = OnnxModel(file)
-    both = [correct(network, images) for network in (model, deployed)]
+    networks = [model, deployed, *([] if reference is None else [reference])]
+    both = [correct(network, images) for network in networks]
     yield _scores("clean", 0.0, "clean", *(Score(int(s.sum()), len(s)) for s in both))
     for attack in attacks:
-        trained, shipped = replayed(model, deployed, images, attack, seed=seed)
-        yield _scores(attack.name, attack.eps, repr(attack), trained, shipped)
+        scores = replayed(model, deployed, images, attack, seed=seed)
+        if reference is not None:
+            scores += replayed(reference, reference, images, attack, seed=seed)[:1]
+        yield _scores(attack.name, attack.eps, repr(attack), *scores)
     for eps in sorted({attack.eps for attack in attacks}) if queries else ():
         square, some = Square(eps, queries=queries), images.first(min(few, len(images)))
-        scores = [
-            robust_accuracy(network, some, square, seed=seed) for network in (model, deployed)
-        ]
-        yield _scores(square.name, eps, repr(square), *scores)
+        found = [robust_accuracy(network, some, square, seed=seed) for network in networks]
+        yield _scores(square.name, eps, repr(square), *found)
 
 
 def replayed(
     trained: nn.Module,
     deployed: nn.Module,
     images: Dataset,
-    attack: Single,
+    attack: Single | Composition,
     *,
     seed: int = 0,
     batch_size: int = 256,
-) -> tuple[Score, Score]:
+) -> tuple[Score, ...]:
     """Robust accuracy of both networks against images that `attack` makes on `trained`.
 
     The best iterate of every example, rounded to 8 bits inside its ball (`to_pixels`), is shown to
@@ -322,8 +326,7 @@ def replayed(
         for network, stands in zip(networks, standing, strict=True):
             found = right(network, adversarial, there.labels[ids])
             stands[ids.to(stands.device)] &= found.to(stands.device)
-    first, second = (Score(int(stands.sum()), len(stands)) for stands in standing)
-    return first, second
+    return tuple(Score(int(stands.sum()), len(stands)) for stands in standing)
 
 
 def cost(
@@ -339,6 +342,6 @@ def cost(
     return card
 
 
-def _scores(name: str, eps: float, settings: str, trained: Score, shipped: Score) -> dict[str, Any]:
-    counts = {"trained": list(astuple(trained)), "deployed": list(astuple(shipped))}
+def _scores(name: str, eps: float, settings: str, *scores: Score) -> dict[str, Any]:
+    counts = {side: list(astuple(score)) for side, score in zip(SIDES, scores, strict=False)}
     return {"attack": name, "eps": eps, "settings": settings, **counts}

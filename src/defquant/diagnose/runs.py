@@ -24,7 +24,10 @@ from defquant.measure import Subject, subject_of
 from defquant.records import Score
 from defquant.runs import test_images
 
-__all__ = ["AMPLIFIED", "diagnose_foreign", "diagnose_run", "diagnosis", "transfer_runs"]
+__all__ = [
+    "AMPLIFIED", "diagnose_foreign", "diagnose_run", "diagnosis", "transfer_foreign",
+    "transfer_runs",
+]  # fmt: skip
 
 AMPLIFIED = 128  # images of Figure 3, at most
 
@@ -226,14 +229,39 @@ def transfer_runs(
             listed.append(
                 {"name": shown, "run": name, "bits": width, "trained_bits": facts.model.bits}
             )
-    shown_images = test_images(loaded[0][1], data_root, images)
-    found = transfer_matrix(networks, shown_images, attack, batch_size=batch_size, seed=seed)
+    shown = test_images(loaded[0][1], data_root, images)
+    return _transferred(networks, listed, shown, attack, device, batch_size, seed)
+
+
+def transfer_foreign(
+    models: Mapping[Path, nn.Module],
+    images: Dataset,
+    attack: Attack,
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The same between networks that need not be runs, by what names each; at their own bits."""
+    networks = dict(zip(_names_of(list(models)), models.values(), strict=True))
+    listed = [{"name": name, "run": name, "bits": None, "trained_bits": None} for name in networks]
+    device = images.images.device
+    return _transferred(networks, listed, images, attack, device, batch_size, seed)
+
+
+def _transferred(
+    networks: Mapping[str, nn.Module],
+    listed: Sequence[Mapping[str, Any]],
+    images: Dataset,
+    attack: Attack,
+    device: torch.device,
+    batch_size: int,
+    seed: int,
+) -> dict[str, Any]:
+    found = transfer_matrix(networks, images, attack, batch_size=batch_size, seed=seed)
     return {
-        "attack": found.attack, "eps": float(getattr(attack, "eps", 0.0)),
-        "data": shown_images.name, "fingerprint": shown_images.fingerprint,
-        "images": len(shown_images), "seed": seed, "networks": listed,
-        "cells": _cells(found),
-        "evidence": stamp(device),
+        "attack": found.attack, "eps": float(getattr(attack, "eps", 0.0)), "data": images.name,
+        "fingerprint": images.fingerprint, "images": len(images), "seed": seed,
+        "networks": list(listed), "cells": _cells(found), "evidence": stamp(device),
     }  # fmt: skip
 
 

@@ -31,17 +31,21 @@ Counts = tuple[int, int]
 
 @dataclass(frozen=True)
 class Pair:
-    """One attack's [right, images] on the trained network, where it was run there, and the file."""
+    """One attack's [right, images]: the trained network, where it was run there, and the file.
+
+    `reference`: a float network's, of the same attack on itself.
+    """
 
     attack: str
     eps: float
     deployed: Counts
     settings: str = ""
     trained: Counts | None = None
+    reference: Counts | None = None
 
     def __post_init__(self) -> None:
         check_eps(self.eps)
-        for counts in filter(None, (self.deployed, self.trained)):
+        for counts in filter(None, (self.deployed, self.trained, self.reference)):
             Score(*counts)
 
     @property
@@ -237,14 +241,14 @@ def _answers(card: Card) -> Iterator[tuple[str, Any, str, Entry]]:
             yield block, i, name, _Words().format(text, **card.facts)
     for pair in card.scores:
         name = attack_at(pair.attack, pair.eps)
-        for side, counts in {"trained": pair.trained, "deployed": pair.deployed}.items():
-            if counts:
-                order, share = (*pair.order, side != "trained"), rate(counts)
+        for i, side in enumerate(("trained", "deployed", "reference")):
+            if counts := getattr(pair, side):
+                order, share = (*pair.order, i), rate(counts)
                 right = f"{counts[0]:,} / {counts[1]:,}, {interval_text(share)}"
                 yield "Accuracy", order, f"{name}, {side}", share
                 yield "Right", order, f"{pair.settings or pair.attack}, {side}", right
         if pair.outside:
-            yield "Accuracy", (*pair.order, 2), f"{name}, against the interval", pair.outside
+            yield "Accuracy", (*pair.order, 3), f"{name}, against the interval", pair.outside
     for batch, times in card.cost.latency.batches.items():
         every = {ENGINES.get(engine, engine): time for engine, time in times.items()}
         for i, (engine, time) in enumerate(every.items()):
@@ -283,6 +287,9 @@ def rows(cards: Sequence[Card]) -> list[Row]:
             telling = worst is None or of == (worst.attack, worst.eps)
             base = (kind, str(card.family), card.bits, *of)
             gap = None
+            if pair.reference:
+                found.append(Row(place, f"{card.name}, reference", kind, "reference", None, *of,
+                                 rate(pair.reference), None, telling, how))  # fmt: skip
             if pair.trained:
                 found.append(Row(place, f"{card.name}, trained", *base, rate(pair.trained), None,
                                  telling, how))  # fmt: skip
