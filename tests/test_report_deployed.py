@@ -164,6 +164,16 @@ def test_everything_in_the_files_is_escaped(tmp_path: Path, drawn: None) -> None
     assert "<script>alert" not in page and "<img" not in page
 
 
+def test_the_float_network_stands_beside(tmp_path: Path) -> None:
+    own = card("a", dq=True)
+    own["scores"][1] |= {"attack": "Adaptive-20", "reference": [700, 1000]}
+    write_card(tmp_path, own)
+    _, found = table_of(tmp_path)
+    (name,) = (name for name in found if name.endswith(", reference"))
+    assert name.startswith("Adaptive-20 ") and found[name] == ["70.0 67–73"]
+    assert "a, reference" in page_of(tmp_path)
+
+
 def test_it_reads_what_the_export_measures(tmp_path: Path) -> None:
     model = wide_resnet(10, 1, bits=2, weight_bits=4, deployable=True, num_classes=4)
     model(torch.rand(8, 3, 8, 8))  # gives the branches their ranges

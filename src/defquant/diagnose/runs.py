@@ -229,8 +229,8 @@ def transfer_runs(
             listed.append(
                 {"name": shown, "run": name, "bits": width, "trained_bits": facts.model.bits}
             )
-    shown = test_images(loaded[0][1], data_root, images)
-    return _transferred(networks, listed, shown, attack, device, batch_size, seed)
+    tested = test_images(loaded[0][1], data_root, images)
+    return _transferred(networks, listed, tested, attack, device, batch_size, seed)
 
 
 def transfer_foreign(
