@@ -171,7 +171,6 @@ def test_the_float_network_stands_beside(tmp_path: Path) -> None:
     _, found = table_of(tmp_path)
     (name,) = (name for name in found if name.endswith(", reference"))
     assert name.startswith("Adaptive-20 ") and found[name] == ["70.0 67–73"]
-    assert "a, reference" in page_of(tmp_path)
 
 
 def test_it_reads_what_the_export_measures(tmp_path: Path) -> None:
