@@ -288,6 +288,12 @@ def test_claims_are_those_of_the_results() -> None:
     found = claims_markdown(verdicts(SCALES["small"], results))
     assert (ROOT / "results" / "small" / "claims.md").read_text() == found
     assert found.splitlines()[0] in (ROOT / "docs" / "claims.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    counts = re.findall(r"\d+", found)[:4]
+    assert re.findall(r"\d+", readme[readme.index("Of the paper's ") :])[:4] == counts
+    tables = [ROOT / "results" / "demo" / "table.md", ROOT / "results" / "small" / "table1.md"]
+    measured = re.sub(r"\*|</?ins>", "", "".join(table.read_text() for table in tables))
+    assert all(n in measured for n in re.findall(r"[\d.]+ ±[\d.]+", readme))
 
 
 @pytest.mark.parametrize("name", sorted(EXPERIMENTS.keys() - {"table2"}))
