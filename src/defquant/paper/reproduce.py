@@ -142,11 +142,13 @@ def make(
     budget: float | None = None,
     keep: Sequence[str] | None = None,
 ) -> list[str]:
-    """Train and measure what is missing of `cells`, for `budget` seconds; returns what failed, a
-    line each. With `keep`, networks of other names than these patterns are removed at the end,
-    where all that needs them is measured.
+    """Train and measure what is missing of `cells`; returns what failed, a line each.
+
+    Half a minute or a tenth of the `budget`, in seconds, is left for the page. With `keep`,
+    networks of other names than these patterns are removed at the end, where all that needs them
+    is measured.
     """
-    until = time.monotonic() + (math.inf if budget is None else budget)
+    until = time.monotonic() + (math.inf if budget is None else max(0.9 * budget, budget - 30))
     missing = grid.read(out).missing(cells)
     _check_data(scale, missing)
     say(f"reproduce: {len(cells) - len(missing)} of {len(cells)} cells are there")
