@@ -129,7 +129,7 @@ def test_names_are_shown_letter_by_letter() -> None:
     hostile = Network(HOSTILE, network.suspect, network.view)
     found = list(explore([hostile], GREY.images[0], 0, named("fgsm", 3 / 255, 1)))
     text = results(found, GREY.images[0], (HOSTILE, HOSTILE), 3) + growth(found)
-    text += before([(HOSTILE, found[0].clean)], 0, (HOSTILE, HOSTILE))
+    text += before([(hostile, found[0].clean)], 0, (HOSTILE, HOSTILE))
     assert "<script" not in text and "<img src" not in text and "&lt;script" in text
 
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from defquant.data.pictures import encode
 from defquant.errors import UserError, shown
-from defquant.explore.trial import Answer, Frame, Outcome
+from defquant.explore.trial import Answer, Frame, Network, Outcome
+from defquant.report.plot import looks
 
-__all__ = ["COLOURS", "address", "before", "live", "refusal", "results"]
+__all__ = ["address", "before", "live", "refusal", "results"]
 
-COLOURS = ("#8a8f98", "#e07b00", "#2f7fd6", "#1a9e77")
 _WORDS = {"fooled": "fooled", "holds": "holds", "wrong before": "wrong before the attack"}
 
 
@@ -30,12 +30,13 @@ def live(frame: Frame, pixels: Tensor, label: int, classes: Sequence[str]) -> st
     )
 
 
-def before(answers: Sequence[tuple[str, Answer]], label: int, classes: Sequence[str]) -> str:
+def before(answers: Sequence[tuple[Network, Answer]], label: int, classes: Sequence[str]) -> str:
     """What the networks say of the picture itself."""
+    looked = looks((network.name, network.kind) for network, _ in answers)
     cards = "".join(
-        f'<article style="--own:{COLOURS[i]}"><h3>{escape(name)}</h3>'
+        f'<article style="--own:{looked[network.name][0]}"><h3>{escape(network.name)}</h3>'
         f"{_bars(one, one, label, classes)}</article>"
-        for i, (name, one) in enumerate(answers)
+        for network, one in answers
     )
     return f'<p class="said">Before any attack.</p><div class="cards">{cards}</div>'
 
@@ -55,19 +56,20 @@ def results(outcomes: Sequence[Outcome], pixels: Tensor, classes: Sequence[str],
         if len(made) < len(outcomes)
         else ("made on each network by itself")
     )
-    cards = "".join(_card(i, one, pixels, classes) for i, one in enumerate(outcomes))
+    looked = looks((one.name, one.kind) for one in outcomes)
+    cards = "".join(_card(looked[one.name][0], one, pixels, classes) for one in outcomes)
     return (
         f'<p class="said">{fooled} of {len(outcomes)} fooled at {eps:g}/255, {where}.</p>'
         f'<div class="cards">{cards}</div>{growth(outcomes)}'
     )
 
 
-def _card(i: int, one: Outcome, pixels: Tensor, classes: Sequence[str]) -> str:
+def _card(colour: str, one: Outcome, pixels: Tensor, classes: Sequence[str]) -> str:
     moved = int((one.pixels.int() - pixels.int()).abs().max())
     says = "no answer" if one.attacked.said < 0 else escape(classes[one.attacked.said])
     cost = f"{one.looks} looks, {one.seconds:.2f} s" if one.looks else f"of {escape(one.made_on)}"
     return (
-        f'<article style="--own:{COLOURS[i]}"><h3>{escape(one.name)}</h3>'
+        f'<article style="--own:{colour}"><h3>{escape(one.name)}</h3>'
         f'<p class="state {one.state.split()[0]}">{_WORDS[one.state]}: says {says}</p>'
         f"{_pictures(pixels, one.pixels)}"
         f"{_bars(one.clean, one.attacked, one.label, classes)}"
@@ -132,7 +134,10 @@ def growth(outcomes: Sequence[Outcome]) -> str:
     top = max((max(values, default=0.0) for *_, values in lines), default=0.0)
     if not top:
         return shut
-    most = max(len(values) for *_, values in lines)
+    most, looked = (
+        max(len(values) for *_, values in lines),
+        looks((o.name, o.kind) for o in outcomes),
+    )
 
     def place(k: int, d: float) -> tuple[float, float]:
         return 44 + 380 * k / max(1, most - 1), 190 - 170 * d / top
@@ -150,9 +155,10 @@ def growth(outcomes: Sequence[Outcome]) -> str:
             f"{_mark(i, x, y)}<title>{escape(one.name)}, layer {k}: {d:.3g}</title></path>"
             for k, ((x, y), d) in enumerate(zip(points, values, strict=True), 1)
         )
-        drawn += f'<g style="--own:{COLOURS[i]}"><polyline points="{path}"/>{marks}</g>'
+        drawn += f'<g style="--own:{looked[one.name][0]}"><polyline points="{path}"/>{marks}</g>'
     legend = "".join(
-        f'<li style="--own:{COLOURS[i]}"><svg viewBox="-6 -6 12 12">{_mark(i, 0, 0)}</path></svg>'
+        f'<li style="--own:{looked[one.name][0]}">'
+        f'<svg viewBox="-6 -6 12 12">{_mark(i, 0, 0)}</path></svg>'
         f"{escape(one.name)}: {values[0]:.3g} at the image, {max(values):.3g} at most</li>"
         for i, one, values in lines if values
     )  # fmt: skip

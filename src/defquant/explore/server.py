@@ -19,7 +19,7 @@ from defquant.config import check_eps
 from defquant.data import Dataset
 from defquant.data.pictures import fitted
 from defquant.errors import UserError, shown
-from defquant.explore.cards import COLOURS, address, before, live, refusal, results
+from defquant.explore.cards import address, before, live, refusal, results
 from defquant.explore.trial import (
     CHOICES,
     STEPS,
@@ -36,7 +36,7 @@ from defquant.progress import say
 
 __all__ = ["Page", "serve"]
 
-BYTES, AT_ONCE = 8 << 20, len(COLOURS)
+BYTES, AT_ONCE = 8 << 20, 4
 """At most: of an uploaded file; networks side by side."""
 EACH = "each network"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -75,11 +75,11 @@ class Page:
             source = b""
         return torch.from_numpy(fitted(source, shown(name), self.data.shape).copy())
 
-    def answers(self, pixels: Tensor, names: Sequence[str]) -> list[tuple[str, Answer]]:
+    def answers(self, pixels: Tensor, names: Sequence[str]) -> list[tuple[Network, Answer]]:
         """What each network says of the picture itself."""
         networks = self.networks(names)
         with self._lock:
-            return [(network.name, answer(network, pixels)) for network in networks]
+            return [(network, answer(network, pixels)) for network in networks]
 
     def attack(
         self, pixels: Tensor, label: int, names: Sequence[str], attack: str, eps: float,
@@ -237,7 +237,8 @@ def serve(page: Page, host: str, port: int, tell: Callable[[str], object]) -> No
     Raises `UserError` where the port cannot be had, and for what the first networks are not.
     """
     try:
-        listening = socket.create_server((host, port))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         reason = str(error).partition(" (while")[0]
         raise UserError(
@@ -266,7 +267,8 @@ def serve(page: Page, host: str, port: int, tell: Callable[[str], object]) -> No
             lifespan="on",
             timeout_graceful_shutdown=1,
         )
-        tell(f"http://{host}:{listening.getsockname()[1]}/")
+        name = f"[{host}]" if ":" in host else host
+        tell(f"http://{name}:{listening.getsockname()[1]}/")
         uvicorn.Server(config).run(sockets=[listening])
 
 

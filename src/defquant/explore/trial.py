@@ -16,6 +16,7 @@ from defquant.attacks import Composition, Single, untouched
 from defquant.attacks.contract import eight_bit, to_pixels
 from defquant.attacks.names import ATTACKS, parse_attack
 from defquant.attacks.surrogates import twin_of
+from defquant.checkpoint import load
 from defquant.data import Dataset, to_unit
 from defquant.diagnose.amplification import normalized_distance
 from defquant.errors import UserError
@@ -34,11 +35,15 @@ _ONE = torch.zeros(1, dtype=torch.int64)
 
 @dataclass(frozen=True)
 class Network:
-    """A suspect by a short name, and as it is attacked: `view`, images in [0, 1] to logits."""
+    """A suspect by a short name, and as it is attacked: `view`, images in [0, 1] to logits.
+
+    `kind` is the method of a run, by which it has its colour.
+    """
 
     name: str
     suspect: Suspect
     view: nn.Module
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class Outcome:
     seconds: float
     looks: int
     growth: tuple[float, ...] = ()
+    kind: str = ""
 
     @property
     def state(self) -> str:
@@ -109,7 +115,9 @@ def opened(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of scores, which are not made here
         found = suspect(spec, data, weights if ".py:" in str(spec) else None)
-    return Network(name, found, Witnessed(found) if found.kind == "ONNX" else found.model)
+    view = Witnessed(found) if found.kind == "ONNX" else found.model
+    kind = load(str(spec)).facts.method if found.kind == "run" else ""
+    return Network(name, found, view, kind)
 
 
 def named(attack: str, eps: float, steps: int) -> Single | Composition:
@@ -178,7 +186,7 @@ def _outcome(
     own = made_on == network.name
     return Outcome(
         network.name, made_on, label, answer(network, pixels), answer(network, at), at,
-        seconds * own, looks * own, tuple(growth) if alike else (),
+        seconds * own, looks * own, tuple(growth) if alike else (), network.kind,
     )  # fmt: skip
 
 
