@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             30, vanishing,
         )  # fmt: skip
         append(folder / "results.jsonl", m)
+    append(folder / "results.jsonl", replace(m, attack="BIM", evidence={"weights_sha256": "x"}))
     return folder
 
 
@@ -119,8 +121,9 @@ def read(source: Path) -> tuple[ModelCard, Any]:
 
 
 def test_the_card_says_what_was_measured(run: Path) -> None:
-    """A masked accuracy is in the table alone."""
+    """A masked accuracy is in the table alone, one of other weights nowhere."""
     card, data = read(run)
+    assert "BIM" not in card.content
     assert data.model_name == "dq"
     for result, (attack, eps, right, _) in zip(data.eval_results, SCORES[:2], strict=True):
         low, high = Score(right, 30).interval

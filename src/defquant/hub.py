@@ -180,7 +180,8 @@ def model_card(source: Path, repo: str) -> str:
     """README.md of a run or an exported file: numbers with intervals, for people and as YAML.
 
     Each accuracy is a metric of `model-index` with its interval, counts and the attack's settings
-    in `args`; masked ones are left out of that. Raises `UserError` where there are no results.
+    in `args`; masked ones are left out of that. Of a run, only what was measured on the weights
+    that it has now. Raises `UserError` where there are no results.
     """
     (about, rows), name = _described(source), _name(source)
     front = {
@@ -225,9 +226,16 @@ def _described(source: Path) -> tuple[dict[str, Any], list[_Row]]:
         ]
         use = shlex.join(["defquant", "judge", f"{source.stem}/{source.name}", "--data", "DATA"])
         return {"text": markdown(text), "tags": ["onnx"], "use": use}, rows
-    from defquant.checkpoint import load
+    import torch
 
-    facts = load(source).facts
+    from defquant.checkpoint import load_on
+    from defquant.measure import weights_hash
+
+    model, facts = load_on(source, torch.device("cpu"))
+    own = ("", weights_hash(model))  # lines from before hashes were kept have none
+    measured = [m for m in read_folder(source) if m.network[0] in own]
+    if not measured:
+        raise UserError(f"{source} has results of other weights alone: run `defquant attack` again")
     bits = "full precision" if facts.model.bits is None else f"{facts.model.bits}-bit activations"
     text = (
         f"{facts.model.model} ({facts.method}), {bits}, trained on {len(facts.classes)} classes of "
@@ -236,7 +244,7 @@ def _described(source: Path) -> tuple[dict[str, Any], list[_Row]]:
     )
     rows = [
         _Row(m.attack, m.eps, m.settings, m.score, m.data, m.fingerprint, m.masked)
-        for m in read_folder(source)
+        for m in measured
     ]
     use = shlex.join(["defquant", "attack", _name(source), "--attack", "adaptive"])
     return {"text": markdown(text), "tags": [], "use": use}, rows
