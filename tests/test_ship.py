@@ -111,6 +111,7 @@ def claiming(path: Path, **facts: object) -> None:
 
 SPOILED: dict[str, Callable[[Path], object]] = {
     "2-bit activations, dq 4-bit ones": lambda path: claiming(path, bits=2),
+    "full-precision activations, dq 4-bit ones": lambda path: claiming(path, bits=None),
     "is not a whole ONNX model": lambda path: path.write_bytes(path.read_bytes()[:3000]),
     "was not made by `defquant export`": claiming,
     "was exported from another network": lambda path: claiming(path, digest="0" * 16),

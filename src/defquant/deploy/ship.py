@@ -206,10 +206,9 @@ def read(path: Path, model: nn.Module, origin: Origin) -> tuple[Program, onnx.Mo
     if known["format"] != FORMAT:
         raise UserError(f"{path} was written by another version of defquant: export it again")
     if known.get("bits") != origin.known["bits"]:
-        raise UserError(
-            f"{path} has {known.get('bits')}-bit activations, {origin.name} "
-            f"{origin.known['bits']}-bit ones"
-        )
+        both = known.get("bits"), origin.known["bits"]
+        its, own = (f"{bits}-bit" if bits else "full-precision" for bits in both)
+        raise UserError(f"{path} has {its} activations, {origin.name} {own} ones")
     dims = file.graph.input[0].type.tensor_type.shape.dim[1:]
     if dims[0].dim_value != origin.channels:
         raise UserError(
