@@ -212,8 +212,7 @@ def hooked_macs(model: nn.Module, side: int) -> tuple[int, int]:
     return counts[nn.Conv2d], counts[nn.Linear]
 
 
-@pytest.mark.parametrize("side", [15, 16])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "side"), [("wrn", 16), *((name, 15) for name in MODELS)])
 def test_networks_against_hooks_and_the_reference(name: str, side: int) -> None:
     model = MODELS[name]()
     built = lowered(model, side)

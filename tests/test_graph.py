@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,16 @@ from test_lower import CONVOLUTIONS, NETWORKS, SHAPE, Net, conv, network, on_gri
 PRECISIONS = [(1, 8), (2, 2), (4, 4), (7, 8), (8, 8)]  # of activations and weights
 
 
-def exported(name: str = "wrn-10-1", bits: int = 4, weight_bits: int = 8, **options: Any) -> Any:
+@cache
+def lowered(name: str = "wrn-10-1", bits: int = 4, weight_bits: int = 8) -> Program:
+    return lower(network(name, bits, weight_bits), SHAPE)
+
+
+def exported(
+    name: str = "wrn-10-1", bits: int = 4, weight_bits: int = 8, **options: Any
+) -> tuple[Program, onnx.ModelProto]:
     """A network's program and its file."""
-    program = lower(network(name, bits, weight_bits), SHAPE)
+    program = lowered(name, bits, weight_bits)
     return program, graph(program, **options)
 
 
@@ -248,7 +256,7 @@ def test_floats_are_rounded_to_pixels_and_clipped() -> None:
 
 def test_without_optimisations_it_is_the_same_up_to_ties() -> None:
     """In floats, with other orders of sums: few codes differ, by one step, and the answers hold."""
-    program, file = exported("wrn-10-1", 4, 8)
+    program, file = exported()
     x, names = pixels(32, seed=7), codes_of(program)
     fast, plain = (tensors(file, names, x.numpy(), optimise=o) for o in (True, False))
     for name in names:
@@ -261,7 +269,7 @@ def test_without_optimisations_it_is_the_same_up_to_ties() -> None:
 
 def test_openvino_gives_the_same_answers() -> None:
     pytest.importorskip("openvino")
-    _, file = exported("wrn-10-1", 4, 8)
+    _, file = exported()
     x = pixels(64, seed=7)
     second = _openvino(file, x)
     if second is None and "ONEDNN_MAX_CPU_ISA" in os.environ:
@@ -320,7 +328,7 @@ def test_a_convolution_in_floats_is_counted_as_one() -> None:
 
 def test_a_branch_without_a_grid_is_counted_as_float() -> None:
     """The last rounding of a residual branch taken out: its convolution ends in floats."""
-    program, file = exported("wrn-10-1", 4, 8)
+    program, file = exported()
     name = next(op.name for op in program.convolutions if op.layer == "blocks.0.conv2")
     (sums,) = (n for n in file.graph.node if name in n.output)
     for node in list(file.graph.node):
@@ -410,7 +418,7 @@ def test_a_first_layer_of_7_bits_never_saturates(scale: float) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize(("bits", "weight_bits"), [(8, 8), (8, 4), (8, 2), (7, 8)])
 def test_no_pair_of_products_leaves_16_bits(name: str, bits: int, weight_bits: int) -> None:
-    program = lower(network(name, bits, weight_bits), SHAPE)
+    program = lowered(name, bits, weight_bits)
     for op in program.convolutions:
         largest = int(np.abs(op.weight.integers.astype(int)).max())
         assert 2 * largest * program.grids[op.source].top <= 2**15 - 1, op.layer
@@ -522,16 +530,13 @@ def test_a_model_of_others_has_no_facts(tmp_path: Path, text: str | None) -> Non
     "shape", [(2, 3, 8, 8), (2, 1, 16, 16), (3, 16, 16), (2, 3, 16), (2, 3, 16, 16, 1), (2,), ()]
 )
 def test_other_shapes_are_refused(shape: tuple[int, ...], input_type: Any) -> None:
-    model = OnnxModel(graph(PROGRAM, input_type=input_type))
+    model = OnnxModel(graph(lowered(), input_type=input_type))
     wanted = f"takes images [3, 16, 16]; found {list(shape[1:])}"
     refused(lambda: model(torch.zeros(shape)), wanted)
 
 
-PROGRAM = lower(network("wrn-10-1", 4, 8), SHAPE)
-
-
 def test_attacks_without_gradients_take_the_file_as_a_module() -> None:
-    model = OnnxModel(graph(PROGRAM))
+    model = OnnxModel(graph(lowered()))
     x, y = pixels(), torch.arange(8) % 4
     before: NDArray[Any] = x.numpy().copy()
     score = dq.accuracy(model, (x, y))

@@ -271,23 +271,20 @@ def test_integers_are_those_of_training_and_batch_norms_go_into_scales() -> None
     assert flipped > 10
 
 
-@pytest.mark.parametrize("convex", [False, True])
+@pytest.mark.parametrize(("weight_bits", "convex"), [(8, True), (4, False)])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_float_weights_are_quantised_and_ranges_calibrated_at_export(
-    name: str, convex: bool
+    name: str, weight_bits: int, convex: bool
 ) -> None:
     model = network(name, 4, None, deployable=False, convex=convex)
-    peaks = calibrate(model, pixels())
-    for weight_bits in (8, 4):
-        program = lower(model, SHAPE, peaks=peaks, weight_bits=weight_bits)
-        assert len(program.convolutions) == NETWORKS[name]
-        first, *others = program.convolutions
-        assert first.weight.bits == min(weight_bits, 7)
-        assert {op.weight.bits for op in others} == {weight_bits}
-        rounded_model = network(name, 4, None, deployable=False, convex=convex)
-        quantise_weights(rounded_model, first.weight.bits, weight_bits)
-        for d in deviations(rounded_model, program, pixels(), streams=False):
-            assert d.largest <= max(1, d.coarsest), d
+    program = lower(model, SHAPE, peaks=calibrate(model, pixels()), weight_bits=weight_bits)
+    assert len(program.convolutions) == NETWORKS[name]
+    first, *others = program.convolutions
+    assert first.weight.bits == min(weight_bits, 7)
+    assert {op.weight.bits for op in others} == {weight_bits}
+    quantise_weights(model, first.weight.bits, weight_bits)
+    for d in deviations(model, program, pixels(), streams=False):
+        assert d.largest <= max(1, d.coarsest), d
 
 
 @torch.no_grad()

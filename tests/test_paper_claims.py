@@ -387,6 +387,7 @@ def probed(cell: Cell, contrary: bool) -> Any:
     return {"examples": [{"label": 0, "adversarial": answer} for answer in answers]}
 
 
+@cache
 def judged(rule: Rule, *, contrary: bool = False, **options: Any) -> dict[str, Verdict]:
     results = made(rule, _all_cells(), **options)
     others = [cell for cell in _all_cells() if cell.kind not in ("accuracy", "detector")]
