@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm
 
 import defquant as dq
 from conftest import left_alone, refused
-from defquant.captured import capture, operation
+from defquant.captured import MOVES, capture, kind_of, operation
 from defquant.config import ModelConfig
 from defquant.models import build
 
@@ -161,3 +161,27 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
     model = net()
     model.get_parameter("conv.weight").data[0, 0, 0, 0] = float("nan")
     refused(lambda: capture(model, X), "'conv.weight' is not finite")
+
+
+MOVED: dict[str, Callable[[Tensor], Tensor]] = {
+    "slice": lambda x: x[:, 1:, ::2], "select": lambda x: x[:, 0], "flip": lambda x: x.flip(1),
+    "roll": lambda x: x.roll(1, 2), "permute": lambda x: x.permute(0, 2, 3, 1),
+    "transpose": lambda x: x.transpose(1, 2), "movedim": lambda x: x.movedim(1, 3),
+    "reshape": lambda x: x.reshape(-1, 6, 32), "unsqueeze": lambda x: x.unsqueeze(1).squeeze(1),
+    "expand": lambda x: x[:, :1].expand(-1, 3, -1, -1), "repeat": lambda x: x.repeat(1, 2, 1, 1),
+    "chunk": lambda x: x.chunk(2, 2)[1], "split": lambda x: x.split([1, 2], 1)[1],
+    "unbind": lambda x: x.unbind(1)[2], "narrow": lambda x: x.narrow(1, 1, 2),
+    "pixel_unshuffle": lambda x: nn.functional.pixel_unshuffle(x, 2),
+    "channel_shuffle": lambda x: nn.functional.channel_shuffle(x, 3),
+    "upsample": nn.Upsample(scale_factor=2), "tile": lambda x: x.tile(1, 2, 1, 1),
+    "unfold": lambda x: x.unfold(2, 3, 1), "index_select": lambda x: x.index_select(1, ONES),
+}  # fmt: skip
+ONES = torch.ones(2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("move", MOVED.values(), ids=MOVED)
+def test_what_moves_values_computes_none(move: Callable[[Tensor], Tensor]) -> None:
+    """And is known as such to all who ask: audit, export, prepare and judge."""
+    captured = capture(Net(lambda net, x: move(x).flatten(1)[:, :4]), X)
+    assert {kind_of(node) for node in captured.calls} <= MOVES
+    assert torch.isin(captured.values(X), X).all()
