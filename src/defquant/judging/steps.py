@@ -31,6 +31,8 @@ BLIND = {
     "And", "ArgMax", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or",
 }  # fmt: skip
 """These pass no gradient on."""
+_ABOVE = {"Greater", "GreaterOrEqual"}
+_TURNED = _ABOVE | {"Less", "LessOrEqual"}
 _CODES = {"ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", *ZERO} | BLIND
 _REALS = {"DequantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"}
 _RANGES = {
@@ -75,6 +77,7 @@ class Steps:
         for step in nodes.steps:
             with blamed(f"{self.path}: node {shown(step.name)!r} ({step.kind})"):
                 self.add(step, batch)
+        self.kept = self.needed(nodes.outputs)
         self.uses = Counter([*nodes.outputs, *(n for step in self.kept for n in step.inputs)])
         self.makers = {name: step for step in self.kept for name in step.outputs}
         for step in self.kept:
@@ -85,6 +88,8 @@ class Steps:
     def add(self, step: Step, batch: int | None) -> None:
         if step.kind in _COMMUTE and step.inputs[0] in self.constants:
             step.inputs = step.inputs[::-1]
+        if step.kind == "Where":
+            self.as_clip(step)
         values = [self.find(name) for name in step.inputs]
         images = [
             n for n, v in zip(step.inputs, values, strict=True) if v is not None and v.is_meta
@@ -112,6 +117,27 @@ class Steps:
             kept = {p: v for p, v in step.known.items() if step.inputs[p] in self.constants}
             step.known = kept  # other sizes hang on the batch
             self.kept.append(step)
+
+    def as_clip(self, step: Step) -> None:
+        """where(x > t, t, x) is a clip, as Brevitas writes it, through which a gradient passes."""
+        maker = next((s for s in reversed(self.kept) if step.inputs[0] in s.outputs), None)
+        if maker is None or maker.kind not in _TURNED or step.inputs[2] != maker.inputs[0]:
+            return
+        ends = {maker.inputs[1], step.inputs[1]}
+        if self.constants.issuperset(ends) and all(self.size(name) == 1 for name in ends):
+            first, second = (float(self.values[name]) for name in (maker.inputs[1], step.inputs[1]))
+            if first == second:
+                low, high = ("", step.inputs[1])[:: 1 if maker.kind in _ABOVE else -1]
+                step.kind, step.inputs = "Clip", (maker.inputs[0], low, high)
+
+    def needed(self, outputs: Sequence[str]) -> list[Step]:
+        """The steps on which an output hangs."""
+        names, found = set(outputs), list[Step]()
+        for step in reversed(self.kept):
+            if names.intersection(step.outputs):
+                names.update(step.inputs)
+                found.append(step)
+        return found[::-1]
 
     def find(self, name: str) -> Tensor | None:
         if name and name not in self.values:
@@ -190,13 +216,12 @@ class Steps:
             ends = ends / self.values[step.inputs[1]]
             zero = float(step.known.get(2, [0])[0])
         ends = stairs.rounding(ends.flatten())
-        low, high, clip = self.after(step, zero)
+        low, high, clips = self.after(step, zero)
         low, high = max(low, float(ends[0]), stairs.low), min(high, float(ends[1]), stairs.high)
         if low < high:
             step.stairs = Staircase(low, high, stairs.rounding)
-            for other in (*self.own(step), clip):
-                if other is not None:
-                    other.kind, other.inputs, other.known = "Identity", other.inputs[:1], {}
+            for other in (*self.own(step), *clips):
+                other.kind, other.inputs, other.known = "Identity", other.inputs[:1], {}
 
     def join(self, step: Step) -> None:
         """A QuantizeLinear that only its inverses follow rounds in the reals: fewer passes."""
@@ -234,8 +259,9 @@ class Steps:
             step = self.makers[step.inputs[0]]
             yield step
 
-    def after(self, step: Step, zero: float) -> tuple[float, float, Step | None]:
-        """What a clip of the codes, less `zero`, leaves of all numbers, and that clip."""
+    def after(self, step: Step, zero: float) -> tuple[float, float, list[Step]]:
+        """What clips of the codes, less `zero`, leave of all numbers, and those clips."""
+        low, high, clips = -math.inf, math.inf, list[Step]()
         while self.uses[step.outputs[0]] == 1:
             users = self.users(step.outputs[0])
             if not users:  # it is the output
@@ -246,12 +272,14 @@ class Steps:
             if not self.rises(step):
                 break
             if step.kind == "Clip":
-                low, high = call(step, [self.ends, *map(self.values.get, step.inputs[1:])])[0]
-                return float(low) - zero, float(high) - zero, step
-            if step.kind not in ("Add", "Sub"):
+                first, last = call(step, [self.ends, *map(self.values.get, step.inputs[1:])])[0]
+                low, high = max(low, float(first) - zero), min(high, float(last) - zero)
+                clips.append(step)
+            elif step.kind in ("Add", "Sub"):
+                zero += float(self.values[step.inputs[1]]) * (1 if step.kind == "Add" else -1)
+            else:
                 break
-            zero += float(self.values[step.inputs[1]]) * (1 if step.kind == "Add" else -1)
-        return -math.inf, math.inf, None
+        return low, high, clips
 
     def users(self, name: str) -> list[Step]:
         return [step for step in self.kept if name in step.inputs[:1]]
