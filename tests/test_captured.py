@@ -163,6 +163,7 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
     refused(lambda: capture(model, X), "'conv.weight' is not finite")
 
 
+ONES = torch.ones(2, dtype=torch.int64)
 MOVED: dict[str, Callable[[Tensor], Tensor]] = {
     "slice": lambda x: x[:, 1:, ::2], "select": lambda x: x[:, 0], "flip": lambda x: x.flip(1),
     "roll": lambda x: x.roll(1, 2), "permute": lambda x: x.permute(0, 2, 3, 1),
@@ -176,7 +177,6 @@ MOVED: dict[str, Callable[[Tensor], Tensor]] = {
     "upsample": nn.Upsample(scale_factor=2), "tile": lambda x: x.tile(1, 2, 1, 1),
     "unfold": lambda x: x.unfold(2, 3, 1), "index_select": lambda x: x.index_select(1, ONES),
 }  # fmt: skip
-ONES = torch.ones(2, dtype=torch.int64)
 
 
 @pytest.mark.parametrize("move", MOVED.values(), ids=MOVED)

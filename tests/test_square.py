@@ -46,12 +46,13 @@ def test_on_a_linear_network_it_comes_near_the_optimum_and_never_below() -> None
     assert found[1] <= stand + 1
 
 
-def test_no_query_after_the_fall() -> None:
+def test_no_query_after_the_fall_and_none_with_a_graph() -> None:
     model, x, y = scene(20, classes=2)
     asked = 0
 
     def count(module: nn.Module, args: tuple[Tensor], answer: Tensor) -> None:
         nonlocal asked
+        assert not torch.is_grad_enabled()
         asked += len(answer)
 
     handle = model.register_forward_hook(count)
