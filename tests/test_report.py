@@ -239,7 +239,7 @@ def test_only_png_pictures_reach_the_page(tmp_path: Path) -> None:
         strip["examples"][0]["adversarial_png"] = bad
         path.write_text(json.dumps(strip))
         page = page_of(tmp_path)
-        assert check(page).tags.count("image") == 2 * len(strip["examples"]) - 1
+        assert check(page).tags.count("image") == 3 * len(strip["examples"]) - 2
         assert "no picture" in page
 
 

@@ -220,7 +220,7 @@ def test_pictures_are_on_the_page_and_their_answers_in_markdown(tmp_path: Path) 
     both = (("FP", pictures()), ("DQ", pictures()))
     section = replace(WHOLE, tables=(), panels=(), pictures=both, missing=0)
     page = page_of(tmp_path, section)
-    assert page.count("<image ") == 1 and page.count("<use ") == 7  # each picture is kept once
+    assert page.count("<image ") == 2 and page.count("<use ") == 5  # each picture is kept once
     assert "FGSM at 8/255" in page
     forged = pictures()
     forged["examples"][0]["adversarial_png"] = 'x"><script>'

@@ -4,6 +4,7 @@ All of it is untrusted: pictures must be PNG, and a file that cannot be read is 
 """
 
 import base64
+import io
 import json
 import math
 from array import array
@@ -13,6 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from defquant.config import check_bits, check_eps
 from defquant.errors import UserError, shown
@@ -28,7 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 PNG = b"\x89PNG\r\n\x1a\n"
-LARGEST_PICTURE = 100_000
+LARGEST_PICTURE, LARGEST_SIDE = 100_000, 512
 ROWS = COLUMNS = 8  # of a table of pictures
 BYTES = 350_000  # of all pictures of a page
 
@@ -166,8 +170,20 @@ class Strip:
 
     @property
     def gain(self) -> int:
-        """By how much a picture of the perturbation is brighter than it."""
-        return max(1, round(0.5 / self.eps)) if self.eps else 8
+        """How many times the perturbation is magnified."""
+        return max(1, round(0.4 / self.eps)) if self.eps else 8
+
+    def change(self, image: str) -> str:
+        """A picture of 0.5 + gain (attacked - clean); empty where one of the two is none."""
+        own = self.by_id[image]
+        try:
+            clean, moved = (_pixels(png) for png in (own.clean_png, own.adversarial_png))
+            shown = (127.5 + self.gain * (moved - clean)).clip(0, 255).astype("uint8")
+        except (OSError, ValueError, SyntaxError):  # none, cut, or of two shapes
+            return ""
+        packed = io.BytesIO()
+        Image.fromarray(shown).save(packed, "PNG")
+        return base64.b64encode(packed.getvalue()).decode()
 
     @property
     def where(self) -> str:
@@ -188,6 +204,13 @@ class Strip:
             )
             for kind, said in (("clean", own.clean), ("attacked", own.adversarial))
         }  # fmt: skip
+
+
+def _pixels(png: str) -> "np.ndarray[Any, np.dtype[np.float64]]":
+    with Image.open(io.BytesIO(base64.b64decode(png)), formats=["PNG"]) as found:
+        if max(found.size) > LARGEST_SIDE:
+            raise ValueError
+        return np.asarray(found.convert("L" if found.mode == "L" else "RGB"), float)
 
 
 def _png(text: object) -> str:
