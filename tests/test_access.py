@@ -34,7 +34,7 @@ LOOKS: dict[str, Callable[[nn.Module, Data], object]] = {
     "monitor": lambda m, d: monitor(m, tiny_images(8), 0.1),
     "masking": lambda m, d: dq.masking_verdict(m, d, 0.1, effort=Effort(2, 1, 2, 2)),
     "transfer": lambda m, d: dq.transfer_matrix({"a": m}, d, PGD(0.1, steps=1)),
-    "cosines": lambda m, d: gradient_cosines(m, d, [1, None]),
+    "cosines": lambda m, d: gradient_cosines(m, d, [1, 2]),
     "calibration": lambda m, d: calibrate(m, d[0], batch_size=3),
     "capture": lambda m, d: capture(m, d[0]),
 }  # fmt: skip

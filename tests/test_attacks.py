@@ -47,7 +47,7 @@ EVERY.remove("standard")  # thousands of queries; its parts are here
 OTHER = LinearNet()
 with torch.no_grad():
     OTHER.weight.copy_(OTHER.weight + OTHER.weight.roll(1, 1) / 2)
-MADE: dict[str, Callable[[float], Attack]] = {
+MADE: dict[str, Callable[[float], Any]] = {
     **{name: partial(parse_attack, name) for name in EVERY},
     "transfer": lambda eps: Transfer(PGD(eps, steps=2), OTHER),
     "diva": lambda eps: dq.DIVA(eps, OTHER, steps=3),
