@@ -14,6 +14,7 @@ import defquant as dq
 from conftest import refused
 from defquant.attacks.surrogates import SoftRound
 from defquant.captured import capture
+from defquant.deploy.lower import lower
 from defquant.lipschitz import ConvexSum
 from defquant.quantize import QuantBranch, Quantizer, QuantReLU
 from defquant.weights import FirstConv, QuantConv2d, quantize_weight
@@ -77,6 +78,14 @@ def gates(net: Any, x: Tensor) -> Tensor:
     return functional.hardswish(net.last(x * gate))
 
 
+def shuffled(net: Any, x: Tensor) -> Tensor:
+    """As ShuffleNet: half of the channels, and both mixed."""
+    half, other = net.stem(x).relu().chunk(2, dim=1)
+    y = torch.cat((half, net.a(other).relu()), 1)
+    y = y.view(-1, 2, 4, 8, 8).transpose(1, 2).reshape(-1, 8, 8, 8)
+    return net.last(functional.max_pool2d(net.b(y).relu(), 2))  # type: ignore[no-any-return]
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "modules": lambda: nn.Sequential(
         conv(3), norm(), nn.ReLU(), nn.MaxPool2d(2), conv(), nn.ReLU6(), nn.Dropout(0.5),
@@ -101,6 +110,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "normalised, own convolution": lambda: Net(
         lambda n, x: n.b(n.a((x - n.mean) / 0.25).relu()), a=conv(3), b=StdConv(8, 8, 3)
     ),
+    "shuffled": lambda: Net(shuffled, stem=conv(3), a=conv(4, 4), b=conv(), last=conv()),
     "quantised": lambda: dq.wide_resnet(
         10, 1, bits=2, weight_bits=4, deployable=True, num_classes=4
     ),
@@ -151,6 +161,7 @@ def test_every_layer_reads_the_codes_that_the_account_says(make: Callable[[], nn
     assert all(line.integers for line in lines)
     program = capture(prepared, X)  # what audit and export read
     torch.testing.assert_close(program.values(X), prepared(X))
+    assert not lower(program, (3, 8, 8)).float_convolutions
 
 
 @every_model

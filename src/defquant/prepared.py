@@ -29,6 +29,11 @@ _KEEPS = MOVES | {
     "max_pool2d_with_indices", "pad", "stack",
 }  # fmt: skip
 """Operations whose output has the values of their inputs."""
+_CARRIES = {
+    "clone", "constant_pad_nd", "contiguous", "detach", "max_pool2d", "max_pool2d_with_indices",
+    "pad",
+}  # fmt: skip
+"""Of those what an exported file does to codes, so that a convolution may read them behind it."""
 _LEAST = {
     "gelu": 0.17, "hardsigmoid": 0.0, "hardswish": 0.375, "mish": 0.309,
     "sigmoid": 0.0, "silu": 0.2785, "softmax": 0.0, "softplus": 0.0,
@@ -177,9 +182,8 @@ class _Quantising:
             if node.op == "placeholder":
                 self.codes[node] = 8
             elif isinstance(module, QuantConv2d | QuantLinear):
-                node.replace_input_with(
-                    x := node.all_input_nodes[0], self._read(x, str(node.target))
-                )
+                (x,), convolves = node.all_input_nodes, isinstance(module, QuantConv2d)
+                node.replace_input_with(x, self._read(x, str(node.target), convolves))
             elif isinstance(module, Quantizer):
                 deep = node in self.net.deep  # what quantises pixels keeps its bits
                 module.bits = self.bits if module.fixed is None and deep else module.bits
@@ -217,6 +221,15 @@ class _Quantising:
         if widths and self._keeps(node) and None not in widths:
             self.codes[node] = max(width or 0 for width in widths)
 
+    def _carries(self, node: fx.Node) -> bool:
+        return kind_of(node) in _CARRIES or isinstance(self.net.module(node), _DROPOUT)
+
+    def _carried(self, node: fx.Node) -> bool:
+        """Whether an exported convolution that reads `node` reads codes."""
+        while self._carries(node):
+            node = node.all_input_nodes[0]
+        return node.op == "placeholder" or isinstance(self.net.module(node), Quantizer)
+
     def _least_of(self, node: fx.Node) -> float | None:
         read = [n for n in node.all_input_nodes if is_tensor(n)]
         if isinstance(self.net.module(node), QuantReLU):
@@ -234,15 +247,16 @@ class _Quantising:
             node = next(n for n in node.all_input_nodes if is_tensor(n))
         return node
 
-    def _read(self, x: fx.Node, path: str) -> fx.Node:
+    def _read(self, x: fx.Node, path: str, convolves: bool) -> fx.Node:
         """What the layer at `path` reads instead of `x`: codes, where it is to read some."""
         chain, origin = [x], self._origin(x)
         while chain[-1] is not origin and len(chain[-1].users) == 1:
-            if len(chain[-1].all_input_nodes) > 1:
+            if len(chain[-1].all_input_nodes) > 1 or (convolves and not self._carries(chain[-1])):
                 break
             chain += chain[-1].all_input_nodes  # before what only moves values
-        between = x not in self.net.deep or kind_of(origin) in _POOLS
-        if x in self.codes or (between and self.weight_bits is None):
+        whole = x in self.codes and (not convolves or self._carried(x))
+        between = x in self.codes or x not in self.net.deep or kind_of(origin) in _POOLS
+        if whole or (between and self.weight_bits is None):
             return x
         at, kind = chain[-1], QuantBranch if between else QuantSigned
         if (at, kind) not in self.signed:
@@ -304,11 +318,15 @@ class _Quantising:
             module, path = self.net.module(node), str(node.target)
             if isinstance(module, QuantConv2d | QuantLinear):
                 width, bits = self.codes.get(node.all_input_nodes[0]), module.weight_bits
-                runs = None not in (width, bits, self.bits)
-                whole |= {node} if runs else set()
                 kind = "linear" if isinstance(module, QuantLinear) else "convolution"
-                words = "float weights" if bits is None else f"weights of {bits} bits"
-                yield Part(path, kind, "; ".join([words, *self.notes[path]]), runs)
+                carried = kind == "linear" or self._carried(node.all_input_nodes[0])
+                runs = None not in (width, bits, self.bits) and carried
+                whole |= {node} if runs else set()
+                words = ["float weights" if bits is None else f"weights of {bits} bits"]
+                words += self.notes[path]
+                if width and not carried:
+                    words.append(f"no codes any more behind {kind_of(node.all_input_nodes[0])}")
+                yield Part(path, kind, "; ".join(words), runs)
             elif isinstance(module, Quantizer):
                 kind = type(module).__name__.replace("Measured", "Quant")
                 yield Part(path, kind, ranges[path], module.bits is not None)

@@ -127,7 +127,10 @@ def _bytes(count: int, bits: int) -> int:
 
 
 def latency(
-    calls: Mapping[str, Callable[[], object]], *, repeats: int
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float]]:
     """Median and quartiles of the milliseconds of each call: `median_ms`, `low_ms`, `high_ms`.
 
@@ -142,9 +145,9 @@ def latency(
     for _ in range(WARM_UP + repeats):
         for name in draw.sample(list(calls), len(calls)):
             time.sleep(REST)
-            start = time.perf_counter()
+            start = clock()
             calls[name]()
-            times[name].append((time.perf_counter() - start) * 1e3)
+            times[name].append((clock() - start) * 1e3)
     keys, at = ("median_ms", "low_ms", "high_ms"), (0.5, 0.25, 0.75)
     values = {name: np.quantile(mine[WARM_UP:], at).tolist() for name, mine in times.items()}
     return {name: dict(zip(keys, mine, strict=True)) for name, mine in values.items()}
