@@ -80,7 +80,7 @@ def gates(net: Any, x: Tensor) -> Tensor:
 
 def shuffled(net: Any, x: Tensor) -> Tensor:
     """As ShuffleNet: half of the channels, and both mixed."""
-    half, other = net.stem(x).relu().chunk(2, dim=1)
+    half, other = functional.silu(net.stem(x)).chunk(2, dim=1)
     y = torch.cat((half, net.a(other).relu()), 1)
     y = y.view(-1, 2, 4, 8, 8).transpose(1, 2).reshape(-1, 8, 8, 8)
     return net.last(functional.max_pool2d(net.b(y).relu(), 2))  # type: ignore[no-any-return]

@@ -251,9 +251,10 @@ class _Quantising:
         """What the layer at `path` reads instead of `x`: codes, where it is to read some."""
         chain, origin = [x], self._origin(x)
         while chain[-1] is not origin and len(chain[-1].users) == 1:
-            if len(chain[-1].all_input_nodes) > 1 or (convolves and not self._carries(chain[-1])):
+            before, *others = chain[-1].all_input_nodes
+            if others or not is_tensor(before) or (convolves and not self._carries(chain[-1])):
                 break
-            chain += chain[-1].all_input_nodes  # before what only moves values
+            chain.append(before)  # before what only moves values
         whole = x in self.codes and (not convolves or self._carried(x))
         between = x in self.codes or x not in self.net.deep or kind_of(origin) in _POOLS
         if whole or (between and self.weight_bits is None):
