@@ -180,6 +180,8 @@ def judged_rows(record: Mapping[str, Any]) -> Iterator[str]:
             ways = (f"{t['from']} -> {t['to']} {_part(t['fooled'], t['total'])}"
                     for t in row["transfer"])  # fmt: skip
             yield f"  {'':10}  transfer {', '.join(ways)}"
+    if record["masking"] is None:
+        yield "  signs of masked gradients: not looked for (no time left, or PGD leaves too little)"
     for sign in (record["masking"] or {}).get("signs", ()):
         if sign["verdict"] in ("WARN", "FAIL"):
             part = _part(sign["count"], sign["total"])
