@@ -710,6 +710,12 @@ SEEN: Mapping[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "layer norm": (lambda: chain(conv(), nn.LayerNorm([8, 16, 16]), dq.QuantReLU(4)), ()),
     "group norm": (lambda: chain(conv(), nn.GroupNorm(2, 8), nn.GELU(), dq.QuantReLU(4)), ()),
     "padding by name": (lambda: chain(conv(padding="same"), dq.QuantReLU(4)), ()),
+    "made larger": (lambda: chain(
+        *front(), nn.Upsample(scale_factor=2), nn.Upsample(scale_factor=1.5, mode="bilinear"),
+        nn.Upsample((40, 9), mode="bilinear", align_corners=True), nn.Upsample((44, 16)), conv(8),
+        dq.QuantReLU(4)), ("7",)),
+    "a transposed convolution": (lambda: chain(
+        *front(), nn.ConvTranspose2d(8, 8, 3, 2, 1, 1, groups=2), dq.QuantReLU(4)), ()),
     "circular padding": (
         lambda: chain(*front(), conv(8, padding_mode="circular"), dq.QuantReLU(4)), ("3",)),
     "uneven zeros": (lambda: chain(*front(), nn.ZeroPad2d((0, 1, 2, 1)), conv(8, padding=0),

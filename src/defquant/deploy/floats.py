@@ -200,10 +200,14 @@ def _expand(out: Nodes, call: Call, given: _Given) -> None:
     """Of a constant over the images, or of dimensions of size 1."""
     if call.size[0] != -1:
         raise _refused(call, "must keep the images first")
+    _put(out, call, "Expand", [given.tensor(0), _sized(out, call)])
+
+
+def _sized(out: Nodes, call: Call) -> str:
+    """The size of the result, whose first dimension is the images."""
     rest = out.constant(np.array(call.size[1:], np.int64))
     shape = out.node("Shape", ["image"], f"{call.name}/images", start=0, end=1)
-    size = out.node("Concat", [shape, rest], f"{call.name}/size", axis=0)
-    _put(out, call, "Expand", [given.tensor(0), size])
+    return out.node("Concat", [shape, rest], f"{call.name}/size", axis=0)
 
 
 def _attention(out: Nodes, call: Call, given: _Given) -> None:
@@ -285,6 +289,32 @@ def _conv(out: Nodes, call: Call, given: _Given) -> None:
          group=int(given.plain(6, "groups", 1)))  # fmt: skip
 
 
+def _turned_conv(out: Nodes, call: Call, given: _Given) -> None:
+    weight, bias = given.plain(1), given.plain(2, "bias")
+    names = [given.named(v) for v in (weight, bias) if v is not None]
+    stride, pads, more = (
+        pair(given.plain(i, name, default))
+        for i, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "output_padding", 0))
+    )
+    _put(out, call, "ConvTranspose", [given.tensor(0), *names], kernel_shape=weight.shape[2:],
+         strides=stride, pads=pads * 2, output_padding=more, group=int(given.plain(6, "groups", 1)),
+         dilations=pair(given.plain(7, "dilation", 1)))  # fmt: skip
+
+
+def _resize(out: Nodes, call: Call, given: _Given) -> None:
+    """To the nearest pixel, or linear between pixels' centres or the outermost ones."""
+    nearest = call.kind == "upsample_nearest2d"
+    corners = not nearest and bool(given.plain(2, "align_corners"))
+    factors = given.plain(2 if nearest else 3, "scale_factors")
+    how = "asymmetric" if nearest else "align_corners" if corners else "half_pixel"
+    if factors:
+        ends = ["", out.constant(np.array([1, 1, *factors], np.float32))]
+    else:
+        ends = ["", "", _sized(out, call)]
+    _put(out, call, "Resize", [given.tensor(0), *ends], nearest_mode="floor",
+         mode="nearest" if nearest else "linear", coordinate_transformation_mode=how)  # fmt: skip
+
+
 def _linear(out: Nodes, call: Call, given: _Given) -> None:
     weight, bias = given.plain(1), given.plain(2, "bias")
     product = out.node("MatMul", [given.tensor(0), out.constant(weight.T)], f"{call.name}/product")
@@ -333,6 +363,8 @@ _TABLE: dict[str, _Write] = {
     "aten.expand": _expand, "aten.scaled_dot_product_attention": _attention,
     "aten.layer_norm": _layer_norm, "aten.group_norm": _group_norm, "aten.max_pool2d": _max_pool,
     "aten.avg_pool2d": _average_pool, "aten.conv2d": _conv, "aten.linear": _linear,
+    "aten.conv_transpose2d": _turned_conv, "aten.upsample_nearest2d": _resize,
+    "aten.upsample_bilinear2d": _resize,
     "aten.pad": _pad, "aten.matmul": _product, "aten.bmm": _product,
 }  # fmt: skip
 
