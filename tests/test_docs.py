@@ -4,6 +4,7 @@ import ast
 import contextlib
 import importlib
 import io
+import json
 import re
 import shlex
 import subprocess
@@ -294,6 +295,10 @@ def test_claims_are_those_of_the_results() -> None:
     tables = [ROOT / "results" / "demo" / "table.md", ROOT / "results" / "small" / "table1.md"]
     measured = re.sub(r"\*|</?ins>", "", "".join(table.read_text() for table in tables))
     assert all(n in measured for n in re.findall(r"[\d.]+ ±[\d.]+", readme))
+    judged = json.loads((ROOT / "results" / "judged" / "judgement.json").read_text())
+    rates = [judged["rows"][0][name]["rate"] for name in ("usual", "strongest", "reference")]
+    assert all(f"{rate:.1%}".replace("%", " %") in readme for rate in rates)
+    assert f"`{judged['verdict']}`, and `{judged['paired']}`" in readme
 
 
 @pytest.mark.parametrize("name", sorted(EXPERIMENTS.keys() - {"table2"}))
