@@ -107,10 +107,12 @@ def test_a_plan_fits_the_budget_and_tells_how_long(tmp_path: Path) -> None:
     cells = [c for c in TABLE if c.network in seeds]
     plan = Plan(SMALL, cells, tmp_path, time.monotonic() + 300)
     assert plan.remaining is None and "an unknown time left" in plan.tell("")[0]
-    logged(tmp_path, seeds[0], 100.0)
+    logged(tmp_path, seeds[0], 50.0)
+    plan._begun -= 1000.0  # of which 250 s were work
     assert plan.next([seeds[0].name, seeds[1].name]) == seeds[0].name  # the other does not fit
-    plan._begun -= 1000.0  # 500 s of work took 1,000 s
     assert "0 of 28 cells" in plan.tell(seeds[0].name)[0]
+    assert plan.remaining == pytest.approx(plan._survey.all_left, rel=0.01)
+    plan._begun -= 250.0  # 250 s of work took 500 s
     assert plan.remaining == pytest.approx(2 * plan._survey.all_left, rel=0.01)
 
 

@@ -177,12 +177,22 @@ class Plan:
     ) -> None:
         self.until, self._scale, self._cells, self._out = until, scale, cells, out
         self._begun = self._seen = time.monotonic()
-        self._survey = Survey(cells, out)
-        self._before = self._survey.done
+        self._first = self._survey = Survey(cells, out)
+        self._moved = False
+
+    def _look(self) -> Survey:
+        first, now = self._first, Survey(self._cells, self._out)
+        self._survey, self._seen = now, time.monotonic()
+        if not self._moved and now.done > first.done:  # what came before is imports, no pace
+            both = [(s.epochs, s.missing) for s in (first, now)]
+            at_work = sum(any(a[n] != b[n] for a, b in zip(*both, strict=True)) for n in now.own)
+            begun = self._seen - (now.done - first.done) / at_work
+            self._begun, self._moved = max(self._begun, begun), True
+        return now
 
     def next(self, left: Iterable[str]) -> str:
         """One of these names; where none is needed by any claim, the first."""
-        survey = self._survey = Survey(self._cells, self._out)
+        survey = self._look()
         missing = [cell for cells in survey.missing.values() for cell in cells]
         need = needs(self._scale, survey.results, missing)
         seconds = {network.name: survey.left(network) for network in survey.own}
@@ -196,14 +206,13 @@ class Plan:
 
         Work of other machines on the same folder counts.
         """
-        done = self._survey.done - self._before
+        done = self._survey.done - self._first.done
         return self._survey.all_left * (self._seen - self._begun) / done if done > 0 else None
 
     def tell(self, name: str) -> list[str]:
         """Of all together, then of each network that is begun; or, in one line, of that `name`."""
-        if name or time.monotonic() > self._seen + 2:
-            self._survey, self._seen = Survey(self._cells, self._out), time.monotonic()
-        survey, left = self._survey, self.remaining
+        survey = self._look() if name or time.monotonic() > self._seen + 2 else self._survey
+        left = self.remaining
         missing = sum(map(len, survey.missing.values()))
         cells = len(dict.fromkeys(self._cells))
         words = f"{cells - missing} of {cells} cells, {_long(left)} left"
