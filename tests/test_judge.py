@@ -194,6 +194,9 @@ def nearest(x: Tensor) -> Tensor:
 def test_what_cannot_be_opened_is_named(trained: dict[str, Tensor], data: dq.Dataset) -> None:
     found = dq.judge(with_(trained, nearest), data, eps=[8 / 255], images=8, masking=False)
     assert found.record["model"]["closed"] == ["argmin", "argmin_1"]
+    assert (found.record["masking"], found.record["no_masking"]) == (None, "not asked for")
+    short = dq.judge(with_(trained, torch.relu), data, eps=[1 / 255], images=8, budget=1e-6)
+    assert short.record["no_masking"] == "no time was left"
     plain = suspect(with_(trained, torch.relu), data)  # a mask that switches is no staircase
     masked = suspect(with_(trained, lambda x: x * (x > 0)), data)
     assert not plain.staircases + plain.closed + masked.staircases + masked.closed

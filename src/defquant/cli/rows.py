@@ -181,7 +181,7 @@ def judged_rows(record: Mapping[str, Any]) -> Iterator[str]:
                     for t in row["transfer"])  # fmt: skip
             yield f"  {'':10}  transfer {', '.join(ways)}"
     if record["masking"] is None:
-        yield "  signs of masked gradients: not looked for (no time left, or PGD leaves too little)"
+        yield f"  signs of masked gradients were not looked for: {record.get('no_masking', '')}"
     for sign in (record["masking"] or {}).get("signs", ()):
         if sign["verdict"] in ("WARN", "FAIL"):
             part = _part(sign["count"], sign["total"])

@@ -176,8 +176,8 @@ def judge(
     eps, data = sorted({_on_grid(e) for e in eps}), _dataset(data)
     if not eps or not budget > 0 or not margin >= 0:
         raise UserError(
-            f"judge needs an eps, a budget above 0 and a margin of 0 or more; found {list(eps)}, "
-            f"{budget:g} and {margin:g}"
+            f"judge needs an eps, a budget above 0 and a margin of 0 points or more; found "
+            f"{len(eps)} eps, a budget of {budget:g} s and a margin of {margin:g}"
         )
     data = data.first(images) if images else data
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
@@ -198,8 +198,9 @@ def judge(
                 tell(f"{count} of {len(data)} images, {time.monotonic() - begun:.0f} s")
             if _decided(rows):
                 break
-        signs = _signs(sides[0], rows, budget - (time.monotonic() - begun), seed)
-    return _judgement(sides, rows, count, data, signs if masking else None, {
+        left = budget - (time.monotonic() - begun)
+        signs = _signs(sides[0], rows, left, seed) if masking else "not asked for"
+    return _judgement(sides, rows, count, data, signs, {
         "margin": margin, "level": LEVEL, "share": 100 * SHARE, "seed": seed,
         "steps": STEPS, "seconds": round(time.monotonic() - begun, 1),
     })  # fmt: skip
@@ -310,11 +311,14 @@ def _transfer(a: _Side, b: _Side, eps: float, n: int) -> dict[str, Any]:
 
 def _signs(
     side: _Side, rows: Sequence[Mapping[str, Any]], left: float, seed: int
-) -> dict[str, Any] | None:
-    """Signs of masked gradients at the largest eps at which the usual attack leaves something."""
+) -> dict[str, Any] | str:
+    """Signs of masked gradients at the largest eps at which the usual attack leaves something.
+
+    Or why they were not looked for.
+    """
     claimed = [row["eps"] for row in rows if row["usual"]["rate"] >= CLAIMED]
     if not claimed or left <= 0:
-        return None
+        return "no time was left" if claimed else "the usual attack leaves too little to hide"
     effort = Effort(steps=STEPS // 2, restarts=1, queries=QUERIES // 2, draws=8, seed=seed)
     images = side.images[:MASKING], side.labels[:MASKING]
     found = masking_verdict(side.model, images, claimed[-1], effort=effort)
@@ -333,9 +337,10 @@ def _judgement(
     rows: Sequence[Mapping[str, Any]],
     n: int,
     data: Dataset,
-    signs: Mapping[str, Any] | None,
+    found: Mapping[str, Any] | str,
     how: Mapping[str, Any],
 ) -> Judgement:
+    signs = None if isinstance(found, str) else found
     verdict, why = _verdict(sides[0].suspect, rows, signs)
     paired, beside = _paired(rows, float(how["margin"]))
     record = {
@@ -343,7 +348,8 @@ def _judgement(
         "paired": paired, "beside": beside, "model": _described(sides[0], n),
         "reference": _described(sides[1], n) if len(sides) > 1 else None, "data": data.name,
         "fingerprint": data.fingerprint, "images": n, "of": len(data), **how, "rows": list(rows),
-        "masking": signs, "evidence": stamp(torch.device("cpu")),
+        "masking": signs, "no_masking": found if signs is None else "",
+        "evidence": stamp(torch.device("cpu")),
     }  # fmt: skip
     return Judgement(verdict, paired, record)
 

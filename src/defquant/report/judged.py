@@ -48,16 +48,16 @@ def answer(r: Record) -> Answer:
     word = r["verdict"].partition(" ")[0]
     beside = [f"Beside {reference}: {r['paired']}. {_sentence(r['beside'])}"] * bool(r["paired"])
     gaps = [row for row in every if row.gap]
+    until = "as far as time or images went" if word == "NOT" else "until it was decided"
     return Answer(
         f"Is the robustness of {name} real?", r["verdict"].capitalize(),
         KINDS.get(r["verdict"], "wrong"), _sentence(r["why"]),
         [
             Mark("Evidence", f"{r['images']:,} images", "open" if word == "NOT" else "right",
-                 f"of {r['of']:,}, in a drawn order, until it was decided; {r['seconds']:g} s"),
+                 f"of {r['of']:,}, in a drawn order, {until}; {r['seconds']:g} s"),
             Mark("Masked gradients", signs["verdict"], KINDS.get(signs["verdict"], "wrong"),
                  f"at {eps_text(signs['eps'])}, {signs['images']:,} images")
-            if signs else Mark("Masked gradients", "nothing to mask", "open",
-                               "the usual attack leaves too little to hide"),
+            if signs else Mark("Masked gradients", "not looked for", "open", r.get("no_masking", "")),
             Mark("What ships", "the thing itself", "right",
                  "attacked in its own runtime, as 8-bit pixels"),
         ],
