@@ -57,7 +57,8 @@ def answer(r: Record) -> Answer:
                  f"of {r['of']:,}, in a drawn order, {until}; {r['seconds']:g} s"),
             Mark("Masked gradients", signs["verdict"], KINDS.get(signs["verdict"], "wrong"),
                  f"at {eps_text(signs['eps'])}, {signs['images']:,} images")
-            if signs else Mark("Masked gradients", "not looked for", "open", r.get("no_masking", "")),
+            if signs else
+            Mark("Masked gradients", "not looked for", "open", r.get("no_masking", "")),
             Mark("What ships", "the thing itself", "right",
                  "attacked in its own runtime, as 8-bit pixels"),
         ],
