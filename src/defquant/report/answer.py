@@ -304,7 +304,7 @@ class Place:
         return Answer(
             f"Is {series} safer than {self.reference}?", word, kind,
             f"{_points(found[0])} {where}: {kept} of the images stay right, "
-            f"{100 * theirs.mean:.1f} % with {self.reference}. The 95 % interval is {found[1]}.",
+            f"{100 * theirs.mean:.1f} % with {self.reference}. The 95 % interval is {found[1]}.",
             marks, [
                 f"Safer than {s}? {VERDICTS[decide(less[0])][0]}: {_points(less[0])}."
                 for s, less in others if less
