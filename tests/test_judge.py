@@ -261,7 +261,7 @@ def test_other_verbs_take_what_judge_takes(
     save_file(small.state_dict(), tmp_path / "w.safetensors")
     own, images, out = [f"{tmp_path}/my.py:make"], str(tmp_path / "images"), str(tmp_path / "out")
     own += ["--weights", f"{tmp_path}/w.safetensors"]
-    how = ["--data", "digits", "--images", "48", "--eps", "16/255", "--out", out]
+    how = ["--data", "digits", "--images", "48", "--eps", "64/255", "--out", out]
     attack = ["--attack", "pgd-3", "--examples", "0", "--save-images", images]
     assert main(["attack", "--model-file", file, *how, *attack]) == 0
     for model in ([file], ["--model-file", *own]):
@@ -273,7 +273,7 @@ def test_other_verbs_take_what_judge_takes(
     cells = [json.loads(line) for line in capsys.readouterr().out.splitlines()[:4]]
     assert {c["source"] for c in cells} == {"dynamic.onnx", "my.py:make"}
     fooled = [c["fooled"] for c in cells]
-    assert 0 < min(fooled) >= max(fooled) - 2  # 8 bits change next to nothing
+    assert 8 < min(fooled) >= max(fooled) - 8  # 8 bits change next to nothing
     for wrong, message in (([file], "needs --data"), ([file, *how, "--bits", "2"], "--bits is")):
         assert main(["transfer", *wrong]) == 2
         assert message in capsys.readouterr().err
