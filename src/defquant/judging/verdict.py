@@ -387,7 +387,10 @@ def _verdict(
             f"its numbers are upper bounds: {', '.join(found.closed[:4])} could not be opened, and "
             "an attack that follows gradients may be blind there"
         )
-    return "REAL", f"the strongest attack breaks no {100 * SHARE:g} points more than the usual one"
+    left = ", ".join(f"{row['strongest']['rate']:.1%} at {_eps(row)}" for row in rows)
+    return "REAL", (
+        f"the strongest attack leaves {left}: no {100 * SHARE:g} points less than the usual one"
+    )
 
 
 def _paired(rows: Sequence[Mapping[str, Any]], margin: float) -> tuple[str, str]:
