@@ -19,6 +19,7 @@ from onnxruntime.quantization import (
 )
 from torch import nn
 
+from conftest import tiny_images
 from defquant.attacks.surrogates import EOT, ClipFree, FloatTwin, SoftRound
 from defquant.errors import UserError
 from defquant.judging.contract import RANGES, File, find_contract
@@ -243,6 +244,19 @@ def test_the_contract_is_found(
         find_contract(file, torch.zeros(4, 3, 9, 9, dtype=torch.uint8), labels[:4])
     with pytest.raises(UserError, match="4 outputs and the data 5 classes"):
         find_contract(file, images, labels, classes=5)
+
+
+@pytest.mark.parametrize(("scale", "range_"), [(10 / 120, "0..255"), (255 * 10 / 120, "0..1")])
+def test_among_ways_that_answer_alike_the_likeliest(
+    scale: float, range_: str, tmp_path: Path
+) -> None:
+    """A linear file without biases is right however bright; its losses are not the same."""
+    data = tiny_images(128)
+    mean = nn.functional.avg_pool2d(torch.eye(64).view(64, 1, 8, 8), 4).flatten(1)
+    weight = (mean.T * scale).numpy()
+    nodes: list[Node] = [("Flatten", [...], {}), ("Gemm", [..., weight], {"transB": 1})]
+    file = File(built(nodes, ("n", 1, 8, 8), tmp_path / "m.onnx"))
+    assert find_contract(file, data.images, data.labels).contract.range == range_
 
 
 def saved(path: Path, text: str) -> Path:
