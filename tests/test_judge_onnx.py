@@ -22,7 +22,7 @@ from torch import nn
 from conftest import tiny_images
 from defquant.attacks.surrogates import EOT, ClipFree, FloatTwin, SoftRound
 from defquant.errors import UserError
-from defquant.judging.contract import RANGES, File, find_contract
+from defquant.judging.contract import RANGES, File, find_contract, given_contract
 from defquant.judging.twin import Twin, read_onnx
 from defquant.quantize import QuantReLU
 from onnx_nodes import CODES, FLOATS, IMAGE, OLD, WAYS, Node, Q, built, draw, ints, network
@@ -238,6 +238,8 @@ def test_the_contract_is_found(
     assert torch.equal(file.predict(images, moved.contract), order[labels])
     front = file.model(moved.contract)
     assert torch.equal(front(images / 255).argmax(1), order[labels])
+    again = find_contract(file, images, labels, **given_contract(str(contract)))
+    assert again.contract == contract
     with pytest.raises(UserError, match="guesses, however it is fed"):
         find_contract(file, images, labels[torch.randperm(240)])
     with pytest.raises(UserError, match="the images are 3 x 9 x 9"):
@@ -256,7 +258,16 @@ def test_among_ways_that_answer_alike_the_likeliest(
     weight = (mean.T * scale).numpy()
     nodes: list[Node] = [("Flatten", [...], {}), ("Gemm", [..., weight], {"transB": 1})]
     file = File(built(nodes, ("n", 1, 8, 8), tmp_path / "m.onnx"))
-    assert find_contract(file, data.images, data.labels).contract.range == range_
+    found = find_contract(file, data.images, data.labels)
+    assert found.contract.range == range_
+    assert "--input decides" in str(found)
+    own = find_contract(file, data.images, data.labels, **given_contract("mean 0.4 std 0.2, NCHW"))
+    assert (own.contract.shift, own.contract.divide) == ((102.0,), (51.0,))
+    for text, message in (
+        ("0..2", "an input is one of"), ("mean 1 std 1 1", "as many"), ("mean 1 std 1.1.", "number")
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            given_contract(text)
 
 
 def saved(path: Path, text: str) -> Path:

@@ -191,6 +191,8 @@ def judge(
     out: str = "judged",
     weights: str | None = None,
     reference_weights: str | None = None,
+    input: str | None = None,
+    reference_input: str | None = None,
     images: Images = None,
     seed: Seed = 0,
     data_root: Root = None,
@@ -212,6 +214,8 @@ def judge(
         out: folder of the verdict.
         weights: for my.py:make_model: a .safetensors file.
         reference_weights: the same for --reference.
+        input: how an ONNX file takes images, if not found: '0..1, NHWC', 'mean 0.5 std 0.2'.
+        reference_input: the same for --reference.
         images: at most so many test images; none for all.
         seed: of the images' order and the attacks' draws.
         data_root: where the data lies.
@@ -227,7 +231,8 @@ def judge(
     found = judged(
         model, images_of(model, data, data_root), reference=reference, eps=eps,
         margin=margin, budget=seconds, images=images, weights=weights,
-        reference_weights=reference_weights, seed=seed,
+        reference_weights=reference_weights, input=input, reference_input=reference_input,
+        seed=seed,
         tell=lambda line: say(f"defquant: {line}"),
     )  # fmt: skip
     print_json(found.record) if json else print("\n".join(rows.judged_rows(found.record)))

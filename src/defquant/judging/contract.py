@@ -1,7 +1,8 @@
 """How 8-bit images are given to a file, and what its columns mean: found on labelled images."""
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,21 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from defquant.deploy.runtime import session
-from defquant.errors import UserError
+from defquant.errors import UserError, shown
 from defquant.judging.nodes import blamed
 from defquant.judging.twin import Layout, Twin, read_onnx
 from defquant.quantize import Rounded
 from defquant.records import Score
 
-__all__ = ["RANGES", "Contract", "File", "Found", "Front", "find_contract", "normalised"]
+__all__ = [
+    "RANGES", "Contract", "File", "Found", "Front", "find_contract", "given_contract", "normalised",
+]  # fmt: skip
 
 _AT_ONCE = 64
 _FIRST = 64
 """Images that each way is tried on before the best are tried on all."""
 _CHANCE = 1e-3
+_OWN = re.compile(r"mean((?: [\d.]+)+) std((?: [\d.]+)+)")
 Affine = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -140,18 +144,57 @@ class File:
 
 @dataclass(frozen=True)
 class Found:
-    """The contract that the labelled images speak for, and the next best."""
+    """The contract that the labelled images speak for, and the next best.
+
+    `alike`: chance may be all that the answers tell these two apart by.
+    """
 
     contract: Contract
     score: Score
     second: Contract | None
     second_score: Score | None
+    alike: bool = False
 
     def __str__(self) -> str:
         line = f"input: {self.contract}: {self.score}"
         if self.second is None or self.second_score is None:
             return line
-        return f"{line}; next best {self.second}: {self.second_score.accuracy:.1%}"
+        told = ", up to chance as good: --input decides" * self.alike
+        return f"{line}; next best {self.second}: {self.second_score.accuracy:.1%}{told}"
+
+
+def given_contract(text: str) -> dict[str, Any]:
+    """What `find_contract` need not try, of a contract as it is printed: `0..1, NHWC, BGR`.
+
+    A range is a name of `RANGES`, or `mean 0.5 0.5 0.4 std 0.2 0.2 0.2`, of images in [0, 1].
+    Raises `UserError` for other words.
+    """
+    given: dict[str, Any] = {}
+    for word in map(str.strip, text.split(",")):
+        if word in ("NCHW", "NHWC"):
+            given["layout"] = word
+        elif word in ("RGB", "BGR"):
+            given["bgr"] = word == "BGR"
+        elif word in RANGES:
+            given["ranges"] = {word: RANGES[word]}
+        elif own := _OWN.fullmatch(word):
+            given["ranges"] = {word: _own_range(word, *own.groups())}
+        elif word not in ("uint8", "int8", "own order"):  # those a file tells
+            raise UserError(
+                f"an input is one of {', '.join(RANGES)} or mean ... std ..., NCHW or NHWC, RGB or "
+                f"BGR, between commas; found {shown(word)!r}"
+            )
+    return given
+
+
+def _own_range(word: str, *parts: str) -> Affine:
+    try:
+        mean, std = ([float(v) for v in part.split()] for part in parts)
+    except ValueError:
+        raise UserError(f"means and stds are numbers; found {shown(word)!r}") from None
+    if len(mean) != len(std) or not min(std) > 0:
+        raise UserError(f"as many means as stds, which are above 0; found {shown(word)!r}")
+    return normalised(mean, std)
 
 
 def find_contract(
@@ -160,7 +203,7 @@ def find_contract(
     labels: Tensor,
     *,
     classes: int | None = None,
-    ranges: Sequence[str] | None = None,
+    ranges: Mapping[str, Affine] | None = None,
     layout: Layout | None = None,
     bgr: bool | None = None,
 ) -> Found:
@@ -176,7 +219,7 @@ def find_contract(
         images: uint8 (n, c, h, w); a few hundred are enough.
         labels: whole numbers (n,).
         classes: of the data; one more than the greatest label, when None.
-        ranges, layout, bgr: what is known and need not be tried; names of `RANGES`.
+        ranges, layout, bgr: what is known and need not be tried; `ranges` as `RANGES`.
 
     Raises:
         UserError: the images do not fit the file, it has fewer columns than there are classes, or
@@ -189,6 +232,8 @@ def find_contract(
             "data that it was trained for"
         )
     ways = list(_ways(file.twin, images.shape[1:], ranges, layout, bgr))
+    if not ways:
+        raise UserError(f"{file.path} takes no {' or '.join(ranges or RANGES)} of these images")
     first = _Trial(file, images[:_FIRST], labels[:_FIRST], count)
     best = sorted(ways, key=first.matched, reverse=True)[:6]
     trial = _Trial(file, images, labels, count)
@@ -206,13 +251,15 @@ def find_contract(
             f"{file.path} guesses, however it is fed: at best {score} with {contract}, of "
             f"{count} classes: say how its images were prepared, or give the data it was made for"
         )
-    return Found(contract, score, *(scored[1] if len(scored) > 1 else (None, None)))
+    if len(scored) == 1:
+        return Found(contract, score, None, None)
+    return Found(contract, score, *scored[1], alike=any(pair is scored[1] for pair in near))
 
 
 def _ways(
     twin: Twin,
     image: Sequence[int],
-    ranges: Sequence[str] | None,
+    ranges: Mapping[str, Affine] | None,
     layout: Layout | None,
     bgr: bool | None,
 ) -> Iterator[Contract]:
@@ -241,9 +288,9 @@ def _ways(
 
 
 def _affines(
-    twin: Twin, whole: tuple[int, int] | None, ranges: Sequence[str] | None
+    twin: Twin, whole: tuple[int, int] | None, ranges: Mapping[str, Affine] | None
 ) -> Iterator[tuple[str, Affine]]:
-    named = {name: RANGES[name] for name in ranges or RANGES}
+    named = RANGES if ranges is None else ranges
     if whole is None:
         yield from named.items()
         return

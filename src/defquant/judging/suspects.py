@@ -134,7 +134,10 @@ def images_of(spec: str, name: str | None, root: str | None) -> Dataset:
 
 
 def suspect(
-    spec: "str | Path | nn.Module | Suspect", data: Dataset, weights: str | None = None
+    spec: "str | Path | nn.Module | Suspect",
+    data: Dataset,
+    weights: str | None = None,
+    fed: str | None = None,
 ) -> Suspect:
     """The network that `spec` names, ready to be judged on `data`.
 
@@ -144,6 +147,7 @@ def suspect(
             images in [0, 1]; how a file takes them is found on `data`.
         data: labelled images.
         weights: of `my.py:make`, a .safetensors file.
+        fed: how an ONNX file takes its images, as far as it is known: see `given_contract`.
 
     Raises:
         UserError: in one line, what it is not, cannot be read or does not fit the data.
@@ -155,6 +159,8 @@ def suspect(
     text, path = str(spec), Path(spec)
     if weights is not None and ".py:" not in text:
         raise UserError(f"weights belong to my.py:make_model; {text} has its own")
+    if fed is not None and path.suffix != ".onnx":
+        raise UserError(f"how it is fed is asked of an ONNX file; {text} takes images in [0, 1]")
     if ".py:" in text:
         from defquant.foreign import blamed, load_foreign
 
@@ -168,7 +174,7 @@ def suspect(
     if text.startswith(SCRIPT):
         return _of_file(Path(text.removeprefix(SCRIPT)), "TorchScript", torch.jit.load, data)
     if path.suffix == ".onnx":
-        return _of_onnx(path, data)
+        return _of_onnx(path, data, fed)
     if path.suffix == ".pt2":
         return _of_file(path, "torch.export", _exported, data)
     if path.is_dir():
@@ -187,14 +193,15 @@ def suspect(
     )
 
 
-def _of_onnx(path: Path, data: Dataset) -> Suspect:
+def _of_onnx(path: Path, data: Dataset, fed: str | None) -> Suspect:
     needs("deploy", "onnx", "onnxruntime")
-    from defquant.judging.contract import File, find_contract
+    from defquant.judging.contract import File, find_contract, given_contract
 
+    given = {} if fed is None else given_contract(fed)
     _check_size(path)
     file = File(path, data.shape)
     some = data.first(min(_SHOWN, len(data)))
-    found = find_contract(file, some.images, some.labels, classes=data.num_classes)
+    found = find_contract(file, some.images, some.labels, classes=data.num_classes, **given)
     contract, model = found.contract, file.model(found.contract)
     return Suspect(
         str(path), "ONNX", model, lambda pixels: file.predict(pixels, contract),

@@ -140,6 +140,8 @@ def judge(
     images: int | None = None,
     weights: str | None = None,
     reference_weights: str | None = None,
+    input: str | None = None,
+    reference_input: str | None = None,
     seed: int = 0,
     masking: bool = True,
     tell: Callable[[str], object] | None = None,
@@ -159,6 +161,8 @@ def judge(
         images: at most so many; None for all.
         weights: of `my.py:make`, a .safetensors file.
         reference_weights: of the reference, likewise.
+        input, reference_input: how an ONNX file takes its images, where it is known: as it is
+            printed, `0..1, NHWC`, or a part of it. What is not said is found on the data.
         seed: of the order and of the attacks' draws.
         masking: look for the signs of masked gradients, too.
         tell: called with a line after each look.
@@ -184,9 +188,9 @@ def judge(
     shown, labels = data.images[order], data.labels[order]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DefquantWarning)  # said in the verdict, with numbers
-        sides = [_Side(suspect(model, data, weights), shown, labels, seed)]
+        sides = [_Side(suspect(model, data, weights, input), shown, labels, seed)]
         if reference is not None:
-            other = suspect(reference, data, reference_weights)
+            other = suspect(reference, data, reference_weights, reference_input)
             sides.append(_Side(other, shown, labels, seed))
         count = 0
         for some in _batches(len(data), begun + 0.8 * budget * (1 if masking else 1.25)):
