@@ -59,6 +59,14 @@ def test_ties_go_to_the_even_code_and_without_bits_it_is_the_clamp() -> None:
     assert torch.equal(fake_quantize(4 * x - 5, None), nn.functional.relu6(4 * x - 5))
 
 
+def test_a_gradient_lies_as_the_input_did() -> None:
+    """Also where the next layer gives it another layout: layers before are fast in their own."""
+    for quantizer in (dq.QuantReLU(4), dq.QuantSigned(4, peak=2.0)):
+        x = torch.randn(3, 5, 4, 4).to(memory_format=torch.channels_last).requires_grad_(True)
+        (made,) = torch.autograd.grad(quantizer(x).mean((2, 3)).sum(), x)
+        assert made.stride() == x.stride()
+
+
 def test_one_byte_per_element_is_saved() -> None:
     saved: list[Tensor] = []
 

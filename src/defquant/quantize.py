@@ -66,8 +66,13 @@ def _sloped(rounded: Tensor, slope: Tensor) -> Tensor:
 
 
 def _masked(ctx: Any, grad: Tensor) -> Tensor:
-    """`grad` where the mask is set; as floats, for on a CPU multiplying by bools is slow."""
+    """`grad` where the mask is set, laid out as `x` was: layers before it are fast so.
+
+    As floats, for on a CPU multiplying by bools is slow.
+    """
     (inside,) = ctx.saved_tensors
+    if grad.stride() != inside.stride():
+        return inside.to(grad.dtype) * grad
     return torch.empty_like(grad).copy_(inside).mul_(grad)
 
 

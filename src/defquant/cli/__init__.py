@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             return _failed(str(error))
         except KeyboardInterrupt:
-            _failed("interrupted; what was finished stands, the last checkpoint too")
+            _failed("interrupted; what is written stands, the last checkpoint too")
             return 130
         except BrokenPipeError:
             return 1
