@@ -70,9 +70,9 @@ def _masked(ctx: Any, grad: Tensor) -> Tensor:
 
     As floats, for on a CPU multiplying by bools is slow.
     """
-    (inside,) = ctx.saved_tensors
+    inside: Tensor = ctx.saved_tensors[0]
     if grad.stride() != inside.stride():
-        return inside.to(grad.dtype) * grad
+        return inside.to(grad.dtype).mul(grad)
     return torch.empty_like(grad).copy_(inside).mul_(grad)
 
 
