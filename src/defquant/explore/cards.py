@@ -51,11 +51,9 @@ def results(outcomes: Sequence[Outcome], pixels: Tensor, classes: Sequence[str],
     """A card for each network, and how the error grows from layer to layer in each."""
     fooled = sum(one.state == "fooled" for one in outcomes)
     made = {one.made_on for one in outcomes}
-    where = (
-        f"made on {escape(made.pop())} and shown to all"
-        if len(made) < len(outcomes)
-        else ("made on each network by itself")
-    )
+    where = "made on each network by itself"
+    if len(made) < len(outcomes):
+        where = f"made on {escape(made.pop())} and shown to all"
     looked = looks((one.name, one.kind) for one in outcomes)
     cards = "".join(_card(looked[one.name][0], one, pixels, classes) for one in outcomes)
     return (
@@ -117,11 +115,9 @@ def _turned(was: float, now: float) -> str:
 
 
 def _percent(share: float) -> str:
-    return (
-        "< 0.1 %"
-        if 0 < share < 0.001
-        else f"{100 * share:.{0 if share < 0.995 and share > 0.01 else 1}f} %"
-    )
+    if 0 < share < 0.001:
+        return "< 0.1 %"
+    return f"{share:.{0 if 0.01 < share < 0.995 else 1}%}".replace("%", " %")
 
 
 def growth(outcomes: Sequence[Outcome]) -> str:
@@ -134,10 +130,8 @@ def growth(outcomes: Sequence[Outcome]) -> str:
     top = max((max(values, default=0.0) for *_, values in lines), default=0.0)
     if not top:
         return shut
-    most, looked = (
-        max(len(values) for *_, values in lines),
-        looks((o.name, o.kind) for o in outcomes),
-    )
+    most = max(len(values) for *_, values in lines)
+    looked = looks((one.name, one.kind) for one in outcomes)
 
     def place(k: int, d: float) -> tuple[float, float]:
         return 44 + 380 * k / max(1, most - 1), 190 - 170 * d / top
