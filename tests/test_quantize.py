@@ -230,6 +230,16 @@ def test_inductor_compiles_them(name: str) -> None:
     torch.testing.assert_close(theirs, ours)
 
 
+@pytest.mark.parametrize("amp", [False, True])
+def test_a_network_is_one_graph_to_a_compiler(amp: bool) -> None:
+    """Old versions of torch broke it at a quantiser's question whether autocast is on."""
+    net = dq.wide_resnet(10, 1, bits=4, weight_bits=8, convex=True, deployable=True).eval()
+    x = torch.rand(2, 3, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        compiled = torch.compile(net, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), net(x))
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_what_follows_may_work_in_place_and_nan_stays(name: str) -> None:
     form, x = FORMS[name][0](), torch.randn(40, requires_grad=True)
