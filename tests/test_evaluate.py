@@ -234,14 +234,14 @@ def test_usual_mistakes_are_named() -> None:
 
 def test_vanishing_gradients_are_counted() -> None:
     class Flat(Threshold):
-        """Gradients die above 0.7."""
+        """Gradients die above 0.701, which is no pixel: at an end versions of torch differ."""
 
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x.clamp(0, 0.7))
+            return super().forward(x.clamp(0, 0.701))
 
     model, data = Flat().eval(), ladder()
     standing = correct(model, data)
-    above = int((data[0][:, 0, 0, 0] > 0.7).sum())
+    above = int((data[0][:, 0, 0, 0] > 0.701).sum())
     assert vanishing(model, data, standing, batch_size=7) == above / int(standing.sum())
     assert vanishing(Threshold().eval(), data, standing) == 0
     assert vanishing(model, data, standing & False) is None

@@ -219,7 +219,7 @@ def test_what_the_code_does_wrong(
     assert message in refuses(capsys, *words(place, function, tmp_path / "out"))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit's
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch.jit's
 @pytest.mark.filterwarnings("ignore::defquant.DefquantWarning")  # untrained: it guesses
 @pytest.mark.parametrize("function", ["exported", "frozen"])
 def test_programs_that_know_no_modes_are_attacked(

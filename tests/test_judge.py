@@ -102,11 +102,11 @@ def remainder(x: Tensor) -> Tensor:
     return c - torch.remainder(c, STEP)
 
 
-def observed() -> nn.Module:
+def observed(*shape: int) -> nn.Module:
     from torch.ao.quantization import FakeQuantize, MinMaxObserver
 
     made: Any = FakeQuantize(MinMaxObserver, quant_min=0, quant_max=N, dtype=torch.quint8)
-    made.scale, made.zero_point = torch.tensor([STEP]), torch.tensor([0], dtype=torch.int32)
+    made.scale, made.zero_point = torch.full(shape, STEP), torch.zeros(shape, dtype=torch.int32)
     made.disable_observer()
     return made  # type: ignore[no-any-return]
 
@@ -119,7 +119,8 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "no gradient": lambda x: (x * (1 / STEP)).round().clamp(0, N) * STEP,
     "floor": lambda x: torch.floor(nn.functional.relu6(x) / STEP + 0.5) * STEP,
     "torch's fake quantiser": lambda x: torch.fake_quantize_per_tensor_affine(x, STEP, -8, -8, -5),
-    "a module of torch.ao": observed(),
+    "a module of torch.ao": observed(1),
+    "one of NNCF's": observed(),
     "operations of PT2E": decomposed,
     "bucketize": lambda x: torch.bucketize(x.contiguous(), torch.tensor(EDGES)) * STEP,
     "a table": lambda x: torch.arange(0, HIGH + 1, STEP)[

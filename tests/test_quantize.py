@@ -204,7 +204,8 @@ def derivatives(form: Form, x: Tensor) -> dict[str, Callable[[], Tensor]]:
     }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch.jit's
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", FORMS)
 def test_value_and_slope_are_the_slow_ones_to_the_last_bit_by_every_road(name: str) -> None:
     make, slow = FORMS[name]

@@ -98,9 +98,10 @@ class _Fixed(nn.Module):
         super().__init__()
         observer = getattr(part, "activation_post_process", part)
         self.range = int(observer.quant_min), int(observer.quant_max)
-        self.register_buffer("scale", part.scale.detach().float())
-        self.register_buffer("zero", part.zero_point.detach().to(torch.int32))
-        self.axis = int(part.ch_axis) if len(part.scale) > 1 else None
+        # of one number NNCF's have no dimension
+        self.register_buffer("scale", part.scale.detach().float().reshape(-1))
+        self.register_buffer("zero", part.zero_point.detach().to(torch.int32).reshape(-1))
+        self.axis = int(part.ch_axis) if part.scale.numel() > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
         scale, zero = self.get_buffer("scale"), self.get_buffer("zero")
