@@ -264,7 +264,11 @@ class Replay:
         self._eps = torch.zeros(self._rows, 1, 1, 1, device=device)
         self.how = "compiled graph" if compiled else "graph"
         with shared_by_all_bits(state.model) if compiled else nullcontext() as levels:
-            network = torch.compile(state.model, dynamic=False) if compiled else state.model
+            network = (
+                torch.compile(state.model, dynamic=False, fullgraph=True)
+                if compiled
+                else state.model
+            )
             self._run = recorded(partial(self._body, network), state.moved(), device)
         self._read = network, levels  # by the graph, which does not hold them
 
