@@ -3,6 +3,7 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -315,7 +316,7 @@ BROKEN: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "images": (
         MODELS["modules"],
         {"example": PIXELS.float()},
-        r"images lie in \[0, 1\]; found 0 to",
+        r"images must lie in \[0, 1\]; found \[0, 255\]: divide by 255",
     ),
 }
 
@@ -325,6 +326,18 @@ def test_mistakes_are_one_line(make: Any, options: dict[str, Any], message: str)
     with pytest.raises(dq.UserError, match=message) as error:
         dq.prepare(make(), **{"example": X, **options})
     assert "\n" not in str(error.value)
+
+
+def test_images_come_as_data_as_pairs_and_alone(tmp_path: Path) -> None:
+    """To prepare, export and compare: the same network, file and numbers."""
+    seen = []
+    for images in (X, PIXELS.byte(), DATA, (X, DATA.labels), (PIXELS.byte().numpy(), DATA.labels)):
+        net = dq.prepare(seeded(MODELS["modules"]), images).eval()
+        program, file = dq.export_onnx(net, tmp_path / "net.onnx", images)
+        seen.append((net.state_dict(), file, dq.parity(net, program, file, images)))
+    for state, file, found in seen[1:]:
+        assert all(torch.equal(state[name], value) for name, value in seen[0][0].items())
+        assert (file, found) == seen[0][1:]
 
 
 def test_weights_that_are_not_finite_are_named() -> None:

@@ -1,14 +1,12 @@
 """Scores: clean and robust accuracy, and sweeps over eps in which the fallen stay fallen."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from defquant.attacks import contract
@@ -16,7 +14,7 @@ from defquant.attacks.access import differentiable, gradient, untouched
 from defquant.attacks.contract import Attack, Target, Tick, eps_of, name_of
 from defquant.attacks.lint import lint_answer, lint_attack, lint_images, lint_model, suspect
 from defquant.config import positive
-from defquant.data import Dataset, to_unit
+from defquant.data import Dataset, Images, to_unit
 from defquant.errors import UserError
 from defquant.records import MASKED, Score, blind
 
@@ -24,10 +22,6 @@ __all__ = [
     "Images", "Scored", "Watch", "accuracy", "answers", "correct", "device_of", "lint_classes",
     "linted", "on_device", "robust", "robust_accuracy", "sweep", "vanishing",
 ]  # fmt: skip
-
-_Array = Tensor | NDArray[Any]
-Images = Dataset | tuple[_Array, _Array | Sequence[int]]
-"""A `Dataset`, or (images, labels): (n, c, h, w) uint8 or float in [0, 1], and whole (n,)."""
 
 Watch = Callable[[Attack], AbstractContextManager[Tick]]
 """Opened around each attack of a sweep, to show how far it is; see `defquant.progress`."""

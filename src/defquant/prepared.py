@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from defquant.captured import MOVES, arguments, bare, capture, kind_of
 from defquant.config import check_bits
-from defquant.data import Dataset
+from defquant.data import Images, images_of, to_unit
 from defquant.errors import UserError
 from defquant.integers import finest
 from defquant.lipschitz import ConvexSum
@@ -89,7 +88,7 @@ class Prepared(fx.GraphModule):
 
 def prepare(
     model: nn.Module,
-    example: Tensor | Dataset,
+    example: Tensor | Images,
     bits: int | None = 4,
     weight_bits: int | None = None,
     *,
@@ -127,7 +126,7 @@ def prepare(
         UserError: what cannot be captured (`capture`), weights or ranges that are not finite,
             images outside [0, 1], nothing to quantise.
     """
-    images = _images(example)
+    images = to_unit(images_of(example, 64)).detach().cpu()
     check_bits(bits)
     if weight_bits not in (None, 2, 4, 8):
         raise UserError(f"weight_bits must be 8, 4 or 2, or none; found {weight_bits!r}")
@@ -147,22 +146,6 @@ def prepare(
     prepared.meta["account"] = Account(tuple(quantising.parts(words)), min(256, len(images)))
     device = next((tensor.device for tensor in model.state_dict().values()), images.device)
     return prepared.train(model.training).to(device)
-
-
-def _images(example: Tensor | Dataset) -> Tensor:
-    if isinstance(example, Dataset):
-        example = example.take(torch.arange(min(64, len(example))))[0]
-    images = example.detach().float().cpu()
-    if (
-        images.ndim == 4
-        and len(images)
-        and not 0 <= float(images.min()) <= float(images.max()) <= 1
-    ):
-        raise UserError(
-            f"images lie in [0, 1]; found {float(images.min()):.3g} to {float(images.max()):.3g}: "
-            "normalise inside the model"
-        )
-    return images
 
 
 class _Quantising:

@@ -2,9 +2,11 @@
 
 from defquant.data.dataset import (
     Dataset,
+    Images,
     as_labels,
     augment,
     batches,
+    images_of,
     in_unit,
     num_batches,
     to_unit,
@@ -14,6 +16,6 @@ from defquant.data.packed import pack
 from defquant.data.readers import DATASETS, load
 
 __all__ = [
-    "DATASETS", "Dataset", "as_labels", "augment", "batches", "fetch", "in_unit", "load",
-    "num_batches", "pack", "to_unit",
+    "DATASETS", "Dataset", "Images", "as_labels", "augment", "batches", "fetch", "images_of",
+    "in_unit", "load", "num_batches", "pack", "to_unit",
 ]  # fmt: skip

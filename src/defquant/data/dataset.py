@@ -1,7 +1,7 @@
 """A data set is one uint8 tensor on one device; batches of it are gathered there, augmented."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -14,8 +14,8 @@ from torch import Tensor
 from defquant.errors import UserError
 
 __all__ = [
-    "Dataset", "as_labels", "augment", "batches", "cut", "drawn", "from_arrays", "in_unit",
-    "num_batches", "to_unit",
+    "Dataset", "Images", "as_labels", "augment", "batches", "cut", "drawn", "from_arrays",
+    "images_of", "in_unit", "num_batches", "to_unit",
 ]  # fmt: skip
 
 _SLACK = 1e-6  # beyond [0, 1]: a last digit of float32, lost on the way from pixels
@@ -272,6 +272,20 @@ def as_labels(labels: Any, n: int, classes: int | None = None, where: str = "") 
             f"of shape {shape}: number the classes from 0"
         )
     return known
+
+
+_Array = Tensor | NDArray[Any]
+Images = Dataset | tuple[_Array, _Array | Sequence[int]]
+"""A `Dataset`, or (images, labels): (n, c, h, w) uint8 or float in [0, 1], and whole (n,)."""
+
+
+def images_of(given: _Array | Images, most: int | None = None) -> Tensor:
+    """`given`, or the images, `most` of them, of a `Dataset` or a pair; checked by `in_unit`."""
+    if isinstance(given, Dataset):
+        given = given.images[:most]
+    elif isinstance(given, tuple | list) and len(given) == 2:
+        given = given[0][:most]
+    return in_unit(given)
 
 
 def in_unit(images: Any, where: str = "") -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from defquant.attacks.access import untouched
 from defquant.captured import Captured
-from defquant.data import Dataset, to_unit
+from defquant.data import Images, images_of, to_unit
 from defquant.deploy.lower import captured
 from defquant.deploy.program import Program
 from defquant.deploy.reference import rounded, run, steps, value
@@ -79,7 +79,7 @@ def parity(
     model: nn.Module,
     program: Program,
     file: onnx.ModelProto,
-    images: Dataset,
+    images: Tensor | Images,
     *,
     deep: int = 128,
     batch_size: int = 256,
@@ -88,10 +88,11 @@ def parity(
 
     Answers are compared on all images; codes, and the slower engines, on the first `deep` of them.
     """
-    some = to_unit(images.images[:deep]).cpu()
-    trained = _logits(model, images.images, batch_size)
-    shipped = _logits(OnnxModel(file), images.images, batch_size)
-    plain = _logits(OnnxModel(file, optimise=False), images.images[:deep], batch_size)
+    pixels = images_of(images)
+    some = to_unit(pixels[:deep]).cpu()
+    trained = _logits(model, pixels, batch_size)
+    shipped = _logits(OnnxModel(file), pixels, batch_size)
+    plain = _logits(OnnxModel(file, optimise=False), pixels[:deep], batch_size)
     second, sums = _second(file, some, trained[:deep])
     return Parity(
         integer_convolutions(file),

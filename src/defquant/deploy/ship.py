@@ -20,8 +20,7 @@ from defquant.attacks.contract import Target, right
 from defquant.attacks.contract import attacked as made
 from defquant.captured import Captured, capture
 from defquant.checkpoint import Facts, versions
-from defquant.data import Dataset, to_unit
-from defquant.data.dataset import in_unit
+from defquant.data import Dataset, Images, images_of, to_unit
 from defquant.deploy.cost import latencies, static_cost
 from defquant.deploy.graph import Input, graph
 from defquant.deploy.lower import calibrate, lower
@@ -88,7 +87,7 @@ class Origin:
 def export_onnx(
     model: nn.Module,
     path: Path | str,
-    images: Tensor,
+    images: Tensor | Images,
     *,
     weight_bits: int = 8,
     input_type: Input = "float",
@@ -105,8 +104,9 @@ def export_onnx(
     Args:
         model: any that `capture` can follow; left as it was found.
         path: of the file, which is written whole or not at all.
-        images: float in [0, 1], (n, c, h, w): their shape is that of the input, and they calibrate
-            what the model does not quantise itself (`calibrate`).
+        images: (n, c, h, w), uint8 or float in [0, 1], or data, of which the first 512 are taken:
+            their shape is that of the input, and they calibrate what the model does not quantise
+            itself (`calibrate`).
         weight_bits: of layers without bits of their own: 8, 4 or 2.
         input_type: `float`, images in [0, 1], or `uint8`, pixels.
         facts: kept in the file as JSON, `classes` among them for people.
@@ -117,7 +117,7 @@ def export_onnx(
         UserError: what has no form in a file, named; convolutions that run in float; answers that
             are not the network's.
     """
-    images = in_unit(images)
+    images = to_unit(images_of(images, CALIBRATION))
     shape = int(images.shape[1]), int(images.shape[2]), int(images.shape[3])
     seen = capture(model, images[:1])
     peaks = calibrate(seen, images)
