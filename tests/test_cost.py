@@ -13,7 +13,6 @@ from torch import nn
 
 import defquant as dq
 from conftest import refused
-from defquant.deploy import reference
 from defquant.deploy.cost import (
     REST,
     WARM_UP,
@@ -36,6 +35,7 @@ from defquant.deploy.program import (
     Op,
     Program,
     Quantize,
+    run,
 )
 from defquant.integers import PIXELS, Grid, Weight
 from defquant.quantize import QuantBranch, Quantizer
@@ -216,11 +216,11 @@ def hooked_macs(model: nn.Module, side: int) -> tuple[int, int]:
 def test_networks_against_hooks_and_the_reference(name: str, side: int) -> None:
     model = MODELS[name]()
     built = lowered(model, side)
-    run = reference.run(built, torch.zeros(1, 3, side, side))
+    tensors = run(built, torch.zeros(1, 3, side, side))
     found = card(built)
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     convolutions, rest = hooked_macs(model, side)
-    norms = sum(run[op.name].numel() for op in built.ops if isinstance(op, Affine))
+    norms = sum(tensors[op.name].numel() for op in built.ops if isinstance(op, Affine))
     assert (found["macs"], found["float_macs"]) == (convolutions, rest + norms)
     assert (norms > 0) == name.startswith("wrn")
     assert found["weights"] == sum(layer.weight.numel() for layer in layers)

@@ -21,8 +21,18 @@ from conftest import refused
 from defquant.deploy.graph import METADATA, graph, packed, unpacked
 from defquant.deploy.lower import calibrate, lower
 from defquant.deploy.parity import _openvino
-from defquant.deploy.program import Call, Conv, Linear, Name, Program, Quantize
-from defquant.deploy.reference import rounded, run, steps, value
+from defquant.deploy.program import (
+    Call,
+    Conv,
+    Linear,
+    Name,
+    Program,
+    Quantize,
+    rounded,
+    run,
+    steps,
+    value,
+)
 from defquant.deploy.runtime import (
     OnnxModel,
     facts_of,

@@ -17,8 +17,18 @@ from defquant.config import ModelConfig
 from defquant.deploy.floats import pair
 from defquant.deploy.graph import graph
 from defquant.deploy.lower import calibrate, lower
-from defquant.deploy.program import Affine, Conv, Linear, MaxPool, Program, Quantize
-from defquant.deploy.reference import rounded, run, steps, value
+from defquant.deploy.program import (
+    Affine,
+    Conv,
+    Linear,
+    MaxPool,
+    Program,
+    Quantize,
+    rounded,
+    run,
+    steps,
+    value,
+)
 from defquant.deploy.runtime import OnnxModel
 from defquant.integers import snap_biases_
 from defquant.models import build
@@ -633,6 +643,8 @@ REFUSED: Mapping[str, tuple[Callable[[], nn.Module], str]] = {
     "no batch seen": (lambda: plain(bits=4, deployable=True),
                       r"layer 'stem_out': its range is 0, as before training"),
     "no range": (lambda: plain(bits=4), r"layer 'stem' in integers: its output has no range"),
+    "another softplus": (lambda: chain(conv(), dq.QuantReLU(4), nn.Softplus(2)),
+                         "layer '2': softplus has no form in a file with beta=2"),
     "pooling to 2x2": (lambda: chain(conv(), dq.QuantReLU(4), nn.AdaptiveAvgPool2d(2)),
                        "layer '2': adaptive_avg_pool2d must end in 1x1"),
 }  # fmt: skip

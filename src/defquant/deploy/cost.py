@@ -14,8 +14,7 @@ import onnx
 import torch
 from torch import nn
 
-from defquant.deploy.program import Affine, Call, Conv, Linear, Program, sources
-from defquant.deploy.reference import run
+from defquant.deploy.program import Affine, Call, Conv, Linear, Program, run, sources
 from defquant.deploy.runtime import OnnxModel
 from defquant.errors import UserError
 from defquant.quantize import QuantBranch, Quantizer

@@ -13,8 +13,7 @@ from defquant.attacks.access import untouched
 from defquant.captured import Captured
 from defquant.data import Images, images_of, to_unit
 from defquant.deploy.lower import captured
-from defquant.deploy.program import Program
-from defquant.deploy.reference import rounded, run, steps, value
+from defquant.deploy.program import Program, rounded, run, steps, value
 from defquant.deploy.runtime import OnnxModel, integer_convolutions, tensors
 from defquant.records import Score
 
