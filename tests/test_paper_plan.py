@@ -13,7 +13,16 @@ from conftest import refused
 from defquant.paper.ask import Ask, ask_all
 from defquant.paper.figures import cells_of
 from defquant.paper.grid import SCALES, Cell, Network, Results, keep, read
-from defquant.paper.plan import UNKNOWN, Plan, Survey, gains, needs
+from defquant.paper.plan import (
+    SLOWER,
+    UNKNOWN,
+    Plan,
+    Survey,
+    gains,
+    kind_of,
+    needs,
+    passes_by_model,
+)
 from defquant.paper.reproduce import merge, remove
 from defquant.paper.verdict import Contrast, Evidence, Spread, stratum, versus
 from synthetic_results import fake_measurement
@@ -102,18 +111,34 @@ def test_time_is_learnt_from_what_is_alike(tmp_path: Path) -> None:
     assert "clean " in survey.scores(first)
 
 
-def test_a_plan_fits_the_budget_and_tells_how_long(tmp_path: Path) -> None:
+def test_a_plan_fits_the_budget_and_tells_how_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that stands until it is told; two at work, each network takes 300 s of one."""
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     seeds = [n for bits in (4, 5) for n in SMALL.by_seed(bits, 0.0)]
     cells = [c for c in TABLE if c.network in seeds]
-    plan = Plan(SMALL, cells, tmp_path, time.monotonic() + 300)
-    assert plan.remaining is None and "an unknown time left" in plan.tell("")[0]
-    logged(tmp_path, seeds[0], 50.0)
-    plan._begun -= 1000.0  # of which 250 s were work
-    assert plan.next([seeds[0].name, seeds[1].name]) == seeds[0].name  # the other does not fit
+    assert "an unknown time left" in Plan(SMALL, cells, tmp_path).tell("")[0]
+    training, attacks = map(sum, zip(*passes_by_model(cells).values(), strict=True))
+    pace = 4 * 300 / (training + attacks / SLOWER)
+    plan = Plan(SMALL, cells, tmp_path, now + 340, {kind_of(seeds[0]): pace})
+    plan.begin(2)
+    assert plan.remaining == pytest.approx(600)
+    now += 50  # imports; then an epoch, as long as was thought
+    epoch = pace * training / 4 / 5
+    logged(tmp_path, seeds[0], epoch, epochs=1)
     assert "0 of 28 cells" in plan.tell(seeds[0].name)[0]
-    assert plan.remaining == pytest.approx(plan._survey.all_left, rel=0.01)
-    plan._begun -= 250.0  # 250 s of work took 500 s
-    assert plan.remaining == pytest.approx(2 * plan._survey.all_left, rel=0.01)
+    assert plan.remaining == pytest.approx((4 * 300 - epoch) / 2, rel=0.01)
+    assert [n.name for n in plan._survey.at_work] == [seeds[0].name]
+    assert plan.next([seeds[1].name, seeds[0].name]) == seeds[0].name  # the other does not fit
+    now += 1800  # for one training more; the pace counts as if one network had been made as thought
+    logged(tmp_path, seeds[1], epoch)
+    plan.next([seeds[0].name])
+    slow = (1800 + 300 / 2) / (5 * epoch + 300)
+    assert plan.remaining == pytest.approx(plan._survey.all_left * slow, rel=0.01)
+    soon, now = plan.remaining, now + 100
+    assert plan.remaining == pytest.approx(soon - 100)
 
 
 def test_copied_results_are_merged_once(tmp_path: Path) -> None:

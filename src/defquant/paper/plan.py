@@ -18,13 +18,16 @@ from defquant.paper import grid
 from defquant.paper.claims import CLAIMS
 from defquant.paper.figures import EXPERIMENTS
 from defquant.paper.grid import Cell, Network, Results, Scale, by_network
+from defquant.paper.section import eps_text
 from defquant.paper.verdict import Contrast, Evidence, evidence_of
 
 __all__ = ["Plan", "Survey", "gains", "kind_of", "needs", "passes_by_model"]
 
 FORWARD, INPUT_GRADIENT = 1 / 3, 2 / 3  # of a pass, whose backward is twice its forward
 WORST = {"adaptive": 2.2, "standard": 44.0}  # times the time of a PGD of its steps, or of 50
+SLOWER = 2.0  # a pass of training, with its small batches, than one of an attack
 STANDING = 0.5  # share of images that long attacks work on, for those that fell cost nothing
+SHOWN = 10  # cells of a network in its line
 UNKNOWN = 1 / 12  # variance of an accuracy that nobody measured: that of any in [0, 1]
 SPREADS = {False: 0.03, True: 0.1}  # between trainings, at 1 bit or not, where no two were made
 _IMAGES = {"cifar10": (50_000, 10_000), "svhn": (73_257, 26_032), "digits": (1_347, 450)}
@@ -89,67 +92,75 @@ class Survey:
     takes, learnt from the seconds that like work took. Counts what other machines do there, too.
     """
 
-    def __init__(self, cells: Sequence[Cell], out: Path) -> None:
+    def __init__(
+        self, cells: Sequence[Cell], out: Path, pace: Mapping[Any, float] | None = None
+    ) -> None:
+        """`pace`: seconds of a training's pass by kind of network, for what was never seen."""
         self.results, self.own = grid.read(out), by_network(cells)
         self.missing = {n: self.results.missing(own) for n, own in self.own.items()}
+        self.begun = {n for n in self.own if (out / "networks" / n.name).is_dir()}
         self.epochs = {n: _epochs(out / "networks" / n.name / "log.jsonl") for n in self.own}
-        trained, measured = _Rates(), _Rates()
+        self._spent = defaultdict[Any, list[float]](lambda: [0.0, 0.0])  # seconds, passes
+        self._pace = pace or {}
         for network, own in self.own.items():
             share = len(self.epochs[network]) / network.train.epochs
-            trained.add(kind_of(network), sum(self.epochs[network]), share * _training(network))
+            passes = share * _training(network)
+            self._add(sum(self.epochs[network]), passes, "train", ("train", kind_of(network)))
             for cell in own:
                 if (m := self.results.scores.get(cell.key)) is not None:
-                    measured.add(_alike(cell), m.seconds, _cell_passes(cell))
-        self.done = trained.seconds + measured.seconds
-        self._trained, self._measured = trained, measured if measured.passes else trained
+                    self._add(
+                        m.seconds, _cell_passes(cell), "cells", kind_of(network), _alike(cell)
+                    )
+        self.done = self._spent["train"][0] + self._spent["cells"][0]
+
+    def _add(self, seconds: float, passes: float, *kinds: object) -> None:
+        for kind in kinds:
+            self._spent[kind][0] += seconds
+            self._spent[kind][1] += passes
+
+    def _rate(self, *kinds: object) -> float | None:
+        """Seconds a pass, of the first of these kinds that was seen."""
+        spent = (self._spent[kind] for kind in kinds)
+        return next((seconds / passes for seconds, passes in spent if passes), None)
 
     def left(self, network: Network) -> float:
         """Seconds of its training and of its missing cells, in one process."""
-        missing = self.missing[network]
+        missing, kind = self.missing[network], kind_of(network)
         share = 1 - len(self.epochs[network]) / network.train.epochs
-        training = share * _training(network) * self._trained.of(kind_of(network))
+        pace = self._rate(("train", kind)) or self._pace.get(kind) or self._rate("train") or 1e-3
         used = missing or not self.own[network]  # a substitute is trained, whatever else is there
-        cells = sum(_cell_passes(cell) * self._measured.of(_alike(cell)) for cell in missing)
-        return training * bool(used) + cells
+        cells = (_cell_passes(c) * (self._rate(_alike(c), kind) or pace / SLOWER) for c in missing)
+        return share * _training(network) * pace * bool(used) + sum(cells)
 
     @property
     def all_left(self) -> float:
         return sum(map(self.left, self.own))
 
     def scores(self, network: Network) -> str:
-        """`clean 68.1, FGSM 8/255 4.0`: the row of the table that this network fills."""
-        there = [(c, self.results.scores.get(c.key)) for c in self.own[network]]
-        return ", ".join(f"{c.name} {100 * m.score.accuracy:.1f}" for c, m in there if m)
+        """`clean 68.1, FGSM 8/255 4.0, 2/255 31.0`: the row of the table that it fills."""
+        words, column = list[str](), ""
+        for cell in self.own[network]:
+            if (m := self.results.scores.get(cell.key)) is not None:
+                name = eps_text(cell.eps) if cell.column == column else cell.name
+                words.append(f"{name} {100 * m.score.accuracy:.1f}")
+                column = cell.column
+        return ", ".join([*words[:SHOWN], *[f"{len(words) - SHOWN} more"] * (len(words) > SHOWN)])
+
+    @property
+    def at_work(self) -> list[Network]:
+        """Begun and not done."""
+        own = [n for n in self.own if n in self.begun]
+        return [n for n in own if self.missing[n] or len(self.epochs[n]) < n.train.epochs]
 
     def lines(self) -> list[str]:
-        """One for each network that is begun and not done."""
-        found = []
-        for network, own in self.own.items():
-            done, missing = len(self.epochs[network]), len(self.missing[network])
-            if done and (missing or done < network.train.epochs):
-                state = (
-                    f"epoch {done}/{network.train.epochs}, {len(own) - missing}/{len(own)} cells"
-                )
-                found.append(f"{network.name}  {state}  {self.scores(network)}")
-        return found
+        """One for each network at work."""
+        wide = max((len(network.name) for network in self.at_work), default=0)
+        return [f"{n.name:{wide}}  {self._state(n)}  {self.scores(n)}" for n in self.at_work]
 
-
-class _Rates:
-    """Seconds a pass, by kind; of a kind that was never seen, those of all."""
-
-    def __init__(self) -> None:
-        self._kinds: dict[Any, tuple[float, float]] = {}
-        self.seconds = self.passes = 0.0
-
-    def add(self, kind: Any, seconds: float, passes: float) -> None:
-        if passes:
-            before = self._kinds.get(kind, (0.0, 0.0))
-            self._kinds[kind] = before[0] + seconds, before[1] + passes
-            self.seconds, self.passes = self.seconds + seconds, self.passes + passes
-
-    def of(self, kind: Any) -> float:
-        seconds, passes = self._kinds.get(kind, (self.seconds, self.passes))
-        return seconds / passes if passes else 1e-3
+    def _state(self, network: Network) -> str:
+        own, missing = len(self.own[network]), len(self.missing[network])
+        epochs = f"epoch {len(self.epochs[network])}/{network.train.epochs}"
+        return f"{epochs}, {own - missing}/{own} cells"
 
 
 def _epochs(log: Path) -> list[float]:
@@ -173,21 +184,38 @@ class Plan:
     """
 
     def __init__(
-        self, scale: Scale, cells: Sequence[Cell], out: Path, until: float = math.inf
+        self,
+        scale: Scale,
+        cells: Sequence[Cell],
+        out: Path,
+        until: float = math.inf,
+        pace: Mapping[Any, float] | None = None,
     ) -> None:
+        """`pace` as in `Survey`: with it, or with what is there, the time is known at once."""
         self.until, self._scale, self._cells, self._out = until, scale, cells, out
-        self._begun = self._seen = time.monotonic()
-        self._first = self._survey = Survey(cells, out)
-        self._moved = False
+        self._pace, self._end = pace, math.inf
+        self._survey = Survey(cells, out, pace)
+        self._begun: tuple[float, float] | None = None  # the time, and what was done
+        self.begin(1)
+
+    def begin(self, processes: int) -> None:
+        """Now so many are at work."""
+        self._processes, self._seen = processes, time.monotonic()
+        if self._pace or self._survey.done:
+            self._end = self._seen + self._survey.all_left / processes
 
     def _look(self) -> Survey:
-        first, now = self._first, Survey(self._cells, self._out)
+        """What is done since the start, on all machines, moves the end; else it comes nearer."""
+        before, now = self._survey.done, Survey(self._cells, self._out, self._pace)
         self._survey, self._seen = now, time.monotonic()
-        if not self._moved and now.done > first.done:  # what came before is imports, no pace
-            both = [(s.epochs, s.missing) for s in (first, now)]
-            at_work = sum(any(a[n] != b[n] for a, b in zip(*both, strict=True)) for n in now.own)
-            begun = self._seen - (now.done - first.done) / at_work
-            self._begun, self._moved = max(self._begun, begun), True
+        if now.done != before:
+            # the clock starts with the first that is done: what came before is imports
+            self._begun = self._begun or (self._seen, now.done)
+            # as if all processes had made one network before: the first that are done say little
+            one = (now.done + now.all_left) / len(now.own)
+            many = max(self._processes, len(now.at_work))  # other machines' among them
+            elapsed = self._seen - self._begun[0] + one / many
+            self._end = self._seen + now.all_left * elapsed / (now.done - self._begun[1] + one)
         return now
 
     def next(self, left: Iterable[str]) -> str:
@@ -201,30 +229,25 @@ class Plan:
         return max(worth, key=worth.__getitem__)
 
     @property
-    def remaining(self) -> float | None:
-        """Seconds until all is done at the pace since this plan was made; None before any work.
-
-        Work of other machines on the same folder counts.
-        """
-        done = self._survey.done - self._first.done
-        return self._survey.all_left * (self._seen - self._begun) / done if done > 0 else None
+    def remaining(self) -> float:
+        """Seconds until all is done; infinite where nothing tells."""
+        return max(0.0, self._end - time.monotonic()) if self._survey.all_left else 0.0
 
     def tell(self, name: str) -> list[str]:
         """Of all together, then of each network that is begun; or, in one line, of that `name`."""
         survey = self._look() if name or time.monotonic() > self._seen + 2 else self._survey
-        left = self.remaining
         missing = sum(map(len, survey.missing.values()))
         cells = len(dict.fromkeys(self._cells))
-        words = f"{cells - missing} of {cells} cells, {_long(left)} left"
+        words = f"{cells - missing} of {cells} cells, {_long(self.remaining)} left"
         if self.until < math.inf:
             words += f", {_long(self.until - time.monotonic())} of the budget"
         rows = [survey.scores(network) for network in survey.own if network.name == name]
-        return [*filter(None, rows), words] if name else [words, *survey.lines()]
+        return [words, *filter(None, rows)] if name else [words, *survey.lines()]
 
 
-def _long(seconds: float | None) -> str:
+def _long(seconds: float) -> str:
     """`40 s`, `12 min`, `3.5 h`."""
-    if seconds is None:
+    if seconds == math.inf:
         return "an unknown time"
     if seconds < 90:
         return f"{max(0.0, seconds):.0f} s"

@@ -4,7 +4,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
@@ -17,7 +17,7 @@ from defquant.files import append_line, make_folder, read_lines
 from defquant.paper import grid
 from defquant.paper.figures import EXPERIMENTS, WORDS, cells_of
 from defquant.paper.grid import SCALES, Cell, Network, Scale, by_network
-from defquant.paper.plan import Plan, kind_of, passes_by_model
+from defquant.paper.plan import Plan, Survey, kind_of, passes_by_model
 from defquant.progress import say
 
 __all__ = ["cells_to_make", "make", "merge", "names_of", "print_list", "print_plan", "remove"]
@@ -108,22 +108,17 @@ def print_plan(cells: Sequence[Cell], scale: Scale, out: Path, jobs: int | None)
         _check_data(scale, missing)
     except UserError as error:
         print(f"without its images nothing can be made: {error}")
-    kinds = {kind_of(network): network for network in passes}
-    rates = {kind: _rate(network, PROBE_SECONDS / len(kinds)) for kind, network in kinds.items()}
-    for (model, data), rate in rates.items():
-        shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+    pace = _pace(passes, PROBE_SECONDS)
+    for (model, data), seconds in pace.items():
+        shown = f"{1 / seconds:,.0f}" if seconds <= 0.1 else f"{1 / seconds:.2g}"
         print(f"{model} on {data}: {shown} image passes a second in one process")
-    from defquant.distributed import pick_device
-    from defquant.paper.run import processes
+    from defquant.paper.run import on_gpu, processes
 
-    jobs, (training, measuring) = (
-        jobs or processes(passes),
-        map(sum, zip(*passes.values(), strict=True)),
-    )
-    on_gpu = any(pick_device(network.train.device).type == "cuda" for network in passes)
-    seconds = sum(sum(both) / rates[kind_of(network)] for network, both in passes.items())
+    jobs = jobs or processes(passes)
+    training, measuring = map(sum, zip(*passes.values(), strict=True))
     # as if processes of the CPU did not slow each other down
-    hours = seconds / (1 if on_gpu else min(jobs, len(passes))) / 3600
+    many = 1 if on_gpu(passes) else min(jobs, len(passes))
+    hours = Survey(cells, out, pace).all_left / many / 3600
     long = f"{hours:,.1f} hours" if hours < 72 else f"{hours / 24:,.0f} days"
     print(
         f"{len(passes)} networks, {len(missing)} cells: {training + measuring:,.0f} image passes "
@@ -154,9 +149,13 @@ def make(
     say(f"reproduce: {len(cells) - len(missing)} of {len(cells)} cells are there")
     failed: list[str] = []
     if missing:
-        from defquant.paper.run import run
+        from defquant.paper.run import on_gpu, run
 
-        plan = Plan(scale, cells, out, until)
+        known = {kind_of(n) for n in by_network(cells) if (out / "networks" / n.name).is_dir()}
+        new = [n for n in by_network(missing) if kind_of(n) not in known]
+        local = workers == "local" or workers.isdecimal()  # a cluster's pace is not ours
+        pace = _pace(new, PROBE_SECONDS / 3) if local and not on_gpu(new) else {}
+        plan = Plan(scale, cells, out, until, pace)
         failed = run(cells, out, jobs=jobs, workers=workers, plan=plan)
         if time.monotonic() >= until:
             left = len(grid.read(out).missing(cells))
@@ -213,6 +212,12 @@ def _check_data(scale: Scale, cells: Sequence[Cell]) -> None:
 
 
 # --- a probe ------------------------------------------------------------------------------
+
+
+def _pace(networks: Iterable[Network], seconds: float) -> dict[tuple[str, str], float]:
+    """Seconds of a training's pass by kind of network, after a probe of so many `seconds`."""
+    kinds = {kind_of(network): network for network in networks}
+    return {kind: 1 / _rate(network, seconds / len(kinds)) for kind, network in kinds.items()}
 
 
 def _rate(network: Network, seconds: float) -> float:

@@ -29,10 +29,11 @@ from defquant.paper import grid
 from defquant.paper.grid import Cell, Network, by_network
 from defquant.paper.plan import Plan
 from defquant.paper.workers import cores, each, each_on_cluster
+from defquant.progress import say
 from defquant.records import Measurement
 from defquant.runs import load_images, test_images, train_run
 
-__all__ = ["processes", "run", "work"]
+__all__ = ["on_gpu", "processes", "run", "work"]
 
 PICTURES = 8
 ON_GPU = 4  # networks side by side on one card: 1.3 times the throughput of one on an H200
@@ -73,6 +74,9 @@ def run(
         if not todo:
             break
         many = 1 if full or not local else min(jobs or processes(todo.values()), len(todo))
+        if plan:
+            plan.begin(many)
+            say(f"reproduce: {len(todo)} networks, {plan.tell('')[0]}")
         how["total"], job = len(todo), partial(work, out, wait=again, share=1 / many)
         queue = ((n.name, partial(job, n, own[n])) for n in _following(dict(todo), plan))
         if local:
@@ -150,8 +154,11 @@ def work(
 
 def processes(networks: Iterable[Network]) -> int:
     """How many work side by side: one on each core, or `ON_GPU` on a GPU."""
-    on_gpu = any(pick_device(network.train.device).type == "cuda" for network in networks)
-    return ON_GPU if on_gpu else cores()
+    return ON_GPU if on_gpu(networks) else cores()
+
+
+def on_gpu(networks: Iterable[Network]) -> bool:
+    return any(pick_device(network.train.device).type == "cuda" for network in networks)
 
 
 def _claim(out: Path, network: Network) -> Path:

@@ -173,7 +173,9 @@ def _progress(title: str, total: int | None, tell: Tell) -> Iterator[Callable[[s
     task = bar.add_task(title, total=total)
 
     def shown() -> Group:
-        return Group(bar, *(Text(line, no_wrap=True, overflow="ellipsis") for line in tell("")))
+        room = console.width - 3  # for the `^C` that a terminal writes: a new line would stay
+        lines = (line if len(line) <= room else f"{line[: room - 1]}…" for line in tell(""))
+        return Group(bar, *(Text(line, no_wrap=True) for line in lines))
 
     live = Live(get_renderable=shown, console=console, transient=True, refresh_per_second=1)
     with nullcontext() if hidden else live:
