@@ -332,11 +332,13 @@ def test_images_come_as_data_as_pairs_and_alone(tmp_path: Path) -> None:
     """To prepare, export and compare: the same network, file and numbers."""
     seen = []
     for images in (X, PIXELS.byte(), DATA, (X, DATA.labels), (PIXELS.byte().numpy(), DATA.labels)):
-        net = dq.prepare(seeded(MODELS["modules"]), images).eval()
+        model, state = seeded(MODELS["modules"]), torch.get_rng_state()
+        net = dq.prepare(model, images).eval()
+        assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn
         program, file = dq.export_onnx(net, tmp_path / "net.onnx", images)
         seen.append((net.state_dict(), file, dq.parity(net, program, file, images)))
-    for state, file, found in seen[1:]:
-        assert all(torch.equal(state[name], value) for name, value in seen[0][0].items())
+    for weights, file, found in seen[1:]:
+        assert all(torch.equal(weights[name], value) for name, value in seen[0][0].items())
         assert (file, found) == seen[0][1:]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
@@ -133,9 +134,10 @@ def prepare(
     if ranges != "calibrate" and not (isinstance(ranges, int | float) and 0 < ranges < math.inf):
         raise UserError(f"ranges must be 'calibrate' or a positive end of [0, h]; found {ranges!r}")
     model = bare(model)
-    net = Rebuilt(capture(model, images, trainable=True), model)
-    quantising = _Quantising(net, bits, weight_bits)
-    quantising.run(None if ranges == "calibrate" else float(ranges), convex=convex)
+    with torch.random.fork_rng(devices=()):  # layers are made with weights of chance, all replaced
+        net = Rebuilt(capture(model, images, trainable=True), model)
+        quantising = _Quantising(net, bits, weight_bits)
+        quantising.run(None if ranges == "calibrate" else float(ranges), convex=convex)
     prepared = net.finish(Prepared)
     if not any(_quantises(module) for module in prepared.modules()):
         raise UserError(
