@@ -12,10 +12,11 @@ from scipy import stats
 
 from defquant.paper.section import Number
 from defquant.paper.verdict import accuracy, decide, interval
-from defquant.records import Measurement, over_seeds, read_folder
+from defquant.records import Measurement, read_folder
 from defquant.report import build_report, judged_page, plot_ladder
 from defquant.report.answer import Place, gap, of_places
 from defquant.report.measured import chosen, table_eps
+from defquant.report.names import over_seeds
 from defquant.report.plot import looks
 from pages import HOSTILE, check
 from synthetic_runs import append, measurement, write_cards, write_runs

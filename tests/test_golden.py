@@ -16,10 +16,10 @@ from defquant.paper.claims import verdicts
 from defquant.paper.figures import EXPERIMENTS, cells_of, render
 from defquant.paper.grid import SCALES, read
 from defquant.paper.section import Number, Section
-from defquant.records import aggregate, read_folder
+from defquant.records import read_folder, told_apart
 from defquant.report.cards import read_cards
 from defquant.report.measured import chosen, summary
-from defquant.report.names import series_of
+from defquant.report.names import over_seeds
 
 ROOT = Path(__file__).parents[1] / "results"
 GOLDEN = Path(__file__).parent / "golden" / "results.tsv"
@@ -75,11 +75,11 @@ def of_paper(folder: str) -> Iterator[Line]:
 def of_summary(folder: str) -> Iterator[Line]:
     """What `defquant report` shows of the folder."""
     measurements = chosen(read_folder(ROOT / folder))
-    for c in aggregate(measurements):
-        low, high = c.pooled.interval
-        place = f"{c.data}, {c.model}, {series_of(c)}: {c.attack} {255 * c.eps:.3g}"
-        numbers = text(c.mean, c.spread, len(c.accuracies), c.pooled.total, low, high)
-        yield place, numbers + " masked" * c.masked
+    for c in over_seeds(told_apart(measurements)):
+        n, total = c.n, sum(m.total for m in c.found)
+        place = f"{c.data}, {c.model}, {c.series}: {c.attack} {255 * c.eps:.3g}"
+        numbers = text(n.mean, n.spread, n.seeds, total, n.low, n.high)
+        yield place, numbers + " masked" * n.masked
     for row in summary(measurements):
         yield f"{row.data}, {row.model}, {row.family}: {row.images}", text(row.gain, row.best)
 

@@ -12,11 +12,11 @@ from rich.console import Console
 
 from defquant.errors import UserError
 from defquant.paper.section import eps_number, eps_text, signed
-from defquant.records import Measurement, aggregate, read_folder
+from defquant.records import Measurement, read_folder
 from defquant.report import build_report, markdown_table, plot_curves, summary, text_table
 from defquant.report.measured import chosen, summary_table, table_eps
 from defquant.report.model import places
-from defquant.report.names import Series, attack_order, series_of
+from defquant.report.names import Series, attack_order, over_seeds
 from pages import HOSTILE, check
 from synthetic_runs import append, measurement, write_run, write_runs
 
@@ -99,11 +99,11 @@ def test_gain_needs_full_precision_and_a_quantised_network(full: bool) -> None:
 
 def test_a_cell_is_over_seeds_and_a_run_measured_twice_is_none() -> None:
     cell = summary(two((30, 40, 50), (20, 20, 20)))[1].cells[4]
-    assert (cell.mean, cell.spread) == pytest.approx((0.4, 0.1))
+    assert (cell.mean, cell.n.spread) == pytest.approx((0.4, 0.1))
     few = measurement(attack="PGD", eps=0.1, correct=9, total=10, settings="quick")
     many = replace(few, correct=50, total=100, settings="slow")
     (row,) = summary([few, many, replace(many, correct=60, settings="weak")])
-    assert row.cells[None].accuracies == (0.5,)
+    assert (row.cells[None].mean, row.cells[None].seeds) == (0.5, (0,))
 
 
 def test_the_tables_eps_is_where_the_strongest_attack_halves_float() -> None:
@@ -114,18 +114,18 @@ def test_the_tables_eps_is_where_the_strongest_attack_halves_float() -> None:
     float_ = [at("clean", 0.0, 80), at("PGD", 0.1, 70), at("PGD", 0.2, 45), at("PGD", 0.3, 2)]
     noise = [at("Random", eps, 78) for eps in (0.1, 0.2, 0.3)]
     quantised = [at("PGD", eps, 40, "vanilla") for eps in (0.1, 0.3)]
-    assert table_eps(aggregate(float_ + noise + quantised)) == 0.2
-    assert table_eps(aggregate(quantised[:1])) == 0.1
+    assert table_eps(over_seeds(float_ + noise + quantised)) == 0.2
+    assert table_eps(over_seeds(quantised[:1])) == 0.1
     strong = [at("PGD-50x10", 0.1, 60), at("PGD-50x10", 0.3, 1)]  # not measured at 0.2
-    assert table_eps(aggregate(float_ + noise + strong)) == 0.1
+    assert table_eps(over_seeds(float_ + noise + strong)) == 0.1
     assert table_eps([]) == 0.0
 
 
 def test_the_telling_radius_takes_linear_time() -> None:
     """4,000 radii of two networks in a second or two; each against all would take a minute."""
     cells = [
-        replace(cell, method=method, eps=i / 4000, attack="PGD" if i else "clean")
-        for cell in aggregate([measurement(correct=100)])
+        replace(cell, series=Series(method, None, 0), eps=i / 4000, attack="PGD" if i else "clean")
+        for cell in over_seeds([measurement(correct=100)])
         for method in ("float", "DQ")
         for i in range(4001)
     ]
@@ -172,7 +172,7 @@ def test_names_and_orders() -> None:
     ]
     rows = summary([network(method, bits) for method, bits in kinds])
     (row,) = [row for row in rows if row.family.method == "vanilla + squeezing"]
-    assert {bits: cell.method for bits, cell in row.cells.items()} == {
+    assert {bits: cell.series.method for bits, cell in row.cells.items()} == {
         None: "float + squeezing", 4: "vanilla + squeezing"
     }  # fmt: skip
 
@@ -200,11 +200,11 @@ def test_every_cell_is_listed_once_and_the_summary_has_one_radius(runs: Path) ->
     assert head == ["Network", "Bits", "Attack", "ε · 255", "Accuracy", "less float",
                     "Seeds × images"]  # fmt: skip
     expected = {
-        (str(series_of(c)), str(c.bits or "–"), c.attack, eps_number(c.eps)): (
-            f"{100 * c.mean:.1f} ±{100 * c.spread:.1f}{'†' * c.masked}",
-            f"{len(c.seeds)} × {c.pooled.total // len(c.seeds):,}",
+        (str(c.series), str(c.series.bits or "–"), c.attack, eps_number(c.eps)): (
+            f"{100 * c.mean:.1f} ±{100 * c.n.spread:.1f}{'†' * c.n.masked}",
+            f"{len(c.seeds)} × {c.n.images:,}",
         )
-        for c in aggregate(chosen(read_folder(runs)))
+        for c in over_seeds(chosen(read_folder(runs)))
     }  # fmt: skip
     assert len(listed) == len(expected)
     assert {tuple(row[:4]): (row[4], row[6]) for row in listed} == expected

@@ -18,17 +18,21 @@ from defquant.records import (
     Measurement,
     Rows,
     Score,
-    aggregate,
     append,
     read_folder,
     read_jsonl,
     told_apart,
 )
+from defquant.report.names import Cell, over_seeds
 
 LINE = Measurement(
     "r", "DQ", "wrn-10-1", 4, 0.05, 0, "digits", "f00", "FGSM", 8 / 255, "FGSM(eps=8/255)", 5, 10
 )
 measurement = partial(replace, LINE)
+
+
+def aggregate(found: list[Measurement]) -> list[Cell]:
+    return over_seeds(told_apart(found))
 
 
 def known(m: Measurement, **hashes: str) -> Measurement:
@@ -60,9 +64,9 @@ def test_lines_are_read_back_and_later_ones_replace(tmp_path: Path) -> None:
     assert record["low"] < record["accuracy"] == 0.5 < record["high"]
     assert [m.correct for m in read_folder(tmp_path)] == [6, 7]
     (cell,) = aggregate(read_folder(tmp_path))
-    assert (cell.accuracies, cell.seeds, cell.pooled) == ((0.6, 0.7), (0, 1), Score(13, 20))
+    assert (cell.seeds, cell.n.low, cell.n.high) == ((0, 1), *Score(13, 20).interval)
     assert cell.mean == pytest.approx(0.65)
-    assert cell.spread == pytest.approx(0.0707, abs=1e-4)
+    assert cell.n.spread == pytest.approx(0.0707, abs=1e-4)
 
 
 def test_results_are_plain_rows(tmp_path: Path) -> None:
@@ -123,8 +127,8 @@ def test_lines_of_other_weights_or_code_stand_beside_each_other(tmp_path: Path) 
     found = read_folder(tmp_path)
     assert [m.correct for m in found] == [3, 4, 5]  # the rerun of `one` replaced its line
     cells = aggregate(found)
-    assert [cell.accuracies for cell in cells] == [(0.3,), (0.4,), (0.5,)]
-    names = [cell.method for cell in cells]
+    assert [(cell.mean, len(cell.seeds)) for cell in cells] == [(0.3, 1), (0.4, 1), (0.5, 1)]
+    names = [cell.series.method for cell in cells]
     assert names == ["DQ [b2b2b2 f]", "DQ [a1a1a1 g]", "DQ [a1a1a1 f]"]
     assert told_apart(told_apart(found)) == told_apart(found)
     path.write_text("")
@@ -140,9 +144,9 @@ def test_seeds_are_seeds_where_configuration_and_data_agree() -> None:
     assert [cell.seeds for cell in aggregate([*long, *runs])] == [(0, 0, 1, 1, 2, 2)]
     other = known(runs[2], **make | {"train_fingerprint": "u"})
     short = known(runs[1], **make | {"config_sha256": "badbad00"})
-    cells = {c.method: c.seeds for c in aggregate([*long[:2], other])}
+    cells = {c.series.method: c.seeds for c in aggregate([*long[:2], other])}
     assert cells == {"DQ [c0ffee t]": (0, 1), "DQ [c0ffee u]": (2,)}
-    assert [c.method for c in aggregate([long[0], short])] == ["DQ [c0ffee]", "DQ [badbad]"]
+    assert [c.series.method for c in aggregate([long[0], short])] == ["DQ [c0ffee]", "DQ [badbad]"]
 
 
 def test_two_data_sets_of_one_name_are_told_apart_but_a_part_of_one_is_not() -> None:
@@ -177,7 +181,7 @@ def test_only_what_follows_the_gradient_is_masked(attack: str) -> None:
     assert not measurement(attack=attack, vanishing=0.5).masked
     for name in ("FGSM", "PGD-20", "Adaptive", "FAB", "PGD (8-bit)", "Worst(PGD, Square)", "mine"):
         m = measurement(attack=name, vanishing=0.5)
-        assert m.masked and aggregate([m])[0].masked
+        assert m.masked and aggregate([m])[0].n.masked
         assert not any(replace(m, vanishing=least).masked for least in (None, 0.0, 0.01))
 
 

@@ -1,4 +1,4 @@
-"""One JSON line per measurement, read back and aggregated over seeds. No torch.
+"""One JSON line per measurement, and read back. No torch.
 
 A line of `results.jsonl` is a `Measurement`: what was measured (`correct` of `total`), on which
 network (`method`, `bits`, `seed`, ...), by which attack, and the evidence (data fingerprint,
@@ -7,7 +7,6 @@ versions, machine, command).
 
 import math
 import re
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -21,21 +20,12 @@ from defquant.files import append_line, read_lines
 from defquant.typed import NOT_NEGATIVE, UNIT, from_mapping
 
 __all__ = [
-    "ABOUT", "BLACK", "EIGHT_BIT", "FOREIGN", "MASKED", "UNAWARE", "Cell", "Measurement", "Rows",
-    "Score", "aggregate", "append", "blind", "html_table", "mean_between", "over_seeds",
-    "read_folder", "read_jsonl", "record", "results", "run_name", "told_apart",
+    "ABOUT", "BLACK", "EIGHT_BIT", "FOREIGN", "MASKED", "UNAWARE", "Measurement", "Rows", "Score",
+    "append", "blind", "html_table", "mean_between", "read_folder", "read_jsonl", "record",
+    "results", "run_name", "told_apart",
 ]  # fmt: skip
 
-ABOUT = (
-    "run",
-    "method",
-    "model",
-    "bits",
-    "beta",
-    "seed",
-    "data",
-    "fingerprint",
-)  # what is measured
+ABOUT = ("run", "method", "model", "bits", "beta", "seed", "data", "fingerprint")  # is measured
 EIGHT_BIT = " (8-bit)"  # ends the name of an attack whose images were rounded as files hold them
 FOREIGN = "your model"  # begins the method of a network that `defquant train` did not make
 BLACK, UNAWARE = "(B)", " (unaware)"  # made on another network; blind to a feature squeezing
@@ -261,41 +251,6 @@ class Measurement:
         return str(found or "")
 
 
-@dataclass(frozen=True)
-class Cell:
-    """The same measurement over several seeds.
-
-    `mean` is the mean accuracy, `spread` the standard deviation over seeds (n - 1; 0 for one),
-    `pooled` the score of all seeds together, whose interval covers the test images' chance but
-    not the training's; `vanishing` the largest share of images with zero gradients.
-    """
-
-    method: str
-    model: str
-    bits: int | None
-    beta: float
-    data: str
-    attack: str
-    eps: float
-    accuracies: tuple[float, ...]
-    seeds: tuple[int, ...]
-    pooled: Score
-    vanishing: float = 0.0
-
-    @property
-    def masked(self) -> bool:
-        """As `Measurement.masked`, of any of the seeds."""
-        return blind(self.attack, self.vanishing) > MASKED
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.accuracies)
-
-    @property
-    def spread(self) -> float:
-        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
-
-
 def append(path: Path, measurement: Measurement) -> None:
     """Append `measurement` to the JSON lines of `path`."""
     append_line(path, record(measurement))
@@ -399,30 +354,3 @@ def _tags(pairs: Sequence[tuple[object, tuple[str, ...]]]) -> list[str]:
         return f" [{' '.join(part[:6] for part in hashes[: 1 if enough else None])}]"
 
     return [tag(*pair) for pair in pairs]
-
-
-def aggregate(measurements: Iterable[Measurement]) -> list[Cell]:
-    """Cells in order of first appearance, each over the seeds of one kind of measurement.
-
-    Seeds are so only where configuration and data agree: see `told_apart`.
-    """
-    return over_seeds(told_apart(measurements))
-
-
-def over_seeds(measurements: Iterable[Measurement]) -> list[Cell]:
-    """The same of measurements that are told apart already."""
-    groups: dict[_Kind, list[Measurement]] = {}
-    for m in measurements:
-        name = (m.method, m.model, m.bits, m.beta, m.data, m.attack, m.eps)
-        groups.setdefault(name, []).append(m)
-    return [_cell(name, sorted(group, key=lambda m: m.seed)) for name, group in groups.items()]
-
-
-_Kind = tuple[str, str, int | None, float, str, str, float]
-
-
-def _cell(name: _Kind, group: Sequence[Measurement]) -> Cell:
-    scores, seeds = [m.score for m in group], tuple(m.seed for m in group)
-    pooled = Score(sum(s.correct for s in scores), sum(s.total for s in scores))
-    least = max(m.vanishing or 0.0 for m in group)
-    return Cell(*name, tuple(s.accuracy for s in scores), seeds, pooled, least)

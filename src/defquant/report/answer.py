@@ -14,22 +14,22 @@ from typing import Any, Literal
 from defquant.paper.section import Answer as Decided
 from defquant.paper.section import Line, Number, Panel, bits_text, eps_text, signed
 from defquant.paper.verdict import Interval, accuracy, decide, interval, pooled
-from defquant.records import BLACK, EIGHT_BIT, UNAWARE, Cell, Measurement, blind
+from defquant.records import BLACK, EIGHT_BIT, UNAWARE
 from defquant.report.model import WORDS, interval_text, told_of
 from defquant.report.names import (
+    Cell,
     Series,
     attack_at,
     attack_order,
     distinct,
     is_validation,
-    series_of,
 )
 from defquant.report.plot import Looks, Spec, chart, drawing, legend, looks, net
 from defquant.report.sources import Diagnosis
 
 __all__ = [
     "Answer", "Figure", "Kind", "Mark", "Place", "Row", "differences", "gap", "kind_of", "ladder",
-    "number_of", "of_places", "rows_of",
+    "of_places", "rows_of",
 ]  # fmt: skip
 
 Kind = Literal["right", "wrong", "open"]
@@ -106,15 +106,6 @@ class Answer:
 # --- differences ----------------------------------------------------------------------------
 
 
-def number_of(cell: Cell) -> Number:
-    """A cell as the report shows it."""
-    low, high = cell.pooled.interval
-    return Number(
-        cell.mean, cell.spread, len(cell.seeds), _images(cell), low, high,
-        vanishing=blind(cell.attack, cell.vanishing),
-    )  # fmt: skip
-
-
 def gap(a: Cell, b: Cell, alike: Iterable[Cell] = ()) -> tuple[Interval, str]:
     """Accuracy of `a` less that of `b` with its 95 % interval, and what that covers.
 
@@ -125,27 +116,23 @@ def gap(a: Cell, b: Cell, alike: Iterable[Cell] = ()) -> tuple[Interval, str]:
     """
     from scipy.special import stdtrit
 
-    ours, theirs = (dict(zip(c.seeds, c.accuracies, strict=True)) for c in (a, b))
+    ours, theirs = ({m.seed: m.score.accuracy for m in c.found} for c in (a, b))
     own = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
     if len(own) >= SEEDS and len(ours) == len(a.seeds) and len(theirs) == len(b.seeds):
         half = float(stdtrit(len(own) - 1, 0.975)) * stdev(own) / math.sqrt(len(own))
         mean = fmean(own)
         return Interval(mean, mean - half, mean + half, True), f"paired over {len(own)} seeds"
-    spread = pooled(map(number_of, alike))
+    spread = pooled(c.n for c in alike)
     terms = [
-        (sign, accuracy(c.mean, _images(c), len(c.seeds), spread)) for sign, c in ((1, a), (-1, b))
+        (sign, accuracy(c.mean, c.n.images, c.n.seeds, spread)) for sign, c in ((1, a), (-1, b))
     ]
     covers = "test images and training" if spread else "test images alone"
     return interval(terms), f"over {covers}, not paired"
 
 
-def _images(cell: Cell) -> int:
-    return cell.pooled.total // len(cell.seeds)
-
-
 def _number(found: Interval, cell: Cell) -> Number:
     ends = found.low, found.high
-    return Number(found.effect, 0.0, len(cell.seeds), _images(cell), *ends, points=True)
+    return Number(found.effect, 0.0, cell.n.seeds, cell.n.images, *ends, points=True)
 
 
 # --- runs -----------------------------------------------------------------------------------
@@ -168,8 +155,8 @@ class Place:
     def networks(self) -> dict[Series, dict[At, Cell]]:
         """In order."""
         found: dict[Series, dict[At, Cell]] = {}
-        for cell in sorted(self.cells, key=lambda cell: series_of(cell).order):
-            found.setdefault(series_of(cell), {})[cell.attack, cell.eps] = cell
+        for cell in sorted(self.cells, key=lambda cell: cell.series.order):
+            found.setdefault(cell.series, {})[cell.attack, cell.eps] = cell
         return found
 
     @cached_property
@@ -249,32 +236,33 @@ class Place:
     def less(self, a: Cell, other: Series) -> tuple[Interval, str] | None:
         """`a` less another network under the same attack."""
         b = self.networks[other].get((a.attack, a.eps))
-        if b is None or series_of(a) == other:
+        if b is None or a.series == other:
             return None
-        return gap(a, b, self._alike[a.attack, a.eps, a.bits == 1])
+        return gap(a, b, self._alike[a.attack, a.eps, a.series.bits == 1])
 
     @cached_property
     def _alike(self) -> dict[tuple[str, float, bool], list[Cell]]:
         found: dict[tuple[str, float, bool], list[Cell]] = {}
         for c in self.cells:
-            found.setdefault((c.attack, c.eps, c.bits == 1), []).append(c)
+            found.setdefault((c.attack, c.eps, c.series.bits == 1), []).append(c)
         return found
 
-    def row(self, cell: Cell, behind: Sequence[Measurement] = (), telling: bool = False) -> Row:
-        """A cell beside the reference; `behind` are its measurements."""
-        series, less = series_of(cell), self.less(cell, self.reference)
+    def row(self, cell: Cell, telling: bool = False) -> Row:
+        """A cell beside the reference."""
+        series, less = cell.series, self.less(cell, self.reference)
+        right, total = (sum(getattr(m, k) for m in cell.found) for k in ("correct", "total"))
         about = {
-            "Right": f"{cell.pooled.correct:,} of {cell.pooled.total:,}",
-            "95% interval": interval_text(number_of(cell)),
+            "Right": f"{right:,} of {total:,}",
+            "95% interval": interval_text(cell.n),
             "Seeds": ", ".join(map(str, cell.seeds)),
             f"Less {self.reference}": less[1] if less else "",
             "No gradient": f"{cell.vanishing:.1%} of the right images" * (cell.vanishing > 0),
-            "Runs": " ".join(distinct(m.run for m in behind if not m.cell)),
-            "Cells": " ".join(distinct(m.cell for m in behind if m.cell)),
+            "Runs": " ".join(distinct(m.run for m in cell.found if not m.cell)),
+            "Cells": " ".join(distinct(m.cell for m in cell.found if m.cell)),
         }
         return Row(
             self.name, str(series), kind_of(series), str(series.family), series.bits, cell.attack,
-            cell.eps, number_of(cell), _number(less[0], cell) if less else None, telling,
+            cell.eps, cell.n, _number(less[0], cell) if less else None, telling,
             {name: text for name, text in about.items() if text},
         )  # fmt: skip
 
@@ -291,10 +279,10 @@ class Place:
         kept, found = f"{100 * cell.mean:.1f} %", self.less(cell, self.reference)
         missing, figures = _missing([a for a, _ in own], marks, cell), _figures(self)
         if found is None:
-            ends = f"[{interval_text(number_of(cell)).replace(' to ', ', ')}]"
+            ends = f"[{interval_text(cell.n).replace(' to ', ', ')}]"
             return Answer(
                 f"How robust is {series}?", kept, "open",
-                f"of {_images(cell):,} images are right, {attack}, 95 % interval {ends}. There is "
+                f"of {cell.n.images:,} images are right, {attack}, 95 % interval {ends}. There is "
                 "no other network to set it beside.", marks, (), missing, figures,
             )  # fmt: skip
         word, kind = VERDICTS[decide(found[0])]
@@ -326,23 +314,15 @@ def of_places(cells: Sequence[Cell], radius: Callable[[Sequence[Cell]], float]) 
     return [Place(*name, found[name], radius(found[name])) for name in ordered]
 
 
-def rows_of(places: Sequence[Place], measurements: Sequence[Measurement]) -> list[Row]:
+def rows_of(places: Sequence[Place]) -> list[Row]:
     """The leaderboard: every cell; of the first place the strongest attack is seen at once."""
-    behind: dict[tuple[Any, ...], list[Measurement]] = {}
-    for m in measurements:
-        behind.setdefault(_key(m), []).append(m)
     found = []
     for place in places:
-        cells = [(attack_order(a), e, s.order, c) for s, o in place.networks.items()
-                 for (a, e), c in o.items()]  # fmt: skip
-        for *_, cell in sorted(cells, key=lambda own: own[:3]):
+        cells = [cell for own in place.networks.values() for cell in own.values()]
+        for cell in sorted(cells, key=lambda c: (attack_order(c.attack), c.eps, c.series.order)):
             telling = place is places[0] and (cell.attack, cell.eps) == place.at
-            found.append(place.row(cell, behind.get(_key(cell), ()), telling))
+            found.append(place.row(cell, telling))
     return found
-
-
-def _key(item: Cell | Measurement) -> tuple[Any, ...]:
-    return (item.method, item.model, item.bits, item.beta, item.data, item.attack, item.eps)
 
 
 def _entire(attack: str) -> bool:
@@ -363,16 +343,16 @@ def _points(found: Interval) -> str:
 def _strength(cell: Cell) -> Mark:
     """Strong: 5 seeds or more on 400 images or more; fair: 2 seeds or more."""
     seeds = len(set(cell.seeds))
-    strong = seeds >= 5 and _images(cell) >= 400
+    strong = seeds >= 5 and cell.n.images >= 400
     word, kind = ("strong", "right") if strong else ("fair" if seeds > 1 else "weak", "open")
-    text = f"{seeds} seed{'s' * (seeds > 1)}, {_images(cell):,} images"
+    text = f"{seeds} seed{'s' * (seeds > 1)}, {cell.n.images:,} images"
     return Mark("Evidence", word, kind, text)  # type: ignore[arg-type]
 
 
 def _masking(cell: Cell, diagnoses: Mapping[str, Diagnosis]) -> Mark:
     """The worst of the diagnoses; or that the attack was blind."""
     name, order = "Masked gradients", list(SIGNS)
-    if cell.masked:
+    if cell.n.masked:
         share = f"no gradient on {cell.vanishing:.1%} of the right images"
         return Mark(name, "masked", "wrong", share)
     known = [(order.index(d.verdict), run, d) for run, d in diagnoses.items() if d.verdict in SIGNS]
@@ -430,7 +410,7 @@ def ladder(place: Place, whole: bool = False) -> Spec | None:
     own = [s for s in place.plain if all((a, place.eps) in place.networks[s] for a in place.rungs)]
     found = [
         Panel(bits_text(bits), "attack", f"accuracy at {eps_text(place.eps)}", tuple(
-            Line(str(s), tuple((a, number_of(place.networks[s][a, place.eps]))
+            Line(str(s), tuple((a, place.networks[s][a, place.eps].n)
                                for a in place.rungs), kind_of(s))
             for s in own if s.bits == bits
         ))
@@ -471,8 +451,8 @@ def _trade(shown: Sequence[tuple[Series, Cell, Cell]], place: Place) -> Figure:
     rows = [
         {
             "network": str(s), "net": f"{net(str(s))}|",
-            **_ends(a := number_of(clean), "clean", "left", "right"),
-            **_ends(b := number_of(cell), "robust", "low", "high"),
+            **_ends(a := clean.n, "clean", "left", "right"),
+            **_ends(b := cell.n, "robust", "low", "high"),
             "told": f"{net(str(s))}|{s}; clean: {told_of(a)}; {name}: {told_of(b)}",
         }
         for s, clean, cell in shown

@@ -11,17 +11,18 @@ from typing import Any
 
 from defquant.errors import UserError
 from defquant.paper.section import Entry, Number, Panel, Table, eps_number, eps_text
-from defquant.records import Cell, Measurement, over_seeds, told_apart
-from defquant.report.answer import Place, kind_of, ladder, number_of, of_places
+from defquant.records import Measurement, told_apart
+from defquant.report.answer import Place, kind_of, ladder, of_places
 from defquant.report.model import EPS, NOTHING, WORDS, Chapter, Plain, listing, panels
 from defquant.report.names import (
+    Cell,
     Family,
     Series,
     attack_at,
     attack_order,
     distinct,
     is_validation,
-    series_of,
+    over_seeds,
     whole_text,
 )
 from defquant.report.plot import chart, figures, save
@@ -97,11 +98,11 @@ def _rows(found: Sequence[Cell]) -> list[Row]:
     radii = {data: table_eps(own) for data, own in _grouped(found, lambda c: c.data).items()}
     places = distinct((c.data, c.model) for c in found)
     rows = []
-    groups = _grouped(found, lambda c: (c.data, c.model, series_of(c).family, c.attack))
+    groups = _grouped(found, lambda c: (c.data, c.model, c.series.family, c.attack))
     for (data, model, family, attack), own in groups.items():
         far = {c.eps: (abs(c.eps - radii[data]), -c.eps) for c in own}
         nearest = min(far, key=lambda eps: far[eps])
-        cells = {c.bits: c for c in reversed(own) if c.eps == nearest}
+        cells = {c.series.bits: c for c in reversed(own) if c.eps == nearest}
         rows.append(Row(data, model, family, attack, nearest, cells))
 
     def order(row: Row) -> tuple[Any, ...]:
@@ -125,7 +126,7 @@ def table_eps(cells: Sequence[Cell]) -> float:
     are such. A smaller radius breaks nothing, at a larger one nothing stands; either way all
     networks look alike.
     """
-    floats = [cell for cell in cells if cell.method.startswith("float")] or list(cells)
+    floats = [cell for cell in cells if cell.series.method.startswith("float")] or list(cells)
     half = fmean([cell.mean for cell in floats if cell.attack == "clean"] or [1.0]) / 2
     attacked = [cell for cell in floats if cell.attack != "clean"]
     strongest = {
@@ -151,7 +152,7 @@ def summary_table(rows: Sequence[Row]) -> Table:
         {
             **({"Data": row.data, "Network": row.model} if several else {}),
             "Method": str(row.family), "Images": row.images,
-            **{h: number_of(row.cells[b]) if b in row.cells else None for b, h in heads.items()},
+            **{h: row.cells[b].n if b in row.cells else None for b, h in heads.items()},
             "Quantize gain": None if row.gain is None else Number(row.gain, points=True),
             "Best": Number(row.best),
         }
@@ -177,7 +178,7 @@ def _eps_panels(cells: Sequence[Cell], several: bool = False) -> list[Panel]:
 
     Of many networks each technique, and each few families of it, has panels of its own.
     """
-    own = _grouped(cells, series_of)
+    own = _grouped(cells, lambda c: c.series)
     parts = _parts(sorted(own, key=lambda series: series.order))
     return [p for part in parts for p in panels(_over_eps({s: own[s] for s in part}, several), EPS)]
 
@@ -192,7 +193,7 @@ def _over_eps(networks: Mapping[Series, Sequence[Cell]], several: bool) -> Itera
                 label = f"{series}, {model} on {data}" if several else str(series)
                 if any(c.attack == attack for c in cells):
                     for c in shown:
-                        yield attack, label, kind_of(series), eps_number(c.eps), number_of(c)
+                        yield attack, label, kind_of(series), eps_number(c.eps), c.n
 
 
 def _parts(names: Sequence[Series]) -> list[list[Series]]:

@@ -1,17 +1,18 @@
-"""How networks and attacks are named and ordered, everywhere in a report."""
+"""Networks and attacks as a report names and orders them, and what was measured of each."""
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 from defquant.errors import visible
-from defquant.paper.section import eps_text
-from defquant.records import BLACK, EIGHT_BIT, FOREIGN, UNAWARE, Cell
+from defquant.paper.section import Number, eps_text, number
+from defquant.records import BLACK, EIGHT_BIT, FOREIGN, UNAWARE, Measurement
 
 __all__ = [
-    "Family", "Series", "attack_at", "attack_order", "distinct", "is_validation", "markdown",
-    "series_of", "whole_text",
+    "Cell", "Family", "Series", "attack_at", "attack_order", "distinct", "is_validation",
+    "markdown", "over_seeds", "whole_text",
 ]  # fmt: skip
 
 ATTACKS = ("clean", "Random", "FGSM", "R+FGSM", "RFGSM", "BIM", "PGD", "APGD", "Square")
@@ -80,9 +81,42 @@ class Series:
         return self.short + f" ({self.family.shown_beta})" * bool(self.family.shown_beta)
 
 
-def series_of(cell: Cell) -> Series:
-    """The network that `cell` measured."""
-    return Series(cell.method, cell.bits, cell.beta)
+@dataclass(frozen=True)
+class Cell:
+    """The measurements of one network under one attack, which differ in their seed alone."""
+
+    series: Series
+    model: str
+    data: str
+    attack: str
+    eps: float
+    found: tuple[Measurement, ...]  # in order of their seeds
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(m.seed for m in self.found)
+
+    @cached_property
+    def n(self) -> Number:
+        return replace(number(self.found), cells=())
+
+    @property
+    def mean(self) -> float:
+        return self.n.mean or 0.0
+
+    @property
+    def vanishing(self) -> float:
+        """The largest share of images with zero gradients, whether the attack needs any or not."""
+        return max(m.vanishing or 0.0 for m in self.found)
+
+
+def over_seeds(measurements: Iterable[Measurement]) -> list[Cell]:
+    """Cells in order of first appearance, of measurements that are `told_apart`."""
+    groups: dict[tuple[Series, str, str, str, float], list[Measurement]] = {}
+    for m in measurements:
+        place = Series(m.method, m.bits, m.beta), m.model, m.data, m.attack, m.eps
+        groups.setdefault(place, []).append(m)
+    return [Cell(*at, tuple(sorted(own, key=lambda m: m.seed))) for at, own in groups.items()]
 
 
 def attack_at(attack: str, eps: float) -> str:

@@ -21,7 +21,7 @@ from defquant.errors import visible
 from defquant.files import write_bytes
 from defquant.paper.section import Answer as Decided
 from defquant.paper.section import Number, Reading, Section, Table, Verdict, eps_number
-from defquant.records import Measurement, over_seeds, read_folder
+from defquant.records import Measurement, read_folder
 from defquant.report import cards, judged, measured, plot
 from defquant.report.answer import Answer, Figure, Row, of_places, rows_of
 from defquant.report.model import (
@@ -38,7 +38,7 @@ from defquant.report.model import (
     value_text,
     view,
 )
-from defquant.report.names import distinct, is_validation, markdown, series_of
+from defquant.report.names import distinct, is_validation, markdown, over_seeds
 from defquant.report.sources import StripTable, of_runs, read_runs
 
 __all__ = [
@@ -83,7 +83,7 @@ def build_report(
     kept = measured.chosen(measurements)
     found = over_seeds(kept)
     places, strips = of_places(found, measured.table_eps), of_runs(pictures)
-    alike = distinct(str(series_of(c)) for c in found if len(set(c.seeds)) < len(c.seeds))
+    alike = distinct(str(c.series) for c in found if len(set(c.seeds)) < len(c.seeds))
     notes = [f"Unreadable. {note}" for note in (*notes, *broken)]
     notes += [
         f"{name}: several runs of one seed are averaged, though they differ" for name in alike
@@ -102,7 +102,7 @@ def build_report(
             "test images": max((m.total for m in on_test or measurements), default=0),
         },
         answer or (cards.answer(exported) if exported else None),
-        [*rows_of(places, kept), *cards.rows(exported)],
+        [*rows_of(places), *cards.rows(exported)],
         {name: look for place in reversed(places) for name, look in place.looks.items()},
         strips or [s for chapter in paper for s in chapter.strips],
         [claims(verdicts)] * bool(verdicts),
