@@ -79,7 +79,7 @@ class Captured:
 
     @torch.no_grad()
     def values(self, x: Tensor, keep: Callable[[fx.Node, Any], object] | None = None) -> Tensor:
-        """The logits of `x`; `keep(node, value)` is called with what each operation gives."""
+        """The logits of `x`; `keep(node, value)` sees it and what each operation gives."""
         logits: Tensor = _Kept(self.module, keep).run(x)
         return logits
 
@@ -93,7 +93,7 @@ class _Kept(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if self.keep is not None and n.op == "call_function":
+        if self.keep is not None and n.op not in ("get_attr", "output"):
             self.keep(n, value)
         return value
 

@@ -116,7 +116,6 @@ def _inputs(program: Captured, both: Tensor, wanted: Collection[fx.Node]) -> dic
             dim = next(i for i, side in enumerate(shape) if isinstance(side, torch.SymInt))
             found[node] = _norms(*value.movedim(dim, 0).reshape(len(both), -1).chunk(2))
 
-    keep(program.nodes[0], both)
     program.values(both, keep)
     return found
 

@@ -156,7 +156,7 @@ class _Walk:
         self.unbounded: list[str] = []
         for node in program.nodes[:-1]:
             self.reach[node] = float(node.op == "placeholder")
-            self.value[node] = x if node.op == "placeholder" else program.constant(node)
+            self.value[node] = program.constant(node)
         program.values(x, self.value.__setitem__)
 
     def visit(self, node: fx.Node) -> None:

@@ -3,8 +3,8 @@
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from defquant.attacks.access import differentiable, gradient, untouched
-from defquant.captured import capture, kind_of
+from defquant.captured import Captured, capture, kind_of
 from defquant.errors import DefquantWarning, UserError
 from defquant.judging.staircases import CASTS, CLIPS, LINEAR, Rewriting
 from defquant.quantize import Staircase
@@ -110,67 +110,53 @@ class _Fixed(nn.Module):
         return torch.fake_quantize_per_channel_affine(x, scale, zero, self.axis, *self.range)
 
 
-class _Few(fx.Interpreter):
-    """Which nodes take few values."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.few: dict[fx.Node, bool] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor) and n.op != "get_attr":
-            self.few[n] = value.numel() >= MANY and len(value.flatten()[:65536].unique()) <= FEW
-        return value
+def _few(value: Any) -> bool:
+    return value.numel() >= MANY and len(value.flatten()[:65536].unique()) <= FEW
 
 
 def _closed(twin: fx.GraphModule, x: Tensor) -> Iterator[str]:
     """Layers of what makes few values of many, and is no staircase of ours."""
-    seen = _Few(twin)
-    seen.run(x)
-    for node, few in seen.few.items():
-        inputs = [a for a in node.all_input_nodes if a in seen.few]
-        opened = node.op == "call_module" or node.op == "placeholder"
-        if few and not opened and inputs and not all(seen.few[a] for a in inputs):
+    few: dict[fx.Node, bool] = {}
+
+    def keep(node: fx.Node, value: Any) -> None:
+        if isinstance(value, Tensor):
+            few[node] = _few(value)
+
+    Captured(twin, "").values(x, keep)
+    for node in few:
+        inputs = [few[a] for a in node.all_input_nodes if a in few]
+        if few[node] and node.op == "call_function" and inputs and not all(inputs):
             kind = node.meta.get("val")
             switches = isinstance(kind, Tensor) and kind.dtype == torch.bool
-            if not switches or any(seen.few.get(user) for user in node.users):
+            if not switches or any(few.get(user) for user in node.users):
                 yield str(node.meta.get("layer") or node.name)
 
 
 def few_layers(model: nn.Module, x: Tensor) -> tuple[str, ...]:
     """Modules that make many values few, in a network that is no program."""
     found: dict[str, None] = {}
-    with _watched(model, found), untouched(model), torch.no_grad():
+    names = {module: name or type(model).__name__ for name, module in model.named_modules()}
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        many = [t for t in (*inputs, output) if isinstance(t, Tensor) and t.numel() >= MANY]
+        *before, after = [_few(t) for t in many] or [False]
+        if before and after and not all(before):
+            found[names[module]] = None
+
+    with ExitStack() as stack, untouched(model), torch.no_grad():
+        for module in names:
+            try:
+                stack.callback(module.register_forward_hook(hook).remove)
+            except RuntimeError:  # TorchScript lets nobody look inside
+                found["the whole network"] = None
         model(x)
     return tuple(found)
 
 
-@contextmanager
-def _watched(model: nn.Module, found: dict[str, None]) -> Iterator[None]:
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            many = [t for t in (*inputs, output) if isinstance(t, Tensor) and t.numel() >= MANY]
-            few = [len(t.flatten()[:65536].unique()) <= FEW for t in many]
-            if len(few) > 1 and few[-1] and not all(few[:-1]):
-                found[name or type(model).__name__] = None
-
-        return hook
-
-    handles = []
-    for name, module in model.named_modules():
-        try:
-            handles.append(module.register_forward_hook(watch(name)))
-        except RuntimeError:  # TorchScript lets nobody look inside
-            found["the whole network"] = None
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 # clamp(round(u)) is round(clamp(u)): the clips around a staircase are its range
+
+Link = tuple[fx.Node, fx.Node]
+"""What clips, or is affine in, or changes the type of the second node, and of it alone."""
 
 
 def _take_clips(program: Rewriting, stairs: fx.Node) -> None:
@@ -187,104 +173,69 @@ def _take_clips(program: Rewriting, stairs: fx.Node) -> None:
 
 def _before(program: Rewriting, stairs: fx.Node, module: Staircase) -> Iterator[Ends]:
     """The ranges of u that clips leave; `stairs` then takes u as it is without them."""
-    a, b, chain = torch.tensor(1.0), torch.tensor(0.0), list[tuple[fx.Node, fx.Node]]()
-    node, start, kept = stairs.args[0], None, 0
-    while isinstance(node, fx.Node) and (step := _step(program, node, a, b)) is not None:
-        before, a, b, ends = step
-        if ends is None:
-            chain.append((node, before))
-        else:
+    links, start, kept = list[Link](), None, list[Link]()
+    node: Any = stairs.args[0]
+    while (before := _given(program, node)) is not None:
+        links.insert(0, (node, before))
+        if kind_of(node) in CLIPS:
+            ends = _ends(_pushed(program, links, -math.inf, math.inf))
+            if ends is None:
+                break
             yield _rounded(module, ends[0]), _rounded(module, ends[1])
-            start, kept = before, len(chain)
+            start, kept = before, [link for link in links if kind_of(link[0]) not in CLIPS]
         node = before
     if start is not None:
         with program.graph.inserting_before(stairs):
-            for old, before in reversed(chain[:kept]):
+            for old, before in kept:
                 start = program.graph.node_copy(old, _putting(start, before))
         stairs.args = (start,)
 
 
-def _step(
-    program: Rewriting, node: fx.Node, a: Tensor, b: Tensor
-) -> tuple[fx.Node, Tensor, Tensor, Ends | None] | None:
-    """What goes into `node`, and u = a x + b of that; the range of u where it clips."""
-    name = kind_of(node)
-    if name in CLIPS:
-        ends = _ends(_clip(program, node, name), a, b)
-        return None if ends is None else (node.all_input_nodes[0], a, b, ends)
-    if name in CASTS:
-        return node.all_input_nodes[0], a, b, None
-    linear = _linear(program, node, name)
-    if linear is None:
-        return None
-    return linear[0], a * linear[1], b + a * linear[2], None
-
-
 def _after(program: Rewriting, stairs: fx.Node) -> Iterator[Ends]:
     """The ranges that clips leave whose ends it can take, while nothing else uses it."""
-    a, b, node = torch.tensor(1.0), torch.tensor(0.0), stairs
+    links, node = list[Link](), stairs
     while len(node.users) == 1:
         (user,) = node.users
-        name = kind_of(user)
-        if name in CLIPS:
-            ends = _ends(_clip(program, user, name), 1 / a, -b / a)
-            if ends is None or any(abs(e - round(e)) > _NEAR for e in ends if math.isfinite(e)):
-                return
-            yield tuple(round(e) if math.isfinite(e) else e for e in ends)  # type: ignore[misc]
-            user.replace_all_uses_with(node)
-            program.graph.erase_node(user)
-            continue
-        linear = _linear(program, user, name)
-        if linear is not None and linear[0] is node:
-            a, b = a * linear[1], b * linear[1] + linear[2]
-        elif name not in CASTS:
+        if _given(program, user) is not node:
             return
-        node = user
+        if kind_of(user) not in CLIPS:
+            links, node = [*links, (user, node)], user
+            continue
+        shift, step = _pushed(program, links, 0.0, 1.0)
+        clip = _pushed(program, [(user, node)], -math.inf, math.inf)
+        ends = _ends(torch.stack(torch.broadcast_tensors(*(clip - shift) / (step - shift))))
+        if ends is None or any(abs(e - round(e)) > _NEAR for e in ends if math.isfinite(e)):
+            return
+        yield tuple(round(e) if math.isfinite(e) else e for e in ends)  # type: ignore[misc]
+        user.replace_all_uses_with(node)
+        program.graph.erase_node(user)
 
 
-def _linear(program: Rewriting, node: fx.Node, name: str) -> tuple[fx.Node, Any, Any] | None:
-    """(x, a, b) of a node a x + b."""
-    x, c, *_ = *node.args, None, None
-    if name == "neg" and isinstance(x, fx.Node):
-        return x, -1.0, 0.0
-    if name in ("add", "mul") and program.value(x) is not None:
-        x, c = c, x
-    c = program.value(c)
-    if name not in LINEAR or c is None or node.kwargs or not isinstance(x, fx.Node):
+def _given(program: Rewriting, node: Any) -> Any:
+    """The one node that a clip, an affine map or a cast is given; None for any other."""
+    if kind_of(node) not in CLIPS | LINEAR | CASTS or "rounding_mode" in node.kwargs:
         return None
-    c = torch.as_tensor(c, dtype=torch.float32)
-    made = {"add": (1.0, c), "sub": (1.0, -c), "mul": (c, 0.0), "div": (1 / c, 0.0)}
-    return (x, *made[name])
+    moving = [a for a in node.all_input_nodes if program.value(a) is None]
+    inverse = kind_of(node) == "div" and moving[:1] != [node.args[0]]
+    return None if len(moving) != 1 or inverse or node.args.count(moving[0]) > 1 else moving[0]
 
 
-def _clip(program: Rewriting, node: fx.Node, name: str) -> Ends | None:
-    given = [program.value(a) for a in node.args[1:]]
-    fixed: dict[str, list[Any]] = {
-        "relu": [0, None],
-        "relu6": [0, 6],
-        "hardtanh": [*given, -1, 1][:2],
-    }
-    if name == "hardtanh" and len(given) == 1:
-        fixed[name] = [given[0], 1]
-    ends = fixed.get(name, [*given, None, None][:2])
-    if name in ("clamp_max", "minimum"):
-        ends = ends[::-1]
-    low: Any = node.kwargs.get("min", ends[0])
-    high: Any = node.kwargs.get("max", ends[1])
-    if any(isinstance(end, Tensor | fx.Node) for end in (low, high)) or low is high is None:
+def _pushed(program: Rewriting, links: Sequence[Link], *numbers: float) -> Tensor:
+    """What `links`, one behind the other, make of numbers, for all channels: (numbers, ...)."""
+    values = torch.tensor(numbers).view(-1, 1, 1, 1, 1)
+    for node, source in links:
+        if kind_of(node) not in CASTS:
+            known = {a: program.captured.constant(a) for a in node.all_input_nodes}
+            args = fx.node.map_arg(node.args, (known | {source: values}).__getitem__)
+            values = node.target(*args, **node.kwargs)  # type: ignore[operator]
+    return values
+
+
+def _ends(values: Tensor) -> Ends | None:
+    """Of a range given by its ends, where it is one for all channels."""
+    low, high = (end.flatten() for end in (values.amin(0), values.amax(0)))
+    if any(bool(((end != end[0]) & ~((end - end[0]).abs() < _NEAR)).any()) for end in (low, high)):
         return None
-    return (-math.inf if low is None else float(low)), math.inf if high is None else float(high)
-
-
-def _ends(clip: Ends | None, a: Tensor, b: Tensor) -> Ends | None:
-    """The range of a x + b for x in `clip`, where it is one for all channels."""
-    if clip is None:
-        return None
-    ends = torch.broadcast_tensors(*((a * e + b) if math.isfinite(e) else a * e for e in clip))
-    low, high = torch.minimum(*ends).flatten(), torch.maximum(*ends).flatten()
-    for end in (low, high):
-        if not bool(((end == end[0]) | ((end - end[0]).abs() < _NEAR)).all()):
-            return None
     return float(low[0]), float(high[0])
 
 

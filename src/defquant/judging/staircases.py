@@ -49,7 +49,7 @@ class Rewriting:
         captured.values(images, self._spreads)
 
     def _spreads(self, node: fx.Node, value: Any) -> None:
-        compared = any(kind_of(user) in _TURNED for user in node.users)
+        compared = any(kind_of(user) in _TURNED for user in node.users) and kind_of(node)
         if compared and isinstance(value, Tensor) and value.is_floating_point():
             self.spread[node] = float(value.std())
 
