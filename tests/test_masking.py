@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import defquant as dq
 from conftest import tiny_images
+from defquant import records
 from defquant.diagnose import Effort, Sign, Verdict, judged, masking_verdict
 from defquant.diagnose.masking import EXAMPLES, RULES, SHARE
 from defquant.errors import UserError
@@ -377,6 +378,7 @@ def test_every_sign_is_explained() -> None:
     text = (Path(__file__).parents[1] / "docs" / "flags.md").read_text()
     for name, rule in RULES.items():
         assert f"| **{name}** |" in text and rule.means in text and rule.do, name
+    assert (RULES["zero gradient"].warn, RULES["zero gradient"].rounded) == (records.MASKED, SHARE)
 
 
 def test_bad_eps_is_refused() -> None:

@@ -23,7 +23,7 @@ from defquant.lipschitz import (
 
 __all__ = ["BatchNormCall", "LayerAudit", "Reach", "layer_input", "reach"]
 
-_SLOPES = dict.fromkeys((
+_SLOPES: dict[str, Any] = dict.fromkeys((
     "relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "tanh", "softplus", "softsign",
     "log_sigmoid", "tanhshrink", "softshrink", "celu", "abs", "neg", "sin", "cos", "atan", "round",
     "fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine",
@@ -33,8 +33,17 @@ _SLOPES = dict.fromkeys((
 ), 1.0) | {
     "sigmoid": 1 / 4, "hardsigmoid": 1 / 6, "hardswish": 3 / 2, "silu": 1.09984, "gelu": 1.129,
     "mish": 1.0885, "selu": 1.7581, "median_2x2": 2.0,
+    "leaky_relu": lambda given: max(1.0, abs(given["negative_slope"])),
+    "elu": lambda given: abs(given["scale"]) * max(1.0, abs(given["alpha"] * given["input_scale"])),
+    "max_pool2d": lambda given: max_pool_norm(
+        *(given[name] for name in ("kernel_size", "stride", "dilation"))
+    ),
+    "adaptive_max_pool2d": lambda given: math.sqrt(math.prod(
+        1 if n % o == 0 else math.ceil(o / n) + 1
+        for n, o in zip(given["self"].meta["val"].shape[-2:], given["output_size"], strict=True)
+    )),
 }  # fmt: skip
-"""How far they carry one moving tensor; rounding counts as the straight-through identity.
+"""How far they carry one moving tensor, by their arguments; rounding counts as the identity.
 
 The upper median of four: each pixel is in up to four windows.
 """
@@ -188,12 +197,15 @@ class _Walk:
             return self._either(node, given)
         source = self._only(node)
         if name in _SLOPES:
-            return _times(_SLOPES[name] * self._copies(source, node), self.reach[source])
+            slope = _SLOPES[name]
+            slope = slope(given) if callable(slope) else slope * self._copies(source, node)
+            return _times(slope, self.reach[source])
+        again, value = partial(self._again, node, source), self.value[source]
         if name in _SPREADS:
-            factor = average_norm(partial(self._again, node, source), self.value[source].shape)
-            return _times(factor, self.reach[source])
+            return _times(average_norm(again, value.shape), self.reach[source])
         if name in _LINEAR:
-            return self._linear_map(node, source)
+            norm = operator_norm(again, tuple(value.shape), value)
+            return _times(norm.upper, self.reach[source])
         raise _NoBound
 
     # ---------------------------------------------------------------- layers
@@ -320,30 +332,9 @@ class _Walk:
         moving = [part for part in (given["self"], given["other"]) if self._is_moving(part)]
         return math.hypot(*(_times(self._copies(m, node), self.reach[m]) for m in moving))
 
-    def op_leaky_relu(self, node: fx.Node, given: dict[str, Any]) -> float:
-        return _times(max(1.0, abs(given["negative_slope"])), self.reach[given["self"]])
-
-    def op_elu(self, node: fx.Node, given: dict[str, Any]) -> float:
-        ends = given["scale"], given["scale"] * given["alpha"] * given["input_scale"]
-        return _times(max(map(abs, ends)), self.reach[given["self"]])
-
     def op_prelu(self, node: fx.Node, given: dict[str, Any]) -> float:
         slope = self._constant(given["weight"]).abs().max().item()
         return _times(max(1.0, slope), self.reach[given["self"]])
-
-    def op_max_pool2d(self, node: fx.Node, given: dict[str, Any]) -> float:
-        windows = (given[name] for name in ("kernel_size", "stride", "dilation"))
-        return _times(max_pool_norm(*windows), self.reach[given["self"]])
-
-    def op_adaptive_max_pool2d(self, node: fx.Node, given: dict[str, Any]) -> float:
-        sides = zip(self.value[given["self"]].shape[-2:], given["output_size"], strict=True)
-        shared = math.prod(1 if n % o == 0 else math.ceil(o / n) + 1 for n, o in sides)
-        return _times(math.sqrt(shared), self.reach[given["self"]])
-
-    def _linear_map(self, node: fx.Node, source: fx.Node) -> float:
-        value = self.value[source]
-        norm = operator_norm(partial(self._again, node, source), tuple(value.shape), value)
-        return _times(norm.upper, self.reach[source])
 
     # ------------------------------------------------------------------ helpers
 

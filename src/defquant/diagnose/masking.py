@@ -3,9 +3,11 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from defquant.attacks import APGD, BIM, FGSM, PGD, RFGSM, Adaptive, Attack, Square, Transfer
@@ -19,7 +21,7 @@ from defquant.data import to_unit
 from defquant.errors import DefquantWarning, UserError
 from defquant.evaluate import Images, answers, linted, robust
 from defquant.quantize import Quantizer
-from defquant.records import MASKED, Score, html_table
+from defquant.records import Score, html_table
 
 __all__ = ["RULES", "Effort", "Finding", "Rule", "Sign", "Verdict", "judged", "masking_verdict"]
 
@@ -43,7 +45,7 @@ class Rule:
     """When a sign is raised, and what is said of it, as `docs/flags.md` explains it.
 
     It WARNs above the share `warn` of the images, and `fails` where the interval lies above that:
-    `surely`, `if broken` by other attacks (a float network's alone), or never (None).
+    `surely`, `if broken` by other attacks (a float network's alone), or `never`.
     `rounded` is the share for a FAIL of quantised networks, which show some signs by rounding
     alone: `noise` on 14 % of the images of an honest 2-bit network; a gradient worth no more than
     noise on a quarter is none.
@@ -52,74 +54,15 @@ class Rule:
     means: str
     do: str
     warn: float = SHARE
-    fails: Literal["surely", "if broken"] | None = "surely"
+    fails: Literal["surely", "if broken", "never"] = "surely"
     rounded: float | None = None
 
 
-# `mid-path`: a walk with steps of one size circles the boundary, and some last images are whole
-# again. `jumps`: rounding with a straight-through gradient makes it, too, and can be attacked; so
-# it FAILs only where other attacks break what that gradient leaves. `loss`: at 5 % it would ring
-# for half of the honest networks.
 RULES: Mapping[str, Rule] = {
-    "one step": Rule(
-        "one step breaks what many steps leave: the walk is led astray",
-        "quote the worst case over attacks (standard, adaptive)",
-    ),
-    "black box": Rule(
-        "another network's images break what the white box leaves",
-        "quote the black box too, and attack through a surrogate",
-    ),
-    "huge eps": Rule(
-        "images stand within 0.5 of grey, where none can: the attack does not move",
-        "find where the gradient is lost, and attack through a surrogate there",
-    ),
-    "random search": Rule(
-        "search without gradients breaks what every gradient attack leaves",
-        "quote standard, with more queries",
-    ),
-    "more steps": Rule(
-        "twice the steps break much more: the attack had not converged",
-        "raise the steps until nothing changes, or use adaptive",
-        fails=None,
-    ),
-    "zero gradient": Rule(
-        "the gradient is zero or no number: gradient attacks are blind",
-        "attack through a surrogate, or as a black box; see clip and high in training",
-        warn=MASKED,
-        rounded=SHARE,
-    ),
-    "jumps": Rule(
-        "the gradient explains little of the loss nearby: it is rounded, or not the network's own",
-        "attack through a surrogate (adaptive) and without gradients (square, many queries)",
-        warn=0.5,
-        fails="if broken",
-    ),
-    "mid-path": Rule(
-        "the walk broke images and came back whole: its last iterate overstates",
-        "keep the best iterate, as all attacks of defquant do",
-        warn=0.10,
-        rounded=1,
-    ),
-    "noise": Rule(
-        "random noise raises the loss more than one gradient step: FGSM's number is void",
-        "quote PGD or standard; train with pgd",
-        rounded=0.25,
-    ),
-    "loss": Rule(
-        "losses that cannot underflow break what the cross-entropy leaves",
-        "quote apgd-dlr, standard or adaptive",
-        warn=0.10,
-        fails=None,
-    ),
-    "surrogate": Rule(
-        "another backward pass breaks what the straight-through gradient leaves",
-        "quote adaptive",
-        fails=None,
-    ),
-    "randomness": Rule(
-        "identical calls give other logits: a score is partly chance",
-        "fix the draws, or attack the average over many (EOT)",
-    ),
+    name: Rule(**row)
+    for name, row in yaml.safe_load(
+        Path(__file__).with_name("signs.yaml").read_text("utf-8")
+    ).items()
 }
 
 

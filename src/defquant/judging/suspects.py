@@ -2,9 +2,9 @@
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from defquant.attacks import APGD, PGD, Adaptive, Attack, Square
 from defquant.attacks.access import to_eval, untouched
+from defquant.attacks.contract import Target, seed_of, standing
 from defquant.attacks.lint import lint_model
 from defquant.attacks.surrogates import twin_of
 from defquant.data import Dataset, load, to_unit
@@ -22,9 +24,12 @@ from defquant.evaluate import device_of
 from defquant.judging.opening import Opened, few_layers, has_gradient, open_staircases
 
 __all__ = [
-    "Pixels", "Suspect", "Witnessed", "images_of", "suspect", "with_twin",
+    "QUERIES", "STEPS", "Pixels", "Side", "Suspect", "Witnessed", "images_of", "suspect",
+    "with_twin",
 ]  # fmt: skip
 
+STEPS, QUERIES = 40, 500
+"""Of the attacks on a suspect."""
 LARGEST = 1 << 30
 """Bytes of a file."""
 SCRIPT = "torchscript:"
@@ -265,3 +270,65 @@ def _of_module(model: nn.Module, name: str, kind: str, data: Dataset) -> Suspect
     return Suspect(
         name, kind, to_eval(seen), answers, tuple(contract), opened.staircases, opened.closed, own
     )
+
+
+@dataclass
+class Side:
+    """A suspect under attack, and what was seen of it so far, by the place of an image.
+
+    `usual` and `strongest` hold, for each eps, which images stand; `fooling` the pixels that
+    fooled the thing itself.
+    """
+
+    suspect: Suspect
+    images: Tensor
+    labels: Tensor
+    seed: int
+    usual: dict[float, Tensor] = field(default_factory=dict)
+    strongest: dict[float, Tensor] = field(default_factory=dict)
+    fooling: dict[float, dict[int, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.clean = torch.zeros(len(self.labels), dtype=torch.bool)
+        self.model = Pixels(self.suspect.model)
+
+    def look(self, ids: Tensor, eps: Sequence[float]) -> None:
+        """See which of the images `ids` are right, and stand at each eps, rising."""
+        self.clean[ids] = self.suspect.answers(self.images[ids]) == self.labels[ids]
+        usual = strongest = self.clean[ids]
+        for radius in eps:
+            fooling = self.fooling.setdefault(radius, {})
+            before = [e for e in eps if e < radius]
+            if before:  # the fallen stay fallen
+                fooling |= self.fooling[before[-1]]
+            usual = self._left(ids, usual, [PGD(radius, steps=STEPS)], fooling)
+            strongest = self._left(ids, strongest & usual, self._attacks(radius), fooling)
+            for held, found in ((self.usual, usual), (self.strongest, strongest)):
+                held.setdefault(radius, torch.zeros_like(self.clean))[ids] = found
+
+    def _attacks(self, eps: float) -> list[Attack]:
+        """Another loss, then everything through surrogates; a search where gradients are blind."""
+        found: list[Attack] = [APGD(eps, STEPS, loss="margin"), *Adaptive(eps, STEPS).attacks]
+        return [*found, Square(eps, QUERIES)] if self.suspect.closed else found
+
+    def _left(
+        self, ids: Tensor, alive: Tensor, attacks: Sequence[Attack], fooling: dict[int, Tensor]
+    ) -> Tensor:
+        """Which of `ids` that are `alive` none of `attacks` fools, as 8-bit pixels."""
+
+        def witness(some: Tensor, made: Tensor) -> Tensor:
+            pixels = (made * 255).round().to(torch.uint8)
+            fooled = self.suspect.answers(pixels) != self.labels[some]
+            fooling.update(zip(some[fooled].tolist(), pixels[fooled], strict=True))
+            return fooled
+
+        alive = alive.clone()
+        for place, attack in enumerate(attacks):
+            if not bool(alive.any()):
+                break
+            target = Target(
+                self.model, self.images, self.labels, seed_of(self.seed, place), 128,
+                witness=witness,
+            )  # fmt: skip
+            alive[alive.clone()] = standing(attack, target, ids[alive])
+        return alive

@@ -9,15 +9,13 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from defquant.attacks import APGD, PGD, Adaptive, Attack, Square
-from defquant.attacks.contract import Target, seed_of, standing
 from defquant.checkpoint import stamp
 from defquant.config import check_eps
 from defquant.data import Dataset
@@ -25,7 +23,7 @@ from defquant.data.dataset import in_unit
 from defquant.diagnose import Effort, masking_verdict
 from defquant.diagnose.masking import OVERSTATED as SHARE
 from defquant.errors import DefquantWarning, UserError
-from defquant.judging.suspects import Pixels, Suspect, suspect
+from defquant.judging.suspects import QUERIES, STEPS, Side, Suspect, suspect
 from defquant.records import html_table, mean_between
 
 __all__ = ["Judgement", "judge"]
@@ -33,7 +31,6 @@ __all__ = ["Judgement", "judge"]
 LEVEL = 0.95
 FIRST, MASKING = 64, 128
 """Images of the first look; most of those on which signs of masked gradients are looked for."""
-STEPS, QUERIES = 40, 500
 CLAIMED = 0.10  # of the images: where the usual attack leaves fewer, nothing can be masked
 _FAR = 1 << 20
 
@@ -65,68 +62,6 @@ class Judgement:
         ]
         said = f"{about['model']['name']}: {self.verdict}{beside}; {about['images']} images"
         return html_table(rows, said)
-
-
-@dataclass
-class _Side:
-    """One network, and what was seen of it so far, by the place of an image in the order.
-
-    `usual` and `strongest` hold, for each eps, which images stand; `fooling` the pixels that
-    fooled the thing itself.
-    """
-
-    suspect: Suspect
-    images: Tensor
-    labels: Tensor
-    seed: int
-    usual: dict[float, Tensor] = field(default_factory=dict)
-    strongest: dict[float, Tensor] = field(default_factory=dict)
-    fooling: dict[float, dict[int, Tensor]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.clean = torch.zeros(len(self.labels), dtype=torch.bool)
-        self.model = Pixels(self.suspect.model)
-
-    def look(self, ids: Tensor, eps: Sequence[float]) -> None:
-        """See which of the images `ids` are right, and stand at each eps, rising."""
-        self.clean[ids] = self.suspect.answers(self.images[ids]) == self.labels[ids]
-        usual = strongest = self.clean[ids]
-        for radius in eps:
-            fooling = self.fooling.setdefault(radius, {})
-            before = [e for e in eps if e < radius]
-            if before:  # the fallen stay fallen
-                fooling |= self.fooling[before[-1]]
-            usual = self._left(ids, usual, [PGD(radius, steps=STEPS)], fooling)
-            strongest = self._left(ids, strongest & usual, self._attacks(radius), fooling)
-            for held, found in ((self.usual, usual), (self.strongest, strongest)):
-                held.setdefault(radius, torch.zeros_like(self.clean))[ids] = found
-
-    def _attacks(self, eps: float) -> list[Attack]:
-        """Another loss, then everything through surrogates; a search where gradients are blind."""
-        found: list[Attack] = [APGD(eps, STEPS, loss="margin"), *Adaptive(eps, STEPS).attacks]
-        return [*found, Square(eps, QUERIES)] if self.suspect.closed else found
-
-    def _left(
-        self, ids: Tensor, alive: Tensor, attacks: Sequence[Attack], fooling: dict[int, Tensor]
-    ) -> Tensor:
-        """Which of `ids` that are `alive` none of `attacks` fools, as 8-bit pixels."""
-
-        def witness(some: Tensor, made: Tensor) -> Tensor:
-            pixels = (made * 255).round().to(torch.uint8)
-            fooled = self.suspect.answers(pixels) != self.labels[some]
-            fooling.update(zip(some[fooled].tolist(), pixels[fooled], strict=True))
-            return fooled
-
-        alive = alive.clone()
-        for place, attack in enumerate(attacks):
-            if not bool(alive.any()):
-                break
-            target = Target(
-                self.model, self.images, self.labels, seed_of(self.seed, place), 128,
-                witness=witness,
-            )  # fmt: skip
-            alive[alive.clone()] = standing(attack, target, ids[alive])
-        return alive
 
 
 def judge(
@@ -188,10 +123,10 @@ def judge(
     shown, labels = data.images[order], data.labels[order]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DefquantWarning)  # said in the verdict, with numbers
-        sides = [_Side(suspect(model, data, weights, input), shown, labels, seed)]
+        sides = [Side(suspect(model, data, weights, input), shown, labels, seed)]
         if reference is not None:
             other = suspect(reference, data, reference_weights, reference_input)
-            sides.append(_Side(other, shown, labels, seed))
+            sides.append(Side(other, shown, labels, seed))
         count = 0
         for some in _batches(len(data), begun + 0.8 * budget * (1 if masking else 1.25)):
             for side in sides:
@@ -241,34 +176,40 @@ def _batches(total: int, end: float) -> Iterator[int]:
         yield count
 
 
-def _row(sides: Sequence[_Side], eps: float, n: int, radii: int, margin: float) -> dict[str, Any]:
+def _row(sides: Sequence[Side], eps: float, n: int, radii: int, margin: float) -> dict[str, Any]:
     """All that is known at one eps after `n` images."""
     level = 1 - (1 - LEVEL) / radii
-    side = sides[0]
-    usual, strongest = side.usual[eps][:n], side.strongest[eps][:n]
-    over = _between(int((usual & ~strongest).sum()), 0, n, level)
+    usual, strongest = (held[eps][:n] for held in (sides[0].usual, sides[0].strongest))
+    over = _between(usual, strongest, level, SHARE, ("OVERSTATED", "REAL"))
     over["low"] = max(over["low"], 0.0)
     row: dict[str, Any] = {
         "eps": eps, "usual": _share(usual), "strongest": _share(strongest), "overstated": over,
     }  # fmt: skip
-    over["verdict"] = _which(over, SHARE, ("OVERSTATED", "REAL"))
-    over["more"] = _more(over, n, level, SHARE)
     if len(sides) > 1:
         other = sides[1].strongest[eps][:n]
-        wins, losses = int((strongest & ~other).sum()), int((other & ~strongest).sum())
-        paired = _between(wins, losses, n, level)
-        paired["verdict"] = _which(paired, -margin / 100, ("NOT WORSE", "WORSE"))
-        paired["more"] = _more(paired, n, level, -margin / 100)
+        paired = _between(strongest, other, level, -margin / 100, ("NOT WORSE", "WORSE"))
         row |= {"reference": _share(other), "paired": paired}
         row["transfer"] = [_transfer(a, b, eps, n) for a, b in (sides, sides[::-1])]
     return row
 
 
-def _between(wins: int, losses: int, n: int, level: float) -> dict[str, Any]:
+def _between(
+    one: Tensor, other: Tensor, level: float, limit: float, words: tuple[str, str]
+) -> dict[str, Any]:
+    """By how much `one` stands more often than `other`: above `limit`, or not, in two words.
+
+    `more` images would decide it at the rates seen so far; 0 where it is decided.
+    """
+    n, wins, losses = len(one), int((one & ~other).sum()), int((other & ~one).sum())
     low, high = mean_between(wins, losses, n, level)
+    size, ends = float(n), (low, high)
+    while size < _FAR and ends[0] <= limit < ends[1]:
+        size *= 1.1
+        ends = mean_between(wins * size / n, losses * size / n, size, level)
+    said = words[0] if low > limit else words[1] if high <= limit else "NOT DECIDED"
     return {
         "wins": wins, "losses": losses, "total": n, "rate": (wins - losses) / n, "low": low,
-        "high": high,
+        "high": high, "verdict": said, "more": math.ceil(size) - n,
     }  # fmt: skip
 
 
@@ -279,23 +220,6 @@ def _share(stands: Tensor) -> dict[str, Any]:
             "high": high}  # fmt: skip
 
 
-def _which(found: Mapping[str, Any], limit: float, words: tuple[str, str]) -> str:
-    if found["low"] > limit:
-        return words[0]
-    return words[1] if found["high"] <= limit else "NOT DECIDED"
-
-
-def _more(found: Mapping[str, Any], n: int, level: float, limit: float) -> int:
-    """Images that it would take beyond `n`, at the rates seen so far; 0 where it is decided."""
-    size = float(n)
-    while size < _FAR:
-        low, high = mean_between(found["wins"] * size / n, found["losses"] * size / n, size, level)
-        if low > limit or high <= limit:
-            break
-        size *= 1.1
-    return math.ceil(size) - n
-
-
 def _decided(rows: Sequence[Mapping[str, Any]]) -> bool:
     def of(name: str, bad: str) -> bool:
         found = [row[name]["verdict"] for row in rows if name in row]
@@ -304,7 +228,7 @@ def _decided(rows: Sequence[Mapping[str, Any]]) -> bool:
     return of("overstated", "-") and of("paired", "WORSE")
 
 
-def _transfer(a: _Side, b: _Side, eps: float, n: int) -> dict[str, Any]:
+def _transfer(a: Side, b: Side, eps: float, n: int) -> dict[str, Any]:
     """How many images that fool `a`, as they fell, fool `b`, too, where both were right."""
     ids = [i for i in a.fooling[eps] if i < n and bool(a.clean[i] & b.clean[i])]
     pixels = [a.fooling[eps][i] for i in ids]
@@ -314,7 +238,7 @@ def _transfer(a: _Side, b: _Side, eps: float, n: int) -> dict[str, Any]:
 
 
 def _signs(
-    side: _Side, rows: Sequence[Mapping[str, Any]], left: float, seed: int
+    side: Side, rows: Sequence[Mapping[str, Any]], left: float, seed: int
 ) -> dict[str, Any] | str:
     """Signs of masked gradients at the largest eps at which the usual attack leaves something.
 
@@ -337,7 +261,7 @@ def _signs(
 
 
 def _judgement(
-    sides: Sequence[_Side],
+    sides: Sequence[Side],
     rows: Sequence[Mapping[str, Any]],
     n: int,
     data: Dataset,
@@ -358,7 +282,7 @@ def _judgement(
     return Judgement(verdict, paired, record)
 
 
-def _described(side: _Side, n: int) -> dict[str, Any]:
+def _described(side: Side, n: int) -> dict[str, Any]:
     found = side.suspect
     return {
         "name": Path(found.name).name, "kind": found.kind, "sha256": found.sha256,
