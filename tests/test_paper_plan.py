@@ -101,7 +101,7 @@ def test_time_is_learnt_from_what_is_alike(tmp_path: Path) -> None:
     logged(tmp_path, second, 11.0, epochs=2)
     for i, cell in enumerate(own[first]):
         keep(tmp_path, cell, replace(fake_measurement(cell), seconds=float(1 + i)))
-    survey = Survey([*own[first], *own[second]], tmp_path)
+    survey = Survey([*own[first], *own[second]], tmp_path, {})
     rate = (5 * 10.0 + 2 * 11.0) / 7  # of both, an epoch
     measured = sum(range(1, 1 + len(own[first])))
     assert survey.left(first) == 0.0
@@ -130,13 +130,13 @@ def test_a_plan_fits_the_budget_and_tells_how_long(
     logged(tmp_path, seeds[0], epoch, epochs=1)
     assert "0 of 28 cells" in plan.tell(seeds[0].name)[0]
     assert plan.remaining == pytest.approx((4 * 300 - epoch) / 2, rel=0.01)
-    assert [n.name for n in plan._survey.at_work] == [seeds[0].name]
+    assert [n.name for n in plan.survey.at_work] == [seeds[0].name]
     assert plan.next([seeds[1].name, seeds[0].name]) == seeds[0].name  # the other does not fit
     now += 1800  # for one training more; the pace counts as if one network had been made as thought
     logged(tmp_path, seeds[1], epoch)
     plan.next([seeds[0].name])
     slow = (1800 + 300 / 2) / (5 * epoch + 300)
-    assert plan.remaining == pytest.approx(plan._survey.all_left * slow, rel=0.01)
+    assert plan.remaining == pytest.approx(plan.survey.all_left * slow, rel=0.01)
     soon, now = plan.remaining, now + 100
     assert plan.remaining == pytest.approx(soon - 100)
 

@@ -318,7 +318,7 @@ def reproduce(
         preset: how large.
         seeds: of the trainings of Table 1, instead of the preset's.
         epochs: of every training, instead of the preset's: other networks, with other keys.
-        networks: make these alone, by patterns of their names, as '*_4bit_*'.
+        networks: make these alone, by patterns of their names, as `*_4bit_*`.
         cell: make and show the cells of these keys alone; each number on the page names its cells.
         out: folder of results; runs/PRESET if not given.
         budget: of time, as 90s, 10m or 1h: what undecided claims need most comes first, and what

@@ -294,13 +294,9 @@ def verdicts(
     answers = {name: experiment.found(scale, results) for name, experiment in EXPERIMENTS.items()}
     return tuple(
         Verdict(
-            name=f"C{i}",
-            where=claim.where,
-            claim=claim.claim,
-            paper=claim.paper,
-            readings=claim.readings(scale, answers, known),
-            note=claim.note,
-            command=f"defquant reproduce {claim.made} {scale.flags}",
+            f"C{i}", claim.where, claim.claim, claim.paper,
+            claim.readings(scale, answers, known), claim.note,
+            f"defquant reproduce {claim.made} {scale.flags}",
         )
         for i, claim in enumerate(CLAIMS, start=1)
-    )
+    )  # fmt: skip

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -21,7 +22,7 @@ from defquant.paper.grid import Cell, Network, Results, Scale, by_network
 from defquant.paper.section import eps_text
 from defquant.paper.verdict import Contrast, Evidence, evidence_of
 
-__all__ = ["Plan", "Survey", "gains", "kind_of", "needs", "passes_by_model"]
+__all__ = ["Plan", "Survey", "gains", "kind_of", "long", "needs", "passes_by_model"]
 
 FORWARD, INPUT_GRADIENT = 1 / 3, 2 / 3  # of a pass, whose backward is twice its forward
 WORST = {"adaptive": 2.2, "standard": 44.0}  # times the time of a PGD of its steps, or of 50
@@ -89,28 +90,25 @@ def gains(contrast: Contrast, evidence: Evidence, able: frozenset[str]) -> dict[
 
 class Survey:
     """A folder of results as it is now: what of `cells` is there, what is left and how long it
-    takes, learnt from the seconds that like work took. Counts what other machines do there, too.
+    takes, learnt from the seconds that like work took; before any, by `pace`, the seconds of a
+    training's pass by kind of network. Counts what other machines do there, too.
     """
 
-    def __init__(
-        self, cells: Sequence[Cell], out: Path, pace: Mapping[Any, float] | None = None
-    ) -> None:
-        """`pace`: seconds of a training's pass by kind of network, for what was never seen."""
+    def __init__(self, cells: Iterable[Cell], out: Path, pace: Mapping[Any, float]) -> None:
         self.results, self.own = grid.read(out), by_network(cells)
         self.missing = {n: self.results.missing(own) for n, own in self.own.items()}
         self.begun = {n for n in self.own if (out / "networks" / n.name).is_dir()}
         self.epochs = {n: _epochs(out / "networks" / n.name / "log.jsonl") for n in self.own}
         self._spent = defaultdict[Any, list[float]](lambda: [0.0, 0.0])  # seconds, passes
-        self._pace = pace or {}
+        self._pace = pace
         for network, own in self.own.items():
             share = len(self.epochs[network]) / network.train.epochs
             passes = share * _training(network)
             self._add(sum(self.epochs[network]), passes, "train", ("train", kind_of(network)))
             for cell in own:
                 if (m := self.results.scores.get(cell.key)) is not None:
-                    self._add(
-                        m.seconds, _cell_passes(cell), "cells", kind_of(network), _alike(cell)
-                    )
+                    kinds = "cells", kind_of(network), _alike(cell)
+                    self._add(m.seconds, _cell_passes(cell), *kinds)
         self.done = self._spent["train"][0] + self._spent["cells"][0]
 
     def _add(self, seconds: float, passes: float, *kinds: object) -> None:
@@ -154,13 +152,12 @@ class Survey:
 
     def lines(self) -> list[str]:
         """One for each network at work."""
-        wide = max((len(network.name) for network in self.at_work), default=0)
-        return [f"{n.name:{wide}}  {self._state(n)}  {self.scores(n)}" for n in self.at_work]
-
-    def _state(self, network: Network) -> str:
-        own, missing = len(self.own[network]), len(self.missing[network])
-        epochs = f"epoch {len(self.epochs[network])}/{network.train.epochs}"
-        return f"{epochs}, {own - missing}/{own} cells"
+        found, wide = list[str](), max((len(n.name) for n in self.at_work), default=0)
+        for n in self.at_work:
+            own, missing = len(self.own[n]), len(self.missing[n])
+            state = f"epoch {len(self.epochs[n])}/{n.train.epochs}, {own - missing}/{own} cells"
+            found.append(f"{n.name:{wide}}  {state}  {self.scores(n)}")
+        return found
 
 
 def _epochs(log: Path) -> list[float]:
@@ -176,38 +173,36 @@ def _alike(cell: Cell) -> tuple[object, ...]:
     return kind_of(cell.network), cell.mark, cell.images, cell.split
 
 
+@dataclass
 class Plan:
     """Which network is next, and what there is to tell meanwhile.
 
     Next is what shortens the intervals of undecided readings most for its time (see `needs`),
-    of those networks that can be done before `until` on the monotonic clock.
+    of those networks that can be done before `until` on the monotonic clock. With a `pace` as in
+    `Survey`, or where something is there already, the time left is known at once.
     """
 
-    def __init__(
-        self,
-        scale: Scale,
-        cells: Sequence[Cell],
-        out: Path,
-        until: float = math.inf,
-        pace: Mapping[Any, float] | None = None,
-    ) -> None:
-        """`pace` as in `Survey`: with it, or with what is there, the time is known at once."""
-        self.until, self._scale, self._cells, self._out = until, scale, cells, out
-        self._pace, self._end = pace, math.inf
-        self._survey = Survey(cells, out, pace)
+    scale: Scale
+    cells: Sequence[Cell]
+    out: Path
+    until: float = math.inf
+    pace: Mapping[Any, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.survey, self._end = Survey(self.cells, self.out, self.pace), math.inf
         self._begun: tuple[float, float] | None = None  # the time, and what was done
         self.begin(1)
 
     def begin(self, processes: int) -> None:
         """Now so many are at work."""
         self._processes, self._seen = processes, time.monotonic()
-        if self._pace or self._survey.done:
-            self._end = self._seen + self._survey.all_left / processes
+        if self.pace or self.survey.done:
+            self._end = self._seen + self.survey.all_left / processes
 
     def _look(self) -> Survey:
         """What is done since the start, on all machines, moves the end; else it comes nearer."""
-        before, now = self._survey.done, Survey(self._cells, self._out, self._pace)
-        self._survey, self._seen = now, time.monotonic()
+        before, now = self.survey.done, Survey(self.cells, self.out, self.pace)
+        self.survey, self._seen = now, time.monotonic()
         if now.done != before:
             # the clock starts with the first that is done: what came before is imports
             self._begun = self._begun or (self._seen, now.done)
@@ -222,7 +217,7 @@ class Plan:
         """One of these names; where none is needed by any claim, the first."""
         survey = self._look()
         missing = [cell for cells in survey.missing.values() for cell in cells]
-        need = needs(self._scale, survey.results, missing)
+        need = needs(self.scale, survey.results, missing)
         seconds = {network.name: survey.left(network) for network in survey.own}
         time_left = self.until - time.monotonic()
         worth = {n: (seconds[n] <= time_left, need.get(n, 0.0) / (seconds[n] or 1)) for n in left}
@@ -231,27 +226,28 @@ class Plan:
     @property
     def remaining(self) -> float:
         """Seconds until all is done; infinite where nothing tells."""
-        return max(0.0, self._end - time.monotonic()) if self._survey.all_left else 0.0
+        return max(0.0, self._end - time.monotonic()) if self.survey.all_left else 0.0
 
     def tell(self, name: str) -> list[str]:
         """Of all together, then of each network that is begun; or, in one line, of that `name`."""
-        survey = self._look() if name or time.monotonic() > self._seen + 2 else self._survey
+        survey = self._look() if name or time.monotonic() > self._seen + 2 else self.survey
         missing = sum(map(len, survey.missing.values()))
-        cells = len(dict.fromkeys(self._cells))
-        words = f"{cells - missing} of {cells} cells, {_long(self.remaining)} left"
+        cells = len(dict.fromkeys(self.cells))
+        words = f"{cells - missing} of {cells} cells, {long(self.remaining)} left"
         if self.until < math.inf:
-            words += f", {_long(self.until - time.monotonic())} of the budget"
+            words += f", {long(self.until - time.monotonic())} of the budget"
         rows = [survey.scores(network) for network in survey.own if network.name == name]
         return [words, *filter(None, rows)] if name else [words, *survey.lines()]
 
 
-def _long(seconds: float) -> str:
-    """`40 s`, `12 min`, `3.5 h`."""
+def long(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`, `12 days`."""
     if seconds == math.inf:
         return "an unknown time"
-    if seconds < 90:
-        return f"{max(0.0, seconds):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(0.0, seconds):.0f} s"
+    hours = seconds / 3600
+    return f"{hours:.1f} h" if hours < 72 else f"{hours / 24:,.0f} days"
 
 
 # --- cost ---------------------------------------------------------------------------------

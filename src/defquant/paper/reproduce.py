@@ -17,7 +17,7 @@ from defquant.files import append_line, make_folder, read_lines
 from defquant.paper import grid
 from defquant.paper.figures import EXPERIMENTS, WORDS, cells_of
 from defquant.paper.grid import SCALES, Cell, Network, Scale, by_network
-from defquant.paper.plan import Plan, Survey, kind_of, passes_by_model
+from defquant.paper.plan import Plan, Survey, kind_of, long, passes_by_model
 from defquant.progress import say
 
 __all__ = ["cells_to_make", "make", "merge", "names_of", "print_list", "print_plan", "remove"]
@@ -117,14 +117,10 @@ def print_plan(cells: Sequence[Cell], scale: Scale, out: Path, jobs: int | None)
     jobs = jobs or processes(passes)
     training, measuring = map(sum, zip(*passes.values(), strict=True))
     # as if processes of the CPU did not slow each other down
-    many = 1 if on_gpu(passes) else min(jobs, len(passes))
-    hours = Survey(cells, out, pace).all_left / many / 3600
-    long = f"{hours:,.1f} hours" if hours < 72 else f"{hours / 24:,.0f} days"
+    seconds = Survey(cells, out, pace).all_left / (1 if on_gpu(passes) else min(jobs, len(passes)))
     print(
         f"{len(passes)} networks, {len(missing)} cells: {training + measuring:,.0f} image passes "
-        f"({training:,.0f} of them training), about "
-        f"{long if hours >= 1 else f'{max(1, round(60 * hours))} minutes'} with {jobs} "
-        "processes"
+        f"({training:,.0f} of them training), about {long(seconds)} with {jobs} processes"
     )
 
 
@@ -231,8 +227,10 @@ def _rate(network: Network, seconds: float) -> float:
     try:
         size, rate = 2, _steps(network, 2)  # pays for imports, too
         end = time.perf_counter() + seconds
-        while size < (larger := min(most, int((end - time.perf_counter()) * rate / STEPS))):
-            size, rate = larger, _steps(network, larger)
+        while size < most and (left := end - time.perf_counter()) > 0:
+            # twice as many, too, where a busy machine made the first steps look slow
+            size = min(most, max(2 * size, int(left * rate / STEPS)))
+            rate = _steps(network, size)
         return rate
     finally:
         torch.set_num_threads(threads)

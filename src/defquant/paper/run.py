@@ -71,12 +71,13 @@ def run(
     local, full = workers == "local", False
     how: Any = {"tell": plan.tell, "until": plan.until} if plan else {}
     for again in (False, True):
-        if not todo:
+        if not todo or (plan and time.monotonic() >= plan.until):
             break
         many = 1 if full or not local else min(jobs or processes(todo.values()), len(todo))
         if plan:
             plan.begin(many)
-            say(f"reproduce: {len(todo)} networks, {plan.tell('')[0]}")
+            left = plan.tell("")[0].partition(", ")[2]
+            say(f"reproduce: {len(todo)} networks to make, {left}")
         how["total"], job = len(todo), partial(work, out, wait=again, share=1 / many)
         queue = ((n.name, partial(job, n, own[n])) for n in _following(dict(todo), plan))
         if local:
