@@ -189,18 +189,19 @@ class Plan:
     pace: Mapping[Any, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.survey, self._end = Survey(self.cells, self.out, self.pace), math.inf
+        self.survey, self._left = Survey(self.cells, self.out, self.pace), math.inf
         self._begun: tuple[float, float] | None = None  # the time, and what was done
+        self._moved = 0.0
         self.begin(1)
 
     def begin(self, processes: int) -> None:
         """Now so many are at work."""
         self._processes, self._seen = processes, time.monotonic()
         if self.pace or self.survey.done:
-            self._end = self._seen + self.survey.all_left / processes
+            self._left = self.survey.all_left / processes
 
     def _look(self) -> Survey:
-        """What is done since the start, on all machines, moves the end; else it comes nearer."""
+        """What is done since the start, on all machines, tells anew how long the rest takes."""
         before, now = self.survey.done, Survey(self.cells, self.out, self.pace)
         self.survey, self._seen = now, time.monotonic()
         if now.done != before:
@@ -210,7 +211,8 @@ class Plan:
             one = (now.done + now.all_left) / len(now.own)
             many = max(self._processes, len(now.at_work))  # other machines' among them
             elapsed = self._seen - self._begun[0] + one / many
-            self._end = self._seen + now.all_left * elapsed / (now.done - self._begun[1] + one)
+            self._left = now.all_left * elapsed / (now.done - self._begun[1] + one)
+            self._moved = self._seen
         return now
 
     def next(self, left: Iterable[str]) -> str:
@@ -225,8 +227,10 @@ class Plan:
 
     @property
     def remaining(self) -> float:
-        """Seconds until all is done; infinite where nothing tells."""
-        return max(0.0, self._end - time.monotonic()) if self.survey.all_left else 0.0
+        """Seconds until all is done, infinite where nothing tells; fewer and fewer, but for the
+        time in which the processes start.
+        """
+        return max(0.0, self._left - (time.monotonic() - self._moved if self._begun else 0.0))
 
     def tell(self, name: str) -> list[str]:
         """Of all together, then of each network that is begun; or, in one line, of that `name`."""
