@@ -23,7 +23,7 @@ from conftest import refused, tiny_images
 from defquant.cli import main
 from defquant.data import Dataset
 from defquant.data.pictures import encode, fitted
-from defquant.diagnose.amplification import layer_distances
+from defquant.diagnose.layers import layer_distances
 from defquant.explore.cards import before, growth, results
 from defquant.explore.server import BYTES, Guard, Page, serve
 from defquant.explore.trial import Frame, Network, answer, explore, named, opened, specs_of

@@ -1,14 +1,19 @@
 """Why a quantised network is easy to fool, or only seems hard to fool: measured, layer by layer."""
 
-from defquant.diagnose.amplification import (
+from defquant.diagnose.layers import (
+    Audit,
     BlockDistance,
     Distance,
+    LayerAudit,
     LayerDistance,
+    Radius,
+    audit,
     first_block_distances,
+    jacobian_norms,
     layer_distances,
     normalized_distance,
+    surrogate,
 )
-from defquant.diagnose.audit import Audit, LayerAudit, Radius, audit, jacobian_norms, surrogate
 from defquant.diagnose.masking import Effort, Sign, Verdict, judged, masking_verdict
 from defquant.diagnose.precision import (
     Cosine,

@@ -13,8 +13,7 @@ from torch import nn
 from defquant.attacks import PGD, Attack
 from defquant.checkpoint import Facts, load_on, stamp
 from defquant.data import Dataset, to_unit
-from defquant.diagnose.amplification import layer_distances
-from defquant.diagnose.audit import Audit, audit
+from defquant.diagnose.layers import Audit, audit, layer_distances
 from defquant.diagnose.masking import Effort, Verdict, masking_verdict
 from defquant.diagnose.precision import TransferMatrix, at_bits, last_made, transfer_matrix
 from defquant.errors import UserError

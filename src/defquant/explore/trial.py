@@ -18,7 +18,7 @@ from defquant.attacks.names import ATTACKS, parse_attack
 from defquant.attacks.surrogates import twin_of
 from defquant.checkpoint import load
 from defquant.data import Dataset, to_unit
-from defquant.diagnose.amplification import normalized_distance
+from defquant.diagnose.layers import normalized_distance
 from defquant.errors import UserError
 from defquant.judging.suspects import Suspect, Witnessed, suspect
 

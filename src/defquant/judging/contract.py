@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +232,7 @@ def find_contract(
             f"{file.path} has {file.twin.classes} outputs and the data {count} classes: use the "
             "data that it was trained for"
         )
-    ways = list(_ways(file.twin, images.shape[1:], ranges, layout, bgr))
+    ways = _ways(file.twin, images.shape[1:], ranges, layout, bgr)
     if not ways:
         raise UserError(f"{file.path} takes no {' or '.join(ranges or RANGES)} of these images")
     first = _Trial(file, images[:_FIRST], labels[:_FIRST], count)
@@ -262,7 +263,7 @@ def _ways(
     ranges: Mapping[str, Affine] | None,
     layout: Layout | None,
     bgr: bool | None,
-) -> Iterator[Contract]:
+) -> list[Contract]:
     """Contracts that fit the file, the plain ones first, each function once."""
     c, h, w = image
     layouts: list[Layout] = [layout] if layout else ["NCHW", "NHWC"]
@@ -275,16 +276,13 @@ def _ways(
     kind = twin.port.dtype
     whole = {torch.uint8: (0, 255), torch.int8: (-128, 127)}.get(kind)
     colours = [bgr] if bgr is not None else [False, True] if c == 3 else [False]
-    seen = set()
-    for name, (shift, divide) in _affines(twin, whole, ranges):
-        if len(shift) not in (1, c):
-            continue
-        for way in fitting:
-            for reverse in colours:
-                key = tuple(round(v, 6) for v in (*shift, *divide)), way, reverse
-                if key not in seen:
-                    seen.add(key)
-                    yield Contract(name, shift, divide, way, reverse, whole)
+    found: dict[Any, Contract] = {}
+    each = product(_affines(twin, whole, ranges), fitting, colours)
+    for (name, (shift, divide)), way, reverse in each:
+        key = tuple(round(v, 6) for v in (*shift, *divide)), way, reverse
+        if len(shift) in (1, c):
+            found.setdefault(key, Contract(name, shift, divide, way, reverse, whole))
+    return list(found.values())
 
 
 def _affines(
