@@ -1,4 +1,4 @@
-"""Networks whose exact answer is known: linear ones of two and of many classes; and a small one."""
+"""Networks whose exact answer is known: linear ones; and a small one."""
 
 import torch
 from torch import Tensor, nn
@@ -43,29 +43,6 @@ def middle_eps(model: LinearNet, x: Tensor, y: Tensor) -> tuple[float, int]:
     third = len(radii) // 3
     place = third + 1 + int(radii[third:-third].diff().argmax())
     return float(radii[place - 1] + radii[place]) / 2, len(radii) - place
-
-
-class Linear(nn.Module):
-    """Two classes, logits ±(w·x + b)/2, so that the margin moves by exactly eps·||w||_1."""
-
-    def __init__(self, size: int, seed: int = 0) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.w = nn.Parameter(torch.randn(size, generator=generator))
-
-    def margin(self, x: Tensor) -> Tensor:
-        return (x.flatten(1) - 0.5) @ self.w
-
-    def forward(self, x: Tensor) -> Tensor:
-        margin = self.margin(x)
-        return torch.stack([-margin, margin], 1) / 2
-
-
-def linear_scene(n: int = 40, seed: int = 0) -> tuple[Linear, Tensor, Tensor]:
-    """Images in [0.3, 0.7], rightly classified; eps up to 0.3 never leaves [0, 1]."""
-    model = Linear(3 * 4 * 4)
-    x = 0.3 + 0.4 * torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
-    return model, x, (model.margin(x) > 0).long().detach()
 
 
 def network(bits: int | None = 4) -> nn.Module:

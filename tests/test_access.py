@@ -13,7 +13,7 @@ from defquant.captured import capture
 from defquant.deploy.lower import calibrate
 from defquant.diagnose import Effort, first_block_distances, gradient_cosines, layer_distances
 from defquant.monitor import monitor
-from linear_scenes import Linear, linear_scene, network
+from linear_scenes import LinearNet, network, scene
 
 Data = tuple[Tensor, Tensor]
 
@@ -94,14 +94,14 @@ def test_only_buffers_that_changed_are_written_back() -> None:
         assert model.get_buffer(name)._version == versions[name]
 
 
-class Observed(Linear):
+class Observed(LinearNet):
     """Buffers that grow, that appear and that are bound anew, and a flag that tells of them."""
 
     cache: Tensor | None
     calls: Tensor
 
     def __init__(self) -> None:
-        super().__init__(3 * 4 * 4)
+        super().__init__()
         self.register_buffer("low", torch.empty(0))
         self.register_buffer("cache", None)
         self.register_buffer("calls", torch.zeros(()))
@@ -117,7 +117,7 @@ class Observed(Linear):
 
 
 def test_buffers_come_back_by_name_and_the_first_error_is_the_one_seen() -> None:
-    model, (_, x, y) = Observed(), linear_scene(4)
+    model, (_, x, y) = Observed(), scene(4)
     calls = model.get_buffer("calls")
     for _ in range(2):  # it runs again: flag and buffers agree
         PGD(0.1)(model, x, y)
@@ -133,7 +133,8 @@ def test_buffers_come_back_by_name_and_the_first_error_is_the_one_seen() -> None
 
 def test_attacks_run_in_eval_mode_without_parameter_gradients() -> None:
     seen: set[tuple[bool, bool]] = set()
-    spy, (_, x, y) = Linear(3 * 4 * 4), linear_scene(4)
-    spy.register_forward_hook(lambda *_: seen.add((spy.training, spy.w.requires_grad)))
+    spy, x, y = scene(4)
+    spy.train()
+    spy.register_forward_hook(lambda *_: seen.add((spy.training, spy.weight.requires_grad)))
     FGSM(0.1)(spy, x, y)
     assert seen == {(False, False)}

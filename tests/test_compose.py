@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import defquant as dq
 from defquant.attacks import APGD, FAB, FGSM, PGD, Attack, Composition, Square, Transfer
 from defquant.evaluate import robust, sweep
-from linear_scenes import linear_scene, middle_eps, scene
+from linear_scenes import middle_eps, scene
 
 
 class Breaks:
@@ -132,12 +132,12 @@ def test_transfer_never_asks_the_target() -> None:
         def forward(self, x: Tensor) -> Tensor:
             raise AssertionError("asked")
 
-    model, x, y = linear_scene()
+    model, x, y = scene(classes=2)
     attack = Transfer(FGSM(0.05), model)
     assert attack.name == "FGSM(B)"
     assert attack.eps == 0.05
     torch.testing.assert_close(attack(Silent(), x, y), FGSM(0.05).last(model, x, y))
-    assert dq.robust_accuracy(model.eval(), (x, y), attack) == dq.robust_accuracy(
+    assert dq.robust_accuracy(model, (x, y), attack) == dq.robust_accuracy(
         model, (x, y), FGSM(0.05)
     )
 

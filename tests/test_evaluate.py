@@ -1,5 +1,4 @@
 import random
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -209,27 +208,6 @@ def test_only_the_standing_are_attacked() -> None:
     standing[3:9] = True
     assert torch.equal(robust(model, data, Foreign(spy), standing=standing), standing)
     assert seen == [6]
-
-
-def warned(model: nn.Module, data: tuple[Tensor, Tensor]) -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        dq.accuracy(model, data)
-    return [str(w.message) for w in caught]
-
-
-def test_usual_mistakes_are_named() -> None:
-    data = ladder()
-    assert not warned(Threshold().eval(), data)
-    assert "training mode" in warned(Threshold(), data)[0]
-    assert "probabilities" in warned(nn.Sequential(Threshold(), nn.Softmax(1)).eval(), data)[0]
-
-    class Centred(Threshold):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x - x.mean(0) + 0.5)
-
-    assert "batch" in warned(Centred().eval(), data)[0]
-    refused(lambda: dq.accuracy(Threshold().eval(), (data[0][:0], data[1][:0])), "no images")
 
 
 def test_vanishing_gradients_are_counted() -> None:

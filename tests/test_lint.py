@@ -121,7 +121,11 @@ def test_outputs_that_cannot_be() -> None:
     assert dq.robust_accuracy(Then(lambda z: z.detach()), (X, Y), black).total == 96
 
 
-def test_nan_and_constant_outputs() -> None:
+def test_models_that_mislead_are_named() -> None:
+    assert "training mode" in said(Nearest().train())
+    assert "probabilities" in said(Then(lambda z: z.softmax(1)))
+    assert "the batch it comes in" in said(Then(lambda z: 100 * (z - z.mean(0))))
+    refused(lambda: dq.accuracy(Nearest(), (X[:0], Y[:0])), "no images")
     assert "not all finite" in said(Then(lambda z: z * float("nan")))
     assert "exactly the same output" in said(Then(lambda z: 0 * z))
 

@@ -106,12 +106,6 @@ def test_a_shared_weight_counts_once() -> None:
     torch.testing.assert_close(weight_grads(both), expected)
 
 
-def test_a_depthwise_convolution_is_penalised_per_channel() -> None:
-    conv = nn.Conv2d(5, 5, 3, groups=5)
-    nn.init.constant_(conv.weight, 1 / 3)  # unit filters, all alike: orthogonal only if kept apart
-    assert value_of(conv) == pytest.approx(0, abs=1e-12)
-
-
 @pytest.mark.parametrize("kdim", [8, 6])
 def test_the_projections_of_an_attention_are_a_matrix_each(kdim: int) -> None:
     """Stacked in one parameter, or three where keys have another size; the output's is a layer."""

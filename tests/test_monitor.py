@@ -1,7 +1,6 @@
 """The monitor of adversarial training: what it measures, that it touches nothing, what it says."""
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -135,25 +134,6 @@ def test_weights_are_those_of_a_training_without_it(
     for a, b in zip(mine, plain, strict=True):
         assert a.keys() - b.keys() == set(BOTH) and a["loss"] == b["loss"]
         assert all(0 <= a[name] <= 1 for name in BOTH)
-
-
-def test_a_resumed_training_watches_the_same(corners: Dataset) -> None:
-    kept: list[tuple[History, dict[str, Tensor], dict[str, Tensor]]] = []
-    config = replace(CONFIG, epochs=3)
-    whole, again = network(0.0), network(0.0)  # dropout would go on with other draws
-
-    def keep(history: History, momentum: Mapping[str, Tensor]) -> None:
-        tensors = whole.state_dict(), momentum
-        weights, momenta = ({k: v.clone() for k, v in each.items()} for each in tensors)
-        kept.append((history, weights, momenta))
-
-    complete = train(whole, corners, config, keep=keep)
-    history, weights, momentum = kept[0]
-    again.load_state_dict(weights)
-    resumed = train(again, corners, config, history=history, momentum=momentum)
-    for name in ("loss", *BOTH):
-        assert [r[name] for r in resumed] == [r[name] for r in complete]
-    assert alike(whole.state_dict(), again.state_dict())
 
 
 def test_only_adversarial_training_and_only_the_first_process_is_watched(

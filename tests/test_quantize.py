@@ -292,12 +292,9 @@ def test_a_signed_range_is_the_one_of_least_squared_error() -> None:
     assert float(module.peak) == 3.0  # a quarter of the outlier
 
 
-def test_before_the_first_batch_a_branch_passes_x() -> None:
-    x = torch.randn(3, 4, requires_grad=True)
-    assert torch.equal(y := branch()(x), x)
-    assert (torch.autograd.grad(2 * y.sum(), x)[0] == 2).all()
+def test_zeros_give_a_branch_no_range() -> None:
     training = QuantBranch().train()
-    assert torch.equal(training(torch.zeros(5)), torch.zeros(5))  # no range yet, and no NaN
+    assert torch.equal(training(torch.zeros(5)), torch.zeros(5))  # and no NaN
     assert training.peak == 0
 
 

@@ -1,7 +1,6 @@
-"""Weights on their grid: the grid, the layers, the penalty, and whole runs with all of it."""
+"""Weights on their grid: the grid, the layers, the penalty."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,8 @@ from hypothesis.extra import numpy as arrays
 from torch import Tensor, nn
 
 import defquant as dq
-from conftest import alike
-from defquant import checkpoint
-from defquant.checkpoint import Checkpoint
-from defquant.config import DataConfig, ModelConfig, TrainConfig
+from defquant.config import ModelConfig
 from defquant.lipschitz import OrthogonalPenalty, Target
-from defquant.runs import train_run
 from defquant.typed import from_mapping
 from defquant.weights import QuantConv2d, QuantLinear, quantize_weight, weight_grid
 
@@ -173,39 +168,6 @@ def test_the_penalty_is_that_of_the_quantised_weights(
     penalty.retract_()
     moved = [w + p - q for w, p, q in zip(before[0], matrices(plain), before[1], strict=True)]
     torch.testing.assert_close([p.detach() for p in matrices(model)], [m.detach() for m in moved])
-
-
-# ------------------------------------------------------------------------------------ whole runs
-
-MODEL = ModelConfig("wrn-10-1", bits=4, convex=True, weight_bits=4, deployable=True)
-TRAIN = TrainConfig(epochs=2, batch_size=32, lr=0.05, beta=0.05, device="cpu")
-
-
-def test_a_stopped_run_resumes_to_the_same_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data, save = DataConfig("digits", train_images=64), checkpoint.save
-
-    def save_and_stop(folder: Path, content: Checkpoint) -> Path:
-        save(folder, content)
-        raise KeyboardInterrupt
-
-    train_run(MODEL, data, TRAIN, tmp_path / "whole", show=False)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoint, "save", save_and_stop)
-        train_run(MODEL, data, TRAIN, tmp_path / "stopped", show=False)
-    halfway = checkpoint.load(tmp_path / "stopped")
-    assert len(halfway.facts.history) == 1
-    train_run(MODEL, data, TRAIN, tmp_path / "stopped", resume=True, show=False)
-
-    whole, resumed = (checkpoint.load(tmp_path / name) for name in ("whole", "stopped"))
-    assert whole.facts.model == MODEL
-    assert alike(whole.weights, resumed.weights) and alike(whole.momentum, resumed.momentum)
-    peaks = {k: v for k, v in whole.weights.items() if k.endswith(".peak")}
-    assert len(peaks) == 6 and all(peak > 0 for peak in peaks.values())
-    assert not alike(peaks, {k: halfway.weights[k] for k in peaks})
-    network, _ = checkpoint.load_model(tmp_path / "stopped")
-    assert alike(peaks, {k: network.state_dict()[k] for k in peaks})
 
 
 @pytest.mark.parametrize("weight_bits", [0, 1, 3, 7, 16, "8", True, -8])
