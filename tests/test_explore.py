@@ -4,6 +4,7 @@ import asyncio
 import base64
 import importlib.util
 import io
+import os
 import shutil
 import signal
 import socket
@@ -24,9 +25,9 @@ from defquant.cli import main
 from defquant.data import Dataset
 from defquant.data.pictures import encode, fitted
 from defquant.diagnose.layers import layer_distances
-from defquant.explore.cards import before, growth, results
-from defquant.explore.server import BYTES, Guard, Page, serve
+from defquant.explore.server import BYTES, Guard, Page, growth, results, serve, shown_as
 from defquant.explore.trial import Frame, Network, answer, explore, named, opened, specs_of
+from defquant.judging.suspects import images_of, suspect
 from pages import HOSTILE
 
 
@@ -129,7 +130,8 @@ def test_names_are_shown_letter_by_letter() -> None:
     hostile = Network(HOSTILE, network.suspect, network.view)
     found = list(explore([hostile], GREY.images[0], 0, named("fgsm", 3 / 255, 1)))
     text = results(found, GREY.images[0], (HOSTILE, HOSTILE), 3) + growth(found)
-    text += before([(hostile, found[0].clean)], 0, (HOSTILE, HOSTILE))
+    said = [(hostile, found[0].clean)]
+    text += shown_as("before", (HOSTILE, HOSTILE), said, 0, own=[hostile])
     assert "<script" not in text and "<img src" not in text and "&lt;script" in text
 
 
@@ -179,6 +181,8 @@ def test_without_gradio_or_a_port_there_is_one_line(
         port = taken.getsockname()[1]
         refused(lambda: serve(Page({}, GREY), "127.0.0.1", port, print), f":{port} (", "--port")
     assert main(["explore"]) == 2
+    for ask in (lambda: images_of("runs/none", None, None), lambda: suspect("runs/none", GREY)):
+        refused(ask, "no such folder of a run: runs/none")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["explore", "runs/a"]) == 2
     assert "pip install 'defquant[explore]'" in capsys.readouterr().err
@@ -211,7 +215,8 @@ def server(tmp_path: Path) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
     (tmp_path / "my.py").write_text(MODEL)
     words = [sys.executable, "-m", "defquant", "explore", f"{tmp_path}/my.py:make"]
     words += [f"{tmp_path}/my.py:slow", "--data", "digits", "--port", "0"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env)
     with process:
         assert process.stdout is not None
         yield process.stdout.readline().strip(), process
@@ -259,5 +264,5 @@ def test_in_a_browser(server: tuple[str, "subprocess.Popen[str]"], tmp_path: Pat
         browser.close()
     web = {url for url in asked if not url.startswith((address, "data:", "blob:"))}
     assert asked and not web  # no font, no script, no count of users
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    process.send_signal(signal.SIGTERM)  # as Ctrl-C: what it kept for itself goes
+    assert process.wait(30) == 130 and not list(tmp_path.glob("defquant-*"))

@@ -2,12 +2,13 @@
 
 import base64
 import os
+import signal
 import socket
 import tempfile
-from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from importlib.resources import files
+from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
 
@@ -17,9 +18,8 @@ from torch import Tensor
 
 from defquant.config import check_eps
 from defquant.data import Dataset
-from defquant.data.pictures import fitted
+from defquant.data.pictures import encode, fitted
 from defquant.errors import UserError, shown
-from defquant.explore.cards import address, before, live, refusal, results
 from defquant.explore.trial import (
     CHOICES,
     STEPS,
@@ -32,13 +32,17 @@ from defquant.explore.trial import (
     named,
     opened,
 )
+from defquant.paper.section import Line, Number, Panel
 from defquant.progress import say
+from defquant.report.page import template
+from defquant.report.plot import chart, looks, svg
 
 __all__ = ["Page", "serve"]
 
 BYTES, AT_ONCE = 8 << 20, 4
 """At most: of an uploaded file; networks side by side."""
 EACH = "each network"
+HERE = Path(__file__).parent
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -75,11 +79,13 @@ class Page:
             source = b""
         return torch.from_numpy(fitted(source, shown(name), self.data.shape).copy())
 
-    def answers(self, pixels: Tensor, names: Sequence[str]) -> list[tuple[Network, Answer]]:
-        """What each network says of the picture itself."""
+    def answers(self, pixels: Tensor, names: Sequence[str], label: int) -> tuple[str, int]:
+        """What each network says of the picture itself; its class, the first's where it is -1."""
         networks = self.networks(names)
         with self._lock:
-            return [(network, answer(network, pixels)) for network in networks]
+            said = [(network, answer(network, pixels)) for network in networks]
+        known = max(0, said[0][1].said) if label < 0 else label
+        return shown_as("before", self.data.classes, said, known, own=networks), known
 
     def attack(
         self, pixels: Tensor, label: int, names: Sequence[str], attack: str, eps: float,
@@ -114,7 +120,7 @@ class Page:
             while thread.is_alive():
                 thread.join(0.12)
                 if frames and thread.is_alive():
-                    yield live(frames[0], pixels, label, self.data.classes)
+                    yield shown_as("live", self.data.classes, frames[0], pixels, label)
         finally:
             stop.set()  # whoever asked has gone
         if failed:
@@ -128,6 +134,7 @@ def build(page: Page) -> Any:
 
     classes, names = list(page.data.classes), list(page.specs)
     first, number = page.data.images[0].numpy(), int(page.data.labels[0])
+    tests = list(zip(page.data.images[:24], page.data.labels.tolist(), strict=False))
     stops: dict[str, Event] = {}
 
     def fit(sent: dict[str, Any]) -> dict[str, str]:
@@ -144,11 +151,10 @@ def build(page: Page) -> Any:
             else:
                 pixels = page.picture(event._data.get("name"), event._data.get("data"))
                 known = -1
-            said = page.answers(pixels, names)
+            said, known = page.answers(pixels, names, known)
         except Exception as error:  # of the user's own model, too
             return gr.skip(), gr.skip(), refusal(error)
-        known = max(0, said[0][1].said) if known < 0 else known
-        return pixels.numpy(), known, before(said, known, classes)
+        return pixels.numpy(), known, said
 
     def run(pixels: Any, label: int, names: list[str], attack: str, eps: float, steps: float,
             on: str, request: gr.Request) -> Iterator[str]:  # fmt: skip
@@ -172,7 +178,7 @@ def build(page: Page) -> Any:
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 picker = gr.HTML(
-                    _picker(page.data),
+                    shown_as("picker", classes, page.data, tests),
                     js_on_load=_asset("page.js"),
                     server_functions=[fit],
                     elem_id="pick",
@@ -199,7 +205,7 @@ def build(page: Page) -> Any:
 
         def begin(names: list[str]) -> str:
             try:
-                return before(page.answers(page.data.images[0], names), number, classes)
+                return page.answers(page.data.images[0], names, number)[0]
             except Exception as error:
                 return refusal(error)
 
@@ -208,27 +214,74 @@ def build(page: Page) -> Any:
     return blocks
 
 
-def _picker(data: Dataset) -> str:
-    """A canvas of the picture's own size, test images to take, and a file of one's own."""
-    _, height, width = data.shape
-    tests = "".join(
-        f'<button type="button" data-test="{i}" aria-label="test image {i}, '
-        f'{escape(data.classes[int(data.labels[i])])}"><img alt="" src="{address(image)}"></button>'
-        for i, image in enumerate(data.images[:24])
-    )
-    colour = '<input type="color" value="#ffffff" aria-label="colour of the pen">'
-    return (
-        f'<div class="picture"><canvas width="{width}" height="{height}" '
-        f'aria-label="the picture; draw on it"></canvas><div class="tools">{colour}'
-        '<button type="button" data-clear>Clear</button><label class="file">Upload'
-        '<input type="file" accept="image/*" aria-label="upload a picture"></label>'
-        '<small>Draw on it, take one below, or upload one.</small><p role="alert"></p></div></div>'
-        f'<div class="tests">{tests}</div>'
-    )
+# --- what the networks say of one picture, as HTML ---------------------------------------
+
+
+def shown_as(
+    kind: str, classes: Sequence[str], *parts: Any, own: Iterable[Network | Outcome] = ()
+) -> str:
+    """What the macro `kind` of page.html makes of `parts`, escaped; `own` have colours."""
+    known = {
+        "classes": classes, "address": address, "percent": _percent, "likeliest": _likeliest,
+        "magnified": _magnified, "moved": lambda a, b: int((a.int() - b.int()).abs().max()),
+        "own": looks((one.name, one.kind) for one in own),
+    }  # fmt: skip
+    written: str = getattr(template("page.html", HERE).make_module(known), kind)(*parts)
+    return written
+
+
+def results(outcomes: Sequence[Outcome], pixels: Tensor, classes: Sequence[str], eps: float) -> str:
+    """A card for each network, and how the error grows from layer to layer in each."""
+    parts = outcomes, pixels, eps, growth(outcomes)
+    return shown_as("results", classes, *parts, own=outcomes)
+
+
+def growth(outcomes: Sequence[Outcome]) -> str:
+    """D at the input of each layer, a line for each network, as SVG; nothing where none is seen."""
+    lines = [
+        Line(one.name, tuple((str(k), Number(d)) for k, d in enumerate(one.grown)), one.kind)
+        for one in outcomes
+        if any(one.grown)
+    ]
+    panel = Panel("", "layer", "error", tuple(lines), percent=False)
+    return svg(chart([panel], size=(560, 220))) if lines else ""
+
+
+def refusal(error: Exception) -> str:
+    """What went wrong, in a line."""
+    said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return shown_as("refusal", (), shown(said, 300))
+
+
+def address(pixels: Tensor) -> str:
+    return "data:image/png;base64," + base64.b64encode(encode(pixels.cpu().numpy())).decode()
+
+
+def _magnified(pixels: Tensor, at: Tensor) -> tuple[str, Tensor]:
+    """How many times, and the perturbation so: grey is none, white the largest."""
+    change = at.int() - pixels.int()
+    scale = 127 / max(1.0, float(change.abs().max()))
+    return f"{scale:.2g}", (128 + scale * change).round().clamp(0, 255).to(torch.uint8)
+
+
+def _likeliest(clean: Answer, attacked: Answer, label: int) -> list[int]:
+    """The true class, then the three likeliest, before or after."""
+    most = [max(pair) for pair in zip(clean.sure, attacked.sure, strict=True)]
+    top = sorted(range(len(most)), key=lambda k: -most[k])[:3]
+    return sorted({*top, label}, key=lambda k: (k != label, -most[k]))
+
+
+def _percent(share: float) -> str:
+    if 0 < share < 0.001:
+        return "< 0.1 %"
+    return f"{share:.{0 if 0.01 < share < 0.995 else 1}%}".replace("%", " %")
+
+
+# --- the server -----------------------------------------------------------------------------
 
 
 def _asset(name: str) -> str:
-    return files("defquant.explore").joinpath(name).read_text()
+    return (HERE / name).read_text("utf-8")
 
 
 def serve(page: Page, host: str, port: int, tell: Callable[[str], object]) -> None:
@@ -244,6 +297,7 @@ def serve(page: Page, host: str, port: int, tell: Callable[[str], object]) -> No
         raise UserError(
             f"cannot listen on {host}:{port} ({reason}): choose another --port"
         ) from None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is left in /tmp goes, too
     torch.set_num_threads(1)  # one image at a time: more threads wait for each other
     with listening, tempfile.TemporaryDirectory(prefix="defquant-") as folder:
         page.networks(list(page.specs)[: AT_ONCE - 1])

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Frame:
-    """An attack at work: the network, looks so far of about so many, the image it looks at."""
+    """An attack at work: the network, looks so far of about so many, the pixels it looks at."""
 
     name: str
     looks: int
@@ -88,6 +89,10 @@ class Outcome:
     looks: int
     growth: tuple[float, ...] = ()
     kind: str = ""
+
+    @property
+    def grown(self) -> list[float]:
+        return [d for d in self.growth if isfinite(d)]
 
     @property
     def state(self) -> str:
@@ -232,7 +237,8 @@ def _watched(
         looks[0] += 1
         if tell is not None:
             sure = tuple(logits[0].detach().float().softmax(0).tolist())
-            tell(Frame(network.name, looks[0], max(planned, looks[0]), given[0][0].detach(), sure))
+            at = given[0][0].detach().mul(255).round().to(torch.uint8)
+            tell(Frame(network.name, looks[0], max(planned, looks[0]), at, sure))
 
     with ExitStack() as stack:
         for module in dict.fromkeys((network.view, twin_of(network.view))):

@@ -129,6 +129,7 @@ def images_of(spec: str, name: str | None, root: str | None) -> Dataset:
     if name is not None:
         return load(name, root, "test")
     if not Path(spec).is_dir():
+        _check_there(spec)
         raise UserError(
             "a model needs --data: digits, cifar10, svhn, folder or npz; a run has its own"
         )
@@ -192,10 +193,17 @@ def suspect(
                 f"classes, {data.name} has {data.in_channels} and {data.num_classes}: use its data"
             )
         return _of_module(model, text, "run", data)
+    _check_there(text)
     raise UserError(
         f"a model is the folder of a run, NAME.onnx, NAME.pt2, my.py:make_model or "
         f"{SCRIPT}FILE; found {shown(text)}"
     )
+
+
+def _check_there(spec: str) -> None:
+    """Raise `UserError` where it is the path of nothing."""
+    if not (":" in spec or Path(spec).suffix or Path(spec).exists()):
+        raise UserError(f"no such folder of a run: {shown(spec)}")
 
 
 def _of_onnx(path: Path, data: Dataset, fed: str | None) -> Suspect:

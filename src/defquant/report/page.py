@@ -43,7 +43,7 @@ from defquant.report.sources import StripTable, of_runs, read_runs
 
 __all__ = [
     "build_report", "claims_markdown", "judged_page", "markdown_table", "print_claims",
-    "print_section", "section_markdown", "tally", "text_matrix", "text_table",
+    "print_section", "section_markdown", "tally", "template", "text_matrix", "text_table",
 ]  # fmt: skip
 
 HERE = Path(__file__).parent
@@ -152,7 +152,7 @@ class _Page:
             if name.startswith("Less ")
         )  # fmt: skip
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-        return _template("page.html").render(
+        return template("page.html").render(
             vars(self), style=style, script=script, policy=f"'sha256-{digest}'", pictures={},
             charts={c.anchor: list(_charts(c)) for c in (*self.chapters, *self.folded)},
             looks=plot.looks([(r.network, r.kind) for r in self.rows]) | (self.known or {}),
@@ -163,9 +163,9 @@ class _Page:
         )  # fmt: skip
 
 
-def _template(name: str) -> Template:
+def template(name: str, place: Path = HERE) -> Template:
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=name.endswith("html"), trim_blocks=True,
+        loader=FileSystemLoader(place), autoescape=name.endswith("html"), trim_blocks=True,
         lstrip_blocks=True, undefined=StrictUndefined,
     )  # fmt: skip
     environment.globals.update(view=view, guesses=_guesses)
@@ -325,7 +325,7 @@ def _counted(verdicts: Sequence[Verdict]) -> str:
 
 def _written(kind: str, **parts: Any) -> str:
     """What the macro `kind` of page.md makes of `parts`."""
-    written: str = getattr(_template("page.md").module, kind)(**parts)
+    written: str = getattr(template("page.md").module, kind)(**parts)
     return written.strip("\n") + "\n"
 
 
