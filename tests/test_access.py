@@ -12,7 +12,7 @@ from defquant.attacks import FGSM, PGD, untouched
 from defquant.captured import capture
 from defquant.deploy.lower import calibrate
 from defquant.diagnose import Effort, first_block_distances, gradient_cosines, layer_distances
-from defquant.monitor import monitor
+from defquant.training import monitor
 from linear_scenes import LinearNet, network, scene
 
 Data = tuple[Tensor, Tensor]

@@ -15,8 +15,15 @@ from defquant.attacks import Attack
 from defquant.config import TrainConfig
 from defquant.data import Dataset, load
 from defquant.distributed import Workers
-from defquant.monitor import History, collapsed, monitor, monitor_eps, warn_of_weak_steps
-from defquant.training import train, training_attack
+from defquant.training import (
+    History,
+    collapsed,
+    monitor,
+    monitor_eps,
+    train,
+    training_attack,
+    warn_of_weak_steps,
+)
 
 CONFIG = TrainConfig(
     epochs=2, batch_size=16, lr=0.05, attack="rfgsm", attack_eps=8 / 255, device="cpu"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Annotated, Any
 
 from defquant.config import check_bits, check_eps
 from defquant.errors import UserError, shown, visible
@@ -17,7 +17,7 @@ from defquant.records import Score
 from defquant.report.answer import Answer, Mark, Row, differences
 from defquant.report.model import NOTHING, WORDS, Chapter, interval_text
 from defquant.report.names import Family, Series, attack_at, attack_order, distinct
-from defquant.typed import from_mapping, parse_json
+from defquant.typed import NOT_NEGATIVE, POSITIVE, from_mapping, parse_json
 
 __all__ = ["KIND", "Card", "answer", "chapters", "read_cards", "rows", "ships"]
 
@@ -27,6 +27,8 @@ ENGINES = {"torch": "PyTorch", "integer": INTEGER}
 BITS_PART = re.compile(r"W\d|deployable")  # of a method; said by the table's head
 AGREEMENT = 0.995  # `deploy.parity.AGREEMENT`, which needs torch
 Counts = tuple[int, int]
+Count = Annotated[int, NOT_NEGATIVE]
+Size = Annotated[int, POSITIVE]
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Parity:
     agreement: float
     flipped_codes: float
     logit_error: float
-    reference_mismatches: int
+    reference_mismatches: Count
     unoptimised_agreement: float | None = None
     openvino_agreement: float | None = None
 
@@ -78,9 +80,9 @@ class Parity:
 class Time:
     """Milliseconds of one engine at one batch size."""
 
-    median_ms: float
-    low_ms: float
-    high_ms: float
+    median_ms: Annotated[float, POSITIVE]
+    low_ms: Annotated[float, POSITIVE]
+    high_ms: Annotated[float, POSITIVE]
 
 
 @dataclass(frozen=True)
@@ -99,15 +101,15 @@ class Cost:
     The peak of activations as packed codes, as a byte each, and in float32.
     """
 
-    file_bytes: int
-    float_file_bytes: int
-    macs: int
-    bops: int
-    float_bops: int
-    peak_activation_bytes: int
-    uint8_peak_activation_bytes: int
-    float_peak_activation_bytes: int
-    float_macs: int = 0
+    file_bytes: Size
+    float_file_bytes: Size
+    macs: Size
+    bops: Size
+    float_bops: Size
+    peak_activation_bytes: Size
+    uint8_peak_activation_bytes: Size
+    float_peak_activation_bytes: Size
+    float_macs: Count = 0
     latency: Latency = Latency()
 
 
@@ -126,26 +128,17 @@ class Card:
     data: str
     fingerprint: str
     input: str
-    convolutions: Counts
+    convolutions: tuple[Count, Count]
     parity: Parity
     scores: tuple[Pair, ...]
     cost: Cost
     versions: Mapping[str, str]
     command: str
-    calibrated: int | None = None
+    calibrated: Count | None = None
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
         check_bits(self.weight_bits, "weight_bits")
-        batches = self.cost.latency.batches.values()
-        times = [vars(time) for engines in batches for time in engines.values()]
-        sizes = {k: v for k, v in vars(self.cost).items() if k not in ("latency", "float_macs")}
-        for name, value in (pair for part in (sizes, *times) for pair in part.items()):
-            if value <= 0:
-                raise UserError(f"{name} must be positive; found {value:g}")
-        counts = (self.calibrated or 0, self.cost.float_macs, self.parity.reference_mismatches)
-        if least := min(0, *counts, *self.convolutions):
-            raise UserError(f"a count must not be negative; found {least}")
 
     @property
     def family(self) -> Family:
