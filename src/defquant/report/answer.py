@@ -12,16 +12,17 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from defquant.paper.section import Answer as Decided
-from defquant.paper.section import Line, Number, Panel, bits_text, eps_text, signed
+from defquant.paper.section import Number, bits_text, eps_text, signed
 from defquant.paper.verdict import Interval, accuracy, decide, interval, pooled
 from defquant.records import BLACK, EIGHT_BIT, UNAWARE
-from defquant.report.model import WORDS, interval_text, told_of
+from defquant.report.model import WORDS, interval_text, panels, told_of
 from defquant.report.names import (
     Cell,
     Series,
     attack_at,
     attack_order,
     distinct,
+    grouped,
     is_validation,
 )
 from defquant.report.plot import Looks, Spec, chart, drawing, legend, looks, net
@@ -242,10 +243,7 @@ class Place:
 
     @cached_property
     def _alike(self) -> dict[tuple[str, float, bool], list[Cell]]:
-        found: dict[tuple[str, float, bool], list[Cell]] = {}
-        for c in self.cells:
-            found.setdefault((c.attack, c.eps, c.series.bits == 1), []).append(c)
-        return found
+        return grouped(self.cells, lambda c: (c.attack, c.eps, c.series.bits == 1))
 
     def row(self, cell: Cell, telling: bool = False) -> Row:
         """A cell beside the reference."""
@@ -307,9 +305,7 @@ def kind_of(series: Series) -> str:
 
 def of_places(cells: Sequence[Cell], radius: Callable[[Sequence[Cell]], float]) -> list[Place]:
     """The largest first, validation images last; `radius` of a place's cells is its eps."""
-    found: dict[tuple[str, str], list[Cell]] = {}
-    for cell in cells:
-        found.setdefault((cell.data, cell.model), []).append(cell)
+    found = grouped(cells, lambda cell: (cell.data, cell.model))
     ordered = sorted(found, key=lambda name: (is_validation(name[0]), -len(found[name])))
     return [Place(*name, found[name], radius(found[name])) for name in ordered]
 
@@ -408,15 +404,15 @@ def ladder(place: Place, whole: bool = False) -> Spec | None:
     None where there are no two attacks that follow gradients.
     """
     own = [s for s in place.plain if all((a, place.eps) in place.networks[s] for a in place.rungs)]
-    found = [
-        Panel(bits_text(bits), "attack", f"accuracy at {eps_text(place.eps)}", tuple(
-            Line(str(s), tuple((a, place.networks[s][a, place.eps].n)
-                               for a in place.rungs), kind_of(s))
-            for s in own if s.bits == bits
-        ))
-        for bits in sorted({s.bits for s in own}, key=lambda b: b or 0)
-        if len(place.rungs) > 1
-    ]  # fmt: skip
+    found = panels(
+        (
+            (bits_text(s.bits), str(s), kind_of(s), a, place.networks[s][a, place.eps].n)
+            for s in sorted(own, key=lambda s: s.bits or 0)
+            for a in place.rungs
+            if len(place.rungs) > 1
+        ),
+        "attack", f"accuracy at {eps_text(place.eps)}",
+    )  # fmt: skip
     keyed = [str(s) for s in (place.reference, *place.keys)]
     size = max(110, 780 // max(1, len(found))), 240
     return chart(found, len(found), size, whole, place.looks, keyed) if found else None

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -21,6 +21,7 @@ from defquant.report.names import (
     attack_at,
     attack_order,
     distinct,
+    grouped,
     is_validation,
     over_seeds,
     whole_text,
@@ -95,10 +96,10 @@ def summary(measurements: Iterable[Measurement]) -> list[Row]:
 
 
 def _rows(found: Sequence[Cell]) -> list[Row]:
-    radii = {data: table_eps(own) for data, own in _grouped(found, lambda c: c.data).items()}
+    radii = {data: table_eps(own) for data, own in grouped(found, lambda c: c.data).items()}
     places = distinct((c.data, c.model) for c in found)
     rows = []
-    groups = _grouped(found, lambda c: (c.data, c.model, c.series.family, c.attack))
+    groups = grouped(found, lambda c: (c.data, c.model, c.series.family, c.attack))
     for (data, model, family, attack), own in groups.items():
         far = {c.eps: (abs(c.eps - radii[data]), -c.eps) for c in own}
         nearest = min(far, key=lambda eps: far[eps])
@@ -112,13 +113,6 @@ def _rows(found: Sequence[Cell]) -> list[Row]:
     return sorted(rows, key=order)
 
 
-def _grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
-    found: dict[Any, list[Any]] = {}
-    for item in items:
-        found.setdefault(key(item), []).append(item)
-    return found
-
-
 def table_eps(cells: Sequence[Cell]) -> float:
     """The telling radius: where the strongest attack comes nearest to halving clean accuracy.
 
@@ -130,10 +124,10 @@ def table_eps(cells: Sequence[Cell]) -> float:
     half = fmean([cell.mean for cell in floats if cell.attack == "clean"] or [1.0]) / 2
     attacked = [cell for cell in floats if cell.attack != "clean"]
     strongest = {
-        eps: min(fmean(c.mean for c in same) for same in _grouped(own, lambda c: c.attack).values())
-        for eps, own in _grouped(attacked, lambda c: c.eps).items()
+        eps: min(fmean(c.mean for c in same) for same in grouped(own, lambda c: c.attack).values())
+        for eps, own in grouped(attacked, lambda c: c.eps).items()
     }
-    every = _grouped((c for c in cells if c.attack != "clean"), lambda c: c.attack)
+    every = grouped((c for c in cells if c.attack != "clean"), lambda c: c.attack)
     found = [{cell.eps for cell in own} for own in every.values()]
     shared = set.intersection(*found) or set.union(*found) if found else set()
     return min(sorted(shared), key=lambda eps: abs(strongest.get(eps, 0.0) - half), default=0.0)
@@ -163,7 +157,7 @@ def summary_table(rows: Sequence[Row]) -> Table:
 
 def groups(places: Sequence[Place], found: Sequence[Cell], drawn: bool) -> list[Chapter]:
     """The summary of each architecture and data set; where `drawn`, its accuracy over eps, too."""
-    rows = _grouped(_rows(found), lambda row: (row.data, row.model))
+    rows = grouped(_rows(found), lambda row: (row.data, row.model))
     return [
         Chapter(
             f"group-{i}", place.name, tables=[summary_table(rows[place.data, place.model])],
@@ -178,7 +172,7 @@ def _eps_panels(cells: Sequence[Cell], several: bool = False) -> list[Panel]:
 
     Of many networks each technique, and each few families of it, has panels of its own.
     """
-    own = _grouped(cells, lambda c: c.series)
+    own = grouped(cells, lambda c: c.series)
     parts = _parts(sorted(own, key=lambda series: series.order))
     return [p for part in parts for p in panels(_over_eps({s: own[s] for s in part}, several), EPS)]
 
@@ -187,7 +181,7 @@ def _over_eps(networks: Mapping[Series, Sequence[Cell]], several: bool) -> Itera
     attacks = {cell.attack for own in networks.values() for cell in own} - {"clean"}
     for attack in sorted(attacks, key=attack_order):
         for series, own in networks.items():
-            for (data, model), cells in _grouped(own, lambda c: (c.data, c.model)).items():
+            for (data, model), cells in grouped(own, lambda c: (c.data, c.model)).items():
                 shown = [c for c in cells if c.attack in ("clean", attack)]
                 shown = sorted(shown, key=lambda c: c.eps)[:: len(shown) // RADII + 1]
                 label = f"{series}, {model} on {data}" if several else str(series)
@@ -331,7 +325,7 @@ def settings(measurements: Sequence[Measurement], runs: Sequence[Run]) -> Chapte
 
 def _data(measurements: Sequence[Measurement]) -> list[Plain]:
     rows: list[Plain] = []
-    for (name, print_), same in _grouped(measurements, lambda m: (m.data, m.fingerprint)).items():
+    for (name, print_), same in grouped(measurements, lambda m: (m.data, m.fingerprint)).items():
         totals = sorted({m.total for m in same})
         numbers = {
             "Training seeds": {m.seed for m in same}, "Attack seeds": {m.attack_seed for m in same}
@@ -346,7 +340,7 @@ def _data(measurements: Sequence[Measurement]) -> list[Plain]:
 
 def _values(settings: Iterable[Mapping[str, str]]) -> dict[str, list[str]]:
     """Every value of each setting, once."""
-    found = _grouped((item for own in settings for item in own.items()), lambda item: item[0])
+    found = grouped((item for own in settings for item in own.items()), lambda item: item[0])
     return {name: distinct(value for _, value in items) for name, items in found.items()}
 
 

@@ -1,7 +1,7 @@
 """Networks and attacks as a report names and orders them, and what was measured of each."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -11,13 +11,14 @@ from defquant.paper.section import Number, eps_text, number
 from defquant.records import BLACK, EIGHT_BIT, FOREIGN, UNAWARE, Measurement
 
 __all__ = [
-    "Cell", "Family", "Series", "attack_at", "attack_order", "distinct", "is_validation",
-    "markdown", "over_seeds", "whole_text",
+    "Cell", "Family", "Series", "attack_at", "attack_order", "distinct", "grouped",
+    "is_validation", "markdown", "over_seeds", "whole_text",
 ]  # fmt: skip
 
 ATTACKS = ("clean", "Random", "FGSM", "R+FGSM", "RFGSM", "BIM", "PGD", "APGD", "Square")
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,10 @@ class Cell:
 
 def over_seeds(measurements: Iterable[Measurement]) -> list[Cell]:
     """Cells in order of first appearance, of measurements that are `told_apart`."""
-    groups: dict[tuple[Series, str, str, str, float], list[Measurement]] = {}
-    for m in measurements:
-        place = Series(m.method, m.bits, m.beta), m.model, m.data, m.attack, m.eps
-        groups.setdefault(place, []).append(m)
+    groups = grouped(
+        measurements,
+        lambda m: (Series(m.method, m.bits, m.beta), m.model, m.data, m.attack, m.eps),
+    )
     return [Cell(*at, tuple(sorted(own, key=lambda m: m.seed))) for at, own in groups.items()]
 
 
@@ -141,6 +142,14 @@ def attack_order(attack: str) -> tuple[int, int, str]:
 def distinct(items: Iterable[T]) -> list[T]:
     """Each item once, in order of first appearance."""
     return list(dict.fromkeys(items))
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Items of one key together, in order of first appearance."""
+    found: dict[K, list[T]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
 
 
 def is_validation(data: str) -> bool:
