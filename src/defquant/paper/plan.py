@@ -95,37 +95,36 @@ class Survey:
     """
 
     def __init__(self, cells: Iterable[Cell], out: Path, pace: Mapping[Any, float]) -> None:
-        self.results, self.own = grid.read(out), by_network(cells)
+        self.results, self.own, self._pace = grid.read(out), by_network(cells), pace
         self.missing = {n: self.results.missing(own) for n, own in self.own.items()}
-        self.begun = {n for n in self.own if (out / "networks" / n.name).is_dir()}
-        self.epochs = {n: _epochs(out / "networks" / n.name / "log.jsonl") for n in self.own}
-        self._spent = defaultdict[Any, list[float]](lambda: [0.0, 0.0])  # seconds, passes
-        self._pace = pace
+        folders = {n: out / "networks" / n.name for n in self.own}
+        self.epochs = {n: _epochs(folder / "log.jsonl") for n, folder in folders.items()}
+        undone = (n for n in self.own if self.missing[n] or len(self.epochs[n]) < n.train.epochs)
+        self.at_work = [n for n in undone if folders[n].is_dir()]  # begun and not done
+        self._seconds, self._passes = defaultdict[Any, float](float), defaultdict[Any, float](float)
         for network, own in self.own.items():
-            share = len(self.epochs[network]) / network.train.epochs
-            passes = share * _training(network)
-            self._add(sum(self.epochs[network]), passes, "train", ("train", kind_of(network)))
+            share, kind = len(self.epochs[network]) / network.train.epochs, kind_of(network)
+            self._add(sum(self.epochs[network]), share * _training(network), "all", ("train", kind))
             for cell in own:
                 if (m := self.results.scores.get(cell.key)) is not None:
-                    kinds = "cells", kind_of(network), _alike(cell)
-                    self._add(m.seconds, _cell_passes(cell), *kinds)
-        self.done = self._spent["train"][0] + self._spent["cells"][0]
+                    self._add(m.seconds, _cell_passes(cell), "all", kind, _alike(cell))
+        self.done = self._seconds["all"]
 
     def _add(self, seconds: float, passes: float, *kinds: object) -> None:
         for kind in kinds:
-            self._spent[kind][0] += seconds
-            self._spent[kind][1] += passes
+            self._seconds[kind] += seconds
+            self._passes[kind] += passes
 
     def _rate(self, *kinds: object) -> float | None:
         """Seconds a pass, of the first of these kinds that was seen."""
-        spent = (self._spent[kind] for kind in kinds)
-        return next((seconds / passes for seconds, passes in spent if passes), None)
+        seen = (kind for kind in kinds if self._passes[kind])
+        return next((self._seconds[kind] / self._passes[kind] for kind in seen), None)
 
     def left(self, network: Network) -> float:
         """Seconds of its training and of its missing cells, in one process."""
         missing, kind = self.missing[network], kind_of(network)
         share = 1 - len(self.epochs[network]) / network.train.epochs
-        pace = self._rate(("train", kind)) or self._pace.get(kind) or self._rate("train") or 1e-3
+        pace = self._rate(("train", kind)) or self._pace.get(kind) or self._rate("all") or 1e-3
         used = missing or not self.own[network]  # a substitute is trained, whatever else is there
         cells = (_cell_passes(c) * (self._rate(_alike(c), kind) or pace / SLOWER) for c in missing)
         return share * _training(network) * pace * bool(used) + sum(cells)
@@ -143,12 +142,6 @@ class Survey:
                 words.append(f"{name} {100 * m.score.accuracy:.1f}")
                 column = cell.column
         return ", ".join([*words[:SHOWN], *[f"{len(words) - SHOWN} more"] * (len(words) > SHOWN)])
-
-    @property
-    def at_work(self) -> list[Network]:
-        """Begun and not done."""
-        own = [n for n in self.own if n in self.begun]
-        return [n for n in own if self.missing[n] or len(self.epochs[n]) < n.train.epochs]
 
     def lines(self) -> list[str]:
         """One for each network at work."""
