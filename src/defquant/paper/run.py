@@ -77,7 +77,7 @@ def run(
         if plan:
             plan.begin(many)
             left = plan.tell("")[0].partition(", ")[2]
-            say(f"reproduce: {len(todo)} networks to make, {left}")
+            say(f"reproduce: {len(todo)} networks {'once more' if again else 'to make'}, {left}")
         how["total"], job = len(todo), partial(work, out, wait=again, share=1 / many)
         queue = ((n.name, partial(job, n, own[n])) for n in _following(dict(todo), plan))
         if local:
