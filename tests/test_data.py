@@ -24,7 +24,7 @@ from scipy.io import loadmat, savemat
 from conftest import REAL_DATA, refused
 from defquant.cli import main
 from defquant.data import Dataset, augment, batches, cifar, load, num_batches, pictures
-from defquant.data.packed import pack as pack_data
+from defquant.data.readers import pack as pack_data
 from defquant.data.readers import read_mat
 from defquant.errors import DefquantWarning, UserError
 from test_fetch import pack

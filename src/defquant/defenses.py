@@ -148,8 +148,8 @@ class Detector:
         if labels is not None:
             taken_for = _probabilities(model, adversarial, batch_size).argmax(1)
             flags = flags[taken_for != as_labels(labels, len(adversarial)).to(flags.device)]
-        detected = Score(int(flags.sum()), len(flags)) if len(flags) else None
-        return Detection(detected, Score(int(false.sum()), len(false)))
+        detected = Score.of(flags) if len(flags) else None
+        return Detection(detected, Score.of(false))
 
 
 def _answers(
@@ -205,7 +205,7 @@ def detection(
         right = correct(network, data, batch_size=batch_size)
     if not right.any():
         flagged = detector.flags(network, data.images, batch_size)
-        return Detection(None, Score(int(flagged.sum()), len(flagged)))
+        return Detection(None, Score.of(flagged))
     return detector.rates(network, data.images, images[right], data.labels[right], batch_size)
 
 

@@ -50,7 +50,7 @@ class Scored:
 
 def accuracy(model: nn.Module, data: Images, *, batch_size: int = 256) -> Score:
     """Clean accuracy of `model` in eval mode; the model is left as it was found."""
-    return _score(correct(model, data, batch_size=batch_size))
+    return Score.of(correct(model, data, batch_size=batch_size))
 
 
 def robust_accuracy(
@@ -73,7 +73,7 @@ def robust_accuracy(
     """
     lint_attack(attack)
     clean = _checked(model, data, batch_size, dead=True)
-    return _score(robust(model, data, attack, batch_size=batch_size, seed=seed, standing=clean))
+    return Score.of(robust(model, data, attack, batch_size=batch_size, seed=seed, standing=clean))
 
 
 def correct(model: nn.Module, data: Images, *, batch_size: int = 256) -> Tensor:
@@ -164,7 +164,7 @@ def sweep(
     clean = _checked(model, data, batch_size, dead=False)
     seconds = time.perf_counter() - start
     flat = vanishing(model, data, clean, batch_size=batch_size)
-    yield Scored(None, _score(clean), seconds, clean, vanishing=flat)
+    yield Scored(None, Score.of(clean), seconds, clean, vanishing=flat)
     families: dict[str, list[Attack]] = {}
     for attack in attacks:
         families.setdefault(name_of(attack), []).append(attack)
@@ -178,7 +178,7 @@ def sweep(
                     tick=tick,
                 )  # fmt: skip
             seconds = time.perf_counter() - start
-            yield Scored(attack, _score(standing), seconds, standing, carried, flat)
+            yield Scored(attack, Score.of(standing), seconds, standing, carried, flat)
             carried += (eps_of(attack),)
 
 
@@ -231,7 +231,3 @@ def on_device(model: nn.Module, data: Images) -> tuple[Tensor, Tensor]:
     images, labels = lint_images(*pair)
     device = device_of(model, images.device)
     return images.to(device), labels.to(device)
-
-
-def _score(right: Tensor) -> Score:
-    return Score(int(right.sum()), len(right))

@@ -54,6 +54,11 @@ class Score:
                 f"a score needs 0 <= correct <= total > 0; found {self.correct} of {self.total}"
             )
 
+    @classmethod
+    def of(cls, right: Any) -> "Score":
+        """Of a bool tensor or array (n,): how many of them are true."""
+        return cls(int(right.sum()), len(right))
+
     @property
     def accuracy(self) -> float:
         return self.correct / self.total

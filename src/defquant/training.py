@@ -291,7 +291,7 @@ def monitor(
             name: robust(model, batch, attack, batch_size=batch_size, standing=clean)
             for name, attack in attacks.items()
         }
-    return {name: Score(int(right.sum()), len(right)).accuracy for name, right in found.items()}
+    return {name: Score.of(right).accuracy for name, right in found.items()}
 
 
 def collapsed(history: History) -> int | None:

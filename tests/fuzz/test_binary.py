@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from defquant.data import load
-from defquant.data.packed import pack
 from defquant.data.pictures import decode
+from defquant.data.readers import pack
 from defquant.errors import UserError
 from defquant.files import read_json
 from harness import SECONDS, Read, fuzz, outcome

@@ -12,8 +12,7 @@ from defquant.data.dataset import (
     to_unit,
 )
 from defquant.data.fetch import fetch
-from defquant.data.packed import pack
-from defquant.data.readers import DATASETS, load
+from defquant.data.readers import DATASETS, load, pack
 
 __all__ = [
     "DATASETS", "Dataset", "Images", "as_labels", "augment", "batches", "fetch", "images_of",

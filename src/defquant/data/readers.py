@@ -1,5 +1,6 @@
-"""`load`: one call for every data set, and the readers of digits, SVHN's MATLAB files and npz."""
+"""`load`: one call for every data set; digits, SVHN's MATLAB files, npz, and what `pack` wrote."""
 
+import json
 import math
 import os
 import struct
@@ -7,21 +8,26 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import safetensors.torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
 from defquant.data.cifar import read_cifar10
 from defquant.data.dataset import Dataset, as_labels, from_arrays, in_unit
-from defquant.data.packed import SUFFIX, read_packed
 from defquant.data.pictures import read_folder
-from defquant.errors import UserError, near, shown
-from defquant.files import opened
+from defquant.errors import UserError, near, shown, visible
+from defquant.files import opened, write_bytes
+from defquant.typed import from_mapping, parse_json
 
-__all__ = ["DATASETS", "load", "read_mat"]
+__all__ = ["DATASETS", "load", "pack", "read_mat"]
 
+_SUFFIX = ".safetensors"  # of a packed file
+_KEY, _FORMAT = "defquant-data", 1
 _DIGITS = tuple("0123456789")
 _SVHN = "{}_32x32.mat"
 _SVHN_OFFICIAL = {"train": 73_257, "test": 26_032}
@@ -74,8 +80,8 @@ def load(
     if not path.exists():
         raise UserError(f"found no data at {path}: correct the data root{fetchable}")
     try:
-        if path.suffix == SUFFIX and path.is_file():
-            return read_packed(name, path, split)
+        if path.suffix == _SUFFIX and path.is_file():
+            return _read_packed(name, path, split)
         return _READERS[name](path, split)
     except OSError as error:
         raise UserError(
@@ -291,6 +297,67 @@ def _tag(raw: bytes | memoryview) -> tuple[int, int]:
         raise ValueError("a tag is cut")
     kind, length = struct.unpack("<II", raw)
     return kind, length
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the header holds in one JSON text, so that equal data make equal files."""
+
+    format: int
+    data: str  # as `load` takes it
+    classes: tuple[str, ...]
+    flip: bool
+    shift: int
+    names: dict[str, str]  # of each split, as shown
+    fingerprints: dict[str, str]
+
+
+def pack(data: str, train: Dataset, test: Dataset, path: Path) -> Path:
+    """Write both splits of the data set `data` to `path`: uint8 images, uncompressed, and labels.
+
+    Raises `UserError` where the name does not end in `.safetensors`, or cannot be written.
+    """
+    if path.suffix != _SUFFIX:
+        raise UserError(f"a packed file is called NAME{_SUFFIX}; found {path}")
+    splits = {"train": train, "test": test}
+    header = {
+        "format": _FORMAT, "data": data, "classes": train.classes, "flip": train.flip,
+        "shift": train.shift, "names": {split: d.name for split, d in splits.items()},
+        "fingerprints": {split: d.fingerprint for split, d in splits.items()},
+    }  # fmt: skip
+    tensors = {f"{split}.images": d.images for split, d in splits.items()}
+    tensors |= {f"{split}.labels": d.labels for split, d in splits.items()}
+    metadata = {_KEY: json.dumps(header)}
+    return write_bytes(path, safetensors.torch.save(tensors, metadata=metadata))
+
+
+def _read_packed(data: str, path: Path, split: str) -> Dataset:
+    """One split of what `pack` wrote, its images mapped from the disk.
+
+    Raises `UserError` where it is broken, holds another data set, or has another fingerprint than
+    its header says.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(_KEY)
+            if header is None:
+                raise UserError(f"{path} is no packed data: make one with `defquant data pack`")
+            where = f"the header of {path}: "
+            facts = from_mapping(_Facts, parse_json(header, f"the header of {path}"), where)
+            images, labels = (file.get_tensor(f"{split}.{part}") for part in ("images", "labels"))
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = shown(str(error), 200)
+        raise UserError(f"{path} is not a whole packed file ({reason}): pack it again") from None
+    if facts.format != _FORMAT or facts.data != data:
+        raise UserError(
+            f"{path} must hold {data} in format {_FORMAT}; found {shown(facts.data)} in format "
+            f"{facts.format}: name another file or other data"
+        )
+    name = shown(visible(facts.names.get(split, "")), 100)
+    found = Dataset(images, labels, facts.classes, name, facts.flip, facts.shift)
+    if found.fingerprint != facts.fingerprints.get(split):
+        raise UserError(f"{path} holds other images or labels than it says: pack it again")
+    return found
 
 
 _READERS: Mapping[str, Callable[[Path, str], Dataset]] = {
