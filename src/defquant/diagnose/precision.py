@@ -22,7 +22,7 @@ from defquant.quantize import set_bits
 from defquant.records import Score
 
 __all__ = [
-    "Cosine", "Crossing", "TransferMatrix", "at_bits", "crossing", "evasive",
+    "Cosine", "Crossing", "TransferMatrix", "at_bits", "crossing", "evasive", "finite",
     "gradient_cosine", "gradient_cosines", "last_made", "smallest_broken", "transfer_matrix",
 ]  # fmt: skip
 
@@ -242,7 +242,7 @@ def crossing(
     )
     low, high = (places[round(q * (len(places) - 1))] for q in (0.025, 0.975))
     share = sum(any(before == start for _, before in found) for found, _ in drawn) / samples
-    return Crossing(turns[0][0], _finite(low), _finite(high), above, share, len(first))
+    return Crossing(turns[0][0], finite(low), finite(high), above, share, len(first))
 
 
 def _turns(difference: Sequence[float], grid: Sequence[float]) -> tuple[list[_Turn], int]:
@@ -260,7 +260,7 @@ def _turns(difference: Sequence[float], grid: Sequence[float]) -> tuple[list[_Tu
     return turns, int(math.copysign(1, difference[signed[-1]])) if signed else 0
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 

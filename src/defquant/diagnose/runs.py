@@ -1,6 +1,5 @@
 """What a run's folder keeps of its diagnosis, and a folder of the transfer between several runs."""
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from defquant.checkpoint import Facts, load_on, stamp
 from defquant.data import Dataset, to_unit
 from defquant.diagnose.layers import Audit, audit, layer_distances
 from defquant.diagnose.masking import Effort, Verdict, masking_verdict
-from defquant.diagnose.precision import TransferMatrix, at_bits, last_made, transfer_matrix
+from defquant.diagnose.precision import TransferMatrix, at_bits, finite, last_made, transfer_matrix
 from defquant.errors import UserError
 from defquant.evaluate import Images, on_device
 from defquant.foreign import warn_of_chance
@@ -28,6 +27,7 @@ __all__ = [
     "transfer_runs",
 ]  # fmt: skip
 
+_CPU = torch.device("cpu")
 AMPLIFIED = 128  # images of Figure 3, at most
 
 
@@ -81,28 +81,23 @@ def diagnose_run(
     audited: int = 8,
     effort: Effort | None = None,
     data_root: str | None = None,
-    device: torch.device | None = None,
+    device: torch.device = _CPU,
 ) -> dict[str, Any]:
     """The `diagnosis` of `run` on its test images, as `diagnosis.json` holds it.
 
     Raises `UserError` for unknown runs, runs of other data, and as `diagnosis` does.
     """
-    device = torch.device("cpu") if device is None else device
-    places = [run, *against, *([] if substitute is None else [substitute])]
-    loaded = [load_on(place, device) for place in places]
-    _check_alike([facts for _, facts in loaded], places)
-    box = None if substitute is None else loaded.pop()[0]
-    names = _names_of([run, *against])
-    shown, networks = test_images(loaded[0][1], data_root, images), [m for m, _ in loaded]
+    loaded = _loaded([run, *against, *([substitute] if substitute else [])], device)
+    box = loaded.pop()[0] if substitute else None
+    names, (model, facts) = _names_of([run, *against]), loaded[0]
+    others = dict(zip(names[1:], (m for m, _ in loaded[1:]), strict=True))
+    shown = test_images(facts, data_root, images)
     found = diagnosis(
-        networks[0], shown, eps, against=dict(zip(names[1:], networks[1:], strict=True)),
-        substitute=box, audited=audited, effort=effort,
-    )  # fmt: skip
-    subjects = [subject_of(facts) for _, facts in loaded]
-    source = None if substitute is None else str(substitute)
-    return _told(names, subjects, shown, eps, effort, found) | {
-        "substitute": source, "evidence": stamp(device)
-    }  # fmt: skip
+        model, shown, eps, against=others, substitute=box, audited=audited, effort=effort
+    )
+    subjects = dict(zip(names, (subject_of(facts) for _, facts in loaded), strict=True))
+    source = str(substitute) if substitute else None
+    return _told(subjects, shown, eps, effort, found, substitute=source, evidence=stamp(device))
 
 
 def diagnose_foreign(
@@ -120,26 +115,22 @@ def diagnose_foreign(
     right = next((sign["total"] for sign in found["masking"]["signs"]), 0)
     warn_of_chance(Score(right, len(images)), images.num_classes)
     evidence = stamp(images.images.device) | dict(subject.evidence or {})
-    return _told([place.name], [subject], images, eps, effort, found) | {"evidence": evidence}
+    return _told({place.name: subject}, images, eps, effort, found, evidence=evidence)
 
 
 def _told(
-    names: Sequence[str],
-    subjects: Sequence[Subject],
-    images: Dataset,
-    eps: float,
-    effort: Effort | None,
-    found: dict[str, Any],
-) -> dict[str, Any]:
-    """A diagnosis with what it is of."""
-    about = [{"name": n, "method": s.method, "bits": s.bits}
-             for n, s in zip(names, subjects, strict=True)]  # fmt: skip
+    subjects: Mapping[str, Subject], images: Dataset, eps: float, effort: Effort | None,
+    found: dict[str, Any], **known: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """A diagnosis with what it is of; the first of `subjects`, by name, was diagnosed."""
+    about = [{"name": n, "method": s.method, "bits": s.bits} for n, s in subjects.items()]
     amplified = [one | of for one, of in zip(found["amplification"], about, strict=True)]
     return {
-        "format": 1, "kind": "defquant diagnosis", "run": names[0], "method": subjects[0].method,
-        "bits": subjects[0].bits, "data": images.name, "fingerprint": images.fingerprint,
-        "images": len(images), "eps": eps, "effort": asdict(effort or Effort()), "substitute": None,
-        **found, "amplification": amplified,
+        "format": 1, "kind": "defquant diagnosis", "run": about[0]["name"],
+        "method": about[0]["method"], "bits": about[0]["bits"], "data": images.name,
+        "fingerprint": images.fingerprint, "images": len(images), "eps": eps,
+        "effort": asdict(effort or Effort()), "substitute": None, **found,
+        "amplification": amplified, **known,
     }  # fmt: skip
 
 
@@ -160,14 +151,12 @@ def _layers(model: nn.Module, data: Images, eps: float, effort: Effort) -> list[
 
 
 def _audited(found: Audit) -> dict[str, Any]:
+    radii = (radius.linf for radius in found.surrogate_radii)
     return {
-        "images": len(found.jacobians),
-        "bound": found.bound,
-        "unbounded": found.unbounded,
-        "lower": _finite(found.lower),
-        "surrogate_radius_linf": max(_finite(r.linf) or 0.0 for r in found.surrogate_radii),
+        "images": len(found.jacobians), "bound": found.bound, "unbounded": found.unbounded,
+        "lower": finite(found.lower), "surrogate_radius_linf": max(finite(r) or 0.0 for r in radii),
         "layers": [
-            {name: _finite(value) if isinstance(value, float) else value
+            {name: finite(value) if isinstance(value, float) else value
              for name, value in asdict(layer).items()}
             for layer in found.layers
         ],
@@ -175,12 +164,10 @@ def _audited(found: Audit) -> dict[str, Any]:
 
 
 def _masking(verdict: Verdict) -> dict[str, Any]:
+    scores = {name: getattr(verdict, name) for name in ("usual", "strongest", "overstated")}
     return {
-        "verdict": str(verdict),
-        "quantized": verdict.quantized,
-        "usual": _counted(verdict.usual),
-        "strongest": _counted(verdict.strongest),
-        "overstated": _counted(verdict.overstated),
+        "verdict": str(verdict), "quantized": verdict.quantized,
+        **{name: _counted(score) for name, score in scores.items()},
         "signs": [
             {"name": sign.name, "verdict": sign.verdict, **_counted(sign.finding),
              "means": sign.means, "do": sign.do}
@@ -189,13 +176,12 @@ def _masking(verdict: Verdict) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _counted(score: Score) -> dict[str, Any]:
-    return {"count": score.correct, "total": score.total, **_rate(score)}
-
-
-def _rate(score: Score | None) -> dict[str, float | None]:
-    low, high = score.interval if score else (None, None)
-    return {"rate": score.accuracy if score else None, "low": low, "high": high}
+def _counted(score: Score | None, what: str = "count") -> dict[str, Any]:
+    if score is None:
+        return {what: 0, "total": 0, "rate": None, "low": None, "high": None}
+    low, high = score.interval
+    return {what: score.correct, "total": score.total, "rate": score.accuracy, "low": low,
+            "high": high}  # fmt: skip
 
 
 def transfer_runs(
@@ -205,7 +191,7 @@ def transfer_runs(
     bits: Sequence[int | None] = (),
     images: int | None = None,
     data_root: str | None = None,
-    device: torch.device | None = None,
+    device: torch.device = _CPU,
     batch_size: int = 256,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -216,9 +202,7 @@ def transfer_runs(
     rate, low and high (None where no image is right for both); attack, data, seed and versions are
     the evidence. Raises `UserError` for unknown or unfinished runs and for runs of other data.
     """
-    device = torch.device("cpu") if device is None else device
-    loaded = [load_on(run, device) for run in runs]
-    _check_alike([facts for _, facts in loaded], runs)
+    loaded = _loaded(runs, device)
     networks: dict[str, nn.Module] = {}
     listed: list[dict[str, Any]] = []
     for name, (model, facts) in zip(_names_of(runs), loaded, strict=True):
@@ -266,11 +250,10 @@ def _transferred(
 
 def _cells(matrix: TransferMatrix) -> list[dict[str, Any]]:
     return [
-        {"source": source, "target": target, "fooled": score.correct if score else 0,
-         "total": score.total if score else 0, **_rate(score)}
+        {"source": source, "target": target} | _counted(score, "fooled")
         for source, row in zip(matrix.names, matrix.cells, strict=True)
         for target, score in zip(matrix.names, row, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _names_of(runs: Sequence[Path]) -> list[str]:
@@ -285,21 +268,20 @@ def _names_of(runs: Sequence[Path]) -> list[str]:
     return [str(place.relative_to(common)) for place in places]
 
 
-def _check_alike(facts: Sequence[Facts], runs: Sequence[Path]) -> None:
-    """Raise `UserError` unless all runs take the same images and know the same classes."""
-    for mine, run in zip(facts, runs, strict=True):
-        shape, first = ((f.in_channels, f.num_classes) for f in (mine, facts[0]))
+def _loaded(runs: Sequence[Path], device: torch.device) -> list[tuple[nn.Module, Facts]]:
+    """Runs that take the same images and know the same classes; `UserError` for others."""
+    loaded = [load_on(run, device) for run in runs]
+    for (_, mine), run in zip(loaded, runs, strict=True):
+        one = loaded[0][1]
+        shape, first = ((f.in_channels, f.num_classes) for f in (mine, one))
         if shape != first:
             raise UserError(
                 f"runs must take the same images; {runs[0]} takes {first[0]} channels and knows "
                 f"{first[1]} classes, {run} {shape[0]} and {shape[1]}: name runs of one data set"
             )
-        if (mine.data.data, mine.classes) != (facts[0].data.data, facts[0].classes):
+        if (mine.data.data, mine.classes) != (one.data.data, one.classes):
             raise UserError(
-                f"runs must be of one data set; {runs[0]} is of {facts[0].data_name}, {run} of "
+                f"runs must be of one data set; {runs[0]} is of {one.data_name}, {run} of "
                 f"{mine.data_name}: name runs of one data set"
             )
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return loaded
