@@ -163,6 +163,14 @@ def test_steps_and_signs_are_staircases(trained: dict[str, Tensor], data: dq.Dat
         assert (grad != 0).any()
 
 
+def test_codes_of_values_that_are_seldom_negative_keep_their_zero() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GELU(), nn.Conv2d(4, 4, 3), nn.Flatten())
+    x = torch.rand(64, 1, 8, 8)
+    model = dq.prepare(net.eval(), x, bits=2)
+    assert torch.equal(open_staircases(model, x).twin(x), model(x))
+
+
 @pytest.fixture(scope="module")
 def small() -> nn.Module:
     torch.manual_seed(0)

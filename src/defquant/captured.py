@@ -20,7 +20,15 @@ from torch.overrides import TorchFunctionMode
 from defquant.attacks.access import untouched
 from defquant.errors import UserError, shown
 from defquant.functional import Reading, name_of
-from defquant.quantize import WHOLE, affine_round
+from defquant.quantize import (
+    WHOLE,
+    QuantBranch,
+    Quantizer,
+    QuantReLU,
+    QuantSigned,
+    QuantTanh,
+    affine_round,
+)
 
 __all__ = [
     "MOVES", "RESHAPES", "Captured", "arguments", "bare", "capture", "kind_of", "operation",
@@ -76,6 +84,19 @@ class Captured:
             return None
         tensor: Tensor = getattr(self.module, str(node.target))
         return tensor
+
+    def quantiser(self, node: fx.Node) -> Quantizer | None:
+        """The module of this library that an operation is; None for any other."""
+        kind, given = kind_of(node), arguments(node)
+        if kind == "clip_round":
+            return QuantReLU(given["bits"], given["high"])
+        if kind == "tanh_round":
+            return QuantTanh(given["bits"])
+        if kind != "signed_round" or (peak := self.constant(given["peak"])) is None:
+            return None
+        ends = {"peak": float(peak), "least": given["least"]}
+        between = given["bits"] == QuantBranch.fixed
+        return QuantBranch(**ends) if between else QuantSigned(given["bits"], **ends)
 
     @torch.no_grad()
     def values(self, x: Tensor, keep: Callable[[fx.Node, Any], object] | None = None) -> Tensor:

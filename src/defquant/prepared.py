@@ -40,6 +40,7 @@ _LEAST = {
 }  # fmt: skip
 """How far the values of an operation reach below 0."""
 _GATES = {"hardsigmoid", "sigmoid", "softmax"}
+_CLAMPS = {"clamp", "clamp_min", "hardtanh", "relu", "relu6"}
 _POOLS = {"adaptive_avg_pool2d", "avg_pool2d", "mean"}
 _DROPOUT = nn.Dropout | nn.Dropout2d | nn.AlphaDropout
 
@@ -338,18 +339,12 @@ class _Quantising:
 
 def _end(node: fx.Node) -> float | None:
     """h of an operation that clamps to [0, h], infinity for ReLU; None for any other."""
-    name, given = kind_of(node), arguments(node)
-    if name == "relu":
-        return math.inf
-    if name == "relu6":
-        return 6.0
-    if name not in ("hardtanh", "clamp", "clamp_min"):
+    if kind_of(node) not in _CLAMPS or len(node.all_input_nodes) > 1:
         return None
-    ends = ("min_val", "max_val") if name == "hardtanh" else ("min", "max")
-    low, high = (given.get(end) for end in ends)
-    if not isinstance(low, int | float) or low != 0:
-        return None
-    return math.inf if high is None else float(high) if isinstance(high, int | float) else None
+    ends = torch.tensor([-math.inf, math.inf], dtype=torch.float64)
+    args = fx.node.map_arg(node.args, lambda _: ends)
+    low, high = node.target(*args, **node.kwargs).tolist()  # type: ignore[operator]
+    return float(high) if low == 0 else None
 
 
 def _residual(node: fx.Node, inputs: tuple[fx.Node, ...]) -> bool:

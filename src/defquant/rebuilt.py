@@ -9,7 +9,6 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from defquant.captured import Captured, arguments, kind_of
 from defquant.errors import UserError
 from defquant.models.squeezing import median_2x2
-from defquant.quantize import QuantBranch, Quantizer, QuantReLU, QuantSigned, QuantTanh
 from defquant.weights import FirstConv, QuantConv2d, QuantLinear
 
 __all__ = ["Constant", "Rebuilt", "is_tensor"]
@@ -137,7 +136,7 @@ class Rebuilt:
             raise UserError(
                 f"{self.captured.model} is quantised by torch already: prepare the float network"
             )
-        elif (quantiser := self._quantiser(name, given)) is not None:
+        elif (quantiser := self.captured.quantiser(node)) is not None:
             self.replace(node, self.place(node, "act"), quantiser, (given["x"],))
         elif "device" in node.kwargs:  # a tensor that the program makes lies where the images do
             image = next(n for n in self.graph.nodes if n.op == "placeholder")
@@ -180,20 +179,6 @@ class Rebuilt:
             count = self.held.get(f"{path}.num_batches_tracked")
             norm.num_batches_tracked = None if count is None else count.detach().cpu().clone()
         self.replace(node, path or self.place(node, "norm"), norm, (given["input"],))
-
-    def _quantiser(self, name: str, given: dict[str, Any]) -> Quantizer | None:
-        """One that the model had."""
-        if name == "clip_round":
-            return QuantReLU(given["bits"], given["high"])
-        if name == "tanh_round":
-            return QuantTanh(given["bits"])
-        if name != "signed_round":
-            return None
-        peak = self._value(given["peak"])
-        assert peak is not None
-        range_ = {"peak": float(peak), "least": given["least"]}
-        between = given["bits"] == QuantBranch.fixed
-        return QuantBranch(**range_) if between else QuantSigned(given["bits"], **range_)
 
     # ------------------------------------------------------------------------------- constants
 

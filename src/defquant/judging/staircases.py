@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from defquant.captured import MOVES, Captured, kind_of, operation
 from defquant.errors import UserError
-from defquant.quantize import QuantReLU, QuantSigned, QuantTanh, Staircase
+from defquant.quantize import Staircase
 
 __all__ = ["CASTS", "CLIPS", "LINEAR", "Rewriting"]
 
@@ -111,15 +111,12 @@ class Rewriting:
         space, _, kind = operation(node).removesuffix(".default").partition(".")
         if space != "defquant":
             return None
-        how: list[Any] = [self.value(a) for a in node.args[1:]]
         if kind == "affine_round":
             x, *how = node.args
             made = self._codes(x, *(self._along(a, None, node) for a in how[:2]), *how[2:])
             return self.call("mul", made, self._along(how[0], None, node))
-        if kind == "signed_round":
-            return self.part(QuantSigned(how[1], peak=how[0]), node.args[0])
-        kinds = {"clip_round": QuantReLU, "tanh_round": QuantTanh}
-        return self.part(kinds[kind](*how), node.args[0]) if kind in kinds else None
+        found = self.captured.quantiser(node)
+        return None if found is None else self.part(found, node.args[0])
 
     def _rounds(self, node: fx.Node, name: str) -> fx.Node | None:
         """Roundings, whole divisions and remainders, casts to whole numbers, signs."""
