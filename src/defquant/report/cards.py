@@ -55,6 +55,17 @@ class Pair:
         return (attack_order(self.attack), self.eps)
 
     @property
+    def gap(self) -> Number | None:
+        """The file's accuracy less the trained one's, where that is known."""
+        if self.trained is None:
+            return None
+        ends = interval([
+            (sign, accuracy(k / n, n, 1, Spread(0.0, 1.0)))
+            for sign, (k, n) in ((1, self.deployed), (-1, self.trained))
+        ])  # fmt: skip
+        return Number(ends.effect, 0, 1, self.deployed[1], ends.low, ends.high, points=True)
+
+    @property
     def outside(self) -> str:
         """`✗ below` or `✗ above` where the file leaves the trained one's interval."""
         if self.trained is None:
@@ -278,23 +289,13 @@ def rows(cards: Sequence[Card]) -> list[Row]:
         for pair in sorted(card.scores, key=lambda pair: pair.order):
             of, how = (pair.attack, pair.eps), about | {"Attack": pair.settings}
             telling = worst is None or of == (worst.attack, worst.eps)
-            base = (kind, str(card.family), card.bits, *of)
-            gap = None
-            if pair.reference:
-                found.append(Row(place, f"{card.name}, reference", kind, "reference", None, *of,
-                                 rate(pair.reference), None, telling, how))  # fmt: skip
-            if pair.trained:
-                found.append(Row(place, f"{card.name}, trained", *base, rate(pair.trained), None,
-                                 telling, how))  # fmt: skip
-                terms = [
-                    (sign, accuracy(counts[0] / counts[1], counts[1], 1, Spread(0.0, 1.0)))
-                    for sign, counts in ((1, pair.deployed), (-1, pair.trained))
-                ]
-                ends = interval(terms)
-                images = pair.deployed[1]
-                gap = Number(ends.effect, 0, 1, images, ends.low, ends.high, points=True)
-            found.append(Row(place, f"{card.name}, file", *base, rate(pair.deployed), gap,
-                             telling, how))  # fmt: skip
+            sides = {"reference": pair.reference, "trained": pair.trained, "file": pair.deployed}
+            for side, counts in sides.items():
+                method, bits = (side, None) if side == "reference" else (kind, card.bits)
+                gap = pair.gap if side == "file" else None
+                if counts:
+                    found.append(Row(place, f"{card.name}, {side}", kind, method, bits, *of,
+                                     rate(counts), gap, telling, how))  # fmt: skip
     return found
 
 
