@@ -3,7 +3,14 @@
 import base64
 import hashlib
 import re
+from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
+
+from defquant.paper.section import Section, Verdict
+from defquant.records import Measurement
+from defquant.report import build_report
+from synthetic_runs import append
 
 HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=y>|`*[red]"
 
@@ -57,4 +64,17 @@ def check(text: str) -> Page:
     own = hashlib.sha256(page.scripts[0][1].encode()).digest()
     start = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src "
     assert page.policy == f"{start}'sha256-{base64.b64encode(own).decode()}'"
+    return page
+
+
+def page_of(folder: Path, *parts: Measurement | Section | Verdict) -> str:
+    """The report of `folder`, with these measurements, sections and verdicts, checked."""
+    kinds: dict[type, list[Any]] = {Measurement: [], Section: [], Verdict: []}
+    for part in parts:
+        kinds[type(part)].append(part)
+    for m in kinds[Measurement]:
+        append(folder / m.run / "results.jsonl", m)
+    sections, verdicts = kinds[Section], kinds[Verdict]
+    out = build_report(folder, folder / "page.html", sections=sections, verdicts=verdicts)
+    check(page := out.read_text("utf-8"))
     return page

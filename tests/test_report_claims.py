@@ -17,7 +17,7 @@ from defquant.paper.section import Reading, Section, Verdict
 from defquant.records import read_folder, record
 from defquant.report import build_report, claims_markdown, markdown_table, print_claims
 from defquant.report.page import tally
-from pages import HOSTILE, check
+from pages import HOSTILE, check, page_of
 from synthetic_results import fake_results
 from synthetic_runs import append, measurement
 from test_report import EPOCH
@@ -28,6 +28,7 @@ FIRST = Reading("FGSM 8/255", 0.0834, 0.0612, 0.1041, "holds", "best bits minus 
 STRONG = Reading("PGD-50x10 2/255", -0.0121, -0.0333, 0.0091, "not decided", "the same")
 AGAINST = Reading("clean", -0.5123, -0.6, -0.4, "does not hold", "")
 MISSING = Reading("FGSM(B) 8/255", None, None, None, "not decided", "no black box yet")
+PGD = measurement(attack="PGD", eps=8 / 255)
 CLAIMS = (
     Verdict("C1", "abstract", "DQ is more robust.", "+1.4 points", (FIRST, STRONG), "It errs.",
             "run it"),
@@ -41,13 +42,6 @@ SHOWN = (
 )  # fmt: skip
 
 
-def page_of(place: Path, *verdicts: Verdict) -> str:
-    append(place / "run" / "results.jsonl", measurement(attack="PGD", eps=8 / 255))
-    page = build_report(place, place / "page.html", verdicts=verdicts).read_text(encoding="utf-8")
-    check(page)
-    return page
-
-
 def printed(*verdicts: Verdict, width: int = 160) -> str:
     console = Console(width=width, file=io.StringIO(), record=True)
     print_claims(verdicts, console)
@@ -55,7 +49,7 @@ def printed(*verdicts: Verdict, width: int = 160) -> str:
 
 
 def test_claims_show_every_reading_everywhere(tmp_path: Path) -> None:
-    page, text = page_of(tmp_path, *CLAIMS), claims_markdown(CLAIMS)
+    page, text = page_of(tmp_path, PGD, *CLAIMS), claims_markdown(CLAIMS)
     assert "\\\\" not in text  # nothing is escaped twice
     text = text.replace("\\", "")
     for where in (page, text, printed(*CLAIMS)):
@@ -80,7 +74,7 @@ def test_claims_are_counted() -> None:
 def test_claims_are_escaped(tmp_path: Path, drawn: None) -> None:
     bad = Reading(HOSTILE, 0.1, None, None, "holds", HOSTILE)
     hostile = Verdict(HOSTILE, HOSTILE, HOSTILE, HOSTILE, (bad, bad), HOSTILE, HOSTILE)
-    page = page_of(tmp_path, hostile)
+    page = page_of(tmp_path, PGD, hostile)
     assert "<script>alert" not in page and "<img" not in page
     text = re.sub("`[^`]*`|</?sub>", "", claims_markdown((hostile,)))
     assert not re.findall(r"(?<!\\)<", text)

@@ -15,16 +15,10 @@ from defquant.paper.section import Section
 from defquant.report import build_report
 from defquant.report.cards import chapters, read_cards
 from defquant.report.model import view
-from pages import HOSTILE, check
+from pages import HOSTILE, check, page_of
 from synthetic_runs import card, write_card, write_cards, write_runs
 
 pytestmark = pytest.mark.usefixtures("undrawn")
-
-
-def page_of(folder: Path, *sections: Section) -> str:
-    page = build_report(folder, folder / "report.html", sections=sections).read_text("utf-8")
-    check(page)
-    return page
 
 
 def table_of(folder: Path) -> tuple[tuple[str, ...], dict[str, list[str]]]:

@@ -20,12 +20,13 @@ from defquant.paper.section import Line, Number, Panel, Section, Table
 from defquant.report import build_report, print_section, section_figure, section_markdown
 from defquant.report.model import axis, bar, places, uncertainty_text
 from defquant.report.plot import chart, figures, net, svg
-from pages import HOSTILE, check
-from synthetic_runs import append, measurement, png
+from pages import HOSTILE, check, page_of
+from synthetic_runs import measurement, png
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 RESULTS = Path(__file__).parents[1] / "results" / "small"
+PGD = measurement(attack="PGD", eps=8 / 255)
 OURS = Number(0.6334, 0.0123, 2, 1000, 0.6243, 0.6421, paper=0.948)
 ALONE = Number(0.5172, 0.0, 1, 10_000, 0.5072, 0.5274, paper=0.393)
 MASKED = Number(0.8811, 0.0, 1, 1000, 0.8712, 0.8915, vanishing=0.25)
@@ -57,13 +58,6 @@ EVIDENCE = ("62.4 to 64.2", "50.7 to 52.7", "−31.5", "+12.4", "−10.5", "1,00
 OF_THE_PANEL = ("12.3", "77.7", "79.9")
 
 
-def page_of(place: Path, *sections: Section) -> str:
-    append(place / "run" / "results.jsonl", measurement(attack="PGD", eps=8 / 255))
-    page = build_report(place, place / "page.html", sections=sections).read_text(encoding="utf-8")
-    check(page)
-    return page
-
-
 def printed(section: Section, width: int) -> str:
     console = Console(width=width, file=io.StringIO(), record=True)
     print_section(section, console)
@@ -71,7 +65,7 @@ def printed(section: Section, width: int) -> str:
 
 
 def test_every_number_is_in_markdown_and_on_the_page(tmp_path: Path) -> None:
-    text, page = section_markdown(WHOLE), page_of(tmp_path, WHOLE)
+    text, page = section_markdown(WHOLE), page_of(tmp_path, PGD, WHOLE)
     titles = " ".join(re.findall(' title="([^"]*)"', page))  # what each number rests on
     assert not [found for found in EVIDENCE if found not in titles]
     page = unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page)))
@@ -198,7 +192,7 @@ def test_everything_in_a_section_is_escaped(tmp_path: Path, drawn: None) -> None
         ((HOSTILE, pictures(HOSTILE)), (HOSTILE, {"examples": HOSTILE}), (HOSTILE, None)),
         command=f"{HOSTILE}\n```",
     )  # fmt: skip
-    page = page_of(tmp_path, bad, bad)
+    page = page_of(tmp_path, PGD, bad, bad)
     assert "<script>alert" not in page and "<img src=x" not in page
     assert page.count("no pictures") == 4
     text = section_markdown(bad)
@@ -219,12 +213,12 @@ def pictures(word: str = "cat") -> dict[str, Any]:
 def test_pictures_are_on_the_page_and_their_answers_in_markdown(tmp_path: Path) -> None:
     both = (("FP", pictures()), ("DQ", pictures()))
     section = replace(WHOLE, tables=(), panels=(), pictures=both, missing=0)
-    page = page_of(tmp_path, section)
+    page = page_of(tmp_path, PGD, section)
     assert page.count("<image ") == 2 and page.count("<use ") == 5  # each picture is kept once
     assert "FGSM at 8/255" in page
     forged = pictures()
     forged["examples"][0]["adversarial_png"] = 'x"><script>'
-    assert "no picture<" in page_of(tmp_path, replace(section, pictures=(("FP", forged),)))
+    assert "no picture<" in page_of(tmp_path, PGD, replace(section, pictures=(("FP", forged),)))
     text = section_markdown(section)
     assert "| 7 | cat | ✓ cat 93% | ✗ dog | ✓ cat 93% | ✗ dog |" in text
     assert "✗ dog" in printed(section, 100)
@@ -233,7 +227,7 @@ def test_pictures_are_on_the_page_and_their_answers_in_markdown(tmp_path: Path) 
 def test_sections_with_nothing_make_a_page(tmp_path: Path) -> None:
     empty = Section("x", "Empty", ())
     hollow = Section("x", "Hollow", ("Text.",), (Table(("a",), ()),), (Panel("", "x", "y", ()),))
-    page = page_of(tmp_path, empty, hollow, replace(WHOLE, tables=(), panels=()))
+    page = page_of(tmp_path, PGD, empty, hollow, replace(WHOLE, tables=(), panels=()))
     for anchor in ("paper-x", "paper-x-1", "paper-table1", "all", "settings"):
         assert f'id="{anchor}"' in page
     assert section_markdown(empty) == "## Empty\n"
@@ -242,7 +236,7 @@ def test_sections_with_nothing_make_a_page(tmp_path: Path) -> None:
 
 def test_names_in_a_sequence_are_said_once(tmp_path: Path) -> None:
     rows = tuple((name, attack, OURS) for name in ("vanilla", "DQ") for attack in ("clean", "FGSM"))
-    page = page_of(tmp_path, replace(WHOLE, tables=(Table(("a", "b", "c"), rows),), panels=()))
+    page = page_of(tmp_path, PGD, replace(WHOLE, tables=(Table(("a", "b", "c"), rows),), panels=()))
     assert page.count('<th scope="row" rowspan="2" class="family">') == 2
 
 

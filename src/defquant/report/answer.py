@@ -1,12 +1,11 @@
 """What a page answers: a question, its verdict, three marks and charts. No torch.
 
-A `Row` is one network under one attack: runs, exported models and judgements all come as rows. A
-`Place` is one architecture on one data set, of which the page asks its question.
+A `Place` is one architecture on one data set, of which the page asks its question.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from defquant.paper.section import Answer as Decided
 from defquant.paper.section import Number, bits_text, eps_text, signed
 from defquant.paper.verdict import Interval, accuracy, decide, interval, pooled
 from defquant.records import BLACK, EIGHT_BIT, UNAWARE
-from defquant.report.model import WORDS, interval_text, panels, told_of
+from defquant.report.model import WORDS, Row, interval_text, panels
 from defquant.report.names import (
     Cell,
     Series,
@@ -25,11 +24,11 @@ from defquant.report.names import (
     grouped,
     is_validation,
 )
-from defquant.report.plot import Looks, Spec, chart, drawing, legend, looks, net
+from defquant.report.plot import Figure, Looks, Spec, chart, differences, looks, trade
 from defquant.report.sources import Diagnosis
 
 __all__ = [
-    "Answer", "Figure", "Kind", "Mark", "Place", "Row", "differences", "gap", "kind_of", "ladder",
+    "Answer", "Kind", "Mark", "Place", "gap", "kind_of", "ladder",
     "of_places", "rows_of",
 ]  # fmt: skip
 
@@ -58,36 +57,6 @@ class Mark:
     word: str
     kind: Kind
     text: str
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A chart with its axes on the data and, of accuracies, on 0 to 100."""
-
-    title: str
-    about: str
-    spec: Spec
-    whole: Spec | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the leaderboard, or a mark of a chart; `gap` is `n` less the reference's.
-
-    `kind` is that of its colour; `telling` rows are seen first; `about` is what it rests on.
-    """
-
-    place: str
-    network: str
-    kind: str
-    method: str
-    bits: int | None
-    attack: str
-    eps: float
-    n: Number
-    gap: Number | None = None
-    telling: bool = False
-    about: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -388,9 +357,9 @@ def _figures(place: Place) -> list[Figure]:
     found = [differences(rows, str(place.reference), place.looks)] * bool(rows)
     ends = [(s, o.get(("clean", 0.0)), o.get(place.at)) for s in place.plain
             if (o := place.networks[s])]  # fmt: skip
-    shown = [(s, clean, cell) for s, clean, cell in ends if clean and cell]
+    shown = [(str(s), kind_of(s), clean.n, cell.n) for s, clean, cell in ends if clean and cell]
     if len(shown) > 1 and place.rungs:
-        found.append(_trade(shown, place))
+        found.append(trade(shown, attack_at(*place.at), place.looks))
     if drawn := ladder(place):
         title = "The ladder: from the weakest attack to the strongest"
         about = f"A panel per precision; the attack grows stronger to the right. {WORDS['bars']}"
@@ -416,52 +385,3 @@ def ladder(place: Place, whole: bool = False) -> Spec | None:
     keyed = [str(s) for s in (place.reference, *place.keys)]
     size = max(110, 780 // max(1, len(found))), 240
     return chart(found, len(found), size, whole, place.looks, keyed) if found else None
-
-
-def differences(rows: Sequence[Row], reference: str, known: Looks | None = None) -> Figure:
-    """A mark per row that has a gap, with its interval; the most telling attack last."""
-    low: dict[At, float] = {}
-    for r in rows:
-        low[r.attack, r.eps] = min(r.n.mean or 0.0, low.get((r.attack, r.eps), 1.0))
-    drawn = [
-        {
-            "network": r.network, "attack": (name := attack_at(r.attack, r.eps)),
-            "net": f"{net(r.network)}|", **_ends(r.gap, "effect", "low", "high"),
-            "told": f"{net(r.network)}|{r.network} less {reference}, {name}: {told_of(r.gap)}; "
-            f"{r.network}: {told_of(r.n)}",
-        }
-        for r in rows
-        if r.gap
-    ]  # fmt: skip
-    spec = drawing(
-        "differences", drawn, **legend([(r.network, r.kind) for r in rows], known),
-        attacks=[attack_at(*at) for at in sorted(low, key=lambda at: (at[1], -low[at]))],
-        unit=f"points of accuracy, less {reference}", about=f"Differences to {reference}",
-    )  # fmt: skip
-    about = f"Left of zero: more images are fooled than with {reference}. Bars: 95% intervals."
-    return Figure(f"Difference to {reference}, attack by attack", about, spec)
-
-
-def _trade(shown: Sequence[tuple[Series, Cell, Cell]], place: Place) -> Figure:
-    name = attack_at(*place.at)
-    rows = [
-        {
-            "network": str(s), "net": f"{net(str(s))}|",
-            **_ends(a := clean.n, "clean", "left", "right"),
-            **_ends(b := cell.n, "robust", "low", "high"),
-            "told": f"{net(str(s))}|{s}; clean: {told_of(a)}; {name}: {told_of(b)}",
-        }
-        for s, clean, cell in shown
-    ]  # fmt: skip
-    style = legend([(str(s), kind_of(s)) for s, *_ in shown], place.looks)
-    words = {"unit": f"under {name} (%)", "about": f"Clean accuracy and that under {name}"}
-    ways = {"zero": False, "nice": True}, {"domain": [0, 100]}
-    drawn = [drawing("trade", rows, **style, **words, reach=reach) for reach in ways]
-    about = "Up and to the right is better. Bars: 95% intervals over the images of all seeds."
-    return Figure(f"Clean against {name}", about, *drawn)
-
-
-def _ends(n: Number, *names: str) -> dict[str, float]:
-    """Value, low and high under these names, in percent."""
-    found = (n.mean, n.low, n.high)
-    return {k: 100 * (v or 0.0) for k, v in zip(names, found, strict=True)}

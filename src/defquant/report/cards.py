@@ -14,9 +14,10 @@ from defquant.files import read_text
 from defquant.paper.section import Entry, Number, Table, rate, signed
 from defquant.paper.verdict import Spread, accuracy, interval
 from defquant.records import Score
-from defquant.report.answer import Answer, Mark, Row, differences
-from defquant.report.model import NOTHING, WORDS, Chapter, interval_text
+from defquant.report.answer import Answer, Mark
+from defquant.report.model import NOTHING, WORDS, Chapter, Row, interval_text
 from defquant.report.names import Family, Series, attack_at, attack_order, distinct
+from defquant.report.plot import differences
 from defquant.typed import NOT_NEGATIVE, POSITIVE, from_mapping, parse_json
 
 __all__ = ["KIND", "Card", "answer", "chapters", "read_cards", "rows", "ships"]

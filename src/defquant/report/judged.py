@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from defquant.paper.section import Number, eps_text, rate
-from defquant.report.answer import Answer, Kind, Mark, Row, differences
-from defquant.report.model import Chapter, Plain, listing
+from defquant.report.answer import Answer, Kind, Mark
+from defquant.report.model import Chapter, Plain, Row, listing
+from defquant.report.plot import differences
 from defquant.report.sources import flatten
 
 __all__ = ["answer", "chapters", "rows"]

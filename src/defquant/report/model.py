@@ -6,7 +6,7 @@ A report is `Chapter`s of `Table`s and `Panel`s of `Number`s, both made of rows 
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from defquant.paper.section import Entry, Line, Number, Panel, Section, Table, V
 from defquant.report.sources import StripTable, of_pictures
 
 __all__ = [
-    "EPS", "MARKS", "NOTHING", "WORDS", "Chapter", "Place", "Plain", "View", "axis", "bar",
+    "EPS", "MARKS", "NOTHING", "WORDS", "Chapter", "Place", "Plain", "Row", "View", "axis", "bar",
     "height", "interval_text", "listing", "of_section", "panels", "places",
     "told_of", "uncertainty_text", "value_text", "view",
 ]  # fmt: skip
@@ -48,6 +48,27 @@ class Chapter:
     notes: Sequence[str] = ()
     commands: Sequence[str] = ()
     verdicts: Sequence[Verdict] = ()  # drawn and counted
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network under one attack, whether of runs, exported models or a judgement: a line of the
+    leaderboard, a mark of a chart. `gap` is `n` less the reference's.
+
+    `kind` is that of its colour; `telling` rows are seen first; `about` is what it rests on.
+    """
+
+    place: str
+    network: str
+    kind: str
+    method: str
+    bits: int | None
+    attack: str
+    eps: float
+    n: Number
+    gap: Number | None = None
+    telling: bool = False
+    about: Mapping[str, str] = field(default_factory=dict)
 
 
 def of_section(section: Section) -> Chapter:

@@ -23,7 +23,7 @@ from defquant.paper.section import Answer as Decided
 from defquant.paper.section import Number, Reading, Section, Table, Verdict, eps_number
 from defquant.records import Measurement, read_folder
 from defquant.report import cards, judged, measured, plot
-from defquant.report.answer import Answer, Figure, Row, of_places, rows_of
+from defquant.report.answer import Answer, of_places, rows_of
 from defquant.report.model import (
     MARKS,
     NOTHING,
@@ -31,6 +31,7 @@ from defquant.report.model import (
     Chapter,
     Place,
     Plain,
+    Row,
     View,
     listing,
     of_section,
@@ -174,14 +175,14 @@ def template(name: str, place: Path = HERE) -> Template:
     return environment.get_template(name)
 
 
-def _charts(chapter: Chapter) -> Iterator[Figure]:
+def _charts(chapter: Chapter) -> Iterator[plot.Figure]:
     """What Vega-Lite draws, and what is said below."""
     for panels in plot.figures(chapter.panels):
         about = WORDS["bars" if panels[0].percent else "deviation"]
         papers = any(line.paper for panel in panels for line in panel.lines)
-        yield Figure("", about + WORDS["dashed"] * papers, plot.chart(panels))
+        yield plot.Figure("", about + WORDS["dashed"] * papers, plot.chart(panels))
     if any(reading.effect is not None for v in chapter.verdicts for reading in v.readings):
-        yield Figure("", WORDS["effects"], plot.claims_chart(chapter.verdicts))
+        yield plot.Figure("", WORDS["effects"], plot.claims_chart(chapter.verdicts))
 
 
 def _title(measurements: Sequence[Measurement], paper: bool) -> str:

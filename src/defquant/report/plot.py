@@ -12,6 +12,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +23,35 @@ from defquant.files import write_bytes
 from defquant.paper.section import Line, Number, Panel, Section, Verdict, signed
 from defquant.report.model import (
     EPS,
+    Row,
     axis,
     bar,
     height,
     told_of,
     value_text,
 )
-from defquant.report.names import distinct
+from defquant.report.names import attack_at, distinct
 
 __all__ = [
-    "Looks", "Spec", "chart", "claims_chart", "drawing", "figures", "legend", "looks", "net",
-    "plot_matrix", "save", "section_figure", "svg",
+    "Figure", "Looks", "Spec", "chart", "claims_chart", "differences", "drawing", "figures",
+    "legend", "looks", "net", "plot_matrix", "save", "section_figure", "svg", "trade",
 ]  # fmt: skip
 
 Spec = dict[str, Any]
 """A Vega-Lite chart with its rows."""
 Looks = dict[str, tuple[str, str]]
 """Colour and mark of networks, by name."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with its axes on the data and, of accuracies, on 0 to 100."""
+
+    title: str
+    about: str
+    spec: Spec
+    whole: Spec | None = None
+
 
 NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?(e-[0-9]+)?")
 VERSION = "6.1"  # of Vega-Lite: one that the least vl-convert of pyproject.toml knows
@@ -217,6 +230,56 @@ def claims_chart(verdicts: Sequence[Verdict]) -> Spec:
         if r.effect is not None and (low := r.low or r.effect) and (high := r.high or r.effect)
     ]  # fmt: skip
     return drawing("claims", rows, claims=[v.name for v in verdicts])
+
+
+def differences(rows: Sequence[Row], reference: str, known: Looks | None = None) -> Figure:
+    """A mark per row that has a gap, with its interval; the most telling attack last."""
+    low: dict[tuple[str, float], float] = {}
+    for r in rows:
+        low[r.attack, r.eps] = min(r.n.mean or 0.0, low.get((r.attack, r.eps), 1.0))
+    drawn = [
+        {
+            "network": r.network, "attack": (name := attack_at(r.attack, r.eps)),
+            "net": f"{net(r.network)}|", **_ends(r.gap, "effect", "low", "high"),
+            "told": f"{net(r.network)}|{r.network} less {reference}, {name}: {told_of(r.gap)}; "
+            f"{r.network}: {told_of(r.n)}",
+        }
+        for r in rows
+        if r.gap
+    ]  # fmt: skip
+    spec = drawing(
+        "differences", drawn, **legend([(r.network, r.kind) for r in rows], known),
+        attacks=[attack_at(*at) for at in sorted(low, key=lambda at: (at[1], -low[at]))],
+        unit=f"points of accuracy, less {reference}", about=f"Differences to {reference}",
+    )  # fmt: skip
+    about = f"Left of zero: more images are fooled than with {reference}. Bars: 95% intervals."
+    return Figure(f"Difference to {reference}, attack by attack", about, spec)
+
+
+def trade(
+    shown: Sequence[tuple[str, str, Number, Number]], attack: str, known: Looks | None = None
+) -> Figure:
+    """A mark per (network, kind, clean accuracy, that under `attack`)."""
+    rows = [
+        {
+            "network": s, "net": f"{net(s)}|", **_ends(a, "clean", "left", "right"),
+            **_ends(b, "robust", "low", "high"),
+            "told": f"{net(s)}|{s}; clean: {told_of(a)}; {attack}: {told_of(b)}",
+        }
+        for s, _, a, b in shown
+    ]  # fmt: skip
+    style = legend([own[:2] for own in shown], known)
+    words = {"unit": f"under {attack} (%)", "about": f"Clean accuracy and that under {attack}"}
+    ways = {"zero": False, "nice": True}, {"domain": [0, 100]}
+    drawn = [drawing("trade", rows, **style, **words, reach=reach) for reach in ways]
+    about = "Up and to the right is better. Bars: 95% intervals over the images of all seeds."
+    return Figure(f"Clean against {attack}", about, *drawn)
+
+
+def _ends(n: Number, *names: str) -> dict[str, float]:
+    """Value, low and high under these names, in percent."""
+    found = (n.mean, n.low, n.high)
+    return {k: 100 * (v or 0.0) for k, v in zip(names, found, strict=True)}
 
 
 def section_figure(section: Section, out: Path) -> Path:
