@@ -315,7 +315,7 @@ def test_only_what_fools_the_thing_itself_counts(
 
 REFUSED = {
     "no.onnx": "no file", "no.pt2": "no file", "torchscript:no.ts": "no file",
-    "elsewhere": "a model is the folder of a run",
+    "no.txt": "a model is the folder of a run", "elsewhere": "no such folder of a run: elsewhere",
 }  # fmt: skip
 
 
