@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "defquant"
 ORDER = (
     "errors", "typed", "files", "config", "records", "progress", "quantize", "weights",
     "lipschitz", "data", "models", "attacks", "functional", "captured", "integers", "rebuilt",
-    "ranges", "prepared", "distributed", "evaluate", "step", "training", "checkpoint",
+    "prepared", "distributed", "evaluate", "step", "training", "checkpoint",
     "runs", "measure", "images", "defenses", "foreign", "deploy", "diagnose", "judging", "paper",
     "report", "explore", "hub", "cli", "__main__",
 )  # fmt: skip

@@ -18,8 +18,7 @@ from defquant.errors import UserError
 from defquant.integers import finest
 from defquant.lipschitz import ConvexSum
 from defquant.quantize import QuantBranch, Quantizer, QuantReLU, QuantSigned
-from defquant.ranges import MeasuredReLU, calibrate
-from defquant.rebuilt import Rebuilt, is_tensor
+from defquant.rebuilt import MeasuredReLU, Rebuilt, calibrate, is_tensor
 from defquant.weights import QuantConv2d, QuantLinear
 
 __all__ = ["Account", "Part", "Prepared", "prepare"]
