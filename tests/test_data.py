@@ -529,7 +529,6 @@ BAD: list[tuple[str, bytes, str]] = [
     ("pickle", batch(labels=[0, 1, 10, 2]), "0 to 9; found 10"),
     ("tar", pack({"a/data_batch_1": b"x"}), "missing test_batch"),
     ("tar", PACKED[:-2000], "whole tar.gz.*cut"), ("tar", b"not a tar", "whole tar.gz"),
-    ("tar", pack({"a/../../test_batch": b"x"}), "inside itself.*'a/../../test_batch'"),
     ("parquet", parquet([GOOD], None), "columns img or image.*label"),
     ("parquet", parquet(None, [1]), "columns img or image"),
     ("parquet", parquet([GOOD], ["cat"]), "integers"),

@@ -84,10 +84,9 @@ def test_penalty_and_gradients_are_the_literal_ones(
 
 
 @every_layer
-def test_the_gradient_is_the_finite_difference(name: str) -> None:
+def test_the_second_derivative_is_the_finite_difference(name: str) -> None:
     model = LAYERS[name]().double()
     penalty, weight = OrthogonalPenalty(model, BETA), next(model.parameters())
-    assert torch.autograd.gradcheck(lambda _: penalty.penalty(), (weight,))
     assert torch.autograd.gradgradcheck(lambda _: penalty.penalty(), (weight,))
 
 

@@ -201,14 +201,6 @@ def test_a_gap_without_a_fall_is_told_at_the_end() -> None:
     assert told(records((0.5, 0.31)), 1) == told(({"epoch": 1, "loss": 2.0},), 1) == ["", ""]
 
 
-def test_training_tells_and_goes_on(corners: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = iter(records((0.5, 0.4), (0.8, 0.1), (0.9, 0.0)))
-    monkeypatch.setattr(training, "monitor", lambda *_, **__: next(script))
-    with pytest.warns(dq.DefquantWarning, match="overfitting") as found:
-        history = train(network(), corners, replace(CONFIG, epochs=3))
-    assert (len(found), len(history), collapsed(history)) == (1, 3, 2)
-
-
 def test_a_masking_training_is_told_at_its_end() -> None:
     config = replace(CONFIG, attack="fgsm", attack_eps=0.1, lr=1e-3)
     with pytest.warns(dq.DefquantWarning, match="FGSM overstates") as found:
@@ -222,10 +214,10 @@ def test_fgsm_training_overfits_at_a_large_eps_and_not_at_a_small_one() -> None:
         epochs=30, batch_size=32, lr=0.1, schedule="constant", weight_decay=0.0, augment=False,
         attack="fgsm", attack_eps=80 / 255, device="cpu",
     )  # fmt: skip
-    with pytest.warns(dq.DefquantWarning, match="catastrophic overfitting"):
+    with pytest.warns(dq.DefquantWarning, match="catastrophic overfitting") as found:
         history = train(thin_network(), digits(512), config)
     epoch = collapsed(history)
-    assert epoch is not None
+    assert epoch is not None and len(found) == 1 and len(history) == 30
     fallen = history[epoch - 1]
     assert fallen["monitor_fgsm"] > fallen["monitor_pgd"] + 0.2
     history = train(thin_network(), digits(512), replace(config, epochs=10, attack_eps=24 / 255))
