@@ -12,6 +12,7 @@ import defquant as dq
 from conftest import refused
 from defquant.attacks import FGSM, PGD, Attack, Random, Transfer
 from defquant.attacks.contract import Ask
+from defquant.data import Dataset
 from defquant.evaluate import correct, robust, sweep, vanishing
 
 
@@ -59,6 +60,15 @@ def test_robust_accuracy_counts_exactly_those_within_reach() -> None:
         for attack in (FGSM(eps), Foreign(lambda x, y, eps=eps: x - eps, eps)):  # type: ignore[misc]
             assert dq.robust_accuracy(model, data, attack) == dq.Score(100 - pixels - 1, 100)
     assert dq.accuracy(model, data).correct == 99  # the first is on the threshold: argmax says 0
+
+
+def test_uint8_and_float_images_score_the_same() -> None:
+    images = torch.randint(0, 256, (50, 1, 4, 4), generator=torch.Generator().manual_seed(0))
+    labels = torch.ones(50, dtype=torch.int64)
+    data = Dataset(images.to(torch.uint8), labels, ("0", "1"), "noise")
+    model, floats, attack = Threshold().eval(), (images.float() / 255, labels), PGD(4 / 255)
+    assert dq.robust_accuracy(model, data, attack) == dq.robust_accuracy(model, floats, attack)
+    assert torch.equal(correct(model, data), correct(model, floats))
 
 
 def test_sweeps_fall_monotonically_and_carry_the_fallen() -> None:
