@@ -272,6 +272,8 @@ def test_names_are_read_and_reprs_are_those_of_the_results() -> None:
         ("square-99", Square(0.1, 99), "Square-99", "Square(eps=25.5/255, queries=99, p=0.8)"),
         ("standard", dq.Standard(0.1), "Standard", "Standard(eps=25.5/255)"),
         ("adaptive-20", dq.Adaptive(0.1, 20), "Adaptive-20", "Adaptive(eps=25.5/255, steps=20)"),
+        ("adaptive-t-9", dq.Adaptive(0.1, 9, 5), "Adaptive-T-9",
+         "Adaptive(eps=25.5/255, steps=9, targets=5)"),
     ):  # fmt: skip
         found = parse_attack(text, 0.1)
         assert found == attack
@@ -303,6 +305,7 @@ MISTAKES: list[tuple[Callable[..., object], dict[str, Any]]] = [
     (APGD, {"queries": -1}), (FAB, {"steps": 0}), (FAB, {"restarts": 0}), (FAB, {"targets": -1}),
     (Square, {"queries": 0}), (Square, {"p": 0.0}), (Square, {"p": 1.5}), (Random, {"samples": 0}),
     (BIM, {"alpha": 8}), (PGD, {"restarts": 0}), (dq.Adaptive, {"steps": 0}),
+    (dq.Adaptive, {"targets": -1}),
 ]  # fmt: skip
 
 

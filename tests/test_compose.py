@@ -146,3 +146,20 @@ def test_parts_of_one_eps() -> None:
     for parts in ((), (PGD(0.1), Square(0.2))):
         with pytest.raises(dq.UserError, match="one eps"):
             dq.Worst(parts)
+
+
+@pytest.mark.parametrize(("reach", "left"), [(0.6, 0), (0.4, 3)])
+def test_targets_find_the_class_that_the_likeliest_rival_hides(reach: float, left: int) -> None:
+    """Along s in [-1, 1] the likeliest rival rises and never wins; one behind it wins at s = -1
+    where 0.5 + `reach` exceeds the label's 1. Every untargeted loss climbs the first."""
+    side = (torch.arange(64).view(1, 1, 8, 8) + torch.arange(8).view(8, 1)) % 2 * 2.0 - 1
+
+    class Decoy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            s = ((x - 0.5) * side).mean((1, 2, 3)) / 0.1
+            logits = [torch.ones_like(s), 0.9 + 0.05 * s.tanh(), 0.5 - reach * s]
+            return 20 * torch.stack(logits, 1)
+
+    x, y = torch.full((3, 1, 8, 8), 0.5), torch.zeros(3, dtype=torch.int64)
+    for attack, stand in ((dq.Adaptive(0.1, 10), 3), (dq.Adaptive(0.1, 10, targets=2), left)):
+        assert dq.robust_accuracy(Decoy().eval(), (x, y), attack).correct == stand

@@ -1,7 +1,7 @@
 """Attacks made of attacks: the worst case over several, and those made on another network."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -161,17 +161,23 @@ class Adaptive(Composition):
     precision, and for those whose clip or rounding is another. An example that stands costs 1.9
     times the gradients of PGD at equal `steps`, and 4 forward passes for each of them: in all less
     than 3 times PGD's time (docs/benchmarks.md); one that falls far less. `eps` lies in [0, 1].
+
+    With `targets` what still stands is gone for by the first part again, towards each of so many
+    likeliest classes in turn: about a sixth of the time of `Standard`.
     """
 
     steps: int = 50
+    targets: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(steps=self.steps)
+        if self.targets < 0:
+            raise UserError(f"targets must be 0 (untargeted) or more; found {self.targets}")
 
     @property
     def attacks(self) -> tuple[Attack, ...]:
-        return tuple(
+        parts = tuple(
             APGD(
                 self.eps,
                 max(1, round(share * self.steps)),
@@ -181,10 +187,13 @@ class Adaptive(Composition):
             )
             for share, loss, surrogate, queries in PLAN
         )
+        first = replace(parts[0], loss="dlr-targeted", targets=self.targets or 1)
+        return (*parts, first) if self.targets else parts
 
     @property
     def name(self) -> str:
-        return "Adaptive" if self.steps == 50 else f"Adaptive-{self.steps}"
+        targeted, steps = "-T" * (self.targets > 0), "" if self.steps == 50 else f"-{self.steps}"
+        return f"Adaptive{targeted}{steps}"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ ATTACKS: dict[str, tuple[Callable[..., Single | Composition], tuple[str, ...]]] 
     "apgd-t": (partial(APGD, loss="dlr-targeted"), _BOTH),
     "fab": (FAB, _BOTH), "fab-t": (partial(FAB, targets=9), _BOTH),
     "square": (Square, ("queries",)), "standard": (Standard, ()), "adaptive": (Adaptive, _STEPS),
+    "adaptive-t": (partial(Adaptive, targets=5), _STEPS),
 }  # fmt: skip
 
 
@@ -41,8 +42,9 @@ def parse_attack(text: str, eps: float) -> Single | Composition:
     `apgd[-STEPS[xRESTARTS]]` (cross-entropy), `apgd-dlr[...]`, `apgd-margin[...]`, `apgd-t[...]`
     (targeted DLR), each of them through a surrogate as in `apgd-margin@soft-50` (also `@twin`,
     `@clipfree`, `@eot`, `@bits`), or with queries from its best point as in `apgd-50+200`;
-    `fab[...]`, `fab-t[...]` (targeted), `square[-QUERIES]`, `standard` or `adaptive[-STEPS]`.
-    Without STEPS, BIM and PGD take the paper's schedule. Raises `UserError` for anything else.
+    `fab[...]`, `fab-t[...]` (targeted), `square[-QUERIES]`, `standard`, `adaptive[-STEPS]` or
+    `adaptive-t[-STEPS]` (its end towards targets). Without STEPS, BIM and PGD take the paper's
+    schedule. Raises `UserError` for anything else.
     """
     match = re.fullmatch(
         r"([a-z]+(?:-[a-z]+)*)(?:@([a-z]+))?(?:-(\d+)(?:x(\d+))?)?(?:\+(\d+))?", text.lower()

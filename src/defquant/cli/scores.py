@@ -78,7 +78,8 @@ def attack(
         attack: random[-SAMPLES] fgsm rfgsm bim[-STEPS] pgd[-STEPS[xRESTARTS]] apgd[-...]
             apgd-dlr[-...] apgd-margin[-...] apgd-t[-...], through a surrogate as apgd@soft[-...]
             apgd@twin apgd@clipfree apgd@eot apgd@bits, then queries as apgd-50+200, fab[-...]
-            fab-t[-...] square[-QUERIES] standard adaptive[-STEPS]; bim and pgd alone: the paper's
+            fab-t[-...] square[-QUERIES] standard adaptive[-STEPS]
+            adaptive-t[-STEPS]; bim and pgd alone: the paper's
             schedule, weak at small eps.
         eps: L-infinity radii in [0, 1], as 8/255.
         substitute: run whose adversarials are transferred.
