@@ -96,7 +96,7 @@ HELD_OUT: dict[str, tuple[str, float, partial[nn.Module]]] = {
     "plain, prepared, 2 bits": ("digits", 20, partial(plain, bits=2)),
     "plain, torch's, 3 bits": ("digits", 20, partial(plain, bits=3, fake=True)),
     "vanilla, 2 bits, CIFAR": ("cifar10", 1, partial(ours, bits=2)),
-    "plain, prepared, 2 bits, CIFAR": ("cifar10", 1, partial(plain, bits=2)),
+    "plain, prepared, 2 bits, CIFAR": ("cifar10", 2, partial(plain, bits=2)),
 }  # fmt: skip
 """Data, eps of 255, and how it is made; plain ones are residual and have no batch norm."""
 

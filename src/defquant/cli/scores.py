@@ -79,8 +79,7 @@ def attack(
             apgd-dlr[-...] apgd-margin[-...] apgd-t[-...], through a surrogate as apgd@soft[-...]
             apgd@twin apgd@clipfree apgd@eot apgd@bits, then queries as apgd-50+200, fab[-...]
             fab-t[-...] square[-QUERIES] standard adaptive[-STEPS]
-            adaptive-t[-STEPS]; bim and pgd alone: the paper's
-            schedule, weak at small eps.
+            adaptive-t[-STEPS]; bim and pgd alone: the paper's schedule, weak at small eps.
         eps: L-infinity radii in [0, 1], as 8/255.
         substitute: run whose adversarials are transferred.
         unaware: also each attack as if it ignored the feature squeezing in front of the network.

@@ -25,11 +25,8 @@ from defquant.paper.verdict import Contrast, Evidence, evidence_of
 __all__ = ["Plan", "Survey", "gains", "kind_of", "long", "needs", "passes_by_model"]
 
 FORWARD, INPUT_GRADIENT = 1 / 3, 2 / 3  # of a pass, whose backward is twice its forward
-WORST = {
-    "adaptive": 2.2,
-    "adaptive-t": 10.0,
-    "standard": 44.0,
-}  # times the time of a PGD of its steps, or of 50
+# times the time of a PGD of its steps, or of 50
+WORST = {"adaptive": 2.2, "adaptive-t": 8.0, "standard": 44.0}
 SLOWER = 2.0  # a pass of training, with its small batches, than one of an attack
 STANDING = 0.5  # share of images that long attacks work on, for those that fell cost nothing
 SHOWN = 10  # cells of a network in its line
