@@ -18,7 +18,9 @@ from defquant.deploy.floats import pair
 from defquant.deploy.graph import graph
 from defquant.deploy.lower import calibrate, lower
 from defquant.deploy.program import (
+    Add,
     Affine,
+    Call,
     Conv,
     Linear,
     MaxPool,
@@ -193,11 +195,12 @@ def faithful(
 def test_each_layer_is_pytorchs(name: str, bits: int, weight_bits: int) -> None:
     model = network(name, bits, weight_bits)
     program = lower(model, SHAPE)
-    assert len(program.convolutions) == NETWORKS[name]
-    assert {op.weight.bits for op in program.convolutions[1:]} == {
+    _, *others = (op for op in program.convolutions if not op.alone)
+    assert 1 + len(others) == NETWORKS[name]
+    assert {op.weight.bits for op in others} == {
         7 if (bits, weight_bits) == (8, 8) else weight_bits
     }
-    assert {program.grids[op.source].bits for op in program.convolutions[1:]} == {bits}
+    assert {program.grids[op.source].bits for op in others} == {bits}
     found = deviations(model, program, pixels())
     assert len(found) >= NETWORKS[name]
     for d in found:
@@ -224,6 +227,20 @@ def test_biases_on_their_grid_are_exact(name: str, bits: int) -> None:
     state = {k: v.clone() for k, v in model.state_dict().items()}
     snap_biases_(model, pixels(1))
     assert all(torch.allclose(v, state[k], rtol=1e-5) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_rounded_sums_and_their_batch_norms_are_exact_in_integers(bits: int) -> None:
+    """From pixels to what is pooled; a bias that would move too far keeps its norm in floats."""
+    model = network("wrn-10-1", bits, 8, round_sums=True)
+    assert any(isinstance(op, Affine) for op in lower(model, SHAPE).ops) == (bits > 1)
+    snap_biases_(model, pixels(1))
+    program = lower(model, SHAPE)
+    assert len(program.convolutions) == NETWORKS["wrn-10-1"] + 4
+    floats = [op for op in program.ops if op.name not in program.grids]
+    assert [type(op) for op in floats] == [Add, Add, Add, Call, Linear]
+    found = deviations(model, program, pixels(), half=1e-3)
+    assert all(d.largest <= 1 and d.flipped < 2e-3 for d in found)
 
 
 def test_biases_stay_where_weights_are_floats_or_nothing_can_be_exported() -> None:

@@ -87,6 +87,7 @@ class Facts:
             f"{model.squeeze}-bit": model.squeeze not in (None, 5),
             f"+ W{model.weight_bits}": model.weight_bits is not None,
             "+ deployable": model.deployable,
+            "+ rounded sums": model.round_sums,
             f"+ {train.attack.upper()}": train.attack != "none",
         }
         return " ".join(word for word, holds in words.items() if holds)

@@ -70,6 +70,8 @@ class ModelConfig:
             products of codes saturate; the last layer has 8.
         deployable: round to 8 bits, in training too, what convolutions add to the residual stream,
             so that every convolution can run in integers.
+        round_sums: round the sums of a deployable Wide ResNet to 8 bits, too: then its residual
+            stream and batch norms run in integers. The other networks quantise theirs anyway.
         squeeze: feature squeezing in front of the network, in training and in test: colours of
             so many bits, then a 2x2 median (the paper takes 5 bits); none for no squeezing.
     """
@@ -81,12 +83,15 @@ class ModelConfig:
     activation: Activation = "relu"
     weight_bits: Annotated[int, _WEIGHTS] | None = None
     deployable: bool = False
+    round_sums: bool = False
     squeeze: int | None = None
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
         check_bits(self.squeeze, "squeeze", "no squeezing")
         check_fields(self)
+        if self.round_sums and not self.deployable:
+            raise UserError("round_sums needs deployable: sums of rounded parts alone are rounded")
 
 
 @dataclass(frozen=True)

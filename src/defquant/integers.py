@@ -147,6 +147,11 @@ class Sums:
             layer, kernel, bits, source, ones, 0 * ones if bias is None else as_double(bias)
         )
 
+    @staticmethod
+    def alone(layer: str, channels: int, source: Grid) -> "Sums":
+        """The codes themselves, each channel by itself: what a batch norm of codes reads."""
+        return Sums.of(layer, torch.ones(channels, 1, 1, 1), finest(source.top), None, source)
+
     def scaled(self, gain: Floats64, shift: Floats64, home: Any = None) -> "Sums":
         return replace(self, gain=self.gain * gain, shift=self.shift * gain + shift, home=home)
 
@@ -246,9 +251,10 @@ def _watched(model: nn.Module, x: Tensor) -> list[tuple[Sums, Grid]]:
             bits = getattr(module, "weight_bits", None)
             made = Sums.of(name, module.weight, bits, module.bias, codes[source])
             open_sums[result] = replace(made, home=None if module.bias is None else module)
-        elif isinstance(module, nn.BatchNorm2d) and sums is not None:
+        elif isinstance(module, nn.BatchNorm2d) and (sums is not None or source in codes):
             if module.running_var is None or module.running_mean is None:
                 return False
+            sums = sums or Sums.alone(name, module.num_features, codes[source])
             own = module.weight, module.bias, module.running_mean, module.running_var, module.eps
             home = module if module.affine else None
             open_sums[result] = sums.scaled(*fold_batch_norm(*own), home)

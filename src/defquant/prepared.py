@@ -95,6 +95,7 @@ def prepare(
     *,
     ranges: float | Literal["calibrate"] = "calibrate",
     convex: bool = False,
+    round_sums: bool = False,
 ) -> Prepared:
     """A copy of `model` whose activations, and weights if asked, are quantised; trainable.
 
@@ -122,6 +123,9 @@ def prepare(
             and `hardtanh` keep their own. Batch norms that have seen no image use the batch's
             statistics meanwhile.
         convex: residual sums become `ConvexSum`.
+        round_sums: with `weight_bits`, residual sums that no activation quantises get 8 bits, too,
+            so that they, and batch norms behind them, run in integers. Layer norms do not, and deep
+            streams reach far: measure what it costs.
 
     Raises:
         UserError: what cannot be captured (`capture`), weights or ranges that are not finite,
@@ -133,11 +137,14 @@ def prepare(
         raise UserError(f"weight_bits must be 8, 4 or 2, or none; found {weight_bits!r}")
     if ranges != "calibrate" and not (isinstance(ranges, int | float) and 0 < ranges < math.inf):
         raise UserError(f"ranges must be 'calibrate' or a positive end of [0, h]; found {ranges!r}")
+    if round_sums and weight_bits is None:
+        raise UserError("round_sums needs weight_bits: without them nothing runs in integers")
     model = bare(model)
     with torch.random.fork_rng(devices=()):  # layers are made with weights of chance, all replaced
         net = Rebuilt(capture(model, images, trainable=True), model)
         quantising = _Quantising(net, bits, weight_bits)
         quantising.run(None if ranges == "calibrate" else float(ranges), convex=convex)
+        quantising.end_in_integers(round_sums)
     prepared = net.finish(Prepared)
     if not any(_quantises(module) for module in prepared.modules()):
         raise UserError(
@@ -179,9 +186,6 @@ class _Quantising:
                 self._pass_on(node)
             if (least := self._least_of(node)) is not None:
                 self.least[node] = least
-        if self.weight_bits is not None:
-            self._end_in_integers()
-        self._set_weight_bits()
 
     def _replaced(self, node: fx.Node, high: float | None, convex: bool) -> fx.Node:
         """A module instead of a ReLU or a residual sum."""
@@ -257,18 +261,27 @@ class _Quantising:
         self.codes |= dict.fromkeys(chain[:-1], self.codes[codes])
         return x
 
-    def _end_in_integers(self) -> None:
-        """A quantiser behind each convolution, and its norm, that none follows."""
-        for node in list(self.net.graph.nodes):
-            if not isinstance(self.net.module(node), QuantConv2d):
+    def end_in_integers(self, round_sums: bool) -> None:
+        """A quantiser behind each convolution with its norm, and sum if asked, that none follows.
+
+        And weights of as many bits as fit beside what they read.
+        """
+        for node in list(self.net.graph.nodes) if self.weight_bits is not None else ():
+            module, end, users = self.net.module(node), node, list(node.users)
+            sums = isinstance(module, ConvexSum) or _residual(node, tuple(node.all_input_nodes))
+            if sums and round_sums:
+                path = f"{self.net.place(node, 'sum')}_out"
+            elif isinstance(module, QuantConv2d):
+                norm = isinstance(self.net.module(users[0]), BatchNorm)
+                if len(users) == 1 and (norm or kind_of(users[0]) == "batch_norm"):
+                    end = users[0]
+                path = f"{end.target}_out"
+            else:
                 continue
-            end, (reader, *others) = node, list(node.users)
-            norm = isinstance(self.net.module(reader), BatchNorm)
-            if not others and (norm or kind_of(reader) == "batch_norm"):
-                end = reader
             if not all(self._lands(user) for user in end.users):
-                made = self.net.insert(end, f"{end.target}_out", QuantBranch())
+                made = self.net.insert(end, path, QuantBranch())
                 end.replace_all_uses_with(made, delete_user_cb=partial(operator.is_not, made))
+        self._set_weight_bits()
 
     def _lands(self, node: fx.Node) -> bool:
         """Whether what `node` reads goes to a quantiser, or is the logits."""

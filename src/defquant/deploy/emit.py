@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+
 from defquant.deploy.program import Add, Affine, Conv, Op, Program, Quantize, sources
 from defquant.errors import UserError
 from defquant.integers import PIXELS, Floats64, Grid, Sums, branch_grid, finest
@@ -97,9 +99,32 @@ class Emitter:
         """`value` rounded onto `grid`: the end of a convolution, or an operation of its own."""
         if name not in self.known:
             self.grids[name] = grid
+            value = self._of_codes(value, grid)
             self.emit(self._conv(name, value) if isinstance(value, Unfinished)
                       else Quantize(name, self.tensor(value)))  # fmt: skip
         return Codes(name)
+
+    def _of_codes(self, value: Value, grid: Grid) -> Value:
+        """An affine map of codes as a convolution of 1x1 within each channel, in integers.
+
+        Not where rounding its bias to whole units moves it by more than 1e-3 of a step, as it may
+        where training did not put it there (`integers.snap_biases_`).
+        """
+        source = self.grids.get(value.x.name) if isinstance(value, Scaled) else None
+        if source is None or not isinstance(value, Scaled) or value.rank != 4:
+            return value
+        factor = value.x.factor if isinstance(value.x, Stream) else 1.0
+        sums = Sums.alone(value.name, len(value.gain), source).scaled(
+            value.gain * factor, value.shift
+        )
+        weight = sums.weight(finest(source.top), grid)
+        moved = (
+            sums.units(weight, grid)[0] * (source.scale * weight.scale.astype("f8")) - sums.shift
+        )
+        if np.abs(moved).max() > 1e-3 * grid.scale:
+            return value
+        ends = (1, 1), (0, 0, 0, 0), (1, 1), len(value.gain)
+        return Unfinished(value.name, value.x.name, sums, ends)
 
     def finished(self, value: Value) -> Codes | Stream:
         """As a tensor: sums of products rounded to their own range, affine maps written out."""

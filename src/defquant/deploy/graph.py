@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from defquant.deploy import floats
 from defquant.deploy.program import Add, Affine, Conv, Linear, MaxPool, Op, Program, Quantize
 from defquant.errors import UserError, shown
-from defquant.integers import Weight
+from defquant.integers import Floats, Weight
 
 __all__ = ["METADATA", "OPERATORS", "OPSET", "Input", "Writer", "graph", "packed", "unpacked"]
 
@@ -103,14 +103,17 @@ class Writer:
             terms = [self.real(name, factor) for name, factor in op.terms]
             self.node("Add" if len(terms) > 1 else "Identity", terms, op.name)
         elif isinstance(op, Affine):
-            zeros = np.zeros_like(op.bias)
-            values = (op.scale, op.bias, zeros, zeros + 1)  # one pass where Mul and Add take two
-            inputs = [self.real(op.source), *map(self.constant, values)]
-            self.node("BatchNormalization", inputs, op.name, epsilon=0.0)
+            self.affine(op.name, op.source, op.scale, op.bias)
         elif isinstance(op, Linear):
             self.linear(op)
         else:
             floats.write(self, op)
+
+    def affine(self, name: str, source: str, scale: Floats, bias: Floats) -> str:
+        zeros = np.zeros_like(bias)
+        values = (scale, bias, zeros, zeros + 1)  # one pass where Mul and Add take two
+        inputs = [self.real(source), *map(self.constant, values)]
+        return self.node("BatchNormalization", inputs, name, epsilon=0.0)
 
     def linear(self, op: Linear) -> None:
         source, bias = self.real(op.source), self.constant(op.bias)
@@ -130,7 +133,12 @@ class Writer:
                 f"{op.name}/bias", axis=0,
             )  # fmt: skip
         else:
-            bias = self.constant((op.bias * unit.astype(np.float64)).astype(np.float32))
+            floats = (op.bias * unit.astype(np.float64)).astype(np.float32)
+            if op.alone:  # as a float network has it
+                gain = op.weight.integers.ravel() * op.weight.scale
+                self.codes(op.name, self.affine(f"{op.name}/sums", op.source, gain, floats))
+                return
+            bias = self.constant(floats)
         inputs = [self.real(op.source), self.weight(op), bias]
         sums = self.node(
             "Conv", inputs, f"{op.name}/sums", kernel_shape=op.weight.integers.shape[2:],

@@ -53,6 +53,13 @@ class Conv:
     dilation: tuple[int, int]
     groups: int
 
+    @property
+    def alone(self) -> bool:
+        """Whether each result comes of one code: a batch norm, say."""
+        ends = self.stride, self.padding, self.dilation
+        same = ends == ((1, 1), (0, 0, 0, 0), (1, 1)) and self.weight.integers[0].size == 1
+        return same and self.groups == len(self.weight.integers)
+
 
 @dataclass(frozen=True)
 class Add:

@@ -26,6 +26,7 @@ class Precision(TypedDict, total=False):
     activation: Activation
     weight_bits: int | None
     deployable: bool
+    round_sums: bool
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class Parts:
     def join(self) -> nn.Module:
         """A residual sum of two inputs: convex (section 4 of the paper) or plain."""
         return ConvexSum(2) if self.config.convex else Sum()
+
+    def total(self) -> nn.Module:
+        """What follows a residual sum that no activation quantises."""
+        return QuantBranch() if self.config.round_sums else nn.Identity()
 
 
 class Sum(nn.Module):
@@ -117,14 +122,14 @@ class _Before(nn.Module):
         reshapes = stride != 1 or c_in != c_out
         self.shortcut = parts.conv(c_in, c_out, 1, stride) if reshapes else None
         self.shortcut_out = parts.output() if reshapes else None
-        self.join = parts.join()
+        self.join, self.total = parts.join(), parts.total()
 
     def forward(self, x: Tensor) -> Tensor:
         active = self.act1(self.bn1(x))
         branch = self.out(self.conv2(self.act2(self.bn2(self.conv1(active)))))
         if self.shortcut is not None and self.shortcut_out is not None:
             x = self.shortcut_out(self.shortcut(active))
-        return self.join(x, branch)  # type: ignore[no-any-return]
+        return self.total(self.join(x, branch))  # type: ignore[no-any-return]
 
 
 class _After(nn.Module):
