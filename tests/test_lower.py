@@ -231,9 +231,9 @@ def test_biases_on_their_grid_are_exact(name: str, bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [1, 4, 8])
 def test_rounded_sums_and_their_batch_norms_are_exact_in_integers(bits: int) -> None:
-    """From pixels to what is pooled; a bias that would move too far keeps its norm in floats."""
+    """From pixels to what is pooled; a bias that is no whole number keeps its norm in floats."""
     model = network("wrn-10-1", bits, 8, round_sums=True)
-    assert any(isinstance(op, Affine) for op in lower(model, SHAPE).ops) == (bits > 1)
+    assert any(isinstance(op, Affine) for op in lower(model, SHAPE).ops)
     snap_biases_(model, pixels(1))
     program = lower(model, SHAPE)
     assert len(program.convolutions) == NETWORKS["wrn-10-1"] + 4

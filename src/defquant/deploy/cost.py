@@ -42,8 +42,9 @@ def static_cost(program: Program, *, file_bytes: int, float_file_bytes: int) -> 
     Returns:
         weights: how many, of convolutions and linear layers, without biases and scales.
         weight_bytes: packed, Σ bits · count / 8.
-        macs, float_macs: multiply-adds of the convolutions; and of what stays in floats: linear
-            layers, and one for each element of a batch norm that could not be folded.
+        macs, float_macs: multiply-adds of what runs in integers, convolutions and batch norms of
+            codes, and of what stays in floats: linear layers, and batch norms that could not be
+            folded, with one for each element.
         peak_activation_bytes: the largest sum of tensors alive at once, packed: codes at their
             bits, floats at 32. A tensor lives from the operation that makes it to the last that
             reads it, both included; the caller's image is not counted.

@@ -107,8 +107,8 @@ class Emitter:
     def _of_codes(self, value: Value, grid: Grid) -> Value:
         """An affine map of codes as a convolution of 1x1 within each channel, in integers.
 
-        Not where rounding its bias to whole units moves it by more than 1e-3 of a step, as it may
-        where training did not put it there (`integers.snap_biases_`).
+        Only where training put its bias on whole units (`integers.snap_biases_`): these are coarse,
+        and what training did not see is not rounded.
         """
         source = self.grids.get(value.x.name) if isinstance(value, Scaled) else None
         if source is None or not isinstance(value, Scaled) or value.rank != 4:
@@ -121,7 +121,7 @@ class Emitter:
         moved = (
             sums.units(weight, grid)[0] * (source.scale * weight.scale.astype("f8")) - sums.shift
         )
-        if np.abs(moved).max() > 1e-3 * grid.scale:
+        if np.abs(moved).max() > 1e-4 * grid.scale:
             return value
         ends = (1, 1), (0, 0, 0, 0), (1, 1), len(value.gain)
         return Unfinished(value.name, value.x.name, sums, ends)
