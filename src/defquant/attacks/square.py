@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from defquant.attacks.contract import uniform
-from defquant.attacks.engine import Look, Plan, Radius, Single, State, column, into_ball
+from defquant.attacks.engine import Look, Plan, Radius, Single, State, column
 from defquant.attacks.losses import margin
 from defquant.config import positive
 from defquant.errors import UserError
@@ -103,11 +103,11 @@ def _with_square(best: Tensor, rows: State, side: Tensor, eps: Radius, seed: int
         _within(height, top, side)[:, None, :, None] & _within(width, left, side)[:, None, None]
     )
     signs = _signs(u[:, 2:])[:, :, None, None]
-    once = torch.where(square, into_ball(rows["x"] + signs * eps, rows["x"], eps), best)
+    once = torch.where(square, (rows["x"] + signs * eps).clamp_(0, 1), best)
     idle = (once == best).flatten(1).all(1)
     if not idle.is_cuda and not bool(idle.any()):  # a GPU is not waited for
         return once
-    turned = torch.where(square, into_ball(rows["x"] - signs * eps, rows["x"], eps), best)
+    turned = torch.where(square, (rows["x"] - signs * eps).clamp_(0, 1), best)
     return torch.where(column(idle), turned, once)
 
 
