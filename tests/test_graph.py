@@ -41,7 +41,7 @@ from defquant.deploy.runtime import (
     session,
     tensors,
 )
-from defquant.integers import PIXELS, Grid, Weight
+from defquant.integers import PIXELS, Grid, Weight, snap_biases_
 from test_lower import CONVOLUTIONS, NETWORKS, SHAPE, Net, conv, network, on_grid, pixels
 
 PRECISIONS = [(1, 8), (2, 2), (4, 4), (7, 8), (8, 8)]  # of activations and weights
@@ -49,7 +49,11 @@ PRECISIONS = [(1, 8), (2, 2), (4, 4), (7, 8), (8, 8)]  # of activations and weig
 
 @cache
 def lowered(name: str = "wrn-10-1", bits: int = 4, weight_bits: int = 8) -> Program:
-    return lower(network(name, bits, weight_bits), SHAPE)
+    rounded_sums = name.endswith("rounded")  # and biases as training leaves them
+    model = network(name.split()[0], bits, weight_bits, round_sums=rounded_sums)
+    if rounded_sums:
+        snap_biases_(model, pixels(1))
+    return lower(model, SHAPE)
 
 
 def exported(
@@ -161,13 +165,19 @@ def test_onnxruntime_computes_the_reference(name: str, bits: int, weight_bits: i
 
 
 @pytest.mark.parametrize(("bits", "weight_bits"), PRECISIONS)
-def test_onnxruntime_adds_codes_in_another_order_near_ties(bits: int, weight_bits: int) -> None:
-    """A ResNet's sums end in codes, and onnxruntime fuses them into QLinearAdd.
+@pytest.mark.parametrize(
+    ("name", "wanted", "convolutions"),
+    [("wrn-10-1 rounded", 3, 13), ("resnet-18x0.125", 8, 20)],
+)
+def test_onnxruntime_adds_codes_in_another_order_near_ties(
+    name: str, wanted: int, convolutions: int, bits: int, weight_bits: int, tmp_path: Path
+) -> None:
+    """Sums end in codes, and onnxruntime fuses them into QLinearAdd: nothing is left in floats.
 
     Given onnxruntime's own codes, each convolution is the reference's code for code, and each sum
     is, too, or lies so near a tie that the order of float32 operations decides for one step.
     """
-    program, file = exported("resnet-18x0.125", bits, weight_bits)
+    program, file = exported(name, bits, weight_bits)
     x = pixels(seed=7)
     found = tensors(file, codes_of(program), x.numpy())
     known: dict[str, Tensor] = {"image": x}
@@ -187,8 +197,10 @@ def test_onnxruntime_adds_codes_in_another_order_near_ties(bits: int, weight_bit
         else:
             assert torch.equal(codes, mine), op.name
         known[op.name] = codes
-    assert sums == 8
-    assert integer_convolutions(file) == (20, 20)
+    made = [node.op_type for node in optimised(file, tmp_path).graph.node]
+    assert sums == made.count("QLinearAdd") == wanted
+    assert not {"Add", "BatchNormalization"}.intersection(made)
+    assert integer_convolutions(file) == (convolutions, convolutions)
 
 
 POOLS: Mapping[str, nn.MaxPool2d] = {
@@ -461,12 +473,13 @@ def test_layers_may_have_any_names(names: list[str]) -> None:
     assert len(program.convolutions) == 2
 
 
+@pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("alpha", [(1.0, 0.0), (0.0, 1.0), (0.4, 0.6)])
 def test_coefficients_of_0_and_1_leave_all_convolutions_in_integers(
-    alpha: tuple[float, float],
+    alpha: tuple[float, float], rounded: bool
 ) -> None:
     """A branch that counts for nothing may be left out; what is there runs in integers."""
-    model = network("wrn-10-1", 4, 8)
+    model = network("wrn-10-1", 4, 8, round_sums=rounded)
     for join in (m for m in model.modules() if isinstance(m, dq.ConvexSum)):
         with torch.no_grad():
             join.alpha.copy_(torch.tensor(alpha))

@@ -68,9 +68,9 @@ def test_export_and_verify(runs: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(words) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[-2:] == [str(file), str(tmp_path / "dq.json")]
-    assert any("9 of 9 convolutions in integers" in line for line in out)
+    assert any("10 of 10 convolutions in integers" in line for line in out)
     card = json.loads((tmp_path / "dq.json").read_text())
-    assert card["convolutions"] == [9, 9] and card["calibrated"] is None
+    assert card["convolutions"] == [10, 10] and card["calibrated"] is None  # a batch norm of codes
     assert card["parity"]["agreement"] >= AGREEMENT
     assert card["parity"]["reference_mismatches"] == 0
     attacks = ["clean", "FGSM", "PGD-20", "Adaptive-5", "Square-20"]
@@ -135,7 +135,7 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(
     [
         (["export", "RUN"], "model"),
         (["export", "RUN", "OUT", "--weight-bits", "3"], "weight_bits"),
-        (["export", "RUN", "OUT", "--reference", "float"], "a model is the folder of a run"),
+        (["export", "RUN", "OUT", "--reference", "float"], "no such folder of a run: float"),
         (["export", "RUN", "OUT", "--attacked", "0"], "--attacked must be 1 or more"),
         (["export", "RUN", "OUT", "--repeats", "-1"], "--repeats must be 0 or more"),
         (["export", "NONE", "OUT"], "no checkpoint"),
@@ -174,7 +174,7 @@ def test_a_float_convolution_is_an_error_unless_allowed(
     assert "only 8 of 9" in capsys.readouterr().err and not file.exists()
     assert main(["export", str(runs / "dq"), str(file), *QUICKEST, "--allow-float"]) == 0
     assert main(["verify", str(runs / "dq"), str(file), "--images", "50"]) == 1
-    assert "1 of 9 convolutions of codes run in float" in capsys.readouterr().err
+    assert "2 of 10 convolutions of codes run in float" in capsys.readouterr().err
 
 
 class Bright(nn.Module):

@@ -101,7 +101,9 @@ class Writer:
             )  # fmt: skip
         elif isinstance(op, Add):
             terms = [self.real(name, factor) for name, factor in op.terms]
-            self.node("Add" if len(terms) > 1 else "Identity", terms, op.name)
+            # onnxruntime makes one rounding of two with nothing, or an Identity, between them
+            alone = "Max" if op.terms[0][0] in self.program.grids else "Identity"
+            self.node("Add" if len(terms) > 1 else alone, terms, op.name)
         elif isinstance(op, Affine):
             self.affine(op.name, op.source, op.scale, op.bias)
         elif isinstance(op, Linear):
