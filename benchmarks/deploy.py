@@ -1,4 +1,4 @@
-"""Integer WRN-16-4 (or -1; 4-bit activations) against float32 in onnxruntime and PyTorch.
+"""Integer WRN-16-4 (or -1) of rounded sums against float32 in onnxruntime and PyTorch.
 
 8-bit and 4-bit weights, Defensive Quantization (convex sums) and vanilla, all in turn in one run
 on equally many threads. Weights are random and batch norms are scrambled: time and size do not
@@ -37,6 +37,7 @@ from defquant.deploy.graph import graph
 from defquant.deploy.lower import lower
 from defquant.deploy.program import Program
 from defquant.deploy.runtime import OnnxModel, integer_convolutions
+from defquant.integers import snap_biases_
 
 SHAPE = (3, 32, 32)
 FILES = {8: 0.27, 4: 0.14}
@@ -50,11 +51,10 @@ METHODS = {"DQ": True, "vanilla": False}
 Calls = dict[str, Callable[[], object]]
 
 
-def network(weight_bits: int, width: int, *, convex: bool) -> nn.Module:
+def network(weight_bits: int, width: int, bits: int, *, convex: bool) -> nn.Module:
     torch.manual_seed(0)
-    model = dq.wide_resnet(
-        16, width, bits=4, weight_bits=weight_bits, convex=convex, deployable=True
-    ).train()
+    options: Any = {"weight_bits": weight_bits, "deployable": True, "round_sums": True}
+    model = dq.wide_resnet(16, width, bits=bits, convex=convex, **options).train()
     with torch.no_grad():
         model(torch.rand(8, *SHAPE))  # gives the branches their ranges
         for norm in model.modules():
@@ -63,7 +63,8 @@ def network(weight_bits: int, width: int, *, convex: bool) -> nn.Module:
                 norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
                 norm.weight.uniform_(0.5, 1.5)
                 norm.bias.normal_(0, 0.3)
-    return model.eval()
+    snap_biases_(model.eval(), torch.rand(1, *SHAPE))  # as training ends
+    return model
 
 
 def machine() -> str:
@@ -89,7 +90,7 @@ def sizes(programs: dict[str, Program]) -> list[str]:
             program, file_bytes=integer.ByteSize(), float_file_bytes=single.ByteSize()
         )
         cards[name] = card
-        target = FILES[program.convolutions[1].weight.bits]
+        target = FILES[4 if name.endswith("4-bit") else 8]
         print(f"{name:18}{f'{done} of {every}':>14}{card['file_bytes'] / 1e6:9.3f}", end="")
         print(f"{card['file_ratio']:9.3f}{'<= ' + str(target):>8}", end="")
         print(f"{card['macs'] / 1e6:9.1f}{card['bops'] / 1e9:8.2f}", end="")
@@ -149,7 +150,7 @@ def _own_biases(file: onnx.ModelProto) -> onnx.ModelProto:
     return found
 
 
-def calls_for(batch: int, programs: dict[str, Program], width: int, threads: int) -> Calls:
+def calls_for(batch: int, programs: dict[str, Program], single: nn.Module, threads: int) -> Calls:
     """The integer networks, and vanilla's in float32, which has the least to compute."""
     x = torch.rand(batch, *SHAPE)
     graphs = {name: graph(program) for name, program in programs.items()}
@@ -160,7 +161,7 @@ def calls_for(batch: int, programs: dict[str, Program], width: int, threads: int
         name: partial(model.session.run, None, {model.input.name: model.fed(x)})
         for name, model in models.items()
     }
-    eager = torch.inference_mode()(as_float(network(8, width, convex=False)).forward)
+    eager = torch.inference_mode()(as_float(single).forward)
     return calls | {"PyTorch": partial(eager, x.contiguous(memory_format=torch.channels_last))}
 
 
@@ -194,6 +195,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--width", type=int, default=4, help="k of WRN-16-k")
+    parser.add_argument("--bits", type=int, default=4, help="of activations")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tools = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnxruntime", "onnx"))
@@ -204,14 +206,17 @@ def main() -> int:
             "the machine is busy: threads that wait for each other, PyTorch's above all, lose most"
         )
     programs = {
-        f"{method}, {bits}-bit": lower(network(bits, options.width, convex=convex), SHAPE)
-        for bits in FILES
+        f"{method}, {kept}-bit": lower(
+            network(kept, options.width, options.bits, convex=convex), SHAPE
+        )
+        for kept in FILES
         for method, convex in METHODS.items()
     }
+    single = network(8, options.width, options.bits, convex=False)
     missed = sizes(programs)
     for batch in (1, 32):
         rounds = options.repeats if batch == 1 else max(1, options.repeats // 4)
-        calls = calls_for(batch, programs, options.width, options.threads)
+        calls = calls_for(batch, programs, single, options.threads)
         clock = time.thread_time if options.threads == 1 else time.perf_counter
         runs = [latency(calls, repeats=rounds, clock=clock) for _ in range(options.runs)]
         missed += speeds(batch, runs, f"n = {rounds} in turn x {options.runs}")
