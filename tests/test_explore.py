@@ -27,7 +27,7 @@ from defquant.data.pictures import encode, fitted
 from defquant.diagnose.layers import layer_distances
 from defquant.explore.server import BYTES, Guard, Page, growth, results, serve, shown_as
 from defquant.explore.trial import Frame, Network, answer, explore, named, opened, specs_of
-from defquant.judging.suspects import images_of, suspect
+from defquant.judging.suspects import images_for, suspect
 from pages import HOSTILE
 
 
@@ -181,7 +181,7 @@ def test_without_gradio_or_a_port_there_is_one_line(
         port = taken.getsockname()[1]
         refused(lambda: serve(Page({}, GREY), "127.0.0.1", port, print), f":{port} (", "--port")
     assert main(["explore"]) == 2
-    for ask in (lambda: images_of("runs/none", None, None), lambda: suspect("runs/none", GREY)):
+    for ask in (lambda: images_for("runs/none", None, None), lambda: suspect("runs/none", GREY)):
         refused(ask, "no such folder of a run: runs/none")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["explore", "runs/a"]) == 2

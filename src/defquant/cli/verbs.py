@@ -224,12 +224,12 @@ def judge(
     seconds = _seconds(budget)
     keep_log(Path(out))
     from defquant.files import write_bytes, write_json
-    from defquant.judging.suspects import images_of
+    from defquant.judging.suspects import images_for
     from defquant.judging.verdict import judge as judged
     from defquant.report import judged_page
 
     found = judged(
-        model, images_of(model, data, data_root), reference=reference, eps=eps,
+        model, images_for(model, data, data_root), reference=reference, eps=eps,
         margin=margin, budget=seconds, images=images, weights=weights,
         reference_weights=reference_weights, input=input, reference_input=reference_input,
         seed=seed,
@@ -265,14 +265,14 @@ def explore(
     needs("explore", "gradio")
     from defquant.explore.server import LOOPBACK, Page, serve
     from defquant.explore.trial import specs_of
-    from defquant.judging.suspects import images_of
+    from defquant.judging.suspects import images_for
 
     specs = specs_of(models)
     known = next((spec for spec in specs.values() if Path(spec).is_dir()), models[0])
     if host not in LOOPBACK:
         say(f"defquant: whoever reaches {host}:{port} can use it")
     serve(
-        Page(specs, images_of(known, data, data_root), weights), host, port,
+        Page(specs, images_for(known, data, data_root), weights), host, port,
         lambda address: print(address, flush=True),
     )  # fmt: skip
 

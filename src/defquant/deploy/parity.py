@@ -115,7 +115,7 @@ def _logits(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
 
 
 def _agreement(one: Tensor, other: Tensor) -> Score:
-    return Score(int((one.argmax(1) == other.argmax(1)).sum()), len(one))
+    return Score.of(one.argmax(1) == other.argmax(1))
 
 
 def _flipped(seen: Captured, program: Program, x: Tensor, batch_size: int) -> float:

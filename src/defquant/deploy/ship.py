@@ -290,7 +290,7 @@ def attacked(
     deployed = OnnxModel(file)
     networks = [model, deployed, *([] if reference is None else [reference])]
     both = [correct(network, images) for network in networks]
-    yield _scores("clean", 0.0, "clean", *(Score(int(s.sum()), len(s)) for s in both))
+    yield _scores("clean", 0.0, "clean", *(Score.of(s) for s in both))
     for attack in attacks:
         scores = replayed(model, deployed, images, attack, seed=seed)
         if reference is not None:
@@ -325,7 +325,7 @@ def replayed(
         for network, stands in zip(networks, standing, strict=True):
             found = right(network, adversarial, there.labels[ids])
             stands[ids.to(stands.device)] &= found.to(stands.device)
-    return tuple(Score(int(stands.sum()), len(stands)) for stands in standing)
+    return tuple(map(Score.of, standing))
 
 
 def cost(

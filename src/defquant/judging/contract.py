@@ -344,4 +344,4 @@ class _Trial:
 
     def right(self, columns: Tensor, part: slice) -> Score:
         hits = columns.argmax(1)[part] == self.labels[part]
-        return Score(int(hits.sum()), len(hits))
+        return Score.of(hits)

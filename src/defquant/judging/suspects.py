@@ -24,7 +24,7 @@ from defquant.evaluate import device_of
 from defquant.judging.opening import Opened, few_layers, has_gradient, open_staircases
 
 __all__ = [
-    "QUERIES", "STEPS", "Pixels", "Side", "Suspect", "Witnessed", "images_of", "suspect",
+    "QUERIES", "STEPS", "Pixels", "Side", "Suspect", "Witnessed", "images_for", "suspect",
     "with_twin",
 ]  # fmt: skip
 
@@ -124,7 +124,7 @@ def with_twin(model: nn.Module, data: Dataset) -> nn.Module:
     return model
 
 
-def images_of(spec: str, name: str | None, root: str | None) -> Dataset:
+def images_for(spec: str, name: str | None, root: str | None) -> Dataset:
     """The test images of the data set `name`, or those that a run knows for its own."""
     if name is not None:
         return load(name, root, "test")

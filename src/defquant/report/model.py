@@ -17,7 +17,7 @@ from defquant.paper.section import Entry, Line, Number, Panel, Section, Table, V
 from defquant.report.sources import StripTable, of_pictures
 
 __all__ = [
-    "EPS", "MARKS", "NOTHING", "WORDS", "Chapter", "Place", "Plain", "Row", "View", "axis", "bar",
+    "EPS", "MARKS", "NOTHING", "WORDS", "Chapter", "Plain", "Row", "Shown", "View", "axis", "bar",
     "height", "interval_text", "listing", "of_section", "panels", "places",
     "told_of", "uncertainty_text", "value_text", "view",
 ]  # fmt: skip
@@ -112,7 +112,7 @@ def panels(
 
 
 @dataclass(frozen=True)
-class Place:
+class Shown:
     """An entry as it is shown: the value, what stands beside it, the paper's; 1 best, 2 second; and
     what the pointer is told.
     """
@@ -135,7 +135,7 @@ class View:
 
     head: tuple[str, ...]
     words: int
-    rows: tuple[tuple[Place, ...], ...]
+    rows: tuple[tuple[Shown, ...], ...]
     caption: str
     notes: tuple[str, ...]
 
@@ -160,15 +160,15 @@ class View:
 def view(table: Table) -> View:
     """`table` as it is shown."""
 
-    def place(entry: Entry, rank: int) -> Place:
+    def place(entry: Entry, rank: int) -> Shown:
         if not isinstance(entry, Number):
-            return Place(NOTHING if entry is None else entry)
+            return Shown(NOTHING if entry is None else entry)
         paper = "" if entry.paper is None else value_text(entry.paper, entry, table.percent)
         text = value_text(entry.mean, entry, table.percent)
         gap, cells = _gap(entry, table.percent), " ".join(dict.fromkeys(entry.cells)).strip()
         about = {"": told_of(entry, table.percent) if entry.seeds else "", "gap": gap, "of": cells}
         told = "; ".join(f"{name} {own}".strip() for name, own in about.items() if own)
-        return Place(text, uncertainty_text(entry, table.percent), paper, rank, told)
+        return Shown(text, uncertainty_text(entry, table.percent), paper, rank, told)
 
     ranks = [places(table, index) for index in range(len(table.rows))]
     rows = tuple(tuple(map(place, row, own)) for row, own in zip(table.rows, ranks, strict=True))

@@ -29,9 +29,9 @@ from defquant.report.model import (
     NOTHING,
     WORDS,
     Chapter,
-    Place,
     Plain,
     Row,
+    Shown,
     View,
     listing,
     of_section,
@@ -378,7 +378,7 @@ def _terminal(shown: View, layout: tuple[str, str]) -> rich_table.Table:
     return table
 
 
-def _text(place: Place, layout: tuple[str, str]) -> Text:
+def _text(place: Shown, layout: tuple[str, str]) -> Text:
     shown = Text(visible(place.text), style=ANSWERS.get(place.mark, STYLES[place.rank]))
     if place.more:
         shown = Text.assemble(shown, layout[0] + place.more)
