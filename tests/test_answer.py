@@ -114,6 +114,8 @@ def test_a_network_looks_the_same_everywhere() -> None:
     ]
     found = looks(names)
     assert found == looks(names[::-1]) and len(set(found.values())) == len(names)
+    by_kind = looks(zip("abc", ("DQ None-bit", "DQ 4-bit", "DQ 1-bit"), strict=True)).values()
+    assert len({mark for _, mark in by_kind}) == 3  # a run of any name is known by its bits
     for bits in range(1, 9):
         assert found[f"vanilla {bits}-bit"][1] == found[f"DQ {bits}-bit"][1]
     assert found["float"][0] == "#777777" and found["DQ 8-bit"][0] == "#0072b2"

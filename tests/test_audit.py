@@ -226,7 +226,9 @@ class Function(nn.Module):
 
 NETWORKS: dict[str, Callable[[bool], nn.Module]] = {
     "deployable": lambda convex: build(
-        ModelConfig("wrn-10-1", bits=4, weight_bits=4, convex=convex, deployable=True),
+        ModelConfig(
+            "wrn-10-1", bits=4, weight_bits=4, convex=convex, deployable=True, round_sums=True
+        ),
         num_classes=10, in_channels=1,
     ),
     "wrn": lambda convex: dq.wide_resnet(10, 1, bits=4, convex=convex, in_channels=1),

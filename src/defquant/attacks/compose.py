@@ -159,8 +159,8 @@ class Adaptive(Composition):
     The first part climbs the margin through `SoftRound`, then tries random squares from where it
     came, as logits alone judge them (`Search`). The others are there for networks at full
     precision, and for those whose clip or rounding is another. An example that stands costs 1.9
-    times the gradients of PGD at equal `steps`, and 4 forward passes for each of them: in all less
-    than 3 times PGD's time at 32x32, 5 at 8x8 (docs/benchmarks.md); one that falls far less.
+    times the gradients of PGD at equal `steps`, and 4 forward passes for each of them: in all at
+    most 5 times PGD's time where it was measured (docs/benchmarks.md); one that falls far less.
     `eps` lies in [0, 1].
 
     With `targets` what still stands is gone for by the first part again, towards each of so many

@@ -110,20 +110,16 @@ class Emitter:
         Only where training put its bias on whole units (`integers.snap_biases_`): these are coarse,
         and what training did not see is not rounded.
         """
-        source = self.grids.get(value.x.name) if isinstance(value, Scaled) else None
-        if source is None or not isinstance(value, Scaled) or value.rank != 4:
+        if not isinstance(value, Scaled) or value.rank != 4 or value.x.name not in self.grids:
             return value
-        factor = value.x.factor if isinstance(value.x, Stream) else 1.0
-        sums = Sums.alone(value.name, len(value.gain), source).scaled(
-            value.gain * factor, value.shift
-        )
+        channels, source = len(value.gain), self.grids[value.x.name]
+        gain = value.gain * (value.x.factor if isinstance(value.x, Stream) else 1.0)
+        sums = Sums.alone(value.name, channels, source).scaled(gain, value.shift)
         weight = sums.weight(finest(source.top), grid)
-        moved = (
-            sums.units(weight, grid)[0] * (source.scale * weight.scale.astype("f8")) - sums.shift
-        )
-        if np.abs(moved).max() > 1e-4 * grid.scale:
+        unit = np.float64(source.scale) * weight.scale
+        if np.abs(sums.units(weight, grid)[0] * unit - sums.shift).max() > 1e-4 * grid.scale:
             return value
-        ends = (1, 1), (0, 0, 0, 0), (1, 1), len(value.gain)
+        ends = (1, 1), (0, 0, 0, 0), (1, 1), channels
         return Unfinished(value.name, value.x.name, sums, ends)
 
     def finished(self, value: Value) -> Codes | Stream:

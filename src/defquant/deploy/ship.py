@@ -38,7 +38,7 @@ __all__ = [
     "export_onnx", "exported", "read", "replayed",
 ]  # fmt: skip
 
-FORMAT = 2
+FORMAT = 3
 CALIBRATION = 512
 """Training images on which the ranges of branch outputs are measured where they are not trained."""
 SIDES = "trained", "deployed", "reference"

@@ -38,7 +38,7 @@ _ONE = torch.zeros(1, dtype=torch.int64)
 class Network:
     """A suspect by a short name, and as it is attacked: `view`, images in [0, 1] to logits.
 
-    `kind` is the method of a run, by which it has its colour.
+    `kind` is the method and the bits of a run, by which it has its colour and mark.
     """
 
     name: str
@@ -121,8 +121,8 @@ def opened(
         warnings.simplefilter("ignore")  # of scores, which are not made here
         found = suspect(spec, data, weights if ".py:" in str(spec) else None)
     view = Witnessed(found) if found.kind == "ONNX" else found.model
-    kind = load(str(spec)).facts.method if found.kind == "run" else ""
-    return Network(name, found, view, kind)
+    facts = load(str(spec)).facts if found.kind == "run" else None
+    return Network(name, found, view, f"{facts.method} {facts.model.bits}-bit" if facts else "")
 
 
 def named(attack: str, eps: float, steps: int) -> Single | Composition:

@@ -147,12 +147,12 @@ def looks(networks: Iterable[tuple[str, str]]) -> Looks:
     """Colour and mark of each (name, kind), by name.
 
     Hue: float's, vanilla's, DQ's, by the first word of kind or name; of others, one for each kind
-    in turn. Shade and mark: bits, the fewer the lighter. Where two would look the same, as DQ with
-    two values of beta, the later is lighter.
+    in turn. Shade and mark: bits, which either names, the fewer the lighter. Where two would look
+    the same, as DQ with two values of beta, the later is lighter.
     """
     style, found, others = _charts(), dict[str, tuple[str, str]](), dict[str, str]()
     for name, kind in dict(networks).items():
-        word, bits = f"{kind or name} ".lower().split(" ")[0], BITS.search(name)
+        word, bits = f"{kind or name} ".lower().split(" ")[0], BITS.search(f"{name} {kind}")
         free = style["others"][len(others) % len(style["others"])]
         hue = style["colours"].get(word) or others.setdefault(kind or name, free)
         width = int(bits[1]) if bits else 0
