@@ -181,6 +181,20 @@ def test_the_active_set_agrees_with_the_plain_loop(name: str) -> None:
         assert torch.equal(found, ~fell), size
 
 
+def test_where_all_fall_logits_go_first() -> None:
+    """After the first batch, which falls at its second look, no gradient is asked there."""
+    model, x, y = scene(40)
+    asked = {True: 0, False: 0}
+
+    def note(_: nn.Module, args: tuple[Tensor]) -> None:
+        asked[args[0].requires_grad] += len(args[0])
+
+    with model.register_forward_pre_hook(note):
+        standing = torch.ones(40).bool()
+        assert not robust(model, (x, y), dq.BIM(0.9, 5), standing=standing, batch_size=8).any()
+    assert asked[True] <= 40 + 2 * 8
+
+
 def test_draws_are_splitmix64_of_seed_id_restart_and_place_alone() -> None:
     def mix(z: int) -> int:
         m = 2**64 - 1
