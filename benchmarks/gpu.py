@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 import defquant as dq
+import defquant.attacks.look as looking
 from defquant import step
 from defquant.attacks import Attack, engine, untouched
 from defquant.attacks.graphs import recorded, tensor_float
-from defquant.attacks.look import look
 from defquant.config import TrainConfig
 from defquant.data import Dataset, batches, load
 from defquant.evaluate import correct, robust
@@ -307,20 +307,24 @@ def speed(scene: Scene, names: tuple[str, ...], how: str, **changes: Any) -> Fou
 
 
 WAYS = ("float32", "as used")
-"""How an attack runs: plainly in float32; or recorded, in TensorFloat-32 without a quantiser."""
+"""How an attack runs: plainly in float32; or recorded, gradients in TensorFloat-32, and without a
+quantiser all of the search.
+"""
 
 
 @contextmanager
 def searching(scene: Scene, way: str) -> Iterator[list[str]]:
     """Attack in one of the `WAYS`; gives why looks were not recorded."""
-    fits = engine.searchable
+    fits, looked = engine.searchable, looking.look
     if way == "float32" or scene.cpu:
         engine.searchable = lambda *_: way != "float32"
+    if way == "float32":
+        looking.look = lambda *a, rough=False, **more: looked(*a, **more)
     with heard("defquant.attacks.look") as reasons, tensor_float(False):
         try:
             yield reasons
         finally:
-            engine.searchable = fits
+            engine.searchable, looking.look = fits, looked
 
 
 def trained(scene: Scene) -> nn.Module:
@@ -383,15 +387,15 @@ def looks(scene: Scene) -> Found:
     """Milliseconds of one look: forward, loss, gradient; by its size and by how it is run."""
     model, found, plan = trained(scene), {}, dq.PGD(0.01, steps=20).plan
     kinds = {
-        "float32": (False, False, False, False),
-        "channels last, tf32": (True, True, False, False),
-        "channels last, tf32, graph": (True, True, False, True),
-        "float32, graph": (False, False, False, True),
-        "channels last, bf16, graph": (True, True, True, True),
+        "float32": (False, False, False, False, False),
+        "float32, graph": (False, False, False, False, True),
+        "gradient tf32, graph": (False, False, True, False, True),
+        "channels last, tf32, graph": (True, True, True, False, True),
+        "channels last, bf16, graph": (True, True, True, True, True),
     }  # fmt: skip
     for n in (16,) if scene.cpu else (256, 64, 16):
         at, y = scene.data.images[:n].float() / 255, scene.data.labels[:n]
-        for kind, (last, tf32, half, replayed) in kinds.items():
+        for kind, (last, tf32, back, half, replayed) in kinds.items():
             layout = torch.channels_last if last else torch.contiguous_format
             rows = {"at": at.contiguous(memory_format=layout), "y": y, "target": y}
             times = {}
@@ -401,13 +405,14 @@ def looks(scene: Scene) -> Found:
                     rows: Any = rows,
                     gradient: bool = gradient,
                     tf32: bool = tf32,
+                    back: bool = back,
                     half: bool = half,
                 ) -> None:
                     low = torch.autocast(
                         scene.device.type, torch.bfloat16, enabled=half, cache_enabled=False
                     )
                     with torch.no_grad(), tensor_float(tf32), low:
-                        look((model,), rows, plan, gradient=gradient)
+                        looking.look((model,), rows, plan, gradient=gradient, rough=back)
 
                 with untouched(model):
                     step = recorded(inner, [], scene.device) if replayed else inner

@@ -31,7 +31,7 @@ from defquant.attacks.contract import Target, eight_bit, standing, uniform
 from defquant.attacks.engine import look, rank, rivals_of, rows_of
 from defquant.attacks.first_order import paper_steps
 from defquant.attacks.graphs import tensor_float
-from defquant.attacks.look import smooth
+from defquant.attacks.look import opened, smooth
 from defquant.attacks.names import ATTACKS, parse_attack, parse_first_order
 from defquant.attacks.surrogates import EOT, ClipFree, FloatTwin, Precisions, SoftRound
 from defquant.diagnose import Effort
@@ -389,6 +389,33 @@ def test_scores_are_those_of_float32(score: Any) -> None:
         score(model, (x, y))
         assert all(flag.allow_tf32 for flag in flags)
     assert allowed and not any(allowed)
+
+
+def test_a_rough_look_answers_in_float32_and_points_in_tensor_float() -> None:
+    """By what torch allows while the model runs forward, and backward."""
+    seen: list[tuple[str, bool]] = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            seen.append(("forward", torch.backends.cudnn.allow_tf32))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grad: Tensor) -> Tensor:
+            seen.append(("backward", torch.backends.cudnn.allow_tf32))
+            return grad[0]
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Watched.apply(x).flatten(1)[:, :4]  # type: ignore[no-untyped-call,no-any-return]
+
+    plan, y = PGD(0.1).plan, torch.zeros(2, dtype=torch.int64)
+    rows = {"at": torch.rand(2, 3, 2, 2), "y": y, "target": y}
+    for rough in (False, True):
+        with opened(Model(), plan, rows["at"]) as forwards:
+            look(forwards, rows, plan, rough=rough)
+    assert seen == [("forward", False), ("backward", False), ("forward", False), ("backward", True)]
 
 
 def test_tensor_float_leaves_what_the_user_set() -> None:

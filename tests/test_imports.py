@@ -6,8 +6,10 @@ import subprocess
 import sys
 import tomllib
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "defquant"
 ORDER = (
@@ -105,3 +107,13 @@ def test_every_package_imported_is_declared() -> None:
     for path in MODULES.values():
         roots = {name.split(".")[0] for name in named(path)} - sys.stdlib_module_names
         assert {called.get(root, root) for root in roots} <= names, path
+
+
+def test_from_its_sources_alone_it_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    import defquant
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    assert defquant.__version__ == "uninstalled"

@@ -268,6 +268,23 @@ def test_convex_sum_is_the_combination(branches: int) -> None:
     assert torch.autograd.gradgradcheck(lambda _, *ys: convex(*ys), (convex.alpha, *small))
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_compiled_convex_sum_is_the_same(kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    convex = ConvexSum()
+    nn.init.normal_(convex.alpha)
+    found = []
+    for road in (convex, torch.compile(convex, backend="aot_eager", fullgraph=True)):
+        gen = torch.Generator().manual_seed(1)
+        xs = [torch.randn(8, 3, 5, 4, generator=gen).to(kind).requires_grad_() for _ in range(2)]
+        y = road(*xs)
+        convex.alpha.grad = None
+        y.float().pow(2).sum().backward()
+        found.append([y.detach(), convex.alpha.grad, *(x.grad for x in xs)])
+    bound = 1e-5 if kind == torch.float32 else 2e-2
+    torch.testing.assert_close(*found, rtol=bound, atol=bound)
+
+
 def test_convex_sum_can_be_traced_and_keeps_the_type_and_format_of_its_input() -> None:
     x = torch.randn(2, 3, 4, 4, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     y = ConvexSum()(x, x)
@@ -299,13 +316,16 @@ def test_projection_is_the_nearest_point_of_the_simplex(v: np.ndarray) -> None:
 
 def test_project_simplex_projects_every_convex_sum() -> None:
     two, three, linear = ConvexSum(), ConvexSum(3), nn.Linear(2, 2)
+    again = ConvexSum()
+    again.alpha.data = torch.tensor([2.0, 0.5])
     before, parameter = linear.weight.clone(), two.alpha
     two.alpha.data = torch.tensor([0.9, 0.5])
     three.alpha.data = torch.tensor([2.0, 0.0, -1.0])
-    project_simplex_(nn.Sequential(two, nn.Sequential(three), linear))
+    project_simplex_(nn.Sequential(two, nn.Sequential(three, again), linear))
     assert two.alpha is parameter and parameter.requires_grad
     torch.testing.assert_close(two.alpha.detach(), torch.tensor([0.7, 0.3]))
     torch.testing.assert_close(three.alpha.detach(), torch.tensor([1.0, 0.0, 0.0]))
+    torch.testing.assert_close(again.alpha.detach(), torch.tensor([1.0, 0.0]))
     assert torch.equal(linear.weight, before)
 
 

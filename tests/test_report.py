@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -295,7 +296,9 @@ def test_a_blind_attack_is_marked_everywhere(tmp_path: Path) -> None:
     assert "masked, not robust" in page_of(tmp_path, *sound, *masked)
 
 
-def test_curves_are_drawn_the_same_every_time(tmp_path: Path) -> None:
+def test_curves_are_drawn_the_same_every_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tried = (("clean", 0.0, 95), ("FGSM", 8 / 255, 50), ("PGD", 8 / 255, 20))
     found = [
         network(method, None if method == "float" else 4, seed, attack=a, eps=e, correct=c)
@@ -312,3 +315,6 @@ def test_curves_are_drawn_the_same_every_time(tmp_path: Path) -> None:
         plot_curves(found, tmp_path / "a.txt")
     with pytest.raises(UserError, match="no attacks"):
         plot_curves(found[::3], tmp_path / "a.png")
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    with pytest.raises(UserError, match="charts need vl-convert-python"):
+        plot_curves(found, tmp_path / "e.png")

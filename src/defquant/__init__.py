@@ -86,9 +86,12 @@ __all__ = sorted(_HOME)
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("defquant")
+        try:
+            return version("defquant")
+        except PackageNotFoundError:  # found by PYTHONPATH, as on a machine lent for minutes
+            return "uninstalled"
     if name not in _HOME:
         raise AttributeError(f"module 'defquant' has no attribute {name!r}")
     return getattr(importlib.import_module(f"defquant.{_HOME[name]}"), name)

@@ -109,12 +109,12 @@ def stamp(device: torch.device) -> dict[str, Any]:
 
 def versions(device: torch.device) -> dict[str, str]:
     """Versions and machine, the evidence beside every number; all that may change its last bits."""
-    import importlib.metadata as metadata
-
     import numpy as np
 
+    from defquant import __version__
+
     return {
-        "defquant": metadata.version("defquant"),
+        "defquant": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,

@@ -25,6 +25,13 @@ ROUNDING = 1e-5  # of float32 sums, far above what a hundred steps gather
 Target = Literal["identity", "parseval"]
 
 
+class Gradients(NamedTuple):
+    """Of an `OrthogonalPenalty`: its value, and (weight, product, factor) of each to be added."""
+
+    value: Tensor
+    parts: list[tuple[Tensor, Tensor, float]]
+
+
 @final
 class OrthogonalPenalty:
     """(beta/2) sum_l ||W_l'W_l - I||_F^2 over all convolution and linear weights (Eq. 8).
@@ -81,23 +88,34 @@ class OrthogonalPenalty:
             return self.beta / 2 * torch.stack(squares).sum()
 
     @torch.no_grad()
-    def add_grad_(self) -> Tensor:
-        """Add the penalty's gradient, 2 beta (WW' - I) W, to every trainable weight's `.grad`.
+    def gradients(self) -> Gradients:
+        """What `add_grad_` adds: it reads the weights alone, so that it may be made beforehand.
 
-        Two small products a weight, no graph, no synchronisation. Call it once a step, between
-        `backward()` (unscaled) and the optimiser's step. Returns `penalty()`'s value, detached.
+        Two small products a weight, no graph, no synchronisation.
         """
-        squares = []
+        squares, parts = [], []
         with _no_autocast(self._layers[0][0].weight):
             for layer, c2 in self._layers:
                 weight, W = layer.weight, _matrices(layer)
                 residual = _residual(W, c2)
                 squares.append(residual.flatten().dot(residual.flatten()))
                 if weight.requires_grad:
-                    if weight.grad is None:
-                        weight.grad = torch.zeros_like(weight)
-                    weight.grad.add_(_times(residual, W, weight), alpha=2 * self.beta * c2)
-            return self.beta / 2 * torch.stack(squares).sum()
+                    parts.append((weight, _times(residual, W, weight), 2 * self.beta * c2))
+            return Gradients(self.beta / 2 * torch.stack(squares).sum(), parts)
+
+    @torch.no_grad()
+    def add_grad_(self, made: Gradients | None = None) -> Tensor:
+        """Add the penalty's gradient, 2 beta (WW' - I) W, to every trainable weight's `.grad`.
+
+        Call it once a step, between `backward()` (unscaled) and the optimiser's step. Returns
+        `penalty()`'s value, detached. `made`: `gradients()` of these weights, if they are there.
+        """
+        made = made or self.gradients()
+        for weight, product, alpha in made.parts:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            weight.grad.add_(product, alpha=alpha)
+        return made.value
 
     @torch.no_grad()
     def retract_(self, beta: float | None = None) -> None:
@@ -138,6 +156,8 @@ class ConvexSum(nn.Module):
         """The combination of `branches` tensors of one shape."""
         if len(xs) != self.branches:
             raise UserError(f"ConvexSum has {self.branches} branches; found {len(xs)} tensors")
+        if torch.compiler.is_dynamo_compiling() and xs[0].dim() == 4:  # not in a plain export
+            return _by_channel(self.alpha, xs)
         total = self.alpha[0] * xs[0]
         for i, x in enumerate(xs[1:], 1):
             # In place: the product's own gradient needs xs[0], never the product.
@@ -145,8 +165,19 @@ class ConvexSum(nn.Module):
         return total
 
 
+def _by_channel(alpha: Tensor, xs: Sequence[Tensor]) -> Tensor:
+    """sum_i alpha_i x_i for a compiler: the gradient of alpha is summed by channels first.
+
+    It shares that reduction with the batch norms beside; a sum over everything at once took as
+    long as six convolutions.
+    """
+    each = alpha[:, None].expand(-1, xs[0].shape[1])[:, None, :, None, None]
+    parts = [a * full_precision(x) for a, x in zip(each.unbind(), xs, strict=True)]
+    return sum(parts[1:], parts[0]).to(xs[0].dtype)
+
+
 def project_simplex(v: Tensor) -> Tensor:
-    """The point of {a : a >= 0, sum a = 1} nearest to the vector v (Held et al. 1974).
+    """The point of {a : a >= 0, sum a = 1} nearest to v (Held et al. 1974), a vector or rows of it.
 
     a = max(v - tau, 0), tau = max_k (u_1 + ... + u_k - 1)/k, u = v sorted downwards: the maximum is
     at Duchi et al. (2008)'s rho, and finding it needs no index, so no synchronisation.
@@ -154,18 +185,22 @@ def project_simplex(v: Tensor) -> Tensor:
     >>> project_simplex(torch.tensor([0.8, 0.6]))
     tensor([0.6000, 0.4000])
     """
-    u = v.sort(descending=True).values
-    counts = torch.arange(1, len(v) + 1, device=v.device, dtype=v.dtype)
-    tau = ((u.cumsum(0) - 1) / counts).max()
+    u = v.sort(dim=-1, descending=True).values
+    counts = torch.arange(1, v.shape[-1] + 1, device=v.device, dtype=v.dtype)
+    tau = ((u.cumsum(-1) - 1) / counts).amax(-1, keepdim=True)
     return (v - tau).clamp(min=0)
 
 
 @torch.no_grad()
 def project_simplex_(model: nn.Module) -> None:
     """Project the `alpha` of every `ConvexSum` in the model onto the simplex, in place."""
+    alike: dict[object, list[Tensor]] = {}
     for module in model.modules():
         if isinstance(module, ConvexSum):
-            module.alpha.copy_(project_simplex(module.alpha))
+            alpha = module.alpha
+            alike.setdefault((module.branches, alpha.device, alpha.dtype), []).append(alpha)
+    for alphas in alike.values():
+        torch._foreach_copy_(alphas, project_simplex(torch.stack(alphas)).unbind())
 
 
 def spectral_norm(weight: Tensor) -> float:

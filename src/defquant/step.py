@@ -16,7 +16,7 @@ from defquant.attacks import FGSM, PGD, RFGSM, Attack, RandomEps, untouched
 from defquant.attacks.contract import draw_seed
 from defquant.attacks.engine import Radius, look, rows_of
 from defquant.attacks.first_order import FirstOrder
-from defquant.attacks.graphs import alike, recorded, tensor_float
+from defquant.attacks.graphs import alike, beside, recorded, tensor_float
 from defquant.attacks.lint import lint_answer
 from defquant.config import TrainConfig
 from defquant.data import Dataset, to_unit
@@ -201,6 +201,7 @@ def _update(
     """
     config, model, penalty, kind = state.config, state.model, state.penalty, state.device.type
     tf32, cache = config.tf32 or None, kind != "cuda"  # no graph may hold cast weights
+    fused = beside(penalty.gradients, kind) if penalty and config.penalty == "fused" else None
     autocast = torch.autocast(kind, torch.bfloat16, enabled=config.amp, cache_enabled=cache)
     with tensor_float(tf32), autocast:
         logits = network(x)
@@ -211,8 +212,8 @@ def _update(
     objective = loss if share == 1 else loss * share
     with tensor_float(tf32):
         (objective + value if value.requires_grad else objective).backward()
-    if penalty and config.penalty == "fused":
-        value = penalty.add_grad_()
+    if penalty and fused:
+        value = penalty.add_grad_(fused())
     if config.clip:
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     state.optimizer.step()

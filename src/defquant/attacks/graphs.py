@@ -4,12 +4,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["alike", "recorded", "tensor_float"]
+__all__ = ["alike", "beside", "recorded", "tensor_float"]
+
+_T = TypeVar("_T")
 
 
 def alike(model: nn.Module) -> bool:
@@ -61,6 +63,22 @@ def recorded(
         with torch.no_grad():
             for tensor, value in zip(moved, before, strict=True):
                 tensor.copy_(value)
+
+
+def beside(body: Callable[[], _T], kind: str) -> Callable[[], _T]:
+    """`body`, to be asked for later: in a CUDA graph it runs beside all that comes between."""
+    if kind != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return body
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        found = body()
+
+    def joined() -> _T:
+        torch.cuda.current_stream().wait_stream(side)
+        return found
+
+    return joined
 
 
 def _said(owner: Any, name: str, off: Any, on: Any) -> tuple[Any, Any, Any, Any]:

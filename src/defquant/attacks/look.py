@@ -2,8 +2,9 @@
 
 On a CPU the rows are padded to sizes for which convolution kernels are there; a size that stays is
 run as it is. On a GPU a model of known modules is asked at a few sizes, a size that stays by a CUDA
-graph. All is float32, but for the search on a network that is `smooth`: channels last and in
-TensorFloat-32; what then seems to fool it is looked at again in float32.
+graph; the gradient, which only points, is made in TensorFloat-32 there. The answer is float32, but
+for the search on a network that is `smooth`: channels last and in TensorFloat-32; what then seems
+to fool it is looked at again in float32.
 """
 
 import logging
@@ -119,11 +120,13 @@ def look(
     gradient: bool = True,
     room: int = 0,
     top: int = -1,
+    rough: bool = False,
 ) -> Look:
     """Loss, whether the model is fooled, and the gradient, at the rows' `at`.
 
     The model sees `room` rows at least. Over several forwards loss and gradient are averaged, and
-    the mean of the logits decides. `top`: the highest label, if it is known.
+    the mean of the logits decides. `top`: the highest label, if it is known. `rough`: the backward
+    pass in TensorFloat-32.
     """
     y, n, at = rows["y"], len(rows["y"]), rows["at"].detach()
     if room > n:
@@ -137,7 +140,8 @@ def look(
             answer = given[:n].float()
             value = plan.loss(answer, y, rows["target"])
             if gradient:
-                grads.append(gradient_at(value, at)[:n])
+                with tensor_float(rough or None):
+                    grads.append(gradient_at(value, at)[:n])
             logits.append(answer.detach())
             losses.append(value.detach())
     grad = _mean(grads) if gradient else torch.zeros_like(at[:n])
@@ -206,13 +210,14 @@ class Looks:
         if not self.fast:
             self._met[n] += 1
             room = n if self._met[n] > OFTEN else min(round_up(n), self._most)
-            return look(
-                self._forwards, rows, self._plan, gradient=gradient, room=room, top=self._top
-            )
+            how: Any = {"gradient": gradient, "room": room, "rough": rows["at"].is_cuda}
+            return look(self._forwards, rows, self._plan, top=self._top, **how)
         exact = exact or not self.rough
         key = min(fixed(n), self._most), gradient, exact
         if key not in self._sized:
-            ask = partial(look, self._forwards, plan=self._plan, gradient=gradient, top=self._top)
+            ask = partial(
+                look, self._forwards, plan=self._plan, gradient=gradient, top=self._top, rough=True
+            )
             self._sized[key] = _Sized(ask, rows, key[0], exact, self._pool)
         return self._sized[key](rows)
 

@@ -309,14 +309,12 @@ def save(specs: Sequence[Spec], out: Path) -> Path:
     """Write the charts, one below the other, to `out`, whole; the same make the same bytes, but for
     the order of a PDF's dictionaries. Raises `UserError` for another name than .png, .svg or .pdf.
     """
-    import vl_convert
-
     drawn = _svg(_below(specs) | {"background": "white"})
     match out.suffix.lower():
         case ".png":
-            return write_bytes(out, _few_colours(vl_convert.svg_to_png(drawn, scale=2)))
+            return write_bytes(out, _few_colours(_vega().svg_to_png(drawn, scale=2)))
         case ".pdf":
-            return write_bytes(out, vl_convert.svg_to_pdf(drawn))
+            return write_bytes(out, _vega().svg_to_pdf(drawn))
         case ".svg":
             return write_bytes(out, drawn.encode())
     raise UserError(f"a figure's name ends in .png, .svg or .pdf; found {out.name!r}")
@@ -367,11 +365,17 @@ def _clean(tag: str) -> str:
     return name + f' class="{told[1]}"' * bool(told[1]) + f" {rest}{title}"
 
 
+def _vega() -> Any:
+    try:
+        import vl_convert
+    except ImportError:
+        raise UserError("charts need vl-convert-python, which is not installed here") from None
+    return vl_convert
+
+
 def _svg(spec: Spec) -> str:
     """The names in it are those of no other chart, and always the same: Vega counts them up."""
-    import vl_convert
-
-    drawn: str = vl_convert.vegalite_to_svg(spec, vl_version=VERSION)
+    drawn: str = _vega().vegalite_to_svg(spec, vl_version=VERSION)
     tag = hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:8]
     for i, name in enumerate(distinct(re.findall(r'id="(\w+)"', drawn))):
         drawn = drawn.replace(f'id="{name}"', f'id="c{tag}-{i}"')
