@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from defquant.quantize import QuantReLU, fake_quantize
+from defquant.quantize import QuantReLU
+from defquant.rounding import fake_quantize
 
 
 class Scaled(nn.Module):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from defquant.quantize import fake_quantize
+from defquant.rounding import fake_quantize
 
 HIGH, LEVELS = 6.0, 15
 

@@ -13,7 +13,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "defquant"
 ORDER = (
-    "errors", "typed", "files", "config", "records", "progress", "quantize", "weights",
+    "errors", "typed", "files", "config", "records", "progress", "rounding", "quantize", "weights",
     "lipschitz", "data", "models", "attacks", "functional", "captured", "integers", "rebuilt",
     "prepared", "distributed", "evaluate", "step", "training", "checkpoint",
     "runs", "measure", "images", "defenses", "foreign", "deploy", "diagnose", "judging", "paper",

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import defquant as dq
 from conftest import alike, refused
-from defquant.quantize import QuantBranch, QuantTanh, fake_quantize
+from defquant.quantize import QuantBranch, QuantTanh
+from defquant.rounding import fake_quantize
 from defquant.weights import quantize_weight
 
 BITS = st.integers(1, 8)

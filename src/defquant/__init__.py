@@ -50,11 +50,11 @@ if TYPE_CHECKING:
     from defquant.quantize import QuantReLU as QuantReLU
     from defquant.quantize import QuantSigned as QuantSigned
     from defquant.quantize import QuantTanh as QuantTanh
-    from defquant.quantize import fake_quantize as fake_quantize
     from defquant.quantize import set_bits as set_bits
     from defquant.records import Score as Score
     from defquant.records import results as results
     from defquant.report import build_report as build_report
+    from defquant.rounding import fake_quantize as fake_quantize
     from defquant.training import train as train
 
 _HOMES = {
@@ -74,9 +74,10 @@ _HOMES = {
     "lipschitz": ("ConvexSum", "OrthogonalPenalty", "project_simplex_"),
     "models": ("FeatureSqueezing", "resnet18", "vgg16", "wide_resnet"),
     "prepared": ("prepare",),
-    "quantize": ("QuantReLU", "QuantSigned", "QuantTanh", "fake_quantize", "set_bits"),
+    "quantize": ("QuantReLU", "QuantSigned", "QuantTanh", "set_bits"),
     "records": ("Score", "results"),
     "report": ("build_report",),
+    "rounding": ("fake_quantize",),
     "training": ("train",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

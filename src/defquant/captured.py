@@ -20,15 +20,8 @@ from torch.overrides import TorchFunctionMode
 from defquant.attacks.access import untouched
 from defquant.errors import UserError, shown
 from defquant.functional import Reading, name_of
-from defquant.quantize import (
-    WHOLE,
-    QuantBranch,
-    Quantizer,
-    QuantReLU,
-    QuantSigned,
-    QuantTanh,
-    affine_round,
-)
+from defquant.quantize import QuantBranch, Quantizer, QuantReLU, QuantSigned, QuantTanh
+from defquant.rounding import WHOLE, affine_round
 
 __all__ = [
     "MOVES", "RESHAPES", "Captured", "arguments", "bare", "capture", "kind_of", "operation",

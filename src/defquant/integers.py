@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from defquant.attacks.access import untouched
 from defquant.config import check_bits
 from defquant.errors import UserError
-from defquant.quantize import QuantReLU, QuantSigned, signed_grid
+from defquant.quantize import QuantReLU, QuantSigned
+from defquant.rounding import signed_grid
 from defquant.weights import weight_grid
 
 __all__ = [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from defquant.errors import UserError
-from defquant.quantize import full_precision
+from defquant.rounding import full_precision
 from defquant.weights import effective_weight
 
 __all__ = [

@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from defquant.captured import Captured, arguments, kind_of
 from defquant.errors import UserError
 from defquant.models.squeezing import median_2x2
-from defquant.quantize import Quantizer, QuantReLU, QuantSigned, fake_quantize
+from defquant.quantize import Quantizer, QuantReLU, QuantSigned
+from defquant.rounding import fake_quantize
 from defquant.weights import FirstConv, QuantConv2d, QuantLinear
 
 __all__ = ["Constant", "MeasuredReLU", "Rebuilt", "calibrate", "is_tensor"]

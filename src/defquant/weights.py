@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from defquant.errors import UserError
-from defquant.quantize import WHOLE, autocasts, full_precision, whole_operation
+from defquant.rounding import WHOLE, autocasts, full_precision, whole_operation
 
 __all__ = [
     "FirstConv", "QuantConv2d", "QuantLinear", "effective_weight", "quantize_weight", "weight_grid",

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from defquant.attacks.engine import Forward
 from defquant.config import check_bits, positive
 from defquant.errors import UserError
-from defquant.quantize import Quantizer, full_precision, set_bits
+from defquant.quantize import Quantizer, set_bits
+from defquant.rounding import full_precision
 
 __all__ = [
     "EOT", "ClipFree", "FloatTwin", "Precisions", "SoftRound", "staircase_slope", "twin_of",

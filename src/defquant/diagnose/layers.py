@@ -22,7 +22,8 @@ from defquant.diagnose.masking import Connected
 from defquant.errors import UserError
 from defquant.evaluate import Images, linted
 from defquant.models.squeezing import median_2x2
-from defquant.quantize import Quantizer, adjustable, signed_grid
+from defquant.quantize import Quantizer, adjustable
+from defquant.rounding import signed_grid
 
 __all__ = [
     "Audit", "BlockDistance", "Distance", "LayerAudit", "LayerDistance", "Radius", "audit",

@@ -19,8 +19,8 @@ from defquant.deploy.runtime import session
 from defquant.errors import UserError, shown
 from defquant.judging.nodes import blamed
 from defquant.judging.twin import Layout, Twin, read_onnx
-from defquant.quantize import Rounded
 from defquant.records import Score
+from defquant.rounding import Rounded
 
 __all__ = [
     "RANGES", "Contract", "File", "Found", "Front", "find_contract", "given_contract", "normalised",

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from defquant.config import check_bits
 from defquant.errors import UserError
-from defquant.quantize import WHOLE, whole_operation
+from defquant.rounding import WHOLE, whole_operation
 
 __all__ = ["FeatureSqueezing", "check_images", "median_2x2", "reduce_depth", "squeeze"]
 
