@@ -15,8 +15,10 @@ REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)
-def _few_threads() -> None:
+def _begun_alike() -> None:
+    """Whatever ran before: one thread, and the same random numbers."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)
 
 
 def tiny_images(n: int = 64, *, size: int = 8, channels: int = 1, seed: int = 0) -> Dataset:

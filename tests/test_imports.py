@@ -27,6 +27,7 @@ TORCHLESS = (
     "records",
     "report",
     "cli",
+    "cli.making",
     "cli.verbs",
     "paper.claims",
     "paper.reproduce",

@@ -25,7 +25,7 @@ from defquant.paper import run as run_module
 from defquant.paper.figures import EXPERIMENTS, cells_of
 from defquant.paper.grid import SCALES, Cell, Network, Trial
 from defquant.paper.run import run
-from defquant.paper.workers import Job, each
+from defquant.paper.workers import Job, cores, each
 from small_experiment import (
     CELLS,
     DATA,
@@ -262,8 +262,10 @@ def test_pool_names_results_and_gives_one_thread_that_hears_no_ctrl_c() -> None:
     asks = partial(signal.pthread_sigmask, signal.SIG_BLOCK, ())
     jobs = [(str(n), partial(max, n, 3)) for n in range(5)]
     every: list[Job[Any]] = [*jobs, ("threads", torch.get_num_threads), ("mask", asks)]
+    every += [("compilers", partial(os.getenv, "TORCHINDUCTOR_COMPILE_THREADS"))]
     found = dict(each("t", every, 2))
     assert signal.SIGINT in found.pop("mask") and signal.SIGINT not in asks()
+    assert found.pop("compilers") == str(max(1, cores() // 2))
     assert found == {"0": 3, "1": 3, "2": 3, "3": 3, "4": 4, "threads": 1}
     assert not active_children()
 

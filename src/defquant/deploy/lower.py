@@ -1,18 +1,18 @@
 """From a captured network to integers: fold what is affine into scales and bias."""
 
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from defquant.captured import MOVES, RESHAPES, Captured, capture, kind_of, operation
+from defquant.captured import MOVES, Captured, capture, kind_of, operation
 from defquant.deploy.emit import Codes, Emitter, Padded, Scaled, Stream, Unfinished, Value
-from defquant.deploy.floats import KNOWN, borders, pair
-from defquant.deploy.program import BATCH, Add, Call, Linear, MaxPool, Name, Program
+from defquant.deploy.floats import borders, pair
+from defquant.deploy.program import Add, Linear, MaxPool, Program
+from defquant.deploy.walk import Make, Walk, named
 from defquant.errors import UserError
 from defquant.integers import (
     Floats64,
@@ -90,7 +90,7 @@ def _follow(seen: Captured, peaks: Mapping[str, float] | None, weight_bits: int)
             f"cannot export {seen.model} in integers: its activations have full precision; train "
             "with --bits, use set_bits, or prepare it"
         )
-    walk = _Walk(seen, Emitter(peaks, weight_bits))
+    walk = Walk(seen, Emitter(peaks, weight_bits), _KINDS)
     for node in seen.calls:
         walk.visit(node)
     out, end = walk.out, walk.values[seen.end]
@@ -107,117 +107,11 @@ def _rounds(node: fx.Node) -> bool:
     return operation(node).startswith("defquant.")
 
 
-class _Walk:
-    """Values of the nodes so far. A value that several read is finished at once."""
-
-    def __init__(self, seen: Captured, out: Emitter) -> None:
-        self.seen, self.out = seen, out
-        (image,) = (node for node in seen.nodes if node.op == "placeholder")
-        self.values: dict[fx.Node, Value] = {image: Codes("pixels")}
-        self.batch = image.meta["val"].shape[0].node.expr
-
-    def visit(self, node: fx.Node) -> None:
-        if not isinstance(node.meta["val"], Tensor):
-            return  # a size, or several tensors: whoever reads it knows
-        make = _KINDS.get(operation(node).rpartition(".")[0])
-        value = make(self, node) if make else None
-        value = self.call(node) if value is None else value
-        shared = len(node.users) > 1 and not isinstance(value, Codes | Stream)
-        self.values[node] = self.real(value) if shared else value
-
-    def real(self, value: Value) -> Codes | Stream:
-        """Finished; a border of zeros, which only a convolution takes, is written as one."""
-        if not isinstance(value, Padded):
-            return self.out.finished(value)
-        raise AssertionError("a border has one reader, the convolution")
-
-    def value(self, argument: Any) -> Value | None:
-        return self.values.get(argument) if isinstance(argument, fx.Node) else None
-
-    def floats(self, argument: Any) -> Floats64 | None:
-        """A number or a constant tensor; None for what the images reach."""
-        if isinstance(argument, int | float):
-            return np.asarray(float(argument))
-        tensor = self.seen.constant(argument)
-        return None if tensor is None else as_double(tensor)
-
-    def call(self, node: fx.Node) -> Stream:
-        """`node` in floats."""
-        name = operation(node)
-        if name.rpartition(".")[0] not in KNOWN and node.target is not operator.getitem:
-            raise UserError(
-                f"cannot export layer {node.meta['layer']!r}: a file has no form here of "
-                f"{name.removeprefix('aten.')} ({node.name})"
-            )
-        size = self._size(node)
-        args: tuple[Any, ...] = ()
-        kwargs: dict[str, Any] = {}
-        if kind_of(node) in RESHAPES:  # all are written as this one
-            name, args = "aten.reshape.default", (self._plain(node.args[0]), size)
-        elif node.target is operator.getitem:
-            name, args, kwargs = self._part(node)
-        else:
-            args, kwargs = (self._plain(a) for a in (node.args, node.kwargs))
-        given = tuple(sorted(kwargs.items()))
-        return self.out.emit(Call(_named(node), node.meta["layer"], name, args, given, size))
-
-    def _size(self, node: fx.Node) -> tuple[int, ...]:
-        """Of the result, -1 for the dimension that the images are in, alone or with others."""
-        free = [d for d in node.meta["val"].shape if isinstance(d, torch.SymInt)]
-        if len(free) != 1:
-            raise UserError(
-                f"cannot export layer {node.meta['layer']!r}: one dimension must hold the images "
-                f"({node.name})"
-            )
-        return tuple(-1 if isinstance(d, torch.SymInt) else d for d in node.meta["val"].shape)
-
-    def _part(self, node: fx.Node) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
-        """One of the tensors that a split, chunk or unbind gives, as a slice of its source."""
-        many, index = node.args
-        assert isinstance(many, fx.Node) and isinstance(index, int)
-        kind, source = kind_of(many), many.args[0]
-        if kind not in ("chunk", "split", "split_with_sizes", "unbind"):
-            raise UserError(
-                f"cannot export layer {node.meta['layer']!r}: a file has no form here of "
-                f"{operation(many) or many.name}"
-            )
-        dims = [*many.args[1:], *many.kwargs.values()]
-        if kind == "unbind":
-            return "aten.select.int", (self._plain(source), dims[0] if dims else 0, index), {}
-        dim = dims[1] if len(dims) > 1 else 0
-        lengths = [part.shape[dim] for part in many.meta["val"]]
-        start = int(sum(lengths[:index]))
-        ends = start, start + lengths[index]
-        return "aten.slice.Tensor", (self._plain(source), dim, *ends), {}
-
-    def _plain(self, argument: Any) -> Any:
-        """Arguments of a `Call`: names, arrays and plain values."""
-        if isinstance(argument, fx.Node):
-            if not isinstance(argument.meta["val"], Tensor):
-                return self._plain(argument.meta["val"])
-            tensor = self.seen.constant(argument)
-            if tensor is not None:
-                return tensor.detach().numpy()
-            return Name(self.out.tensor(self.real(self.values[argument])))
-        if isinstance(argument, tuple | list):
-            return tuple(self._plain(part) for part in argument)
-        if isinstance(argument, dict):
-            return {key: self._plain(value) for key, value in argument.items()}
-        if isinstance(argument, torch.SymInt):
-            if argument.node.expr != self.batch:
-                raise UserError("cannot export a network that computes sizes from how many images")
-            return BATCH
-        return argument
-
-
 _OPEN = (Unfinished, Scaled)
 _SUMS = ("add", "sub", "rsub", "addcmul")
 
-_Make: TypeAlias = Callable[[_Walk, fx.Node], Value | None]
-"""The value of a node, or None where it is one of floats."""
 
-
-def _conv(walk: _Walk, node: fx.Node) -> Value | None:
+def _conv(walk: Walk, node: fx.Node) -> Value | None:
     x, kernel = walk.value(node.args[0]), node.args[1]
     assert isinstance(kernel, fx.Node)
     border = x.border if isinstance(x, Padded) else (0, 0, 0, 0)
@@ -233,7 +127,7 @@ def _conv(walk: _Walk, node: fx.Node) -> Value | None:
     kept, bits = kernel.meta.get("float", weight), kernel.meta.get("bits")
     sums = Sums.of(node.meta["layer"], kept, bits, None, walk.out.grids[source.name])
     sums = sums.scaled(np.asarray(factor), bias)
-    return Unfinished(_named(node), source.name, sums, ends)
+    return Unfinished(named(node), source.name, sums, ends)
 
 
 def _ends(node: fx.Node, weight: Tensor | None, border: tuple[int, int, int, int]) -> Any:
@@ -252,7 +146,7 @@ def _given(node: fx.Node, first: int, *defaults: Any) -> list[Any]:
     return given + list(defaults[len(given) :])
 
 
-def _batch_norm(walk: _Walk, node: fx.Node) -> Value | None:
+def _batch_norm(walk: Walk, node: fx.Node) -> Value | None:
     weight, bias, mean, var = (walk.seen.constant(a) for a in node.args[1:5])
     if mean is None or var is None or node.args[5]:
         raise UserError(
@@ -265,7 +159,7 @@ def _batch_norm(walk: _Walk, node: fx.Node) -> Value | None:
 
 
 def _affine(
-    walk: _Walk, node: fx.Node, source: Any, gain: Floats64, shift: Floats64
+    walk: Walk, node: fx.Node, source: Any, gain: Floats64, shift: Floats64
 ) -> Value | None:
     """gain · x + shift per channel; numbers, too. None where it is neither."""
     rank, x = node.meta["val"].ndim, walk.value(source)
@@ -281,10 +175,10 @@ def _affine(
         return None
     gain, shift = parts[0], parts[1]
     if isinstance(x, Unfinished):
-        return replace(x, name=_named(node), sums=x.sums.scaled(gain, shift))
+        return replace(x, name=named(node), sums=x.sums.scaled(gain, shift))
     if isinstance(x, Scaled):
-        return replace(x, name=_named(node), gain=x.gain * gain, shift=x.shift * gain + shift)
-    return Scaled(_named(node), walk.real(x), gain, shift, rank)
+        return replace(x, name=named(node), gain=x.gain * gain, shift=x.shift * gain + shift)
+    return Scaled(named(node), walk.real(x), gain, shift, rank)
 
 
 def _alone(node: fx.Node) -> bool:
@@ -303,7 +197,7 @@ def _by_channel(value: Floats64, rank: int, channels: int) -> Floats64 | None:
         value.size == channels) else None  # fmt: skip
 
 
-def _sum(walk: _Walk, node: fx.Node) -> Value | None:
+def _sum(walk: Walk, node: fx.Node) -> Value | None:
     """add, sub, rsub: of two values, or of one and a constant."""
     kind = kind_of(node)
     alpha = float(node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1))  # type: ignore[arg-type]
@@ -317,7 +211,7 @@ def _sum(walk: _Walk, node: fx.Node) -> Value | None:
             return _affine(walk, node, node.args[one], gain, shift)
     if any(v is None for v in values) or not _alike(node):
         return None
-    return walk.out.add(_named(node), list(factors), [v for v in values if v is not None])
+    return walk.out.add(named(node), list(factors), [v for v in values if v is not None])
 
 
 def _alike(node: fx.Node) -> bool:
@@ -325,7 +219,7 @@ def _alike(node: fx.Node) -> bool:
     return all(a.meta["val"].shape == node.meta["val"].shape for a in node.all_input_nodes)
 
 
-def _times(walk: _Walk, node: fx.Node) -> Value | None:
+def _times(walk: Walk, node: fx.Node) -> Value | None:
     """mul, div: by a constant."""
     first, second = node.args[:2]
     divides = kind_of(node) == "div"
@@ -339,7 +233,7 @@ def _times(walk: _Walk, node: fx.Node) -> Value | None:
     return _affine(walk, node, first, gain, np.zeros(()))
 
 
-def _addcmul(walk: _Walk, node: fx.Node) -> Value | None:
+def _addcmul(walk: Walk, node: fx.Node) -> Value | None:
     """a + number · x, as a convex sum is written."""
     total, one, other = node.args
     factor = walk.floats(one)
@@ -351,19 +245,19 @@ def _addcmul(walk: _Walk, node: fx.Node) -> Value | None:
             f"cannot export layer {node.meta['layer']!r}: addcmul without a number ({node.name})"
         )
     inputs = [v for v in values if v is not None]
-    return walk.out.add(_named(node), [1.0, float(factor.reshape(()))], inputs)
+    return walk.out.add(named(node), [1.0, float(factor.reshape(()))], inputs)
 
 
-def _neg(walk: _Walk, node: fx.Node) -> Value | None:
+def _neg(walk: Walk, node: fx.Node) -> Value | None:
     return _affine(walk, node, node.args[0], np.asarray(-1.0), np.zeros(()))
 
 
-def _clip_round(walk: _Walk, node: fx.Node) -> Value:
+def _clip_round(walk: Walk, node: fx.Node) -> Value:
     bits, high = int(node.args[1]), float(node.args[2])  # type: ignore[arg-type]
     return _onto(walk, node, Grid(high / (2**bits - 1), 0, 2**bits - 1))
 
 
-def _signed_round(walk: _Walk, node: fx.Node) -> Value:
+def _signed_round(walk: Walk, node: fx.Node) -> Value:
     peak = walk.seen.constant(node.args[1])
     if peak is None or not float(peak) > 0:
         raise UserError(
@@ -373,7 +267,7 @@ def _signed_round(walk: _Walk, node: fx.Node) -> Value:
     return _onto(walk, node, branch_grid(float(peak), int(bits), least))  # type: ignore[arg-type]
 
 
-def _affine_round(walk: _Walk, node: fx.Node) -> Value | None:
+def _affine_round(walk: Walk, node: fx.Node) -> Value | None:
     """torch's own quantiser: scale, zero point, lowest and highest code."""
     given = [walk.floats(a) for a in node.args[1:]]
     if any(v is None or v.size != 1 for v in given):
@@ -384,15 +278,15 @@ def _affine_round(walk: _Walk, node: fx.Node) -> Value | None:
     return _onto(walk, node, Grid(scale, int(zero - low), int(high - low)))
 
 
-def _onto(walk: _Walk, node: fx.Node, grid: Grid) -> Value:
+def _onto(walk: Walk, node: fx.Node, grid: Grid) -> Value:
     x = walk.value(node.args[0])
     assert x is not None
-    codes = walk.out.onto(_named(node), grid, x)
+    codes = walk.out.onto(named(node), grid, x)
     walk.out.activations.append(codes.name)
     return codes
 
 
-def _pad(walk: _Walk, node: fx.Node) -> Value | None:
+def _pad(walk: Walk, node: fx.Node) -> Value | None:
     """A border of zeros around codes that one convolution reads goes into it."""
     x, (pads, *rest) = walk.value(node.args[0]), _given(node, 1)
     rest += node.kwargs.values()
@@ -410,7 +304,7 @@ def _pad(walk: _Walk, node: fx.Node) -> Value | None:
     return Padded(source, (top, left, bottom, right))
 
 
-def _max_pool(walk: _Walk, node: fx.Node) -> Value | None:
+def _max_pool(walk: Walk, node: fx.Node) -> Value | None:
     x = walk.value(node.args[0])
     source = None if x is None else walk.real(x)
     kernel, stride, padding, dilation, ceil = _given(node, 1, None, None, 0, 1, False)
@@ -421,14 +315,14 @@ def _max_pool(walk: _Walk, node: fx.Node) -> Value | None:
         )
     if not isinstance(source, Codes) or pair(dilation) != (1, 1):
         return None
-    name = _named(node)
+    name = named(node)
     walk.out.grids[name] = walk.out.grids[source.name]
     sizes = pair(kernel), pair(stride or kernel), pair(padding)
     walk.out.emit(MaxPool(name, source.name, *sizes, bool(ceil)))
     return Codes(name)
 
 
-def _linear(walk: _Walk, node: fx.Node) -> Value | None:
+def _linear(walk: Walk, node: fx.Node) -> Value | None:
     x, kernel = walk.value(node.args[0]), node.args[1]
     assert isinstance(kernel, fx.Node)
     weight = walk.seen.constant(kernel)
@@ -440,26 +334,21 @@ def _linear(walk: _Walk, node: fx.Node) -> Value | None:
     bias = torch.zeros(len(weight)) if held is None else held
     source, rank = walk.out.tensor(walk.real(x)), node.meta["val"].ndim
     made = integers(kept, bits, top, node.meta["layer"]), bias.detach().float().cpu().numpy()
-    return walk.out.emit(Linear(_named(node), source, node.meta["layer"], *made, rank))
+    return walk.out.emit(Linear(named(node), source, node.meta["layer"], *made, rank))
 
 
-def _top(walk: _Walk, node: Any) -> int:
+def _top(walk: Walk, node: Any) -> int:
     """The highest code that a linear layer reads, laid out anew or not; 127 where it reads none.
 
     onnxruntime moves the dequantisation behind what only moves values, and multiplies codes.
     """
     while kind_of(node) in MOVES and node.all_input_nodes:
         node = node.all_input_nodes[0]
-    grid = walk.out.grids.get(_named(node)) if isinstance(node, fx.Node) else None
+    grid = walk.out.grids.get(named(node)) if isinstance(node, fx.Node) else None
     return 127 if grid is None else grid.top
 
 
-def _named(node: fx.Node) -> str:
-    """The name of a node's result, which the ends of a `Program` leave free."""
-    return f"layer.{node.name}" if node.name in ("image", "pixels", "logits") else node.name
-
-
-_KINDS: Mapping[str, _Make] = {
+_KINDS: Mapping[str, Make] = {
     "aten.conv2d": _conv, "aten.batch_norm": _batch_norm, "aten.add": _sum, "aten.sub": _sum,
     "aten.rsub": _sum, "aten.mul": _times, "aten.div": _times, "aten.addcmul": _addcmul,
     "aten.neg": _neg, "aten.pad": _pad, "aten.max_pool2d": _max_pool, "aten.linear": _linear,

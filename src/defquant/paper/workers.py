@@ -71,7 +71,10 @@ def each(
     """
     # spawn: a forked child inherits torch's thread pool in a state that can hang
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_child)
+    compilers = max(1, cores() // processes)
+    pool = ProcessPoolExecutor(
+        processes, mp_context=context, initializer=_start_child, initargs=(compilers,)
+    )
     queue, names = iter(jobs), dict[Future[T], str]()
 
     def end() -> None:
@@ -144,7 +147,9 @@ def _late_ctrl_c(most: int) -> Iterator[Callable[[], None]]:
     stop()
 
 
-def _start_child() -> None:
+def _start_child(compilers: int) -> None:
+    """`compilers`: processes in which torch compiles for this one, else as many as cores."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(compilers))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _one_thread()
 
