@@ -89,10 +89,7 @@ class OrthogonalPenalty:
 
     @torch.no_grad()
     def gradients(self) -> Gradients:
-        """What `add_grad_` adds: it reads the weights alone, so that it may be made beforehand.
-
-        Two small products a weight, no graph, no synchronisation.
-        """
+        """What `add_grad_` adds, from the weights alone: two small products each, no graph."""
         squares, parts = [], []
         with _no_autocast(self._layers[0][0].weight):
             for layer, c2 in self._layers:
@@ -166,10 +163,8 @@ class ConvexSum(nn.Module):
 
 
 def _by_channel(alpha: Tensor, xs: Sequence[Tensor]) -> Tensor:
-    """sum_i alpha_i x_i for a compiler: the gradient of alpha is summed by channels first.
-
-    It shares that reduction with the batch norms beside; a sum over everything at once took as
-    long as six convolutions.
+    """For a compiler: the gradient of alpha is summed by channels first, a reduction it shares with
+    the batch norms beside; a sum over everything at once took as long as six convolutions.
     """
     each = alpha[:, None].expand(-1, xs[0].shape[1])[:, None, :, None, None]
     parts = [a * full_precision(x) for a, x in zip(each.unbind(), xs, strict=True)]
