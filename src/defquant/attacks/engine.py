@@ -153,33 +153,41 @@ def unbroken(target: Target, attack: Single, ids: Tensor) -> Tensor:
         def begun(row: Tensor) -> State:
             return attack.begin(rows_of(row, images, labels, ids, rivals), eps, seed)
 
-        def moved(rows: State, *, gradient: bool, go: bool = True) -> State:
+        def moved(rows: State, *, gradient: bool, screen: bool = False) -> State:
             """The rows after a look, less those that had ended; what it fools stands no more.
 
-            Where they do not `go`, those that still stand, as they were.
+            Of a `screen`, those that still stand: as they were, but for those that retreat, which
+            needs no gradient.
             """
             # a search that ends with its gradients is judged at its end by the model itself
             exact = not gradient and not plan.queries
             seen, before = looks(rows, gradient=gradient, exact=exact), rows
-            hit = confirmed(target, rows["id"], rows["at"], hits(plan, rows, seen, eps))
-            if go and not gradient:
-                going = rows["step"] < plan.steps
-                rows, seen = where(rows, going), Look(*(part[going] for part in seen))
-            rows = attack.advance(rows, seen, eps, seed) if go and count(rows) else rows
+            hit, stay = confirmed(target, rows["id"], rows["at"], hits(plan, rows, seen, eps)), rows
+            if not gradient:
+                going = rows["early"] & seen.fooled if screen else rows["step"] < plan.steps
+                stay = where(rows, ~going) if screen else stay
+                if not bool(going.all()):
+                    rows, seen = where(rows, going), Look(*(part[going] for part in seen))
+            rows = attack.advance(rows, seen, eps, seed) if count(rows) else rows
             fell = hit.nonzero().squeeze(1)  # a GPU is waited for here, when all is under way
             if looks.rough and not exact and len(fell):
                 claimed = {name: before[name][fell] for name in ("row", "at", "x", "y", "target")}
                 believed = hits(plan, claimed, looks(claimed, gradient=False, exact=True), eps)
                 fell = fell[believed]
             standing[before["row"][fell] % n] = False
-            return rows if go else left(rows)
+            return left(both(stay, rows)) if screen else rows
 
         def screened(rows: State) -> State:
-            """The rows less those fallen by their logits, asked at steps at which most fell."""
-            likely = (fallen / (met + 1) > 0.5)[rows["step"]] if patient else met[:0]
+            """The rows less those fallen by their logits, asked at steps at which most fell.
+
+            Also asked: those likely to fool, and to move by that alone.
+            """
+            if not patient:
+                return rows
+            likely = (fallen / (met + 1) > 0.5)[rows["step"]] | rows["early"]
             if 4 * int(likely.sum()) <= count(rows):
                 return rows
-            some = moved(where(rows, likely), gradient=False, go=False)
+            some = moved(where(rows, likely), gradient=False, screen=True)
             return both(some, where(rows, ~likely))
 
         def left(rows: State) -> State:
@@ -268,6 +276,7 @@ def rows_of(row: Tensor, images: Tensor, labels: Tensor, ids: Tensor, rivals: Te
         "row": row, "step": torch.zeros_like(row), "start": start, "restart": start // targets,
         "id": ids[example], "x": to_unit(images[example]), "y": labels[example],
         "target": rivals[example, start % targets],
+        "early": torch.zeros_like(row, dtype=torch.bool),
     }  # fmt: skip
 
 

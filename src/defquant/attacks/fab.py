@@ -93,11 +93,14 @@ class FAB(Single):
         at, x = rows["at"], rows["x"]
         retreat = rows["stepped"] & look.fooled
         ended = rows["step"] >= self.steps
-        moved = torch.where(column(retreat), x + BETA * (at - x), _crossed(at, x, look))
+        moved, cross = x + BETA * (at - x), ~retreat
+        if bool(cross.any()):
+            moved[cross] = _crossed(at[cross], x[cross], Look(*(part[cross] for part in look)))
         return rows | {
             "at": torch.where(column(ended), at, moved),
-            "stepped": ~retreat,
-            "step": rows["step"] + (~retreat & ~ended),
+            "stepped": cross,
+            "early": cross & ~rows["stepped"],  # the step before fooled: this one may, too
+            "step": rows["step"] + (cross & ~ended),
         }
 
 

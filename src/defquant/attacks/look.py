@@ -41,9 +41,10 @@ State = dict[str, Tensor]
 """The rows in play; every tensor has one row for each.
 
 The engine gives `x` (clean images), `y`, `target` (the label itself where the attack has no
-targets), `id`, `start` (one number for each target and restart), `restart`, `row`, `step` (0). An
-attack adds `at`, where the model is looked at next, and what else it must remember; `step` rises
-to `Plan.steps`.
+targets), `id`, `start` (one number for each target and restart), `restart`, `row`, `step` (0),
+`early` (no). An attack adds `at`, where the model is looked at next, and what else it must
+remember; `step` rises to `Plan.steps`; `early` are rows that likely fool there and then move
+without a gradient.
 """
 
 Forward = Callable[[Tensor], Tensor]
@@ -124,11 +125,22 @@ def look(
 ) -> Look:
     """Loss, whether the model is fooled, and the gradient, at the rows' `at`.
 
-    The model sees `room` rows at least. Over several forwards loss and gradient are averaged, and
-    the mean of the logits decides. `top`: the highest label, if it is known. `rough`: the backward
-    pass in TensorFloat-32.
+    The model sees `room` rows at least; on a CPU some at a time (`at_once`). Over several forwards
+    loss and gradient are averaged, and the mean of the logits decides. `top`: the highest label, if
+    it is known. `rough`: the backward pass in TensorFloat-32.
     """
     y, n, at = rows["y"], len(rows["y"]), rows["at"].detach()
+    some = at_once(at)
+    if n > some:
+        split = zip(*(rows[name].split(some) for name in ("at", "y", "target")), strict=True)
+        seen = [
+            look(
+                forwards, {"at": a, "y": y, "target": t}, plan, gradient=gradient,
+                room=min(some, room - i * some), top=top, rough=rough,
+            )
+            for i, (a, y, t) in enumerate(split)
+        ]  # fmt: skip
+        return Look(*map(torch.cat, zip(*seen, strict=True)))
     if room > n:
         at = torch.cat([at, at.new_zeros(room - n, *at.shape[1:])])
     logits, losses, grads = [], [], []
@@ -144,11 +156,22 @@ def look(
                     grads.append(gradient_at(value, at)[:n])
             logits.append(answer.detach())
             losses.append(value.detach())
-    grad = _mean(grads) if gradient else torch.zeros_like(at[:n])
+    grad = _mean(grads).nan_to_num(0.0) if gradient else at.new_zeros(()).expand_as(at[:n])
     mean = _mean(logits)
     # a NaN among the logits is an answer as wrong as any, and must not stop its neighbours
     fooled = (mean.argmax(1) != y) | mean.isnan().any(1)
-    return Look(_mean(losses).nan_to_num(torch.inf), fooled, grad.nan_to_num(0.0))
+    return Look(_mean(losses).nan_to_num(torch.inf), fooled, grad)
+
+
+def at_once(at: Tensor) -> int:
+    """How many of the images `at` a CPU is given at a time: what lies in its caches.
+
+    65,536 pixels, 64 images of 32x32; 16 images for each of its threads where these are many.
+    """
+    if at.device.type != "cpu":
+        return len(at)
+    pixels = at[:1, :1].numel()
+    return max(8, max(64, 16 * torch.get_num_threads()) * 1024 // max(pixels, 1))
 
 
 def _mean(parts: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,7 @@
 """Square attack: random squares, judged by the logits alone (Andriushchenko et al. 2020)."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -82,7 +83,13 @@ def searched(
 def side_of(rows: State, queries: int, p: float, after: int = 0) -> Tensor:
     """Side of each row's square, (n,): round(sqrt(p h w)), p halved as the queries pass."""
     height, width = rows["x"].shape[2:]
-    passed = (rows["step"] - after) * 10_000 // queries
+    return _sides(queries, p, height, width, rows["step"].device)[rows["step"] - after]
+
+
+@cache
+def _sides(queries: int, p: float, height: int, width: int, device: torch.device) -> Tensor:
+    """By the queries that passed, (queries + 1,)."""
+    passed = torch.arange(queries + 1, device=device) * 10_000 // queries
     halved = (passed[:, None] > passed.new_tensor(HALVINGS)).sum(1)
     side = (p * 0.5**halved * height * width).sqrt().round()
     return side.clamp_(1, min(height, width)).long()
@@ -104,7 +111,7 @@ def _with_square(best: Tensor, rows: State, side: Tensor, eps: Radius, seed: int
     )
     signs = _signs(u[:, 2:])[:, :, None, None]
     once = torch.where(square, (rows["x"] + signs * eps).clamp_(0, 1), best)
-    idle = (once == best).flatten(1).all(1)
+    idle = (once - best).abs_().amax((1, 2, 3)) == 0
     if not idle.is_cuda and not bool(idle.any()):  # a GPU is not waited for
         return once
     turned = torch.where(square, (rows["x"] - signs * eps).clamp_(0, 1), best)
