@@ -195,6 +195,19 @@ def test_where_all_fall_logits_go_first() -> None:
     assert asked[True] <= 40 + 2 * 8
 
 
+def test_a_cpu_is_given_some_images_at_a_time() -> None:
+    model, x = LinearNet((3, 32, 32)), torch.rand(150, 3, 32, 32)
+    rows = {"at": x, "y": torch.arange(150) % 5, "target": torch.arange(150) % 4}
+    sizes: list[int] = []
+    small = model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    seen = look((model,), rows, dq.APGD(0.1).plan, room=160)
+    small.remove()
+    assert sizes == [64, 64, 32]
+    assert torch.equal(seen.fooled, model(x).argmax(1) != rows["y"])
+    whole = look((model,), {n: part[140:] for n, part in rows.items()}, dq.APGD(0.1).plan)
+    torch.testing.assert_close(seen.grad[140:], whole.grad)
+
+
 def test_draws_are_splitmix64_of_seed_id_restart_and_place_alone() -> None:
     def mix(z: int) -> int:
         m = 2**64 - 1

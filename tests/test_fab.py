@@ -58,6 +58,20 @@ def test_on_a_linear_network_it_finds_the_nearest_image(targets: int) -> None:
     assert excess.median() < 0.01
 
 
+def test_where_every_step_fools_a_retreat_asks_no_gradient() -> None:
+    model, x, y = scene(30)
+    asked = {True: 0, False: 0}
+
+    def note(_: nn.Module, args: tuple[Tensor]) -> None:
+        asked[args[0].requires_grad] += len(args[0])
+
+    with model.register_forward_pre_hook(note):
+        everyone = torch.ones(30).bool()
+        assert robust(model, (x, y), FAB(1e-6, 20), standing=everyone).all()
+    assert asked[True] <= 30 * 25  # one for each step; twice as many with those of the retreats
+    assert asked[False] <= 30 * 25
+
+
 def test_an_example_falls_within_eps_and_not_beyond() -> None:
     model, x, y = scene(40)
     eps, stand = middle_eps(model, x, y)

@@ -1,11 +1,15 @@
 """Square: its schedule and squares, the exact answer of a linear network."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 import defquant as dq
 from defquant.attacks import Square
+from defquant.attacks.engine import Look, Radius, State
 from defquant.attacks.square import _with_square, side_of
+from defquant.evaluate import robust
 from linear_scenes import middle_eps, scene
 
 
@@ -44,6 +48,27 @@ def test_on_a_linear_network_it_comes_near_the_optimum_and_never_below() -> None
     found = [dq.robust_accuracy(model, (x, y), Square(eps, queries=q)).correct for q in (5, 2000)]
     assert stand <= found[1] < found[0]
     assert found[1] <= stand + 1
+
+
+def test_squares_tried_together_are_those_tried_one_by_one(monkeypatch: Any) -> None:
+    """The same best loss after the same queries, in fewer looks."""
+    model, x, y = scene(3, classes=2)
+    ends, looks = [], []
+
+    class Ended(Square):
+        def advance(self, rows: State, look: Look, eps: Radius, seed: int) -> State:
+            moved = super().advance(rows, look, eps, seed)
+            if bool((moved["step"] == self.queries).all()) and len(moved["step"]) == 3:
+                ends.append(moved["best_loss"][moved["row"].argsort()])
+            return moved
+
+    for together in (0, 64):
+        monkeypatch.setattr("defquant.attacks.engine.at_once", lambda _, most=together: most)
+        looks.append(0)
+        with model.register_forward_hook(lambda *_: looks.append(looks.pop() + 1)):
+            robust(model, (x, y), Ended(1e-4, 400), standing=torch.ones(3).bool())
+    torch.testing.assert_close(ends[0], ends[-1], rtol=0, atol=1e-6)
+    assert looks[1] < looks[0] / 2
 
 
 def test_no_query_after_the_fall_and_none_with_a_graph() -> None:

@@ -4,8 +4,9 @@ An attack moves rows, one for each start of each example: `begin` gives a row it
 the engine looks at the model there, and `advance` moves `at` by what was seen, until `plan` ends.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,6 +21,7 @@ from defquant.attacks.look import (
     Radius,
     State,
     Surrogate,
+    at_once,
     count,
     look,
     opened,
@@ -149,6 +151,7 @@ def unbroken(target: Target, attack: Single, ids: Tensor) -> Tensor:
     with opened(model, plan, images) as forwards:
         looks = Looks(forwards, plan, batch_size, top, fast=fast, rough=rough)
         standing = torch.ones(n, dtype=torch.bool, device=ids.device)
+        rate = 1.0  # of a search: the share of its looks that gain, of late
 
         def begun(row: Tensor) -> State:
             return attack.begin(rows_of(row, images, labels, ids, rivals), eps, seed)
@@ -161,7 +164,8 @@ def unbroken(target: Target, attack: Single, ids: Tensor) -> Tensor:
             """
             # a search that ends with its gradients is judged at its end by the model itself
             exact = not gradient and not plan.queries
-            seen, before = looks(rows, gradient=gradient, exact=exact), rows
+            rows, seen = tried(rows, partial(looks, gradient=gradient, exact=exact))
+            before = rows
             hit, stay = confirmed(target, rows["id"], rows["at"], hits(plan, rows, seen, eps)), rows
             if not gradient:
                 going = rows["early"] & seen.fooled if screen else rows["step"] < plan.steps
@@ -176,6 +180,25 @@ def unbroken(target: Target, attack: Single, ids: Tensor) -> Tensor:
                 fell = fell[believed]
             standing[before["row"][fell] % n] = False
             return left(both(stay, rows)) if screen else rows
+
+        def tried(rows: State, ask: Callable[[State], Look]) -> tuple[State, Look]:
+            """The rows and what is seen there; of a search, at the next of its images that gains.
+
+            The rarer gains are, the more images of each of a few rows share a look.
+            """
+            nonlocal rate
+            n = count(rows)
+            if not (patient and plan.ahead):
+                return rows, ask(rows)
+            room, left = min(batch_size, at_once(rows["at"]) // 2), plan.steps - rows["step"].max()
+            depth = max(1, min(room // n, 1 + int(0.15 / rate), 1 + int(left)))
+            rows = both(rows, ahead(attack, rows, depth, eps, seed)) if depth > 1 else rows
+            seen = ask(rows)
+            gains = ((seen.loss > rows["best_loss"]) | seen.fooled).view(depth, n)
+            first = torch.where(gains.any(0), gains.byte().argmax(0), depth - 1)
+            rate += 0.05 * (int(gains.any(0).sum()) / int((first + 1).sum()) - rate)
+            took = first * n + torch.arange(n)
+            return pick(rows, took), Look(*(part[took] for part in seen))
 
         def screened(rows: State) -> State:
             """The rows less those fallen by their logits, asked at steps at which most fell.
@@ -295,9 +318,23 @@ def rivals_of(
     return logits.topk(min(targets, logits.shape[1] - 1), dim=1).indices
 
 
+def ahead(attack: Single, rows: State, depth: int, eps: Radius, seed: int) -> State:
+    """The rows after 1 to `depth` - 1 looks that gain nothing, one behind the other."""
+    later = torch.arange(depth - 1).repeat_interleave(count(rows))
+    rows = {name: torch.cat([part] * (depth - 1)) for name, part in rows.items()}
+    rows["step"] = rows["step"] + later
+    nothing = torch.full((len(rows["step"]),), -torch.inf)
+    seen = Look(nothing, torch.zeros_like(nothing, dtype=torch.bool), torch.zeros_like(rows["at"]))
+    return attack.advance(rows, seen, eps, seed)
+
+
 def where(rows: State, mask: Tensor) -> State:
     kept = mask.nonzero().squeeze(1)  # once: a GPU is waited for
-    return rows if len(kept) == len(mask) else {name: part[kept] for name, part in rows.items()}
+    return rows if len(kept) == len(mask) else pick(rows, kept)
+
+
+def pick(rows: State, kept: Tensor) -> State:
+    return {name: part[kept] for name, part in rows.items()}
 
 
 def both(a: State, b: State) -> State:

@@ -25,8 +25,8 @@ from defquant.attacks.losses import Loss, cross_entropy
 from defquant.quantize import Quantizer
 
 __all__ = [
-    "Forward", "Look", "Looks", "Plan", "Radius", "State", "Surrogate", "count", "look", "opened",
-    "searchable", "smooth",
+    "Forward", "Look", "Looks", "Plan", "Radius", "State", "Surrogate", "at_once", "count", "look",
+    "opened", "searchable", "smooth",
 ]  # fmt: skip
 
 _log = logging.getLogger(__name__)
@@ -80,6 +80,8 @@ class Plan(NamedTuple):
         surrogate: how the model is opened; None for the model as it is.
         bounded: whether every iterate lies in the ball; else only those that do count.
         retreats: calls of `advance` that raise no `step`, at most.
+        ahead: whether a look that neither fools nor is above the rows' `best_loss` changes their
+            `step` and `at` alone: the next ones can then be taken together with it.
     """
 
     climbs: int
@@ -90,6 +92,7 @@ class Plan(NamedTuple):
     surrogate: Surrogate | None = None
     bounded: bool = True
     retreats: int = 0
+    ahead: bool = False
 
     @property
     def steps(self) -> int:

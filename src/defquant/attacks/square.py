@@ -42,7 +42,7 @@ class Square(Single):
 
     @property
     def plan(self) -> Plan:
-        return Plan(0, self.queries, margin)
+        return Plan(0, self.queries, margin, ahead=True)
 
     def begin(self, rows: State, eps: Radius, seed: int) -> State:
         x, stripe = rows["x"], torch.Size([rows["x"].shape[1], 1, rows["x"].shape[3]])
