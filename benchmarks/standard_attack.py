@@ -1,13 +1,16 @@
-"""`Standard` against ART's AutoAttack, and the original by torchattacks' port: side by side.
+"""`Standard` against ART's AutoAttack and the original: side by side.
 
 Robust accuracy and time on the same images and networks at equal steps, restarts, targets and
 queries. ART's ensemble is another one (untargeted DLR, DeepFool instead of FAB), so it stands
-beside a `Worst` of the same kinds; the port, where torchattacks is installed, beside `Standard`.
+beside a `Worst` of the same kinds, wall time. The original, where it is installed (pip install
+git+https://github.com/fra31/auto-attack), stands beside `Standard` part by part, each on what its
+own parts before left, CPU time of one thread; it finds the network as it was loaded.
 On networks trained here on scikit-learn's digits, or on trained `--runs` at `--eps`.
-A ratio is the other's time over ours in the same repeat, the median over the repeats.
+A ratio is of times in the same repeat, the median over the repeats.
 """
 
 import argparse
+import math
 import multiprocessing
 import statistics
 import sys
@@ -15,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -29,6 +33,10 @@ from trained_runs import add_flags, trained
 
 Tool = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 BATCH = 256
+
+Images = tuple[Tensor, Tensor]
+Part = Callable[[Tensor, Tensor], Tensor]
+PARTS = ("APGD-CE", "APGD-T", "FAB-T", "Square")
 
 Scene = tuple[str, nn.Module, tuple[Tensor, Tensor], float]
 """Name, network, images with labels, eps."""
@@ -87,26 +95,54 @@ def with_art(
     return standing
 
 
-def with_torchattacks(
-    eps: float, steps: int, queries: int, model: nn.Module, x: Tensor, y: Tensor, clean: Tensor
-) -> Tensor:
-    import torchattacks as other
+def original(eps: float, steps: int, queries: int, model: nn.Module) -> dict[str, Part]:
+    from autoattack import AutoAttack
 
-    attacks = (
-        other.APGD(model, eps=eps, steps=steps, n_restarts=1),
-        other.APGDT(model, eps=eps, steps=steps, n_restarts=1, n_classes=10),
-        other.FAB(model, eps=eps, steps=steps, n_restarts=1, multi_targeted=True, n_classes=10),
-        other.Square(model, eps=eps, n_queries=queries, n_restarts=1),
-    )
-    standing = clean.clone()
-    for attack in attacks:
-        left = standing.nonzero().flatten()
-        if len(left):
-            made = attack(x[left], y[left])
-            near = (made - x[left]).abs().amax((1, 2, 3)) <= eps + 1e-5
-            with torch.no_grad():
-                standing[left] = ~(near & (model(made).argmax(1) != y[left]))
-    return standing
+    whole = AutoAttack(model, eps=eps, seed=0, verbose=False, device="cpu", version="standard")
+    whole.apgd.loss, whole.fab.targeted, whole.square.n_queries = "ce", True, queries
+    for part in (whole.apgd, whole.apgd_targeted):
+        part.n_iter, part.n_iter_2 = steps, max(int(0.22 * steps), 1)
+        part.n_iter_min, part.size_decr = max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
+    for part in (whole.apgd, whole.apgd_targeted, whole.fab, whole.square):
+        part.seed, part.logger = 0, whole.logger
+    whole.logger.log, whole.fab.n_iter = lambda _: None, steps
+
+    def asked(attack: Any, x: Tensor, y: Tensor) -> Tensor:
+        made = [attack.perturb(*part) for part in zip(x.split(BATCH), y.split(BATCH), strict=True)]
+        with torch.no_grad():
+            return torch.cat([model(some).argmax(1) for some in made]) == y
+
+    attacks = (whole.apgd, whole.apgd_targeted, whole.fab, whole.square)
+    return dict(zip(PARTS, (partial(asked, attack) for attack in attacks), strict=True))
+
+
+def own(eps: float, steps: int, queries: int, model: nn.Module) -> dict[str, Part]:
+    def asked(attack: dq.Attack, x: Tensor, y: Tensor) -> Tensor:
+        return robust(model, (x, y), attack, standing=torch.ones_like(y).bool(), batch_size=BATCH)
+
+    attacks = like_standard(eps, steps, queries).attacks
+    return dict(zip(PARTS, (partial(asked, attack) for attack in attacks), strict=True))
+
+
+def by_part(title: str, sides: list[dict[str, Part]], data: Images, repeats: int) -> None:
+    """Print, for each part and the whole, our CPU time over the original's, and who stands."""
+    ratios: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        times, stand = [], []
+        for side in sides:
+            left, taken = torch.arange(len(data[1])), {}
+            for name, part in side.items():
+                start = time.process_time()
+                left = left[part(data[0][left], data[1][left])] if len(left) else left
+                taken[name] = time.process_time() - start
+            times.append(taken | {"whole": sum(taken.values())})
+            stand.append(set(left.tolist()))
+        for name, other in times[0].items():
+            ratios.setdefault(name, []).append(times[1][name] / other if other else math.nan)
+    counts = f"stand {len(stand[1])} of {len(data[1])}, the original's {len(stand[0])}"
+    print(f"{title}; right {counts}, in both {len(stand[0] & stand[1])}; ours over its time")
+    for name, r in ratios.items():
+        print(f"  {name:8} {statistics.median(r):.2f} ({min(r):.2f} to {max(r):.2f})")
 
 
 def compare(
@@ -170,15 +206,14 @@ def main() -> None:
             "defquant, ART's ensemble": partial(ours, like_art(*budget)),
             "ART AutoAttack": partial(with_art, *budget),
         }
-        compare(title, art, model, data, options.repeats)
-        original: dict[str, Tool] = {"defquant, Standard": partial(ours, like_standard(*budget))}
-        try:
-            import torchattacks  # noqa: F401
-
-            original["torchattacks, the original"] = partial(with_torchattacks, *budget)
-        except ImportError:
-            pass
-        compare(title, original, model, data, options.repeats)
+        if find_spec("art"):
+            compare(title, art, model, data, options.repeats)
+        if find_spec("autoattack"):
+            clean, threads = correct(model, data), torch.get_num_threads()
+            torch.set_num_threads(1)
+            sides = [side(*budget, model) for side in (original, own)]
+            by_part(title, sides, (data[0][clean], data[1][clean]), options.repeats)
+            torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":
