@@ -197,6 +197,8 @@ def unbroken(target: Target, attack: Single, ids: Tensor) -> Tensor:
             gains = ((seen.loss > rows["best_loss"]) | seen.fooled).view(depth, n)
             first = torch.where(gains.any(0), gains.byte().argmax(0), depth - 1)
             rate += 0.05 * (int(gains.any(0).sum()) / int((first + 1).sum()) - rate)
+            if depth == 1:
+                return rows, seen
             took = first * n + torch.arange(n)
             return pick(rows, took), Look(*(part[took] for part in seen))
 
