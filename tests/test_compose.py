@@ -163,3 +163,17 @@ def test_targets_find_the_class_that_the_likeliest_rival_hides(reach: float, lef
     x, y = torch.full((3, 1, 8, 8), 0.5), torch.zeros(3, dtype=torch.int64)
     for attack, stand in ((dq.Adaptive(0.1, 10), 3), (dq.Adaptive(0.1, 10, targets=2), left)):
         assert dq.robust_accuracy(Decoy().eval(), (x, y), attack).correct == stand
+
+
+def test_the_end_searches_long_where_no_gradient_leads() -> None:
+    """No gradient: random squares have to set seven eighths of the 64 pixels right."""
+    side = torch.randint(2, (1, 1, 8, 8), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+
+    class Blind(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            s = ((x - 0.5) * side).mean((1, 2, 3)) / 0.1
+            return torch.stack([torch.full_like(s, 0.75), s.detach() + 0 * s], 1)
+
+    x, y = torch.full((8, 1, 8, 8), 0.5), torch.zeros(8, dtype=torch.int64)
+    for attack, stand in ((dq.Adaptive(0.1, 10), 8), (dq.Adaptive(0.1, 10, targets=1), 0)):
+        assert dq.robust_accuracy(Blind().eval(), (x, y), attack).correct == stand
