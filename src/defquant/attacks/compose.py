@@ -170,8 +170,8 @@ class Adaptive(Composition):
     `eps` lies in [0, 1].
 
     With `targets` what still stands is searched from two more starts, three times as long, then
-    gone for towards each of so many likeliest classes (`END`): in all less than a fifth of the
-    time of `Standard`, where that leaves any.
+    gone for towards each of so many likeliest classes (`END`): in all 4 to 7 times PGD's time on
+    images of 32x32 (docs/benchmarks.md).
     """
 
     steps: int = 50

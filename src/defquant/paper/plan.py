@@ -26,7 +26,7 @@ __all__ = ["Plan", "Survey", "gains", "kind_of", "long", "needs", "passes_by_mod
 
 FORWARD, INPUT_GRADIENT = 1 / 3, 2 / 3  # of a pass, whose backward is twice its forward
 # times the time of a PGD of its steps, or of 50
-WORST = {"adaptive": 2.2, "adaptive-t": 8.0, "standard": 37.0}
+WORST = {"adaptive": 2.2, "adaptive-t": 5.6, "standard": 37.0}
 SLOWER = 2.0  # a pass of training, with its small batches, than one of an attack
 STANDING = 0.5  # share of images that long attacks work on, for those that fell cost nothing
 SHOWN = 10  # cells of a network in its line
