@@ -258,7 +258,10 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 SLEEPER = ("slow", partial(time.sleep, 60))
 
 
-def test_pool_names_results_and_gives_one_thread_that_hears_no_ctrl_c() -> None:
+def test_pool_names_results_and_gives_one_thread_that_hears_no_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
     asks = partial(signal.pthread_sigmask, signal.SIG_BLOCK, ())
     jobs = [(str(n), partial(max, n, 3)) for n in range(5)]
     every: list[Job[Any]] = [*jobs, ("threads", torch.get_num_threads), ("mask", asks)]

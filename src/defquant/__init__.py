@@ -91,7 +91,7 @@ def __getattr__(name: str) -> object:
 
         try:
             return version("defquant")
-        except PackageNotFoundError:  # found by PYTHONPATH, as on a machine lent for minutes
+        except PackageNotFoundError:  # run from its sources, by PYTHONPATH
             return "uninstalled"
     if name not in _HOME:
         raise AttributeError(f"module 'defquant' has no attribute {name!r}")

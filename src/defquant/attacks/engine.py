@@ -179,7 +179,7 @@ def unbroken(target: Target, attack: Single, ids: Tensor) -> Tensor:
                 believed = hits(plan, claimed, looks(claimed, gradient=False, exact=True), eps)
                 fell = fell[believed]
             standing[before["row"][fell] % n] = False
-            return left(both(stay, rows)) if screen else rows
+            return still(both(stay, rows)) if screen else rows
 
         def tried(rows: State, ask: Callable[[State], Look]) -> tuple[State, Look]:
             """The rows and what is seen there; of a search, at the next of its images that gains.
@@ -190,8 +190,8 @@ def unbroken(target: Target, attack: Single, ids: Tensor) -> Tensor:
             n = count(rows)
             if not (patient and plan.ahead):
                 return rows, ask(rows)
-            room, left = min(batch_size, at_once(rows["at"]) // 2), plan.steps - rows["step"].max()
-            depth = max(1, min(room // n, 1 + int(0.15 / rate), 1 + int(left)))
+            room, last = min(batch_size, at_once(rows["at"]) // 2), plan.steps - rows["step"].max()
+            depth = max(1, min(room // n, 1 + int(0.15 / rate), 1 + int(last)))
             rows = both(rows, ahead(attack, rows, depth, eps, seed)) if depth > 1 else rows
             seen = ask(rows)
             gains = ((seen.loss > rows["best_loss"]) | seen.fooled).view(depth, n)
@@ -215,7 +215,7 @@ def unbroken(target: Target, attack: Single, ids: Tensor) -> Tensor:
             some = moved(where(rows, likely), gradient=False, screen=True)
             return both(some, where(rows, ~likely))
 
-        def left(rows: State) -> State:
+        def still(rows: State) -> State:
             return where(rows, standing[rows["row"] % n])
 
         def ask() -> tuple[float, int]:
@@ -233,7 +233,7 @@ def unbroken(target: Target, attack: Single, ids: Tensor) -> Tensor:
         most = 2 * batch_size if plan.climbs else batch_size
         active = waiting = begun(ids[:0])
         while True:
-            active = left(active)
+            active = still(active)
             room = min(batch_size, most - count(waiting)) - count(active)
             position, fresh = refill(position, total, room, standing)
             if len(fresh):
@@ -242,7 +242,7 @@ def unbroken(target: Target, attack: Single, ids: Tensor) -> Tensor:
             climbs = active["step"] < plan.climbs
             waiting, active = both(waiting, where(active, ~climbs)), where(active, climbs)
             if count(waiting) >= batch_size or not count(active):
-                some, waiting = cut(left(waiting), batch_size)
+                some, waiting = cut(still(waiting), batch_size)
                 spent += count(some)
                 if count(some):
                     waiting = both(waiting, moved(some, gradient=False))
