@@ -144,121 +144,145 @@ def unbroken(target: Target, attack: Single, ids: Tensor) -> Tensor:
     rows at a step at which most fell so far show their logits first: a gradient costs one or two
     forward passes more. The answer does not depend on the batch size (beyond rounding).
     """
-    model, images, labels, seed, batch_size, tick, _ = target
-    images, labels = images[ids], labels[ids]
-    n, plan, eps, top = len(ids), attack.plan, attack.eps, int(labels.max())
-    fast, rough = searchable(model, plan, images.device), smooth(model, plan)
-    with opened(model, plan, images) as forwards:
-        looks = Looks(forwards, plan, batch_size, top, fast=fast, rough=rough)
-        standing = torch.ones(n, dtype=torch.bool, device=ids.device)
-        rate = 1.0  # of a search: the share of its looks that gain, of late
+    with opened(target.model, attack.plan, target.images) as forwards:
+        return _Search(target, attack, ids, forwards).ended()
 
-        def begun(row: Tensor) -> State:
-            return attack.begin(rows_of(row, images, labels, ids, rivals), eps, seed)
 
-        def moved(rows: State, *, gradient: bool, screen: bool = False) -> State:
-            """The rows after a look, less those that had ended; what it fools stands no more.
+class _Search:
+    """The rows of `unbroken` in play, and which examples stand so far."""
 
-            Of a `screen`, those that still stand: as they were, but for those that retreat, which
-            needs no gradient.
-            """
-            # a search that ends with its gradients is judged at its end by the model itself
-            exact = not gradient and not plan.queries
-            rows, seen = tried(rows, partial(looks, gradient=gradient, exact=exact))
-            before = rows
-            hit, stay = confirmed(target, rows["id"], rows["at"], hits(plan, rows, seen, eps)), rows
-            if not gradient:
-                going = rows["early"] & seen.fooled if screen else rows["step"] < plan.steps
-                stay = where(rows, ~going) if screen else stay
-                if not bool(going.all()):
-                    rows, seen = where(rows, going), Look(*(part[going] for part in seen))
-            rows = attack.advance(rows, seen, eps, seed) if count(rows) else rows
-            fell = hit.nonzero().squeeze(1)  # a GPU is waited for here, when all is under way
-            if looks.rough and not exact and len(fell):
-                claimed = {name: before[name][fell] for name in ("row", "at", "x", "y", "target")}
-                believed = hits(plan, claimed, looks(claimed, gradient=False, exact=True), eps)
-                fell = fell[believed]
-            standing[before["row"][fell] % n] = False
-            return still(both(stay, rows)) if screen else rows
+    def __init__(
+        self, target: Target, attack: Single, ids: Tensor, forwards: Sequence[Forward]
+    ) -> None:
+        self.target, self.plan, self.eps = target, attack.plan, attack.eps
+        images, labels, device = target.images[ids], target.labels[ids], ids.device
+        self.attack, self.most, top = attack, target.batch_size, int(labels.max())
+        rivals = rivals_of(forwards, images, labels, self.plan.targets, self.most)
+        self.given = images, labels, ids, rivals
+        fast, rough = searchable(target.model, self.plan, device), smooth(target.model, self.plan)
+        self.looks = Looks(forwards, self.plan, self.most, top, fast=fast, rough=rough)
+        self.standing = torch.ones(len(ids), dtype=torch.bool, device=device)
+        self.position, self.total = 0, len(ids) * self.plan.restarts * rivals.shape[1]
+        self.active = self.waiting = self.begun(ids[:0])
+        self.patient = device.type == "cpu"  # a GPU would be waited for once more
+        self.met, self.fallen = torch.zeros(2, self.plan.steps + 1)  # rows, of each step
+        self.rate = 1.0  # of a search without gradients: the share of looks that gain, of late
+        self.spent = 0  # looks at rows
 
-        def tried(rows: State, ask: Callable[[State], Look]) -> tuple[State, Look]:
-            """The rows and what is seen there; of a search, at the next of its images that gains.
-
-            The rarer gains are, the more images of each of a few rows share a look.
-            """
-            nonlocal rate
-            n = count(rows)
-            if not (patient and plan.ahead):
-                return rows, ask(rows)
-            room, last = min(batch_size, at_once(rows["at"]) // 2), plan.steps - rows["step"].max()
-            depth = max(1, min(room // n, 1 + int(0.15 / rate), 1 + int(last)))
-            rows = both(rows, ahead(attack, rows, depth, eps, seed)) if depth > 1 else rows
-            seen = ask(rows)
-            gains = ((seen.loss > rows["best_loss"]) | seen.fooled).view(depth, n)
-            first = torch.where(gains.any(0), gains.byte().argmax(0), depth - 1)
-            rate += 0.05 * (int(gains.any(0).sum()) / int((first + 1).sum()) - rate)
-            if depth == 1:
-                return rows, seen
-            took = first * n + torch.arange(n)
-            return pick(rows, took), Look(*(part[took] for part in seen))
-
-        def screened(rows: State) -> State:
-            """The rows less those fallen by their logits, asked at steps at which most fell.
-
-            Also asked: those likely to fool, and to move by that alone.
-            """
-            if not patient:
-                return rows
-            likely = (fallen / (met + 1) > 0.5)[rows["step"]] | rows["early"]
-            if 4 * int(likely.sum()) <= count(rows):
-                return rows
-            some = moved(where(rows, likely), gradient=False, screen=True)
-            return both(some, where(rows, ~likely))
-
-        def still(rows: State) -> State:
-            return where(rows, standing[rows["row"] % n])
-
-        def ask() -> tuple[float, int]:
-            stand = int(standing.sum())
-            left = (total - position) * plan.looks * stand / n
-            for rows in (active, waiting):
-                left += max(0, plan.looks * count(rows) - int(rows["step"].sum()))
-            return spent / max(1.0, spent + left), stand
-
-        rivals = rivals_of(forwards, images, labels, plan.targets, batch_size)
-        spent = 0  # looks at rows
-        patient = images.device.type == "cpu"  # a GPU would be waited for once more
-        met, fallen = torch.zeros(2, plan.steps + 1)  # rows at each step, and those that fell there
-        position, total = 0, n * plan.restarts * rivals.shape[1]
-        most = 2 * batch_size if plan.climbs else batch_size
-        active = waiting = begun(ids[:0])
+    def ended(self) -> Tensor:
+        """The examples that stand when every row has ended."""
         while True:
-            active = still(active)
-            room = min(batch_size, most - count(waiting)) - count(active)
-            position, fresh = refill(position, total, room, standing)
-            if len(fresh):
-                active = both(active, begun(fresh))
-            # rows that need no gradient wait until a batch of their kind is together
-            climbs = active["step"] < plan.climbs
-            waiting, active = both(waiting, where(active, ~climbs)), where(active, climbs)
-            if count(waiting) >= batch_size or not count(active):
-                some, waiting = cut(still(waiting), batch_size)
-                spent += count(some)
-                if count(some):
-                    waiting = both(waiting, moved(some, gradient=False))
-            if tick is not None:
-                tick(ask)
-            if count(active):
-                spent, before = spent + count(active), active
-                active = screened(active)
-                if count(active):
-                    active = moved(active, gradient=True)
-                if patient:
-                    fell = ~standing[before["row"] % n]
-                    met.index_add_(0, before["step"], torch.ones(len(fell)))
-                    fallen.index_add_(0, before["step"], fell.float())
-            elif position == total and not count(waiting):
-                return standing
+            self.fill()
+            if self.target.tick is not None:
+                self.target.tick(self.progress)
+            if count(self.active):
+                self.climb()
+            elif self.position == self.total and not count(self.waiting):
+                return self.standing
+
+    def progress(self) -> tuple[float, int]:
+        """The share of the looks that are done, and how many examples stand."""
+        stand, looks = int(self.standing.sum()), self.plan.looks
+        left = (self.total - self.position) * looks * stand / len(self.standing)
+        for rows in (self.active, self.waiting):
+            left += max(0, looks * count(rows) - int(rows["step"].sum()))
+        return self.spent / max(1.0, self.spent + left), stand
+
+    def begun(self, row: Tensor) -> State:
+        return self.attack.begin(rows_of(row, *self.given), self.eps, self.target.seed)
+
+    def stand(self, rows: State) -> Tensor:
+        return self.standing[rows["row"] % len(self.standing)]
+
+    def fill(self) -> None:
+        """The active rows that stand, and fresh ones in their room.
+
+        Those that need no gradient wait until a batch of their kind is together, and go on.
+        """
+        active, waiting = where(self.active, self.stand(self.active)), self.waiting
+        room = (2 if self.plan.climbs else 1) * self.most - count(waiting)
+        room = min(self.most, room) - count(active)
+        self.position, fresh = refill(self.position, self.total, room, self.standing)
+        if len(fresh):
+            active = both(active, self.begun(fresh))
+        climbs = active["step"] < self.plan.climbs
+        waiting, self.active = both(waiting, where(active, ~climbs)), where(active, climbs)
+        if count(waiting) >= self.most or not count(self.active):
+            some, waiting = cut(where(waiting, self.stand(waiting)), self.most)
+            self.spent += count(some)
+            if count(some):
+                waiting = both(waiting, self.queried(some))
+        self.waiting = waiting
+
+    def climb(self) -> None:
+        """The active rows by a gradient, such as likely fool by their logits first."""
+        before, rows = self.active, self.active
+        self.spent += count(rows)
+        if self.patient:
+            likely = (self.fallen / (self.met + 1) > 0.5)[rows["step"]] | rows["early"]
+            if 4 * int(likely.sum()) > count(rows):
+                rows = both(self.screened(where(rows, likely)), where(rows, ~likely))
+        if count(rows):
+            seen = self.looks(rows, gradient=True)
+            self.active = self.advanced(rows, seen)
+            self.judge(rows, seen)
+        else:
+            self.active = rows
+        if self.patient:
+            fell = ~self.stand(before)
+            self.met.index_add_(0, before["step"], torch.ones(len(fell)))
+            self.fallen.index_add_(0, before["step"], fell.float())
+
+    def screened(self, rows: State) -> State:
+        """Those that stand by their logits: as they were, but for those that retreat."""
+        seen = self.looks(rows, gradient=False)
+        self.judge(rows, seen)
+        retreat = rows["early"] & seen.fooled  # which needs no gradient
+        after = both(where(rows, ~retreat), self.advanced(*some_of(rows, seen, retreat)))
+        return where(after, self.stand(after))
+
+    def queried(self, rows: State) -> State:
+        """The rows after a look without a gradient, less those that had ended."""
+        # a search that ends with its gradients is judged at its end by the model itself
+        exact = not self.plan.queries
+        rows, seen = self.gaining(rows, partial(self.looks, gradient=False, exact=exact))
+        going = rows["step"] < self.plan.steps
+        after = self.advanced(*(rows, seen) if bool(going.all()) else some_of(rows, seen, going))
+        self.judge(rows, seen, exact=exact)
+        return after
+
+    def gaining(self, rows: State, ask: Callable[[State], Look]) -> tuple[State, Look]:
+        """The rows and what is seen there; of a search, at the next of its images that gains.
+
+        The rarer gains are, the more images of each of a few rows share a look.
+        """
+        if not (self.patient and self.plan.ahead):
+            return rows, ask(rows)
+        n, room = count(rows), min(self.most, at_once(rows["at"]) // 2)
+        last = int(self.plan.steps - rows["step"].max())
+        depth = max(1, min(room // n, 1 + int(0.15 / self.rate), 1 + last))
+        if depth > 1:
+            rows = both(rows, ahead(self.attack, rows, depth, self.eps, self.target.seed))
+        seen = ask(rows)
+        gains = ((seen.loss > rows["best_loss"]) | seen.fooled).view(depth, n)
+        first = torch.where(gains.any(0), gains.byte().argmax(0), depth - 1)
+        self.rate += 0.05 * (int(gains.any(0).sum()) / int((first + 1).sum()) - self.rate)
+        return (rows, seen) if depth == 1 else some_of(rows, seen, first * n + torch.arange(n))
+
+    def advanced(self, rows: State, seen: Look) -> State:
+        if not count(rows):
+            return rows
+        return self.attack.advance(rows, seen, self.eps, self.target.seed)
+
+    def judge(self, rows: State, seen: Look, *, exact: bool = False) -> None:
+        """What fools the model, and the witness, stands no more; a GPU is waited for."""
+        found = hits(self.plan, rows, seen, self.eps)
+        fell = confirmed(self.target, rows["id"], rows["at"], found).nonzero().squeeze(1)
+        if self.looks.rough and not exact and len(fell):
+            claimed = {name: rows[name][fell] for name in ("row", "at", "x", "y", "target")}
+            again = self.looks(claimed, gradient=False, exact=True)
+            fell = fell[hits(self.plan, claimed, again, self.eps)]
+        self.standing[rows["row"][fell] % len(self.standing)] = False
 
 
 def hits(plan: Plan, rows: State, seen: Look, eps: Radius) -> Tensor:
@@ -337,6 +361,10 @@ def where(rows: State, mask: Tensor) -> State:
 
 def pick(rows: State, kept: Tensor) -> State:
     return {name: part[kept] for name, part in rows.items()}
+
+
+def some_of(rows: State, seen: Look, kept: Tensor) -> tuple[State, Look]:
+    return pick(rows, kept), Look(*(part[kept] for part in seen))
 
 
 def both(a: State, b: State) -> State:
