@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from scipy import stats
 
 from defquant.paper.section import Number
 from defquant.paper.verdict import accuracy, decide, interval
-from defquant.records import Measurement, read_folder
+from defquant.records import Measurement, read_folder, told_apart
 from defquant.report import build_report, judged_page, plot_ladder
-from defquant.report.answer import Place, gap, of_places
+from defquant.report.answer import Place, gap, of_places, rows_of
 from defquant.report.measured import chosen, table_eps
 from defquant.report.names import over_seeds
 from defquant.report.plot import looks
@@ -90,6 +91,40 @@ def test_of_several_betas_none_is_chosen_by_its_accuracy() -> None:
     assert (
         str(place_of(betas[-2:]).answer({}, None).question) == "How robust is DQ 4-bit (β = 0.1)?"
     )
+
+
+@pytest.mark.parametrize(
+    ("floats", "reference", "said"),
+    [
+        ([(60, 64), (15, 64)], 1, []),
+        ([(15, 64), (60, 64)], 0, []),
+        ([(60, 128), (60, 64)], 1, ["trained otherwise: epochs 60, not 15."]),
+        ([(15, 32), (15, 128)], 0, ["the first is taken.", "otherwise: batch_size 32, not 64."]),
+        ([(60, 64)], 0, ["float was trained otherwise: epochs 60, not 15."]),
+    ],
+)
+def test_the_reference_shares_the_most_of_the_training(
+    floats: list[tuple[int, int]], reference: int, said: list[str]
+) -> None:
+    """Of floats that differ in epochs and batch size; each row has its own reference."""
+
+    def trained(method: str, bits: int | None, epochs: int, batch: int) -> list[Measurement]:
+        train = {"epochs": epochs, "batch_size": batch}
+        evidence = {"config_sha256": f"{batch:x}{epochs:x}aaaa", "train": train}
+        found = networks({(method, bits): [200 + epochs]}, "PGD")
+        return [replace(m, run=f"{m.run}-{epochs}-{batch}", evidence=evidence) for m in found]
+
+    found = [m for own in floats for m in trained("float", None, *own)]
+    found += trained("DQ", 4, 15, 64) + trained("vanilla", 4, 60, 64)
+    place = place_of(told_apart(found))
+    epochs, batch = floats[reference]
+    cell = place.networks[place.reference]["PGD", EPS]
+    assert cell.found[0].run == f"floatNone-0-{epochs}-{batch}"
+    lines = [line for line in place.answer({}, None).beside if not line.startswith("Safer")]
+    assert [line.endswith(end) for line, end in zip(lines, said, strict=True)] == [True] * len(said)
+    (row,) = (r for r in rows_of([place]) if r.method == "vanilla" and r.bits and r.attack == "PGD")
+    twin = 60 if (60, 64) in floats else epochs
+    assert row.gap and row.gap.mean == pytest.approx((60 - twin) / 450)
 
 
 def test_masked_gradients_and_what_ships_are_marks(tmp_path: Path) -> None:

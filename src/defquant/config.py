@@ -15,7 +15,7 @@ from defquant.typed import NOT_NEGATIVE, POSITIVE, UNIT, Rule, check_fields
 
 __all__ = [
     "PRESETS", "DataConfig", "ModelConfig", "TrainConfig", "check_bits", "check_eps", "digest",
-    "positive",
+    "plain", "positive",
 ]  # fmt: skip
 
 Activation = Literal["relu", "tanh"]
@@ -209,13 +209,13 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 def digest(item: object) -> str:
     """SHA-256 of a configuration; where it is made (`data_root`, `device`) does not change it."""
-    return hashlib.sha256(json.dumps(_plain(item), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(plain(item), sort_keys=True).encode()).hexdigest()
 
 
-def _plain(item: Any) -> Any:
+def plain(item: Any) -> Any:
     """Fields that are not at their defaults: new fields leave the keys of old results alone."""
     if not is_dataclass(item):
         return item
     values = {f.name: getattr(item, f.name) for f in fields(item) if f.name not in _ELSEWHERE}
     defaults = {f.name: f.default for f in fields(item)}
-    return {name: _plain(v) for name, v in values.items() if v != defaults[name]}
+    return {name: plain(v) for name, v in values.items() if v != defaults[name]}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from defquant.attacks import Attack, Composition, FirstOrder, Replay, Single, untouched
 from defquant.attacks.contract import Target, attacked, called, eps_of
 from defquant.checkpoint import Facts, find, load_on, stamp
-from defquant.config import digest
+from defquant.config import digest, plain
 from defquant.data import Dataset
 from defquant.data.pictures import encode
 from defquant.errors import DefquantWarning, UserError
@@ -54,7 +54,7 @@ def subject_of(facts: Facts | Subject) -> Subject:
     config = digest([digest(part) for part in (model, facts.data, replace(train, seed=0))])
     trained = {
         "epochs": train.epochs, "train_images": facts.data.train_images,
-        "train_fingerprint": facts.fingerprint, "config_sha256": config,
+        "train_fingerprint": facts.fingerprint, "config_sha256": config, "train": plain(train),
     }  # fmt: skip
     return Subject(facts.method, model.model, model.bits, train.beta, train.seed, trained)
 

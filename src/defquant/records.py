@@ -5,6 +5,7 @@ network (`method`, `bits`, `seed`, ...), by which attack, and the evidence (data
 versions, machine, command).
 """
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Annotated, Any
 
-from defquant.config import check_bits, check_eps
+from defquant.config import TrainConfig, check_bits, check_eps
 from defquant.errors import UserError, visible
 from defquant.files import append_line, read_lines
 from defquant.typed import NOT_NEGATIVE, UNIT, from_mapping
@@ -31,6 +32,7 @@ FOREIGN = "your model"  # begins the method of a network that `defquant train` d
 BLACK, UNAWARE = "(B)", " (unaware)"  # made on another network; blind to a feature squeezing
 MASKED = 0.01  # share of vanishing gradients above which a robust accuracy proves nothing
 _NO_GRADIENT = ("clean", "Random", "Square")
+_ASIDE = ("beta", "penalty", "device", "test_every")  # told by the name, or of no weight
 
 
 _ONE_STEP = re.compile(r"\b(PGD|BIM)\(eps=([^,()]+)(?=[,)])(?!, steps=)")
@@ -237,6 +239,16 @@ class Measurement:
         if not second:
             first, second = self._hash("config_sha256"), self._hash("train_fingerprint")
         return (first, second) if first else ("", "")
+
+    @cached_property
+    def trained(self) -> dict[str, str]:
+        """What is known of the training that the name does not tell: epochs, images, seed, ..."""
+        known = self.evidence if isinstance(self.evidence, dict) else {}
+        names = ("epochs", "train_images", "train_fingerprint")  # all that older lines have
+        found = {name: known[name] for name in names if name in known} | {"seed": self.seed}
+        if isinstance(own := known.get("train"), dict):
+            found |= {**asdict(TrainConfig()), **own, "seed": self.seed}
+        return {name: json.dumps(value) for name, value in found.items() if name not in _ASIDE}
 
     @cached_property
     def source(self) -> tuple[str]:

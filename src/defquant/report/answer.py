@@ -5,15 +5,15 @@ A `Place` is one architecture on one data set, of which the page asks its questi
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any, Literal
 
 from defquant.paper.section import Answer as Decided
-from defquant.paper.section import Number, bits_text, eps_text, signed
+from defquant.paper.section import Number, bits_text, eps_text, listed, signed
 from defquant.paper.verdict import Interval, accuracy, decide, interval, pooled
-from defquant.records import BLACK, EIGHT_BIT, UNAWARE
+from defquant.records import BLACK
 from defquant.report.model import WORDS, Row, interval_text, panels
 from defquant.report.names import (
     Cell,
@@ -22,7 +22,10 @@ from defquant.report.names import (
     attack_order,
     distinct,
     grouped,
+    is_entire,
     is_validation,
+    is_white,
+    unlike,
 )
 from defquant.report.plot import Figure, Looks, Spec, chart, differences, looks, trade
 from defquant.report.sources import Diagnosis
@@ -130,12 +133,33 @@ class Place:
         return found
 
     @cached_property
+    def floats(self) -> list[Series]:
+        """Float; else the plainest networks, of full precision if there are any. Several differ in
+        the digits that tell networks of one name apart.
+        """
+
+        def rank(s: Series) -> tuple[Any, ...]:
+            plain = replace(s, method=s.untagged)
+            return (plain.method != "float", len(s.family.added), s.bits is not None, plain.order)
+
+        best = min(map(rank, self.networks))
+        return [s for s in self.networks if rank(s) == best]
+
+    def reference_of(self, series: Series) -> Series:
+        """Of the floats the one with the fewest settings of training that `series` does not share;
+        the first of equals, and of each other.
+        """
+        own = series in self.floats
+        return min(self.floats, key=lambda s: 0 if own else len(self.unlike(s, series)))
+
+    def unlike(self, a: Series, b: Series) -> list[str]:
+        """What differs in how they were trained."""
+        return unlike(*(next(iter(self.networks[s].values())) for s in (a, b)))
+
+    @cached_property
     def reference(self) -> Series:
-        """Float; else the plainest network, of full precision if there is one."""
-        return min(
-            self.networks,
-            key=lambda s: (s.method != "float", len(s.family.added), s.bits is not None, s.order),
-        )
+        """The candidate's."""
+        return self.reference_of(self.candidate) if self.candidate else self.floats[0]
 
     @cached_property
     def candidate(self) -> Series | None:
@@ -147,7 +171,7 @@ class Place:
             far, is_dq = abs((s.bits or 9) - 4), s.method.split(" ")[0] == "DQ"
             return (s.bits is None, len(s.family.added), not is_dq, far, -len(self.networks[s]))
 
-        others = [s for s in self.networks if s != self.reference]
+        others = [s for s in self.networks if s not in self.floats] or self.floats[1:]
         best = min(map(rank, others), default=None)
         tied = sorted((s for s in others if rank(s) == best), key=lambda s: s.beta)
         return tied[len(tied) // 2] if tied else None
@@ -162,7 +186,8 @@ class Place:
         c = self.candidate
         return [
             s for s in self.networks
-            if c and s != self.reference and s.family.added == c.family.added
+            if c and s != self.reference == self.reference_of(s)
+            and s.family.added == c.family.added
             and (s == c or (s.method.startswith("vanilla") and s.bits == c.bits)
                  or (s.family == c.family and s.bits is None))
         ]  # fmt: skip
@@ -173,7 +198,9 @@ class Place:
         c = self.candidate
         return [
             s for s in self.networks
-            if s in self.pair or (s.method in ("float", "vanilla", "DQ")
+            if s in self.pair or (s.untagged in ("float", "vanilla", "DQ")
+                                  and s not in self.floats
+                                  and self.reference_of(s) == self.reference
                                   and (not s.beta or c is None or s.beta == c.beta))
         ]  # fmt: skip
 
@@ -191,7 +218,7 @@ class Place:
         every = [self.networks[s] for s in self.pair]
         shared = [
             a for a, e in every[0]
-            if e == self.eps and _white(a) and all((a, e) in own for own in every)
+            if e == self.eps and is_white(a) and all((a, e) in own for own in every)
         ]  # fmt: skip
         seeds = {a: min(len(own[a, self.eps].seeds) for own in every) for a in shared}
         height = {a: fmean(own[a, self.eps].mean for own in every) for a in shared}
@@ -215,14 +242,15 @@ class Place:
         return grouped(self.cells, lambda c: (c.attack, c.eps, c.series.bits == 1))
 
     def row(self, cell: Cell, telling: bool = False) -> Row:
-        """A cell beside the reference."""
-        series, less = cell.series, self.less(cell, self.reference)
+        """A cell beside its reference."""
+        series, reference = cell.series, self.reference_of(cell.series)
+        less = self.less(cell, reference)
         right, total = (sum(getattr(m, k) for m in cell.found) for k in ("correct", "total"))
         about = {
             "Right": f"{right:,} of {total:,}",
             "95% interval": interval_text(cell.n),
             "Seeds": ", ".join(map(str, cell.seeds)),
-            f"Less {self.reference}": less[1] if less else "",
+            f"Less {reference}": less[1] if less else "",
             "No gradient": f"{cell.vanishing:.1%} of the right images" * (cell.vanishing > 0),
             "Runs": " ".join(distinct(m.run for m in cell.found if not m.cell)),
             "Cells": " ".join(distinct(m.cell for m in cell.found if m.cell)),
@@ -255,16 +283,31 @@ class Place:
         word, kind = VERDICTS[decide(found[0])]
         theirs = self.networks[self.reference][cell.attack, cell.eps]
         where = f"under {attack}, the strongest attack here" if self.rungs else "on clean images"
-        others = [(s, self.less(cell, s)) for s in self.keys if s != series]
         return Answer(
             f"Is {series} safer than {self.reference}?", word, kind,
             f"{_points(found[0])} {where}: {kept} of the images stay right, "
             f"{100 * theirs.mean:.1f} % with {self.reference}. The 95 % interval is {found[1]}.",
-            marks, [
-                f"Safer than {s}? {VERDICTS[decide(less[0])][0]}: {_points(less[0])}."
-                for s, less in others if less
-            ], missing, figures,
+            marks, self._beside(cell), missing, figures,
         )  # fmt: skip
+
+    def _beside(self, cell: Cell) -> list[str]:
+        """Where no reference, or no single one, was trained as the candidate; then its keys."""
+        series, of = cell.series, self.reference
+        floats = {s: self.unlike(s, series) for s in self.floats if s != series}
+        equal = [str(s) for s, own in floats.items() if len(own) == len(floats[of])]
+        said = [f"{listed(equal)} share as much of its training: the first is taken."]
+        others = [(s, self.less(cell, s), self.unlike(s, series)) for s in self.keys if s != series]
+        return [
+            *said * (len(equal) > 1),
+            *[f"{of} was trained otherwise: {'; '.join(floats[of])}."] * bool(floats[of]),
+            *(
+                f"Safer than {s}? {VERDICTS[decide(less[0])][0]}: {_points(less[0])}"
+                + f", trained otherwise: {'; '.join(own)}" * bool(own)
+                + "."
+                for s, less, own in others
+                if less
+            ),
+        ]
 
 
 def kind_of(series: Series) -> str:
@@ -288,17 +331,6 @@ def rows_of(places: Sequence[Place]) -> list[Row]:
             telling = place is places[0] and (cell.attack, cell.eps) == place.at
             found.append(place.row(cell, telling))
     return found
-
-
-def _entire(attack: str) -> bool:
-    """No part of `adaptive`, which names its surrogate in brackets."""
-    return "(" not in attack.removesuffix(EIGHT_BIT).removesuffix(BLACK).removesuffix(UNAWARE)
-
-
-def _white(attack: str) -> bool:
-    """Follows the gradients of the network itself."""
-    aside = attack.startswith(("clean", "Random", "Square")) or attack.endswith((BLACK, UNAWARE))
-    return _entire(attack) and not aside
 
 
 def _points(found: Interval) -> str:
@@ -351,7 +383,7 @@ def _figures(place: Place) -> list[Figure]:
     every = [place.networks[s] for s in (place.reference, *place.keys)]
     shared = [
         (a, e) for a, e in every[0]
-        if e in (0.0, place.eps) and _entire(a) and all((a, e) in own for own in every)
+        if e in (0.0, place.eps) and is_entire(a) and all((a, e) in own for own in every)
     ]  # fmt: skip
     rows = [place.row(own[at]) for own in every[1:] for at in shared]
     found = [differences(rows, str(place.reference), place.looks)] * bool(rows)

@@ -7,12 +7,12 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from defquant.errors import visible
-from defquant.paper.section import Number, eps_text, number
+from defquant.paper.section import Number, eps_text, listed, number
 from defquant.records import BLACK, EIGHT_BIT, FOREIGN, UNAWARE, Measurement
 
 __all__ = [
     "Cell", "Family", "Series", "attack_at", "attack_order", "distinct", "grouped",
-    "is_validation", "markdown", "over_seeds", "whole_text",
+    "is_entire", "is_validation", "is_white", "markdown", "over_seeds", "unlike", "whole_text",
 ]  # fmt: skip
 
 ATTACKS = ("clean", "Random", "FGSM", "R+FGSM", "RFGSM", "BIM", "PGD", "APGD", "Square")
@@ -71,6 +71,11 @@ class Series:
         return (self.family.order, self.bits or 0)
 
     @property
+    def untagged(self) -> str:
+        """The method without the digits that tell networks of one name apart."""
+        return re.sub(r"( \[[0-9a-f ]+\])+$", "", self.method)
+
+    @property
     def short(self) -> str:
         base, space, rest = self.method.partition(" ")
         if base == "float" or (self.bits is None and self.family.is_foreign):
@@ -120,6 +125,16 @@ def over_seeds(measurements: Iterable[Measurement]) -> list[Cell]:
     return [Cell(*at, tuple(sorted(own, key=lambda m: m.seed))) for at, own in groups.items()]
 
 
+def unlike(a: Cell, b: Cell) -> list[str]:
+    """Settings of the trainings, known of both, without a value in common: `epochs 60, not 15`."""
+    ours, theirs = ([m.trained for m in cell.found] for cell in (a, b))
+    known = [name for name in ours[0] if all(name in own for own in (*ours, *theirs))]
+    pairs = [(name, {o[name] for o in ours}, {o[name] for o in theirs}) for name in known]
+    return [
+        f"{name} {listed(sorted(x))}, not {listed(sorted(y))}" for name, x, y in pairs if not x & y
+    ]
+
+
 def attack_at(attack: str, eps: float) -> str:
     """`clean`, `FGSM 8/255`."""
     return attack if attack == "clean" else f"{attack} {eps_text(eps)}"
@@ -137,6 +152,17 @@ def attack_order(attack: str) -> tuple[int, int, str]:
     kind = attack.endswith(UNAWARE) + 2 * attack.endswith(BLACK)
     stem = attack.removesuffix(EIGHT_BIT).removesuffix(UNAWARE).removesuffix(BLACK).split("-")[0]
     return (kind, ATTACKS.index(stem) if stem in ATTACKS else len(ATTACKS), attack)
+
+
+def is_entire(attack: str) -> bool:
+    """No part of `adaptive`, which names its surrogate in brackets."""
+    return "(" not in attack.removesuffix(EIGHT_BIT).removesuffix(BLACK).removesuffix(UNAWARE)
+
+
+def is_white(attack: str) -> bool:
+    """Follows the gradients of the network itself."""
+    aside = attack.startswith(("clean", "Random", "Square")) or attack.endswith((BLACK, UNAWARE))
+    return is_entire(attack) and not aside
 
 
 def distinct(items: Iterable[T]) -> list[T]:
