@@ -152,6 +152,18 @@ def _start_child(compilers: int) -> None:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(compilers))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _one_thread()
+    _thread_lock()
+
+
+def _thread_lock() -> None:
+    """For the bars that torch's compiler draws: tqdm's own lock is a semaphore between processes,
+    of which Python warns as leaked where this one is ended.
+    """
+    from torch import hub
+
+    bar = vars(hub)["tqdm"]
+    if hasattr(bar, "set_lock"):  # torch has one of its own where tqdm is not there
+        bar.set_lock(threading.RLock())
 
 
 def _end_with_parent() -> None:
