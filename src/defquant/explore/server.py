@@ -5,7 +5,9 @@ import os
 import signal
 import socket
 import tempfile
+from collections import deque
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from defquant.config import check_eps
@@ -79,89 +82,80 @@ class Page:
             source = b""
         return torch.from_numpy(fitted(source, shown(name), self.data.shape).copy())
 
-    def answers(self, pixels: Tensor, names: Sequence[str], label: int) -> tuple[str, int]:
-        """What each network says of the picture itself; its class, the first's where it is -1."""
+    def fit(self, sent: dict[str, Any]) -> dict[str, str]:
+        """The picture that page.js has read from a file as the networks take it, or why not."""
+        try:
+            return {"picture": address(self.picture(sent.get("name"), sent.get("data")))}
+        except UserError as error:
+            return {"error": str(error)}
+
+    def chosen(
+        self, sent: dict[str, Any], names: Sequence[str]
+    ) -> tuple[NDArray[np.uint8], int, str]:
+        """A test image by its number, or another picture; its class, or the first network's guess;
+        and what each network says of it.
+        """
+        test = sent.get("test")
+        if isinstance(test, int) and 0 <= test < len(self.data):
+            pixels, label = self.data.images[test], int(self.data.labels[test])
+        else:
+            pixels, label = self.picture(sent.get("name"), sent.get("data")), -1
         networks = self.networks(names)
         with self._lock:
             said = [(network, answer(network, pixels)) for network in networks]
-        known = max(0, said[0][1].said) if label < 0 else label
-        return shown_as("before", self.data.classes, said, known, own=networks), known
+        label = max(0, said[0][1].said) if label < 0 else label
+        text = shown_as("before", self.data.classes, said, label, own=networks)
+        return pixels.numpy(), label, text
 
     def attack(
-        self, pixels: Tensor, label: int, names: Sequence[str], attack: str, eps: float,
-        steps: float, on: str, stop: Event,
+        self, stop: Event, picture: NDArray[np.uint8], label: int, names: Sequence[str],
+        attack: str, on: str, eps: float, steps: float,
     ) -> Generator[str]:  # fmt: skip
         """The page's right half while the attack runs, and when it has ended."""
-        networks = self.networks(names)
+        networks, pixels = self.networks(names), torch.from_numpy(np.ascontiguousarray(picture))
         if on != EACH and on not in [network.name for network in networks]:
             raise UserError(f"the attack is made on a network that is shown: choose {shown(on)}")
         if label not in range(self.data.num_classes):
             raise UserError(f"choose the true class of the picture; found {shown(label)}")
-        chosen = named(attack, check_eps(eps / 255), int(steps))
-        frames: list[Frame] = []
-        done: list[Outcome] = []
-        failed: list[Exception] = []
+        chosen, source = named(attack, check_eps(eps / 255), int(steps)), None if on == EACH else on
+        newest, done = deque[Frame](maxlen=1), Future[list[Outcome]]()
 
         def work() -> None:
             try:
                 with self._lock:
-                    found = explore(
-                        networks, pixels, label, chosen, on=None if on == EACH else on,
-                        tell=lambda frame: frames.__setitem__(slice(None), [frame]),
+                    done.set_result(list(explore(
+                        networks, pixels, label, chosen, on=source, tell=newest.append,
                         stop=stop.is_set,
-                    )  # fmt: skip
-                    done.extend(found)
-            except Exception as error:  # shown below, to whom it concerns
-                failed.append(error)
+                    )))  # fmt: skip
+            except Exception as error:  # raised below, to whom it concerns
+                done.set_exception(error)
 
-        thread = Thread(target=work, daemon=True)
-        thread.start()
+        Thread(target=work, daemon=True).start()
         try:
-            while thread.is_alive():
-                thread.join(0.12)
-                if frames and thread.is_alive():
-                    yield shown_as("live", self.data.classes, frames[0], pixels, label)
+            while not wait([done], 0.12).done:
+                if newest:
+                    yield shown_as("live", self.data.classes, newest[0], pixels, label)
         finally:
             stop.set()  # whoever asked has gone
-        if failed:
-            raise failed[0]
-        yield results(done, pixels, self.data.classes, eps)
+        yield results(done.result(), pixels, self.data.classes, eps)
 
 
 def build(page: Page) -> Any:
     """The interface, as Gradio's `Blocks`."""
     import gradio as gr
 
-    classes, names = list(page.data.classes), list(page.specs)
-    first, number = page.data.images[0].numpy(), int(page.data.labels[0])
-    tests = list(zip(page.data.images[:24], page.data.labels.tolist(), strict=False))
     stops: dict[str, Event] = {}
-
-    def fit(sent: dict[str, Any]) -> dict[str, str]:
-        try:
-            return {"picture": address(page.picture(sent.get("name"), sent.get("data")))}
-        except UserError as error:
-            return {"error": str(error)}
 
     def choose(names: list[str], event: gr.EventData) -> Any:
         try:
-            test = event._data.get("test")
-            if isinstance(test, int) and 0 <= test < len(page.data):
-                pixels, known = page.data.images[test], int(page.data.labels[test])
-            else:
-                pixels = page.picture(event._data.get("name"), event._data.get("data"))
-                known = -1
-            said, known = page.answers(pixels, names, known)
+            return page.chosen(event._data, names)
         except Exception as error:  # of the user's own model, too
             return gr.skip(), gr.skip(), refusal(error)
-        return pixels.numpy(), known, said
 
-    def run(pixels: Any, label: int, names: list[str], attack: str, eps: float, steps: float,
-            on: str, request: gr.Request) -> Iterator[str]:  # fmt: skip
+    def run(request: gr.Request, *given: Any) -> Iterator[str]:
         stop = stops[str(request.session_hash)] = Event()
-        image = torch.from_numpy(np.ascontiguousarray(pixels))
         try:
-            yield from page.attack(image, label, names, attack, eps, steps, on, stop)
+            yield from page.attack(stop, *given)
         except Exception as error:
             yield refusal(error)
         finally:
@@ -172,46 +166,52 @@ def build(page: Page) -> Any:
             found.set()
 
     with gr.Blocks(title="defquant explore", analytics_enabled=False) as blocks:
-        state = gr.State(first)
-        aim = f"{escape(page.data.name)}: fool these networks, and see where the error grows."
-        gr.HTML(f"<header><h1>defquant explore</h1><p>{aim}</p></header>")
-        with gr.Row():
-            with gr.Column(scale=2, min_width=320):
-                picker = gr.HTML(
-                    shown_as("picker", classes, page.data, tests),
-                    js_on_load=_asset("page.js"),
-                    server_functions=[fit],
-                    elem_id="pick",
-                )
-                label = gr.Dropdown([(n, i) for i, n in enumerate(classes)], value=number,
-                                    label="True class")  # fmt: skip
-                shown_ones = gr.CheckboxGroup(names, value=names[:3], label="Networks, 1 to 4")
-                attack = gr.Dropdown(list(CHOICES), value="pgd", label="Attack")
-                on = gr.Dropdown([EACH, *names], value=EACH, label="made on")
-                # of the demo's digits half fall at 24, of larger pictures most at 8
-                radius = 24 if page.data.shape[2] < 16 else 8
-                eps = gr.Slider(0, 64, radius, step=0.5, label="eps, in 1/255")
-                steps = gr.Slider(1, STEPS, 20, step=1, label="Steps (tens of queries of square)")
-                with gr.Row():
-                    go = gr.Button("Attack", variant="primary", elem_id="go")
-                    end = gr.Button("Stop", elem_id="stop")
-            with gr.Column(scale=5, min_width=320):
-                out = gr.HTML(elem_id="out")
-        quiet: Any = {"show_progress": "hidden"}
-        picker.select(choose, [shown_ones], [state, label, out], **quiet)
-        given = [state, label, shown_ones, attack, eps, steps, on]
+        picker, given, go, end, out = _laid_out(page)
+        (state, label, names, *_), quiet = given, {"show_progress": "hidden"}
+        first = gr.EventData(None, {"test": 0})
+        picker.select(choose, [names], [state, label, out], **quiet)
         go.click(run, given, out, concurrency_limit=1, concurrency_id="attack", **quiet)
         end.click(halt, **quiet)
-
-        def begin(names: list[str]) -> str:
-            try:
-                return page.answers(page.data.images[0], names, number)[0]
-            except Exception as error:
-                return refusal(error)
-
-        blocks.load(begin, [shown_ones], out, **quiet)
+        blocks.load(lambda names: choose(names, first), [names], [state, label, out], **quiet)
     blocks.queue(max_size=8, api_open=False)
     return blocks
+
+
+def _laid_out(page: Page) -> tuple[Any, ...]:
+    """The pictures, what `Page.attack` is given, two buttons, and the place of the answers."""
+    import gradio as gr
+
+    def fit(sent: dict[str, Any]) -> dict[str, str]:  # Gradio writes its mark on a function
+        return page.fit(sent)
+
+    classes, names = list(page.data.classes), list(page.specs)
+    tests = list(zip(page.data.images[:24], page.data.labels.tolist(), strict=False))
+    known = [(name, number) for number, name in enumerate(classes)]
+    # of the demo's digits half fall at 24, of larger pictures most at 8
+    radius = 24 if page.data.shape[2] < 16 else 8
+    aim = f"{escape(page.data.name)}: fool these networks, and see where the error grows."
+    gr.HTML(f"<header><h1>defquant explore</h1><p>{aim}</p></header>")
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            picker = gr.HTML(
+                shown_as("picker", classes, page.data, tests), js_on_load=_asset("page.js"),
+                server_functions=[fit], elem_id="pick",
+            )  # fmt: skip
+            given = [
+                gr.State(page.data.images[0].numpy()),
+                gr.Dropdown(known, value=int(page.data.labels[0]), label="True class"),
+                gr.CheckboxGroup(names, value=names[:3], label="Networks, 1 to 4"),
+                gr.Dropdown(list(CHOICES), value="pgd", label="Attack"),
+                gr.Dropdown([EACH, *names], value=EACH, label="made on"),
+                gr.Slider(0, 64, radius, step=0.5, label="eps, in 1/255"),
+                gr.Slider(1, STEPS, 20, step=1, label="Steps (tens of queries of square)"),
+            ]
+            with gr.Row():
+                go = gr.Button("Attack", variant="primary", elem_id="go")
+                end = gr.Button("Stop", elem_id="stop")
+        with gr.Column(scale=5, min_width=320):
+            out = gr.HTML(elem_id="out")
+    return picker, given, go, end, out
 
 
 # --- what the networks say of one picture, as HTML ---------------------------------------
@@ -303,27 +303,28 @@ def serve(page: Page, host: str, port: int, tell: Callable[[str], object]) -> No
         page.networks(list(page.specs)[: AT_ONCE - 1])
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder,
                        "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
-        import gradio as gr
         import uvicorn
-        from fastapi import FastAPI
 
-        blocks = build(page)
-        app = gr.mount_gradio_app(
-            FastAPI(openapi_url=None), blocks, path="/", server_name=host, footer_links=[],
-            run_history=False, show_error=False, ssr_mode=False, pwa=False, mcp_server=False,
-            enable_monitoring=False, max_file_size=1, css=_asset("page.css"),
-            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"],
-                                    primary_hue="blue"),
-        )  # fmt: skip
         config = uvicorn.Config(
-            Guard(app, host in LOOPBACK),
-            log_level="critical",
-            lifespan="on",
-            timeout_graceful_shutdown=1,
+            _guarded(page, host), log_level="critical", lifespan="on", timeout_graceful_shutdown=1
         )
         name = f"[{host}]" if ":" in host else host
         tell(f"http://{name}:{listening.getsockname()[1]}/")
         uvicorn.Server(config).run(sockets=[listening])
+
+
+def _guarded(page: Page, host: str) -> "Guard":
+    import gradio as gr
+    from fastapi import FastAPI
+
+    app = gr.mount_gradio_app(
+        FastAPI(openapi_url=None), build(page), path="/", server_name=host, footer_links=[],
+        run_history=False, show_error=False, ssr_mode=False, pwa=False, mcp_server=False,
+        enable_monitoring=False, max_file_size=1, css=_asset("page.css"),
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"],
+                                primary_hue="blue"),
+    )  # fmt: skip
+    return Guard(app, host in LOOPBACK)
 
 
 _POLICY = (
@@ -357,19 +358,7 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
-        given = {key.decode("latin1").lower(): value.decode("latin1")
-                 for key, value in scope["headers"]}  # fmt: skip
-        name = given.get("host", "").rsplit(":", 1)[0].strip("[]")
-        size, path = given.get("content-length", "0"), scope["path"]
-        kind = given.get("content-type", "application/json")
-        status = (
-            403 if self.local and name not in LOOPBACK
-            else 404 if path != "/" and not path.startswith(_KNOWN)
-            else 415 if not kind.startswith("application/json")
-            else 411 if "transfer-encoding" in given
-            else 413 if not size.isdecimal() or int(size) > 2 * BYTES
-            else 0
-        )  # fmt: skip
+        status = self._refused(scope)
 
         async def sent(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
@@ -383,3 +372,19 @@ class Guard:
             await sent({"type": "http.response.body", "body": b""})
         else:
             await self.app(scope, receive, sent)
+
+    def _refused(self, scope: dict[str, Any]) -> int:
+        """The status with which a request is turned away; 0 for none."""
+        given = {key.decode("latin1").lower(): value.decode("latin1")
+                 for key, value in scope["headers"]}  # fmt: skip
+        name = given.get("host", "").rsplit(":", 1)[0].strip("[]")
+        size, path = given.get("content-length", "0"), scope["path"]
+        kind = given.get("content-type", "application/json")
+        return (
+            403 if self.local and name not in LOOPBACK
+            else 404 if path != "/" and not path.startswith(_KNOWN)
+            else 415 if not kind.startswith("application/json")
+            else 411 if "transfer-encoding" in given
+            else 413 if not size.isdecimal() or int(size) > 2 * BYTES
+            else 0
+        )  # fmt: skip
