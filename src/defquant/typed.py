@@ -10,6 +10,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache, partial
 from numbers import Integral, Real
@@ -177,38 +178,36 @@ def convert(kind: Any, value: Any, name: str) -> Any:
         or (kind is int and abs(value) < _LARGEST)
     ):  # fmt: skip
         return value
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        value = convert(inner[0], value, name)
-        for rule in inner[1:]:
+    if get_origin(kind) is Annotated:
+        inner, *rules = get_args(kind)
+        value = convert(inner, value, name)
+        for rule in rules:
             if isinstance(rule, Rule) and not rule.holds(value):
                 raise UserError(f"{name} {rule.words}; found {value!r}")
         return value
+    if (found := _as(kind, value, name)) is not MISSING:
+        return found
+    words = f"'{shown(value, 78)}'" if isinstance(value, str) else shown(value)
+    if isinstance(value, str):  # a slip of one name among several
+        words += near(value, [one for one in get_args(kind) if isinstance(one, str)])
+    raise UserError(f"{name} must be {_words(kind)}; found {words}")
+
+
+def _as(kind: Any, value: Any, name: str) -> Any:
+    """`value` as `kind`, or `MISSING` where it is none; errors are those of parts of it."""
+    origin, inner = get_origin(kind), get_args(kind)
     if kind is Any or (kind in (None, type(None)) and value is None):
         return value
-    if kind is int and isinstance(value, Integral) and not isinstance(value, bool):
-        if abs(int(value)) < _LARGEST:
-            return int(value)
-    elif kind is float and isinstance(value, Real) and not isinstance(value, bool):
-        if isinstance(value, Integral):
-            return convert(int, value, name)
-        if math.isfinite(value):
-            return float(value)
-    elif origin is Literal:
-        if any(type(value) is type(one) and value == one for one in inner):
-            return value
-    elif origin in (Union, types.UnionType):
-        some = [one for one in inner if one is not type(None)]
-        if value is None and len(some) < len(inner):
-            return None
-        if len(some) == 1 and (is_dataclass(some[0]) or get_origin(some[0]) is Annotated):
-            return convert(some[0], value, name)
-        for one in some:
-            try:
-                return convert(one, value, name)
-            except UserError:
-                continue
-    elif origin in (tuple, list, Sequence) and isinstance(value, list | tuple):
+    if kind is float and isinstance(value, Real) and not isinstance(value, bool | Integral):
+        return float(value) if math.isfinite(value) else MISSING
+    if kind in (int, float) and isinstance(value, Integral) and not isinstance(value, bool):
+        whole = abs(int(value)) < _LARGEST
+        return int(value) if whole else MISSING if kind is int else convert(int, value, name)
+    if origin is Literal:
+        return value if any(type(value) is type(one) and value == one for one in inner) else MISSING
+    if origin in (Union, types.UnionType):
+        return _one_of(inner, value, name)
+    if origin in (tuple, list, Sequence) and isinstance(value, list | tuple):
         kinds = inner if origin is tuple and inner[-1] is not ... else inner[:1] * len(value)
         if len(kinds) == len(value):
             pairs = enumerate(zip(kinds, value, strict=True))
@@ -220,10 +219,19 @@ def convert(kind: Any, value: Any, name: str) -> Any:
                 for k, v in value.items()}  # fmt: skip
     elif isinstance(kind, type) and is_dataclass(kind):
         return value if isinstance(value, kind) else from_mapping(kind, value, f"{name}.")
-    found = f"'{shown(value, 78)}'" if isinstance(value, str) else shown(value)
-    if isinstance(value, str):  # a slip of one name among several
-        found += near(value, [one for one in inner if isinstance(one, str)])
-    raise UserError(f"{name} must be {_words(kind)}; found {found}")
+    return MISSING
+
+
+def _one_of(kinds: Sequence[Any], value: Any, name: str) -> Any:
+    some = [one for one in kinds if one is not type(None)]
+    if value is None and len(some) < len(kinds):
+        return None
+    if len(some) == 1 and (is_dataclass(some[0]) or get_origin(some[0]) is Annotated):
+        return convert(some[0], value, name)  # whose error says more
+    for one in some:
+        with suppress(UserError):
+            return convert(one, value, name)
+    return MISSING
 
 
 @cache

@@ -78,11 +78,34 @@ _ARRAYS = ("_reconstruct", "ndarray", "dtype")  # what a pickled array calls
 
 
 def _read_batch(raw: bytes, where: str) -> tuple[NDArray[np.uint8], NDArray[np.integer]]:
-    """Images (n, 3, 32, 32) and labels (n,) of one official batch, a pickle, which is not run.
+    """Images (n, 3, 32, 32) and labels (n,) of one official batch.
 
     Its constants stand in this order: `data`, n, 3072, `u1`, whether columns come first, the
     pixels; and `labels`, then each label.
     """
+    values = _constants(raw, where)
+    try:
+        told = values[values.index(b"data") :]
+        end = list(pairwise(map(type, told))).index((bool, bytes))
+        first, pixels = told[end : end + 2]
+        n = len(pixels) // 3072
+        after = values[values.index(b"labels") + 1 :]
+        labels = list(takewhile(lambda value: type(value) is int, after))
+        kind = {b"u1", "u1"} & set(told[:end])
+        if (n, 3072) not in pairwise(told[:end]) or not kind or len(labels) != n:
+            raise ValueError
+        flat = np.frombuffer(pixels, np.uint8).reshape((n, 3072), order="F" if first else "C")
+        return flat.reshape(-1, 3, 32, 32), np.array(labels, np.int64)
+    except (ValueError, OverflowError):
+        found = shown([shown(value, 20) for value in values[:9]], 200)
+        raise UserError(
+            f"{where} must hold b'data', uint8 (n, 3072), and b'labels', n integers; found "
+            f"{found}: {_AGAIN}"
+        ) from None
+
+
+def _constants(raw: bytes, where: str) -> list[Any]:
+    """What a pickle is made of, in its order: it is not run, and must call nothing but arrays."""
     values: list[Any] = []
     try:
         for operation, argument, _ in pickletools.genops(raw):
@@ -105,27 +128,7 @@ def _read_batch(raw: bytes, where: str) -> tuple[NDArray[np.uint8], NDArray[np.i
         raise UserError(
             f"{where} must be a whole pickle ({shown(str(error), 200)}): it is damaged, {_AGAIN}"
         ) from None
-    try:
-        told = values[values.index(b"data") :]
-        end = next(
-            i for i in range(len(told)) if type(told[i]) is bool and type(told[i + 1]) is bytes
-        )
-        n = len(told[end + 1]) // 3072
-        if (n, 3072) not in pairwise(told[:end]) or not {b"u1", "u1"} & set(told[:end]):
-            raise ValueError
-        flat = np.frombuffer(told[end + 1], np.uint8)
-        pixels = flat.reshape((n, 3072), order="F" if told[end] else "C")
-        after = values[values.index(b"labels") + 1 :]
-        labels = list(takewhile(lambda value: type(value) is int, after))
-        if len(labels) != n:
-            raise ValueError
-        return pixels.reshape(-1, 3, 32, 32), np.array(labels, np.int64)
-    except (ValueError, IndexError, StopIteration, OverflowError):
-        found = shown([shown(value, 20) for value in values[:9]], 200)
-        raise UserError(
-            f"{where} must hold b'data', uint8 (n, 3072), and b'labels', n integers; found "
-            f"{found}: {_AGAIN}"
-        ) from None
+    return values
 
 
 def _from_parquet(shards: list[Path], split: str) -> Dataset:
