@@ -32,11 +32,10 @@ _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 @dataclass(frozen=True)
 class Foreign:
-    """The model, and what its measurements say of it. `path`: the user's file."""
+    """The model, and what its measurements say of it."""
 
     model: nn.Module
     subject: Subject
-    path: Path
 
 
 def load_foreign(spec: str, weights: str | None, device: torch.device) -> Foreign:
@@ -51,7 +50,7 @@ def load_foreign(spec: str, weights: str | None, device: torch.device) -> Foreig
     if not path.is_file():
         raise UserError(f"no file {path}: give --model_file as my.py:make_model")
     print(f"defquant: runs your code from {path}", file=sys.stderr)
-    with blamed(path, always=True), redirect_stdout(sys.stderr):  # stdout is for results
+    with blamed(spec, always=True), redirect_stdout(sys.stderr):  # stdout is for results
         model = _function(path, function)()
     if not isinstance(model, nn.Module):
         raise UserError(
@@ -68,18 +67,18 @@ def load_foreign(spec: str, weights: str | None, device: torch.device) -> Foreig
     widths = {quantizer.bits for quantizer in adjustable(model)}
     bits = widths.pop() if len(widths) == 1 else None
     subject = Subject(method, f"{path.name}:{function}", bits, evidence=evidence)
-    return Foreign(to_eval(model.to(device)), subject, path)
+    return Foreign(to_eval(model.to(device)), subject)
 
 
-def probe(foreign: Foreign, data: Dataset, batch_size: int) -> None:
-    """Show the model two images, or one. Raises `UserError` unless it has a logit for each class.
+def probe(spec: str, model: nn.Module, data: Dataset, batch_size: int) -> None:
+    """Show the model of `spec` two images, or one where `batch_size` is.
 
-    It sees no more than `batch_size` of them at once.
+    Raises `UserError` unless it has a logit for each class.
     """
     shape = " x ".join(map(str, data.shape))
     some = data.take(torch.arange(min(2, batch_size, len(data))))
-    with blamed(foreign.path, f" on images of {shape}", always=True):
-        lint_classes(foreign.model, some, data.num_classes, data.name)
+    with blamed(spec, where=f" on images of {shape}", always=True):
+        lint_classes(model, some, data.num_classes, data.name)
 
 
 def warn_of_chance(clean: Score, classes: int) -> None:
@@ -93,19 +92,21 @@ def warn_of_chance(clean: Score, classes: int) -> None:
 
 
 @contextmanager
-def blamed(path: Path, where: str = "", *, always: bool = False) -> Iterator[None]:
-    """What the user's code raises, as a `UserError` with the error's kind and line in `path`.
+def blamed(*specs: str, where: str = "", always: bool = False) -> Iterator[None]:
+    """What the user's code raises, as a `UserError` with the error's kind and line in its file.
 
-    An error that went through no line of `path` passes, if not `always`.
+    An error that went through no line of the files of `specs` passes, if not `always`.
     """
     try:
         yield
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        line = _line(error, path)
-        if line is None and not always:
+        paths = [Path(spec.rpartition(":")[0]) for spec in reversed(specs)]
+        mine = [(path, line) for path in paths if (line := _line(error, path)) is not None]
+        if not mine and not always:
             raise
+        path, line = mine[0] if mine else (paths[0], None)
         at = "" if line is None else f", line {line}"
         said = " ".join(str(error).split())[:300]
         raise UserError(f"{path}{at}: {type(error).__name__}{where}: {said}") from None

@@ -1,7 +1,7 @@
 """Verbs that score a network: attack, rescore and transfer. The flags that several verbs share."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from defquant.images import Manifest
 
 __all__ = [
-    "Batch", "Device", "Images", "Json", "ModelFile", "Root", "Seed", "Weights", "attack",
-    "check_model", "foreign_on", "least", "rescore", "transfer",
+    "OWN", "Batch", "Device", "Images", "Json", "Own", "Root", "Seed", "Weights", "attack",
+    "check_model", "least", "rescore", "transfer",
 ]  # fmt: skip
 
 Json = Annotated[bool, Parameter(help="JSON lines alone on stdout, instead of rows")]
@@ -45,12 +45,36 @@ ModelFile = Annotated[
 Weights = Annotated[str | None, Parameter(help="for --model-file: a .safetensors file")]
 
 
+@dataclass(frozen=True)
+class _Own:
+    """A model of the user's own, instead of a run's folder."""
+
+    model_file: ModelFile = None
+    weights: Weights = None
+    data: Annotated[str | None, Parameter(help="for --model-file: its data.")] = None
+
+    def opened(
+        self, root: str | None, images: int | None, batch_size: int | None, place: "torch.device"
+    ) -> "tuple[Foreign, Dataset]":
+        """The model, and the first of its test images; all of them at a time where None."""
+        from defquant.data import load
+        from defquant.judging.suspects import foreign_on
+
+        tested = load(self.data or "", root, "test").first(images)
+        size = batch_size or len(tested)
+        return foreign_on(self.model_file or "", self.weights, tested, size, place), tested
+
+
+Own = Annotated[_Own, Parameter(name="*")]
+OWN = _Own()
+_Tested = tuple[Path, Any, Any, Any]
+"""A network that is measured: folder of its results, itself, what it is, the images."""
+
+
 def attack(
     runs: tuple[str, ...] = (),
     *,
-    model_file: ModelFile = None,
-    weights: Weights = None,
-    data: str | None = None,
+    own: Own = OWN,
     out: str | None = None,
     save_images: str | None = None,
     attack: tuple[str, ...] = ("random", "fgsm", "rfgsm", "pgd", "pgd-50x10", "adaptive"),
@@ -71,7 +95,6 @@ def attack(
 
     Args:
         runs: folders of runs, if no --model-file.
-        data: for --model-file: its data.
         out: for --model-file: folder of the results.
         save_images: empty folder for the adversarial images as PNG with a manifest; scored as
             such, too.
@@ -88,65 +111,47 @@ def attack(
         split: validation: the held-out training images, to choose settings by.
         examples: pictures kept for the report.
     """
-    given = {"weights": weights, "data": data, "out": out}
-    own = {"substitute": substitute, "unaware": unaware, "detector": detector}
-    check_model("attack", runs, model_file, given, own | {"split": split != "test"}, save_images)
+    mine = {"substitute": substitute, "unaware": unaware, "detector": detector}
+    check_model("attack", runs, own, out, mine | {"split": split != "test"}, save_images)
     least(1, batch_size=batch_size)
     least(0, examples=examples)
     from defquant.attacks import FirstOrder
     from defquant.attacks.names import parse_attack
-    from defquant.data import load
-    from defquant.defenses import CALIBRATION, Unaware, detect
+    from defquant.defenses import Unaware
     from defquant.distributed import pick_device
     from defquant.files import write_json
-    from defquant.foreign import blamed, warn_of_chance
-    from defquant.images import MANIFEST, measure_and_save
+    from defquant.foreign import blamed
+    from defquant.images import MANIFEST
     from defquant.measure import examples as pictures
     from defquant.measure import replay
-    from defquant.progress import AttackProgress
     from defquant.runs import test_images
 
     attacks = [parse_attack(name, radius) for name in attack for radius in eps]
     place, saved = pick_device(device), Path(save_images) if save_images else None
     how: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
-    first_order = [a for a in attacks if isinstance(a, FirstOrder)]
-    asking = [a for a in first_order if a.walk.steps]  # Random asks no network
-    extra: list[Any] = [Unaware(a) for a in asking] if unaware else []
-    if model_file is None:
+    asking = [a for a in attacks if isinstance(a, FirstOrder) and a.walk.steps]  # Random asks none
+    if own.model_file is None:
         loaded = _loaded(runs, place, substitute, squeezed=unaware)
         targets: Any = ((*one, test_images(one[2], data_root, images, split)) for one in loaded)
-        guard: Any = nullcontext()
     else:
-        tested = load(data or "", data_root, "test").first(images)
-        foreign = foreign_on(model_file, weights, tested, batch_size, place)
+        foreign, tested = own.opened(data_root, images, batch_size, place)
         targets = [(Path(out or ""), foreign.model, foreign.subject, tested.to(place))]
-        guard = blamed(foreign.path)
-    with guard:
-        for run, model, facts, tested in targets:
+    with blamed(own.model_file or ""):
+        for one in targets:
+            run, network, facts, tested = one
             keep_log(run)
-            boxes = [
+            others: list[Any] = [Unaware(a) for a in asking if unaware]
+            others += [
                 replay(a, Path(substitute), tested, device=place, source=substitute, **how)
                 for a in asking
                 if substitute
             ]
-            others = [*extra, *boxes]
-            names = [a.name + EIGHT_BIT * bool(saved) for a in attacks] + [a.name for a in others]
-            width = max(12, *map(len, names))
-            for m in measure_and_save(
-                saved, run, model, facts, tested, attacks, black_box=others, **how,
-                watch=AttackProgress(run.name, len(tested), len(attacks) + len(others)),
-            ):  # fmt: skip
-                print_measurements([m], as_json=json, width=width)
-                if model_file and m.attack == "clean":
-                    warn_of_chance(m.score, tested.num_classes)
+            width = _print_scores(one, attacks, others, saved, how, json)
             if detector:
-                known = test_images(facts, data_root, None, "train")
-                clean = known.first(min(len(known), CALIBRATION))
-                for r in detect(run, model, facts, tested, clean, first_order, **how):
-                    print_json(r) if json else print(rows.detection_row(r, width), flush=True)
+                _print_detected(one, attacks, data_root, how, json, width)
             if examples:
                 best = _shown(attacks, eps)
-                found = pictures(run, model, facts, tested, best, examples, seed, batch_size)
+                found = pictures(run, network, facts, tested, best, examples, seed, batch_size)
                 write_json(run / "examples.json", found)
             print(run / "results.jsonl")
             if detector:
@@ -155,21 +160,54 @@ def attack(
                 print(saved / MANIFEST)
 
 
+def _print_scores(
+    one: _Tested, attacks: Sequence[Any], others: Sequence[Any], saved: Path | None,
+    how: Mapping[str, Any], json: bool,
+) -> int:  # fmt: skip
+    """Of one network, `others` in floats alone; returns the width of the attacks' column."""
+    from defquant.foreign import warn_of_chance
+    from defquant.images import measure_and_save
+    from defquant.progress import AttackProgress
+
+    names = [a.name + EIGHT_BIT * bool(saved) for a in attacks] + [a.name for a in others]
+    width, watch = max(12, *map(len, names)), AttackProgress(one[0].name, len(one[-1]), len(names))
+    for m in measure_and_save(saved, *one, attacks, black_box=others, watch=watch, **how):
+        print_measurements([m], as_json=json, width=width)
+        if m.attack == "clean" and m.method.startswith(FOREIGN):
+            warn_of_chance(m.score, one[-1].num_classes)
+    return width
+
+
+def _print_detected(
+    one: _Tested, attacks: Sequence[Any], root: str | None, how: Mapping[str, Any], json: bool,
+    width: int,
+) -> None:  # fmt: skip
+    from defquant.attacks import FirstOrder
+    from defquant.defenses import CALIBRATION, detect
+    from defquant.runs import test_images
+
+    known = test_images(one[2], root, None, "train")
+    clean = known.first(min(len(known), CALIBRATION))
+    for r in detect(*one, clean, [a for a in attacks if isinstance(a, FirstOrder)], **how):
+        print_json(r) if json else print(rows.detection_row(r, width), flush=True)
+
+
 def check_model(
     verb: str,
     runs: Sequence[str],
-    model_file: str | None,
-    foreign: Mapping[str, object],
-    own: Mapping[str, object],
+    own: Own,
+    out: str | None,
+    mine: Mapping[str, object],
     save_images: str | None = None,
 ) -> None:
     """Raise `UserError` for flags of one's own runs beside a foreign model, and the reverse."""
+    foreign = {"weights": own.weights, "data": own.data, "out": out}
     given = next((name for name, value in foreign.items() if value is not None), "")
-    mine = next((name for name, value in own.items() if value), "")
+    alone = next((name for name, value in mine.items() if value), "")
     needed = {"data": "digits, cifar10, svhn, folder or npz", "out": "FOLDER"}
     missing = next((name for name in needed if foreign[name] is None), "")
     first = next(iter(runs), "")
-    if model_file is None:
+    if own.model_file is None:
         rules = {
             f"{verb} needs folders of runs, or --model_file my.py:make_model": not runs,
             f"--{given} belongs to --model_file; a run knows its own: leave it out": given,
@@ -180,9 +218,9 @@ def check_model(
         rules = {
             f"{verb} takes folders of runs or --model_file, not both; found {first!r}": runs,
             f"--model_file needs --{missing}: {needed.get(missing)}": missing,
-            f"--{mine} is for runs of `defquant train`: leave it out": mine,
-            f"{foreign['out']} holds a run of `defquant train`: choose another --out":
-            (Path(str(foreign["out"])) / "checkpoint.safetensors").exists(),
+            f"--{alone} is for runs of `defquant train`: leave it out": alone,
+            f"{out} holds a run of `defquant train`: choose another --out":
+            (Path(str(out)) / "checkpoint.safetensors").exists(),
         }  # fmt: skip
     if wrong := next((rule for rule, broken in rules.items() if broken), None):
         raise UserError(wrong)
@@ -209,26 +247,6 @@ def _loaded(
                 "it out, or train with --squeeze 5"
             )
     return loaded
-
-
-def foreign_on(
-    spec: str, weights: str | None, images: "Dataset", batch_size: int, place: "torch.device"
-) -> "Foreign":
-    """Whatever `judge` takes, seen to answer on the images, with its staircases opened."""
-    from defquant.attacks.access import to_eval
-    from defquant.foreign import Foreign, load_foreign, probe
-    from defquant.judging.suspects import Witnessed, suspect, with_twin
-    from defquant.measure import Subject
-
-    if ".py:" in spec:
-        foreign = load_foreign(spec, weights, place)
-        probe(foreign, images, batch_size)
-        with_twin(foreign.model, images)
-        return foreign
-    found, name = suspect(spec, images, weights), Path(spec).name
-    subject = Subject(f"{FOREIGN} ({name})", name, evidence={"file_sha256": found.sha256})
-    model = to_eval(Witnessed(found)) if found.kind == "ONNX" else found.model
-    return Foreign(model, subject, Path(spec))
 
 
 def _shown(
@@ -272,18 +290,17 @@ def rescore(
     from defquant.distributed import pick_device
     from defquant.foreign import blamed, load_foreign
     from defquant.images import clean_images, read_manifest, rescored
+    from defquant.judging.suspects import foreign_on
 
-    manifest, place, guard = read_manifest(Path(folder)), pick_device(device), nullcontext()
-    network = _own_or_onnx(Path(model), manifest, place) if model else None
-    if network is None:
-        spec = model_file or model or ""
-        if ".py:" in spec:
-            network = load_foreign(spec, weights, place).model
-        else:
-            clean = clean_images(manifest)
-            network = foreign_on(spec, weights, clean, batch_size, place).model
-        guard = blamed(Path(spec.rpartition(":")[0]))  # type: ignore[assignment]
-    with guard:
+    manifest, place = read_manifest(Path(folder)), pick_device(device)
+    spec, network = model_file or model or "", None
+    if model is not None:
+        network = _own_or_onnx(Path(model), manifest, place)
+    if network is None and ".py:" in spec:
+        network = load_foreign(spec, weights, place).model
+    elif network is None:
+        network = foreign_on(spec, weights, clean_images(manifest), batch_size, place).model
+    with blamed(spec):
         rows.print_rescored(rescored(manifest, network, batch_size=batch_size), as_json=json)
 
 
@@ -352,6 +369,7 @@ def transfer(
     from defquant.distributed import pick_device
     from defquant.files import write_json
     from defquant.foreign import blamed
+    from defquant.judging.suspects import foreign_on
     from defquant.report import plot_matrix, text_matrix
 
     step, place = parse_first_order(attack, eps), pick_device(device)
@@ -366,9 +384,7 @@ def transfer(
         own = {run: weights if ".py:" in run else None for run in runs}
         models = [foreign_on(run, w, tested, batch_size, place) for run, w in own.items()]
         named = {Path(run): one.model for run, one in zip(own, models, strict=True)}
-        with ExitStack() as guard:
-            for one in models:
-                guard.enter_context(blamed(one.path))
+        with blamed(*own):
             record = transfer_foreign(named, tested.to(place), step, **how)
     for line in record["cells"] if json else text_matrix(record):
         (print_json if json else print)(line)

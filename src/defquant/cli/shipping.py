@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from defquant.cli.rows import eps_column, print_json
 from defquant.cli.scores import (
+    OWN,
     Images,
     Json,
-    ModelFile,
+    Own,
     Root,
     Seed,
-    Weights,
-    foreign_on,
     least,
 )
 from defquant.errors import UserError, needs
@@ -35,9 +34,7 @@ def export(
     run: str,
     model: str | None = None,
     *,
-    model_file: ModelFile = None,
-    weights: Weights = None,
-    data: str | None = None,
+    own: Own = OWN,
     images: Images = None,
     allow_float: bool = False,
     strict: bool = False,
@@ -60,7 +57,6 @@ def export(
     Args:
         run: folder of the run; with --model-file none.
         model: the ONNX file; its card lies beside it as .json.
-        data: for --model-file: its data.
         allow_float: accept a file of which this onnxruntime runs some convolutions in float.
         strict: accept no convolution that stays in float, as what it reads is not quantised.
         weight_bits: of the weights, where the run was trained with float ones.
@@ -84,11 +80,10 @@ def export(
     from defquant.attacks.names import parse_attack
     from defquant.deploy import cost, ship
     from defquant.files import write_json
+    from defquant.judging.suspects import foreign_on
 
     attacks = [parse_attack(name, radius) for name in attack for radius in eps]
-    path, network, origin, known, tested = _deployable(
-        run, model, model_file, weights, data, data_root, images
-    )
+    path, network, origin, known, tested = _deployable(run, model, own, data_root, images)
     beside = None
     if reference is not None:
         beside = foreign_on(reference, None, tested, len(tested), torch.device("cpu")).model
@@ -119,9 +114,7 @@ def verify(
     run: str,
     model: str | None = None,
     *,
-    model_file: ModelFile = None,
-    weights: Weights = None,
-    data: str | None = None,
+    own: Own = OWN,
     images: Images = None,
     allow_float: bool = False,
     data_root: Root = None,
@@ -132,15 +125,12 @@ def verify(
     Args:
         run: folder of the run; with --model-file none.
         model: the ONNX file.
-        data: for --model-file: its data.
         allow_float: accept a file of which this onnxruntime runs some convolutions in float.
     """
     needs("deploy", "onnx", "onnxruntime")
     from defquant.deploy import ship
 
-    path, network, origin, _, tested = _deployable(
-        run, model, model_file, weights, data, data_root, images
-    )
+    path, network, origin, _, tested = _deployable(run, model, own, data_root, images)
     program, file = ship.read(path, network, origin)
     found = ship.compared(network, program, file, tested)
     card = ship.card_of(origin, path, file, program, tested, found)
@@ -182,13 +172,7 @@ def pull(repo: str, *, out: str | None = None, revision: str | None = None) -> N
 
 
 def _deployable(
-    run: str,
-    file: str | None,
-    model_file: str | None,
-    weights: str | None,
-    data: str | None,
-    root: str | None,
-    images: int | None,
+    run: str, file: str | None, own: Own, root: str | None, images: int | None
 ) -> "tuple[Path, nn.Module, Origin, Callable[[str], Dataset], Dataset]":
     """The ONNX file, the network on the CPU, where it is from, its data, its first test images."""
     least(1, images=images)
@@ -197,13 +181,13 @@ def _deployable(
     from defquant.deploy.ship import Origin
 
     cpu = torch.device("cpu")
-    if model_file is None:
+    if own.model_file is None:
         from defquant.checkpoint import load_on
         from defquant.runs import load_images, test_images
 
         if file is None:
             raise UserError("give the run's folder and the ONNX file, or --model-file and the file")
-        if misplaced := weights or data:
+        if misplaced := own.weights or own.data:
             raise UserError(f"a run knows its own weights and data; found {misplaced!r}")
         model, facts = load_on(Path(run), cpu)
         if root is not None:
@@ -213,12 +197,11 @@ def _deployable(
         return Path(file), model, origin, partial(load_images, facts.data), tested
     from defquant.data import load
 
-    if file is not None or data is None:
+    if file is not None or own.data is None:
         raise UserError("--model-file takes the ONNX file alone, and --data: digits, cifar10, ...")
-    tested = load(data, root, "test").first(images)
-    foreign = foreign_on(model_file, weights, tested, len(tested), cpu)
+    foreign, tested = own.opened(root, images, None, cpu)
     origin = Origin.of_model(foreign.subject, tested)
-    return Path(run), foreign.model, origin, partial(load, data, root), tested
+    return Path(run), foreign.model, origin, partial(load, own.data, root), tested
 
 
 def _judged(found: "Parity", origin: "Origin", allow_float: bool) -> int:

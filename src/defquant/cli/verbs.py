@@ -7,17 +7,17 @@ from defquant.cli import rows
 from defquant.cli.making import demo, reproduce, seconds_of, train
 from defquant.cli.rows import print_json
 from defquant.cli.scores import (
+    OWN,
     Batch,
     Device,
     Images,
     Json,
-    ModelFile,
+    Own,
     Root,
     Seed,
     Weights,
     attack,
     check_model,
-    foreign_on,
     least,
     rescore,
     transfer,
@@ -33,9 +33,7 @@ __all__ = ["VERBS"]
 def diagnose(
     run: str | None = None,
     *,
-    model_file: ModelFile = None,
-    weights: Weights = None,
-    data: str | None = None,
+    own: Own = OWN,
     out: str | None = None,
     against: tuple[str, ...] = (),
     substitute: str | None = None,
@@ -58,7 +56,6 @@ def diagnose(
 
     Args:
         run: folder of the run, if no --model-file.
-        data: for --model-file: its data.
         out: for --model-file: folder of the results.
         against: runs to set its error amplification beside: its float and its vanilla twin.
         substitute: run through which the black box goes.
@@ -69,35 +66,32 @@ def diagnose(
         audited: images of the Lipschitz audit.
         no_audit: leave the audit out.
     """
-    given = {"weights": weights, "data": data, "out": out}
-    own = {"against": against, "substitute": substitute}
-    check_model("diagnose", [run] if run else [], model_file, given, own)
+    mine = {"against": against, "substitute": substitute}
+    check_model("diagnose", [run] if run else [], own, out, mine)
     least(1, batch_size=batch_size, steps=steps, restarts=restarts, queries=queries)
     from defquant.diagnose import Effort
     from defquant.diagnose.runs import diagnose_foreign, diagnose_run
     from defquant.distributed import pick_device
     from defquant.files import make_folder, write_json
+    from defquant.foreign import blamed
 
     effort = Effort(
         steps=steps, restarts=restarts, queries=queries, seed=seed, batch_size=batch_size
     )
     how: Any = {"audited": 0 if no_audit else audited, "effort": effort}
+    place = pick_device(device)
     keep_log(Path(run or out or ""))
-    if model_file is None:
+    if own.model_file is None:
         record = diagnose_run(
             Path(run or ""), eps, against=[Path(other) for other in against],
             substitute=Path(substitute) if substitute else None, images=images,
-            data_root=data_root, device=pick_device(device), **how,
+            data_root=data_root, device=place, **how,
         )  # fmt: skip
     else:
-        from defquant.data import load
-        from defquant.foreign import blamed
-
-        place, tested = pick_device(device), load(data or "", data_root, "test").first(images)
-        own_model = foreign_on(model_file, weights, tested, batch_size, place)
-        with blamed(own_model.path):
+        foreign, tested = own.opened(data_root, images, batch_size, place)
+        with blamed(own.model_file):
             record = diagnose_foreign(
-                Path(out or ""), own_model.model, own_model.subject, tested.to(place), eps, **how
+                Path(out or ""), foreign.model, foreign.subject, tested.to(place), eps, **how
             )
         make_folder(Path(out or ""))
     print_json(record) if json else print("\n".join(rows.diagnosis_rows(record)))

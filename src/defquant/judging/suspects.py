@@ -21,11 +21,14 @@ from defquant.data import Dataset, load, to_unit
 from defquant.diagnose.masking import Connected
 from defquant.errors import UserError, needs, shown
 from defquant.evaluate import device_of
+from defquant.foreign import Foreign, blamed, load_foreign, probe
 from defquant.judging.opening import Opened, few_layers, has_gradient, open_staircases
+from defquant.measure import Subject
+from defquant.records import FOREIGN
 
 __all__ = [
-    "QUERIES", "STEPS", "Pixels", "Side", "Suspect", "Witnessed", "images_for", "suspect",
-    "with_twin",
+    "QUERIES", "STEPS", "Pixels", "Side", "Suspect", "Witnessed", "foreign_on", "images_for",
+    "suspect", "with_twin",
 ]  # fmt: skip
 
 STEPS, QUERIES = 40, 500
@@ -124,6 +127,21 @@ def with_twin(model: nn.Module, data: Dataset) -> nn.Module:
     return model
 
 
+def foreign_on(
+    spec: str, weights: str | None, images: Dataset, batch_size: int, place: torch.device
+) -> Foreign:
+    """Whatever `judge` takes, seen to answer on the images, with its staircases opened."""
+    if ".py:" in spec:
+        foreign = load_foreign(spec, weights, place)
+        probe(spec, foreign.model, images, batch_size)
+        with_twin(foreign.model, images)
+        return foreign
+    found, name = suspect(spec, images, weights), Path(spec).name
+    subject = Subject(f"{FOREIGN} ({name})", name, evidence={"file_sha256": found.sha256})
+    model = to_eval(Witnessed(found)) if found.kind == "ONNX" else found.model
+    return Foreign(model, subject)
+
+
 def images_for(spec: str, name: str | None, root: str | None) -> Dataset:
     """The test images of the data set `name`, or those that a run knows for its own."""
     if name is not None:
@@ -168,15 +186,7 @@ def suspect(
     if fed is not None and path.suffix != ".onnx":
         raise UserError(f"how it is fed is asked of an ONNX file; {text} takes images in [0, 1]")
     if ".py:" in text:
-        from defquant.foreign import blamed, load_foreign
-
-        found = load_foreign(text, weights, torch.device("cpu"))
-        with blamed(found.path):
-            made = _of_module(found.model, text, "module", data)
-        evidence = found.subject.evidence or {}
-        return replace(
-            made, sha256=str(evidence.get("weights_sha256", evidence.get("file_sha256", "")))
-        )
+        return _of_python(text, weights, data)
     if text.startswith(SCRIPT):
         return _of_file(Path(text.removeprefix(SCRIPT)), "TorchScript", torch.jit.load, data)
     if path.suffix == ".onnx":
@@ -184,15 +194,7 @@ def suspect(
     if path.suffix == ".pt2":
         return _of_file(path, "torch.export", _exported, data)
     if path.is_dir():
-        from defquant.checkpoint import load_on
-
-        model, facts = load_on(path, torch.device("cpu"))
-        if len(facts.classes) != data.num_classes or facts.in_channels != data.in_channels:
-            raise UserError(
-                f"{path} takes {facts.in_channels} channels and knows {len(facts.classes)} "
-                f"classes, {data.name} has {data.in_channels} and {data.num_classes}: use its data"
-            )
-        return _of_module(model, text, "run", data)
+        return _of_run(text, data)
     _check_there(text)
     raise UserError(
         f"a model is the folder of a run, NAME.onnx, NAME.pt2, my.py:make_model or "
@@ -204,6 +206,27 @@ def _check_there(spec: str) -> None:
     """Raise `UserError` where it is the path of nothing."""
     if not (":" in spec or Path(spec).suffix or Path(spec).exists()):
         raise UserError(f"no such folder of a run: {shown(spec)}")
+
+
+def _of_python(spec: str, weights: str | None, data: Dataset) -> Suspect:
+    found = load_foreign(spec, weights, torch.device("cpu"))
+    with blamed(spec):
+        made = _of_module(found.model, spec, "module", data)
+    evidence = found.subject.evidence or {}
+    return replace(made, sha256=evidence.get("weights_sha256", evidence.get("file_sha256", "")))
+
+
+def _of_run(spec: str, data: Dataset) -> Suspect:
+    from defquant.checkpoint import load_on
+
+    path = Path(spec)
+    model, facts = load_on(path, torch.device("cpu"))
+    if len(facts.classes) != data.num_classes or facts.in_channels != data.in_channels:
+        raise UserError(
+            f"{path} takes {facts.in_channels} channels and knows {len(facts.classes)} classes, "
+            f"{data.name} has {data.in_channels} and {data.num_classes}: use its data"
+        )
+    return _of_module(model, spec, "run", data)
 
 
 def _of_onnx(path: Path, data: Dataset, fed: str | None) -> Suspect:
