@@ -759,6 +759,9 @@ SEEN: Mapping[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "signed activations": (lambda: chain(conv(), nn.GELU(), dq.QuantSigned(4), conv(8), *norm_act(),
                                          conv(8), dq.QuantSigned(3), nn.SiLU()), ()),
     "torch's own attention": (lambda: nn.Sequential(*front(), nn.AvgPool2d(4), Torchs()), ()),
+    "slopes, gates and pixels": (
+        lambda: chain(conv(), nn.PReLU(8), nn.GLU(1), Turned(), nn.PReLU(), nn.PixelShuffle(2),
+                      nn.SELU(), conv(1), dq.QuantReLU(4)), ("7",)),
     "torch's own quantiser": (lambda: chain(conv(), Fake(), conv(8), dq.QuantReLU(4)), ()),
     "a layer called twice": (lambda: chain(*front(), *[conv(8, 8), dq.QuantReLU(4)] * 2), ()),
     "no linear layer": (lambda: nn.Sequential(*front(), conv(8, 4), nn.AdaptiveAvgPool2d(1),
@@ -777,6 +780,11 @@ class Times(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.factor
+
+
+class Turned(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT
 
 
 class Fake(nn.Module):

@@ -298,7 +298,8 @@ def _refused(model: nn.Module, error: Exception) -> UserError:
     if "data-dependent" in text or ("bool" in text and "Tensor" in text):
         reason = "it decides by the values it sees"
     elif "specialized it to be a constant" in text or "Constraints violated" in text:
-        reason = "it works for one number of images alone; take the batch from the input's shape"
+        reason = "it works for one number of images alone; take the batch from x.shape[0], which "
+        reason += "len(x) is not"
     else:
         reason = shown(text.split("\n")[0], 160) or type(error).__name__
     return UserError(f"cannot follow {kind}{_where(model, error)}: {reason}")

@@ -160,6 +160,23 @@ def _transpose(c: _Writing) -> None:
     c.put("Transpose", c.x, perm=order)
 
 
+def _turned(c: _Writing) -> None:
+    c.put("Transpose", c.x, perm=[*range(c.rank - 2), c.rank - 1, c.rank - 2])
+
+
+def _prelu(c: _Writing) -> None:
+    """A slope for each channel, or one for all."""
+    c.put("PRelu", c.x, c.tensor(np.reshape(c["weight"], (-1, *[1] * (c.rank - 2)))))
+
+
+def _glu(c: _Writing) -> None:
+    (axis,) = c.dims("dim")
+    half = c.call.size[axis]
+    ends = {"values": (0, half), "gates": (half, 2 * half)}
+    values, gates = (c.node("Slice", n, c.x, *map(c.ints, (*e, axis))) for n, e in ends.items())
+    c.put("Mul", values, c.node("Sigmoid", "shares", gates))
+
+
 def _cat(c: _Writing) -> None:
     (axis,) = c.dims("dim")
     c.put("Concat", *map(c.tensor, c["tensors"]), axis=axis)
@@ -301,6 +318,9 @@ _NAMED: dict[str, _Write] = {
     "mean": _reduce("ReduceMean"), "sum": _reduce("ReduceSum"), "amax": _reduce("ReduceMax"),
     "amin": _reduce("ReduceMin"), "reshape": lambda c: c.put("Reshape", c.x, c.ints(*c.call.size)),
     "permute": lambda c: c.put("Transpose", c.x, perm=[d % c.rank for d in c["dims"]]),
+    "mT": _turned, "prelu": _prelu, "glu": _glu, "selu": _plain("Selu"),
+    "pixel_shuffle": lambda c: c.put("DepthToSpace", c.x, blocksize=c["upscale_factor"],
+                                     mode="CRD"),
     "transpose": _transpose, "cat": _cat, "slice": _slice, "select": _select, "expand": _expand,
     "scaled_dot_product_attention": _attention, "layer_norm": _layer_norm,
     "group_norm": _group_norm, "conv2d": _conv, "linear": _linear, "pad": _pad,
