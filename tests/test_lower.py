@@ -662,8 +662,8 @@ REFUSED: Mapping[str, tuple[Callable[[], nn.Module], str]] = {
     "no range": (lambda: plain(bits=4), r"layer 'stem' in integers: its output has no range"),
     "another softplus": (lambda: chain(conv(), dq.QuantReLU(4), nn.Softplus(2)),
                          "layer '2': softplus has no form in a file with beta=2"),
-    "pooling to 2x2": (lambda: chain(conv(), dq.QuantReLU(4), nn.AdaptiveAvgPool2d(2)),
-                       "layer '2': adaptive_avg_pool2d must end in 1x1"),
+    "pooling to 3x3": (lambda: chain(conv(), dq.QuantReLU(4), nn.AdaptiveAvgPool2d(3)),
+                       "layer '2': adaptive_avg_pool2d must divide height and width evenly"),
 }  # fmt: skip
 
 
@@ -758,6 +758,8 @@ SEEN: Mapping[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "attention": (lambda: nn.Sequential(*front(), nn.AvgPool2d(4), Attention()), ()),
     "signed activations": (lambda: chain(conv(), nn.GELU(), dq.QuantSigned(4), conv(8), *norm_act(),
                                          conv(8), dq.QuantSigned(3), nn.SiLU()), ()),
+    "pooled evenly": (lambda: nn.Sequential(*front(), nn.AdaptiveAvgPool2d((4, 2)), conv(8),
+                                            nn.Flatten(), nn.Linear(64, 4)), ("4",)),
     "torch's own attention": (lambda: nn.Sequential(*front(), nn.AvgPool2d(4), Torchs()), ()),
     "slopes, gates and pixels": (
         lambda: chain(conv(), nn.PReLU(8), nn.GLU(1), Turned(), nn.PReLU(), nn.PixelShuffle(2),
@@ -784,7 +786,7 @@ class Times(nn.Module):
 
 class Turned(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x.mT
+        return nn.functional.normalize(x.mT).square()
 
 
 class Fake(nn.Module):

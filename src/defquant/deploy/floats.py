@@ -129,7 +129,7 @@ def _clip(c: _Writing, low: str = "min", high: str = "max") -> None:
 
 def _global(c: _Writing) -> None:
     if c.call.size[2:] != (1, 1):
-        raise c.refused("must end in 1x1")
+        raise c.refused("must divide height and width evenly")
     c.put("GlobalAveragePool", c.x)
 
 
@@ -151,6 +151,12 @@ def _reduce(kind: str) -> _Write:
             c.put("Flatten", c.node("GlobalAveragePool", "image", c.x))
 
     return reduce
+
+
+def _norm(c: _Writing) -> None:
+    if c["ord"] != 2:
+        raise c.refused("must be of order 2")
+    _reduce("ReduceL2")(c)
 
 
 def _transpose(c: _Writing) -> None:
@@ -196,7 +202,8 @@ def _select(c: _Writing) -> None:
 
 
 def _expand(c: _Writing) -> None:
-    """Of a constant over the images, or of dimensions of size 1."""
+    """Of a constant over the images, or of dimensions of size 1; as another's, its size is ours."""
+    c.unread.discard("other")
     if c.call.size[0] != -1:
         raise c.refused("must keep the images first")
     c.put("Expand", c.x, _sized(c))
@@ -316,12 +323,14 @@ _NAMED: dict[str, _Write] = {
     "bmm": _both("MatMul", "mat2"), "pow": _both("Pow", "exponent"),
     "softmax": _softmax("Softmax"), "log_softmax": _softmax("LogSoftmax"),
     "mean": _reduce("ReduceMean"), "sum": _reduce("ReduceSum"), "amax": _reduce("ReduceMax"),
+    "linalg_vector_norm": _norm, "square": lambda c: c.put("Mul", c.x, c.x),
     "amin": _reduce("ReduceMin"), "reshape": lambda c: c.put("Reshape", c.x, c.ints(*c.call.size)),
     "permute": lambda c: c.put("Transpose", c.x, perm=[d % c.rank for d in c["dims"]]),
     "mT": _turned, "prelu": _prelu, "glu": _glu, "selu": _plain("Selu"),
     "pixel_shuffle": lambda c: c.put("DepthToSpace", c.x, blocksize=c["upscale_factor"],
                                      mode="CRD"),
     "transpose": _transpose, "cat": _cat, "slice": _slice, "select": _select, "expand": _expand,
+    "expand_as": _expand,
     "scaled_dot_product_attention": _attention, "layer_norm": _layer_norm,
     "group_norm": _group_norm, "conv2d": _conv, "linear": _linear, "pad": _pad,
     "conv_transpose2d": partial(_conv, kind="ConvTranspose"),

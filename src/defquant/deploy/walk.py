@@ -70,6 +70,8 @@ class Walk:
             name, args = "aten.reshape.default", (self._plain(node.args[0]), size)
         elif node.target is operator.getitem:
             name, args, kwargs = self._part(node)
+        elif kind_of(node) == "adaptive_avg_pool2d" and (step := _even(node)):
+            name, args = "aten.avg_pool2d.default", (self._plain(node.args[0]), step)
         else:
             args, kwargs = (self._plain(a) for a in (node.args, node.kwargs))
         given = tuple(sorted(kwargs.items()))
@@ -122,6 +124,13 @@ class Walk:
                 raise UserError("cannot export a network that computes sizes from how many images")
             return BATCH
         return argument
+
+
+def _even(node: fx.Node) -> tuple[int, ...]:
+    """The windows of an adaptive pooling, where all are alike and there are several; else none."""
+    before, after = (n.meta["val"].shape[-2:] for n in (node.all_input_nodes[0], node))
+    alike = all(a % b == 0 for a, b in zip(before, after, strict=True)) and after != (1, 1)
+    return tuple(a // b for a, b in zip(before, after, strict=True)) if alike else ()
 
 
 def named(node: fx.Node) -> str:
