@@ -1,7 +1,7 @@
 """A layer in integers: its weight, batch norm and bias as whole numbers and scales."""
 
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ __all__ = [
 
 Floats: TypeAlias = NDArray[np.float32]
 Floats64: TypeAlias = NDArray[np.float64]
+_MOVES = nn.MaxPool2d | nn.Identity | nn.Dropout | nn.Dropout2d
 PAIR = 2**15 - 1
 """AVX2 without VNNI adds two products of a code and a weight in 16 bits, saturating."""
 
@@ -235,43 +236,22 @@ def _watched(model: nn.Module, x: Tensor) -> list[tuple[Sums, Grid]]:
     Values are known by their tensors. Sums that no quantiser reads have the range of an export that
     measures it; here any will do.
     """
-    codes, open_sums, kept = {id(x): PIXELS}, dict[int, Sums](), [x]
-    ended: list[tuple[Sums, Grid]] = []
-    whole = True
-
-    def see(name: str, module: nn.Module, source: int, result: int) -> bool:
-        """Note what `module` made of its input; False where it has no integer form."""
-        grid, sums = grid_of(module), open_sums.pop(source, None)
-        if grid is not None:
-            codes[result] = grid
-            if sums is not None:
-                ended.append((sums, grid))
-        elif isinstance(module, nn.Conv2d):
-            if source not in codes:
-                return False
-            bits = getattr(module, "weight_bits", None)
-            made = Sums.of(name, module.weight, bits, module.bias, codes[source])
-            open_sums[result] = replace(made, home=None if module.bias is None else module)
-        elif isinstance(module, nn.BatchNorm2d) and (sums is not None or source in codes):
-            if module.running_var is None or module.running_mean is None:
-                return False
-            sums = sums or Sums.alone(name, module.num_features, codes[source])
-            own = module.weight, module.bias, module.running_mean, module.running_var, module.eps
-            home = module if module.affine else None
-            open_sums[result] = sums.scaled(*fold_batch_norm(*own), home)
-        elif isinstance(module, nn.MaxPool2d | nn.Identity | nn.Dropout | nn.Dropout2d):
-            if source in codes:
-                codes[result] = codes[source]
-            if sums is not None:
-                open_sums[result] = sums
-        elif sums is not None:
-            open_sums[source] = sums
-        return True
+    values: dict[int, Grid | Sums] = {id(x): PIXELS}
+    ended, kept, whole = list[tuple[Sums, Grid]](), [x], True
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], y: Any) -> None:
         nonlocal whole
         kept.append(y)  # so that no later tensor takes its id
-        whole &= see(names[module], module, id(inputs[0] if inputs else None), id(y))
+        source = id(inputs[0] if inputs else None)
+        read = values.get(source)
+        made = _made(names[module], module, read)
+        if made is False:
+            whole = False
+        elif made is not None:
+            if isinstance(read, Sums):
+                del values[source]
+                ended.extend([(read, made)] if isinstance(made, Grid) else [])
+            values[id(y)] = made
 
     names = {module: name for name, module in model.named_modules()}
     hooks = [m.register_forward_hook(hook) for m in names if not list(m.children())]
@@ -281,4 +261,25 @@ def _watched(model: nn.Module, x: Tensor) -> list[tuple[Sums, Grid]]:
     finally:
         for handle in hooks:
             handle.remove()
-    return ended + [(sums, branch_grid(1.0)) for sums in open_sums.values()] if whole else []
+    ended += [(sums, branch_grid(1.0)) for sums in values.values() if isinstance(sums, Sums)]
+    return ended if whole else []
+
+
+def _made(
+    name: str, module: nn.Module, read: Grid | Sums | None
+) -> Grid | Sums | Literal[False] | None:
+    """What `module` makes of codes on a grid, of sums or of another value; False: no integers."""
+    if (grid := grid_of(module)) is not None:
+        return grid
+    if isinstance(module, nn.Conv2d):
+        if not isinstance(read, Grid):
+            return False
+        made = Sums.of(name, module.weight, getattr(module, "weight_bits", None), module.bias, read)
+        return replace(made, home=None if module.bias is None else module)
+    if isinstance(module, nn.BatchNorm2d) and read is not None:
+        if module.running_var is None or module.running_mean is None:
+            return False
+        sums = Sums.alone(name, module.num_features, read) if isinstance(read, Grid) else read
+        own = module.weight, module.bias, module.running_mean, module.running_var, module.eps
+        return sums.scaled(*fold_batch_norm(*own), module if module.affine else None)
+    return read if isinstance(module, _MOVES) else None
