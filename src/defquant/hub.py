@@ -183,10 +183,11 @@ def model_card(source: Path, repo: str) -> str:
     in `args`; masked ones are left out of that. Of a run, only what was measured on the weights
     that it has now. Raises `UserError` where there are no results.
     """
-    (about, rows), name = _described(source), _name(source)
+    described, name = _of_file if source.suffix == ".onnx" else _of_run, _name(source)
+    text, tags, use, rows = described(source)
     front = {
         "library_name": "defquant", "pipeline_tag": "image-classification",
-        "tags": ["defquant", "quantization", "adversarial-robustness", *about["tags"]],
+        "tags": ["defquant", "quantization", "adversarial-robustness", *tags],
         "model-index": [{"name": repo.rpartition("/")[2], "results": list(_index(rows))}],
     }  # fmt: skip
     masked = _MASKED * any(row.masked for row in rows)
@@ -195,7 +196,7 @@ def model_card(source: Path, repo: str) -> str:
 
 # {markdown(name)}
 
-{about["text"]}
+{markdown(text)}
 
 | data | attack | accuracy | 95 % interval | images |
 | --- | --- | ---: | ---: | ---: |
@@ -204,28 +205,31 @@ def model_card(source: Path, repo: str) -> str:
 
 {masked}```console
 $ defquant pull {repo} --out {shlex.quote(name)}
-$ {about["use"]}
+$ {shlex.join(["defquant", *use])}
 ```
 """
 
 
-def _described(source: Path) -> tuple[dict[str, Any], list[_Row]]:
-    """Words of the card, and its scores."""
-    if source.suffix == ".onnx":
-        card = _sidecar(source.with_suffix(".json"))
-        integer, every = card.convolutions
-        text = (
-            f"{card.model} ({card.method}) as an ONNX file: {card.bits}-bit activations, "
-            f"{card.weight_bits}-bit weights, {integer} of {every} convolutions in integers. "
-            f"The same answer as the trained network on {card.parity.agreement:.2%} of "
-            f"{card.parity.images:,} images."
-        )
-        rows = [
-            _Row(p.attack, p.eps, p.settings, Score(*p.deployed), card.data, card.fingerprint)
-            for p in card.scores
-        ]
-        use = shlex.join(["defquant", "judge", f"{source.stem}/{source.name}", "--data", "DATA"])
-        return {"text": markdown(text), "tags": ["onnx"], "use": use}, rows
+def _of_file(source: Path) -> tuple[str, list[str], list[str], list[_Row]]:
+    """Words of the card, its tags, how it is used, and its scores."""
+    card = _sidecar(source.with_suffix(".json"))
+    integer, every = card.convolutions
+    text = (
+        f"{card.model} ({card.method}) as an ONNX file: {card.bits}-bit activations, "
+        f"{card.weight_bits}-bit weights, {integer} of {every} convolutions in integers. "
+        f"The same answer as the trained network on {card.parity.agreement:.2%} of "
+        f"{card.parity.images:,} images."
+    )
+    rows = [
+        _Row(p.attack, p.eps, p.settings, Score(*p.deployed), card.data, card.fingerprint)
+        for p in card.scores
+    ]
+    use = ["judge", f"{source.stem}/{source.name}", "--data", "DATA"]
+    return text, ["onnx"], use, rows
+
+
+def _of_run(source: Path) -> tuple[str, list[str], list[str], list[_Row]]:
+    """The same of a run."""
     import torch
 
     from defquant.checkpoint import load_on
@@ -246,8 +250,7 @@ def _described(source: Path) -> tuple[dict[str, Any], list[_Row]]:
         _Row(m.attack, m.eps, m.settings, m.score, m.data, m.fingerprint, m.masked)
         for m in measured
     ]
-    use = shlex.join(["defquant", "attack", _name(source), "--attack", "adaptive"])
-    return {"text": markdown(text), "tags": [], "use": use}, rows
+    return text, [], ["attack", _name(source), "--attack", "adaptive"], rows
 
 
 def _name(source: Path) -> str:

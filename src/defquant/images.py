@@ -194,19 +194,12 @@ def _saved(
     floats = {(m.settings, m.eps): m for m in scores}
     lines = _pictures(folder, "00-clean", scores[0], images, images.images, clean, clean)
     told = [_score(scores[0])]
-    before: dict[str, tuple[Tensor, Tensor]] = {}
+    before = dict[str, tuple[Tensor, Tensor]]()
     names = [attack.name for attack in attacks]
     order = sorted(attacks, key=lambda a: (names.index(a.name), a.eps))
     for place, attack in enumerate(order, 1):
-        start, made = time.perf_counter(), images.images.clone()
-        make = partial(eight_bit, attack, model, seed=seed)
-        for ids, part in attacked(make, target, (clean == images.labels).nonzero().squeeze(1)):
-            made[ids] = part.mul(255).round().to(torch.uint8)
-        found = answers(model, (made, images.labels), batch_size=batch_size)
-        if attack.name in before:
-            weaker, fooled = before[attack.name]
-            fell = (found == images.labels) & (fooled != images.labels)
-            made[fell], found[fell] = weaker[fell], fooled[fell]
+        start = time.perf_counter()
+        made, found = _made(attack, target, clean, before.get(attack.name))
         before[attack.name] = made, found
         name = re.sub(r"[^a-z0-9]+", "-", attack.name.lower()).strip("-")[:40]
         name, of = f"{place:02}-{name}-{attack.eps * 255:.4g}", floats[repr(attack), attack.eps]
@@ -225,6 +218,22 @@ def _saved(
     }  # fmt: skip
     text = "".join(json.dumps(line) + "\n" for line in [head, *map(asdict, lines)])
     write_bytes(folder / MANIFEST, text.encode())
+
+
+def _made(
+    attack: Single | Composition, target: Target, clean: Tensor,
+    weaker: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Pixels and answers; those of a `weaker` attack where they alone fool the network."""
+    pixels, labels = target.images.clone(), target.labels
+    make = partial(eight_bit, attack, target.model, seed=target.seed)
+    for ids, part in attacked(make, target, (clean == labels).nonzero().squeeze(1)):
+        pixels[ids] = part.mul(255).round().to(torch.uint8)
+    found = answers(target.model, (pixels, labels), batch_size=target.batch_size)
+    if weaker is not None:
+        fell = (found == labels) & (weaker[1] != labels)
+        pixels[fell], found[fell] = weaker[0][fell], weaker[1][fell]
+    return pixels, found
 
 
 def _score(m: Measurement) -> dict[str, Any]:

@@ -166,6 +166,7 @@ class _Quantising:
         self.least: dict[fx.Node, float] = {}  # of values: how far they reach below 0, where known
         self.signed: dict[tuple[fx.Node, type], fx.Node] = {}
         self.notes: dict[str, list[str]] = {}
+        self.whole: set[fx.Node] = set()  # convolutions and linear layers in integers
 
     def run(self, high: float | None, *, convex: bool) -> None:
         """`high` ends the ranges of ReLUs; None for those to be measured."""
@@ -308,36 +309,16 @@ class _Quantising:
                     notes.append(f"{wanted} bits would not fit beside these")
             if path in self.net.computed:
                 notes.append(f"a plain weight now, computed from {self.net.computed[path]}")
+            carried = isinstance(layer, QuantLinear) or self._carried(source)
+            if width and not carried:
+                notes.append(f"no codes any more behind {kind_of(source)}")
+            if None not in (width, layer.weight_bits, self.bits) and carried:
+                self.whole.add(node)
             self.notes[path] = [note for note in notes if note]
 
     def parts(self, ranges: dict[str, str]) -> Iterator[Part]:
         """One for each layer in order, then what was left out; `ranges` by quantiser."""
-        whole: set[fx.Node] = set()  # convolutions and linear layers in integers
-        for node in self.net.graph.nodes:
-            module, path = self.net.module(node), str(node.target)
-            if isinstance(module, QuantConv2d | QuantLinear):
-                width, bits = self.codes.get(node.all_input_nodes[0]), module.weight_bits
-                kind = "linear" if isinstance(module, QuantLinear) else "convolution"
-                carried = kind == "linear" or self._carried(node.all_input_nodes[0])
-                runs = None not in (width, bits, self.bits) and carried
-                whole |= {node} if runs else set()
-                words = ["float weights" if bits is None else f"weights of {bits} bits"]
-                words += self.notes[path]
-                if width and not carried:
-                    words.append(f"no codes any more behind {kind_of(node.all_input_nodes[0])}")
-                yield Part(path, kind, "; ".join(words), runs)
-            elif isinstance(module, Quantizer):
-                kind = type(module).__name__.replace("Measured", "Quant")
-                yield Part(path, kind, ranges[path], module.bits is not None)
-            elif isinstance(module, BatchNorm):
-                merged = node.all_input_nodes[0] in whole
-                yield Part(path, "batch norm", "part of the layer before" * merged, merged)
-            elif isinstance(module, ConvexSum):
-                yield Part(path, "convex sum", "", False)
-            elif isinstance(module, _DROPOUT):
-                yield Part(path, "dropout", f"p = {module.p:g} in training")
-            elif module is None and kind_of(node) and is_tensor(node) and not self._keeps(node):
-                yield Part(str(node.meta["layer"]), kind_of(node), "", False)
+        yield from filter(None, (self._part(node, ranges) for node in self.net.graph.nodes))
         for path in dict.fromkeys(name.rpartition(".")[0] for name in self.net.unused):
             kind = type(self.net.owners[path]).__name__
             yield Part(path, kind, "left out: no part of what the network computes in eval mode")
@@ -347,6 +328,27 @@ class _Quantising:
             if drops and not isinstance(owner, _DROPOUT):
                 kind = type(owner).__name__
                 yield Part(path, kind, "its dropout is left out: it acts in training alone")
+
+    def _part(self, node: fx.Node, ranges: dict[str, str]) -> Part | None:
+        module, path = self.net.module(node), str(node.target)
+        if isinstance(module, QuantConv2d | QuantLinear):
+            bits = module.weight_bits
+            kind = "linear" if isinstance(module, QuantLinear) else "convolution"
+            words = "float weights" if bits is None else f"weights of {bits} bits"
+            return Part(path, kind, "; ".join([words, *self.notes[path]]), node in self.whole)
+        if isinstance(module, Quantizer):
+            kind = type(module).__name__.replace("Measured", "Quant")
+            return Part(path, kind, ranges[path], module.bits is not None)
+        if isinstance(module, BatchNorm):
+            merged = node.all_input_nodes[0] in self.whole
+            return Part(path, "batch norm", "part of the layer before" * merged, merged)
+        if isinstance(module, ConvexSum):
+            return Part(path, "convex sum", "", False)
+        if isinstance(module, _DROPOUT):
+            return Part(path, "dropout", f"p = {module.p:g} in training")
+        if module is None and kind_of(node) and is_tensor(node) and not self._keeps(node):
+            return Part(str(node.meta["layer"]), kind_of(node), "", False)
+        return None
 
 
 def _end(node: fx.Node) -> float | None:

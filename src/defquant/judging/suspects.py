@@ -192,7 +192,7 @@ def suspect(
     if path.suffix == ".onnx":
         return _of_onnx(path, data, fed)
     if path.suffix == ".pt2":
-        return _of_file(path, "torch.export", _exported, data)
+        return _of_file(path, "torch.export", lambda at: torch.export.load(at).module(), data)
     if path.is_dir():
         return _of_run(text, data)
     _check_there(text)
@@ -234,19 +234,19 @@ def _of_onnx(path: Path, data: Dataset, fed: str | None) -> Suspect:
     from defquant.judging.contract import File, find_contract, given_contract
 
     given = {} if fed is None else given_contract(fed)
-    _check_size(path)
+    digest = _sha256(path)
     file = File(path, data.shape)
     some = data.first(min(_SHOWN, len(data)))
     found = find_contract(file, some.images, some.labels, classes=data.num_classes, **given)
     contract, model = found.contract, file.model(found.contract)
     return Suspect(
         str(path), "ONNX", model, lambda pixels: file.predict(pixels, contract),
-        (str(found),), file.twin.staircases, file.twin.blind, own=False, sha256=_hash(path),
+        (str(found),), file.twin.staircases, file.twin.blind, own=False, sha256=digest,
     )  # fmt: skip
 
 
 def _of_file(path: Path, kind: str, load: Callable[[str], Any], data: Dataset) -> Suspect:
-    _check_size(path)
+    digest = _sha256(path)
     print(f"defquant: reading a {kind} file can run code: trust {path}?", file=sys.stderr)
     try:
         with warnings.catch_warnings():
@@ -255,21 +255,15 @@ def _of_file(path: Path, kind: str, load: Callable[[str], Any], data: Dataset) -
     except Exception as error:  # zip, JSON, pickle and torch each have their own
         reason = shown(str(error).strip().split("\n")[0] or type(error).__name__, 200)
         raise UserError(f"{path} is no whole {kind} file ({reason})") from None
-    return replace(_of_module(model, str(path), kind, data), sha256=_hash(path))
+    return replace(_of_module(model, str(path), kind, data), sha256=digest)
 
 
-def _exported(path: str) -> nn.Module:
-    return torch.export.load(path).module()
-
-
-def _check_size(path: Path) -> None:
+def _sha256(path: Path) -> str:
+    """Of a file, which is there and not too large."""
     if not path.is_file():
         raise UserError(f"no file {path}")
     if path.stat().st_size > LARGEST:
         raise UserError(f"a model's file has {LARGEST >> 20:,} MiB at most; {path} is larger")
-
-
-def _hash(path: Path) -> str:
     return sha256(path.read_bytes()).hexdigest()
 
 
