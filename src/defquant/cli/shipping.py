@@ -7,16 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from defquant.cli import scores
 from defquant.cli.rows import eps_column, print_json
-from defquant.cli.scores import (
-    OWN,
-    Images,
-    Json,
-    Own,
-    Root,
-    Seed,
-    least,
-)
 from defquant.errors import UserError, needs
 from defquant.records import Score
 
@@ -34,8 +26,8 @@ def export(
     run: str,
     model: str | None = None,
     *,
-    own: Own = OWN,
-    images: Images = None,
+    own: scores.Own = scores.OWN,
+    images: scores.Images = None,
     allow_float: bool = False,
     strict: bool = False,
     weight_bits: Literal[8, 4, 2] = 8,
@@ -46,11 +38,11 @@ def export(
     attacked: int = 1000,
     queries: int = 500,
     few: int = 200,
-    seed: Seed = 0,
+    seed: scores.Seed = 0,
     repeats: int = 30,
     threads: int = 2,
-    data_root: Root = None,
-    json: Json = False,
+    data_root: scores.Root = None,
+    json: scores.Json = False,
 ) -> int:
     """Write a network as an integer ONNX model, checked, attacked and priced.
 
@@ -73,8 +65,8 @@ def export(
         threads: of each engine while it is timed.
     """
     needs("deploy", "onnx", "onnxruntime")
-    least(1, attacked=attacked, few=few, threads=threads)
-    least(0, queries=queries, repeats=repeats)
+    scores.least(1, attacked=attacked, few=few, threads=threads)
+    scores.least(0, queries=queries, repeats=repeats)
     import torch
 
     from defquant.attacks.names import parse_attack
@@ -97,11 +89,11 @@ def export(
         print("\n".join(_parity(card, found)), flush=True)
     card["scores"], card["reference"] = [], reference and Path(reference).name
     some = tested.first(min(attacked, len(tested)))
-    for scores in ship.attacked(network, file, some, attacks, queries, few, beside, seed=seed):
-        card["scores"].append(scores)
+    for shown in ship.attacked(network, file, some, attacks, queries, few, beside, seed=seed):
+        card["scores"].append(shown)
         if not json:
-            row = f"{origin.name:24} {scores['attack']:12} {eps_column(scores['eps'])}"
-            sides = (f"{kind} {Score(*scores[kind])}" for kind in ship.SIDES if kind in scores)
+            row = f"{origin.name:24} {shown['attack']:12} {eps_column(shown['eps'])}"
+            sides = (f"{kind} {Score(*shown[kind])}" for kind in ship.SIDES if kind in shown)
             print("  ".join([row, *sides]), flush=True)
     card["cost"] = ship.cost(network, program, file, repeats=repeats, threads=threads)
     print_json(card) if json else print("\n".join(cost.rows(card["cost"])))
@@ -114,11 +106,11 @@ def verify(
     run: str,
     model: str | None = None,
     *,
-    own: Own = OWN,
-    images: Images = None,
+    own: scores.Own = scores.OWN,
+    images: scores.Images = None,
     allow_float: bool = False,
-    data_root: Root = None,
-    json: Json = False,
+    data_root: scores.Root = None,
+    json: scores.Json = False,
 ) -> int:
     """Check that an exported file computes what its network does; 1 where a bound is broken.
 
@@ -172,10 +164,10 @@ def pull(repo: str, *, out: str | None = None, revision: str | None = None) -> N
 
 
 def _deployable(
-    run: str, file: str | None, own: Own, root: str | None, images: int | None
+    run: str, file: str | None, own: scores.Own, root: str | None, images: int | None
 ) -> "tuple[Path, nn.Module, Origin, Callable[[str], Dataset], Dataset]":
     """The ONNX file, the network on the CPU, where it is from, its data, its first test images."""
-    least(1, images=images)
+    scores.least(1, images=images)
     import torch
 
     from defquant.deploy.ship import Origin

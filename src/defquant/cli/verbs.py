@@ -3,25 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from defquant.cli import rows
+from defquant.cli import rows, scores
 from defquant.cli.making import demo, reproduce, seconds_of, train
 from defquant.cli.rows import print_json
-from defquant.cli.scores import (
-    OWN,
-    Batch,
-    Device,
-    Images,
-    Json,
-    Own,
-    Root,
-    Seed,
-    Weights,
-    attack,
-    check_model,
-    least,
-    rescore,
-    transfer,
-)
 from defquant.cli.shipping import export, pull, push, verify
 from defquant.errors import UserError, needs
 from defquant.progress import keep_log, say
@@ -33,22 +17,22 @@ __all__ = ["VERBS"]
 def diagnose(
     run: str | None = None,
     *,
-    own: Own = OWN,
+    own: scores.Own = scores.OWN,
     out: str | None = None,
     against: tuple[str, ...] = (),
     substitute: str | None = None,
     eps: float = 8 / 255,
-    images: Images = 200,
+    images: scores.Images = 200,
     steps: int = 40,
     restarts: int = 2,
     queries: int = 500,
     audited: int = 8,
     no_audit: bool = False,
-    seed: Seed = 0,
-    batch_size: Batch = 256,
-    data_root: Root = None,
-    device: Device = "auto",
-    json: Json = False,
+    seed: scores.Seed = 0,
+    batch_size: scores.Batch = 256,
+    data_root: scores.Root = None,
+    device: scores.Device = "auto",
+    json: scores.Json = False,
 ) -> int:
     """Say whether the robustness of a run or of your own model is real, and where noise grows.
 
@@ -67,8 +51,8 @@ def diagnose(
         no_audit: leave the audit out.
     """
     mine = {"against": against, "substitute": substitute}
-    check_model("diagnose", [run] if run else [], own, out, mine)
-    least(1, batch_size=batch_size, steps=steps, restarts=restarts, queries=queries)
+    scores.check_model("diagnose", [run] if run else [], own, out, mine)
+    scores.least(1, batch_size=batch_size, steps=steps, restarts=restarts, queries=queries)
     from defquant.diagnose import Effort
     from defquant.diagnose.runs import diagnose_foreign, diagnose_run
     from defquant.distributed import pick_device
@@ -112,10 +96,10 @@ def judge(
     reference_weights: str | None = None,
     input: str | None = None,
     reference_input: str | None = None,
-    images: Images = None,
-    seed: Seed = 0,
-    data_root: Root = None,
-    json: Json = False,
+    images: scores.Images = None,
+    seed: scores.Seed = 0,
+    data_root: scores.Root = None,
+    json: scores.Json = False,
 ) -> int:
     """Say whether a quantised model's robustness is real, whoever made it.
 
@@ -139,7 +123,7 @@ def judge(
         seed: of the images' order and the attacks' draws.
         data_root: where the data lies.
     """
-    least(1, images=images)
+    scores.least(1, images=images)
     seconds = seconds_of(budget)
     keep_log(Path(out))
     from defquant.files import write_bytes, write_json
@@ -165,10 +149,10 @@ def explore(
     models: tuple[str, ...] = (),
     *,
     data: str | None = None,
-    weights: Weights = None,
+    weights: scores.Weights = None,
     host: str = "127.0.0.1",
     port: int = 7860,
-    data_root: Root = None,
+    data_root: scores.Root = None,
 ) -> None:
     """Fool networks by hand, in the browser: pick or draw a picture, and see where the error grows.
 
@@ -203,7 +187,7 @@ def report(
     markdown: str | None = None,
     figure: str | None = None,
     ladder: str | None = None,
-    json: Json = False,
+    json: scores.Json = False,
 ) -> None:
     """Make one self-contained HTML page of a folder of runs; its summary on stdout.
 
@@ -258,8 +242,8 @@ def data(action: str, name: str, *, data_root: str = "data", out: str | None = N
 VERBS = {
     verb.__name__: verb
     for verb in (
-        demo, train, attack, rescore, transfer, diagnose, judge, explore, export, verify, push,
-        pull, reproduce, report, data,
+        demo, train, scores.attack, scores.rescore, scores.transfer, diagnose, judge, explore,
+        export, verify, push, pull, reproduce, report, data,
     )
 }  # fmt: skip
 """Every verb, in the order of the help."""
