@@ -93,7 +93,7 @@ not_callable = 3
 
 
 def loaded(spec: str, weights: Path | None = None) -> nn.Module:
-    return load_foreign(spec, str(weights) if weights else None, torch.device("cpu")).model
+    return load_foreign(spec, str(weights) if weights else None, torch.device("cpu"))[0]
 
 
 def line(text: str) -> int:
@@ -236,8 +236,8 @@ def test_programs_that_know_no_modes_are_attacked(
 
 
 def test_a_quantised_one_says_its_bits(place: Path) -> None:
-    found = load_foreign(f"{place}/my.py:quantised", None, torch.device("cpu"))
-    assert (found.subject.bits, found.subject.method) == (3, FOREIGN)
+    _, subject = load_foreign(f"{place}/my.py:quantised", None, torch.device("cpu"))
+    assert (subject.bits, subject.method) == (3, FOREIGN)
 
 
 def test_files_that_do_not_run(tmp_path: Path) -> None:

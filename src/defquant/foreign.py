@@ -8,7 +8,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,24 +23,17 @@ from defquant.measure import Subject
 from defquant.quantize import adjustable
 from defquant.records import FOREIGN, Score
 
-__all__ = ["Foreign", "blamed", "load_foreign", "probe", "warn_of_chance"]
+__all__ = ["blamed", "load_foreign", "probe", "warn_of_chance"]
 
 _WRAPPERS = ("module.", "model.")
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 
-@dataclass(frozen=True)
-class Foreign:
-    """The model, and what its measurements say of it."""
-
-    model: nn.Module
-    subject: Subject
-
-
-def load_foreign(spec: str, weights: str | None, device: torch.device) -> Foreign:
+def load_foreign(spec: str, weights: str | None, device: torch.device) -> tuple[nn.Module, Subject]:
     """Run the file of `spec`, `my.py:make_model`, call that function, load the weights.
 
-    Raises `UserError`, with the user's own error and its line, where any of it fails.
+    Returns the model, and what its measurements say of it. Raises `UserError`, with the user's own
+    error and its line, where any of it fails.
     """
     file, colon, function = spec.rpartition(":")
     path = Path(file)
@@ -67,7 +59,7 @@ def load_foreign(spec: str, weights: str | None, device: torch.device) -> Foreig
     widths = {quantizer.bits for quantizer in adjustable(model)}
     bits = widths.pop() if len(widths) == 1 else None
     subject = Subject(method, f"{path.name}:{function}", bits, evidence=evidence)
-    return Foreign(to_eval(model.to(device)), subject)
+    return to_eval(model.to(device)), subject
 
 
 def probe(spec: str, model: nn.Module, data: Dataset, batch_size: int) -> None:

@@ -19,7 +19,7 @@ import yaml
 from defquant.errors import UserError, needs, shown
 from defquant.files import make_folder, read_json
 from defquant.progress import quiet, say
-from defquant.records import Score, read_folder
+from defquant.records import Measurement, Score, read_folder
 from defquant.report.cards import KIND, Card
 from defquant.report.names import attack_at, markdown
 from defquant.typed import from_mapping
@@ -47,7 +47,7 @@ _MASKED = (
 
 
 class _Row(NamedTuple):
-    """One score of the card."""
+    """One score of a file, as those of a run are a `Measurement`."""
 
     attack: str
     eps: float
@@ -228,7 +228,7 @@ def _of_file(source: Path) -> tuple[str, list[str], list[str], list[_Row]]:
     return text, ["onnx"], use, rows
 
 
-def _of_run(source: Path) -> tuple[str, list[str], list[str], list[_Row]]:
+def _of_run(source: Path) -> tuple[str, list[str], list[str], list[Measurement]]:
     """The same of a run."""
     import torch
 
@@ -246,18 +246,14 @@ def _of_run(source: Path) -> tuple[str, list[str], list[str], list[_Row]]:
         f"{facts.data_name} ({facts.fingerprint}): {facts.train.epochs} epochs, seed "
         f"{facts.train.seed}, beta {facts.train.beta:g}."
     )
-    rows = [
-        _Row(m.attack, m.eps, m.settings, m.score, m.data, m.fingerprint, m.masked)
-        for m in measured
-    ]
-    return text, [], ["attack", _name(source), "--attack", "adaptive"], rows
+    return text, [], ["attack", _name(source), "--attack", "adaptive"], measured
 
 
 def _name(source: Path) -> str:
     return source.stem if source.suffix == ".onnx" else source.resolve().name
 
 
-def _line(row: _Row) -> str:
+def _line(row: _Row | Measurement) -> str:
     low, high = row.score.interval
     name = markdown(attack_at(row.attack, row.eps))
     return (
@@ -266,7 +262,7 @@ def _line(row: _Row) -> str:
     )
 
 
-def _index(rows: Iterable[_Row]) -> Iterator[dict[str, Any]]:
+def _index(rows: Iterable[_Row | Measurement]) -> Iterator[dict[str, Any]]:
     """The evaluation block: a result for each set of test images."""
     sets: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:

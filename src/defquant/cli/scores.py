@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from defquant.attacks import Composition, Single
     from defquant.checkpoint import Facts
     from defquant.data import Dataset
-    from defquant.foreign import Foreign
     from defquant.images import Manifest
+    from defquant.measure import Subject
 
 __all__ = [
     "OWN", "Batch", "Device", "Images", "Json", "Own", "Root", "Seed", "Weights", "attack",
@@ -55,14 +55,15 @@ class _Own:
 
     def opened(
         self, root: str | None, images: int | None, batch_size: int | None, place: "torch.device"
-    ) -> "tuple[Foreign, Dataset]":
-        """The model, and the first of its test images; all of them at a time where None."""
+    ) -> "tuple[nn.Module, Subject, Dataset]":
+        """The model, what it is, and the first of its test images; None: all of them at a time."""
         from defquant.data import load
         from defquant.judging.suspects import foreign_on
 
         tested = load(self.data or "", root, "test").first(images)
         size = batch_size or len(tested)
-        return foreign_on(self.model_file or "", self.weights, tested, size, place), tested
+        found = foreign_on(self.model_file or "", self.weights, tested, size, place)
+        return *found, tested.to(place)
 
 
 Own = Annotated[_Own, Parameter(name="*")]
@@ -134,8 +135,7 @@ def attack(
         loaded = _loaded(runs, place, substitute, squeezed=unaware)
         targets: Any = ((*one, test_images(one[2], data_root, images, split)) for one in loaded)
     else:
-        foreign, tested = own.opened(data_root, images, batch_size, place)
-        targets = [(Path(out or ""), foreign.model, foreign.subject, tested.to(place))]
+        targets = [(Path(out or ""), *own.opened(data_root, images, batch_size, place))]
     with blamed(own.model_file or ""):
         for one in targets:
             run, network, facts, tested = one
@@ -297,9 +297,9 @@ def rescore(
     if model is not None:
         network = _own_or_onnx(Path(model), manifest, place)
     if network is None and ".py:" in spec:
-        network = load_foreign(spec, weights, place).model
+        network, _ = load_foreign(spec, weights, place)
     elif network is None:
-        network = foreign_on(spec, weights, clean_images(manifest), batch_size, place).model
+        network, _ = foreign_on(spec, weights, clean_images(manifest), batch_size, place)
     with blamed(spec):
         rows.print_rescored(rescored(manifest, network, batch_size=batch_size), as_json=json)
 
@@ -383,7 +383,7 @@ def transfer(
         tested = load(data, data_root, "test").first(images)
         own = {run: weights if ".py:" in run else None for run in runs}
         models = [foreign_on(run, w, tested, batch_size, place) for run, w in own.items()]
-        named = {Path(run): one.model for run, one in zip(own, models, strict=True)}
+        named = {Path(run): model for run, (model, _) in zip(own, models, strict=True)}
         with blamed(*own):
             record = transfer_foreign(named, tested.to(place), step, **how)
     for line in record["cells"] if json else text_matrix(record):

@@ -78,7 +78,7 @@ def export(
     path, network, origin, known, tested = _deployable(run, model, own, data_root, images)
     beside = None
     if reference is not None:
-        beside = foreign_on(reference, None, tested, len(tested), torch.device("cpu")).model
+        beside, _ = foreign_on(reference, None, tested, len(tested), torch.device("cpu"))
     program, file = ship.exported(
         network, origin, known("train"), path, weight_bits=weight_bits, input_type=input,
         allow_float=allow_float, strict=strict,
@@ -191,9 +191,9 @@ def _deployable(
 
     if file is not None or own.data is None:
         raise UserError("--model-file takes the ONNX file alone, and --data: digits, cifar10, ...")
-    foreign, tested = own.opened(root, images, None, cpu)
-    origin = Origin.of_model(foreign.subject, tested)
-    return Path(run), foreign.model, origin, partial(load, own.data, root), tested
+    model, subject, tested = own.opened(root, images, None, cpu)
+    origin = Origin.of_model(subject, tested)
+    return Path(run), model, origin, partial(load, own.data, root), tested
 
 
 def _judged(found: "Parity", origin: "Origin", allow_float: bool) -> int:

@@ -72,11 +72,9 @@ def diagnose(
             data_root=data_root, device=place, **how,
         )  # fmt: skip
     else:
-        foreign, tested = own.opened(data_root, images, batch_size, place)
+        asked = own.opened(data_root, images, batch_size, place)
         with blamed(own.model_file):
-            record = diagnose_foreign(
-                Path(out or ""), foreign.model, foreign.subject, tested.to(place), eps, **how
-            )
+            record = diagnose_foreign(Path(out or ""), *asked, eps, **how)
         make_folder(Path(out or ""))
     print_json(record) if json else print("\n".join(rows.diagnosis_rows(record)))
     print(write_json(Path(run or out or "") / "diagnosis.json", record))

@@ -21,7 +21,7 @@ from defquant.data import Dataset, load, to_unit
 from defquant.diagnose.masking import Connected
 from defquant.errors import UserError, needs, shown
 from defquant.evaluate import device_of
-from defquant.foreign import Foreign, blamed, load_foreign, probe
+from defquant.foreign import blamed, load_foreign, probe
 from defquant.judging.opening import Opened, few_layers, has_gradient, open_staircases
 from defquant.measure import Subject
 from defquant.records import FOREIGN
@@ -129,17 +129,15 @@ def with_twin(model: nn.Module, data: Dataset) -> nn.Module:
 
 def foreign_on(
     spec: str, weights: str | None, images: Dataset, batch_size: int, place: torch.device
-) -> Foreign:
+) -> tuple[nn.Module, Subject]:
     """Whatever `judge` takes, seen to answer on the images, with its staircases opened."""
     if ".py:" in spec:
-        foreign = load_foreign(spec, weights, place)
-        probe(spec, foreign.model, images, batch_size)
-        with_twin(foreign.model, images)
-        return foreign
+        model, subject = load_foreign(spec, weights, place)
+        probe(spec, model, images, batch_size)
+        return with_twin(model, images), subject
     found, name = suspect(spec, images, weights), Path(spec).name
     subject = Subject(f"{FOREIGN} ({name})", name, evidence={"file_sha256": found.sha256})
-    model = to_eval(Witnessed(found)) if found.kind == "ONNX" else found.model
-    return Foreign(model, subject)
+    return to_eval(Witnessed(found)) if found.kind == "ONNX" else found.model, subject
 
 
 def images_for(spec: str, name: str | None, root: str | None) -> Dataset:
@@ -209,10 +207,10 @@ def _check_there(spec: str) -> None:
 
 
 def _of_python(spec: str, weights: str | None, data: Dataset) -> Suspect:
-    found = load_foreign(spec, weights, torch.device("cpu"))
+    model, subject = load_foreign(spec, weights, torch.device("cpu"))
     with blamed(spec):
-        made = _of_module(found.model, spec, "module", data)
-    evidence = found.subject.evidence or {}
+        made = _of_module(model, spec, "module", data)
+    evidence = subject.evidence or {}
     return replace(made, sha256=evidence.get("weights_sha256", evidence.get("file_sha256", "")))
 
 

@@ -5,7 +5,7 @@ A network is one job: trained where it is missing, then measured, by one process
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
@@ -28,7 +28,7 @@ from defquant.measure import examples, load_on, measure, replay
 from defquant.paper import grid
 from defquant.paper.grid import Cell, Network, by_network
 from defquant.paper.plan import Plan
-from defquant.paper.workers import cores, each, each_on_cluster
+from defquant.paper.workers import Job, cores, each, each_on_cluster
 from defquant.progress import say
 from defquant.records import Measurement
 from defquant.runs import load_images, test_images, train_run
@@ -69,7 +69,6 @@ def run(
     if todo:
         _begin(out)
     local, full = workers == "local", False
-    how: Any = {"tell": plan.tell, "until": plan.until} if plan else {}
     for again in (False, True):
         if not todo or (plan and time.monotonic() >= plan.until):
             break
@@ -78,25 +77,29 @@ def run(
             plan.begin(many)
             left = plan.tell("")[0].partition(", ")[2]
             say(f"reproduce: {len(todo)} networks {'once more' if again else 'to make'}, {left}")
-        how["total"], job = len(todo), partial(work, out, wait=again, share=1 / many)
+        job, later = partial(work, out, wait=again, share=1 / many), {}
         queue = ((n.name, partial(job, n, own[n])) for n in _following(dict(todo), plan))
-        if local:
-            states = each("reproduce", queue, many, **how)
-        else:
-            devices = {network.train.device for network in todo.values()}
-            gpus = None if "auto" in devices else int(devices != {"cpu"})
-            states = each_on_cluster("reproduce", queue, workers, gpus=gpus, **how)
-        later = {}
-        with closing(states):
+        with closing(_states(queue, todo, workers, many, plan)) as states:
             for name, state in states:
                 if state in ("busy", "full") and not again:
                     later[name], full = todo[name], full or state == "full"
-                elif wrong := _lost(out, name, own[todo[name]]) if state == "done" else state:
-                    wrong = f"{name}: the GPU's memory is not enough" if state == "full" else wrong
+                elif wrong := _wrong(out, name, own[todo[name]], state):
                     failed.append(wrong)
                     print(f"defquant: {wrong}", file=sys.stderr, flush=True)
         todo = later
     return failed
+
+
+def _states(
+    queue: Iterator[Job[str]], todo: dict[str, Network], workers: str, many: int, plan: Plan | None
+) -> Generator[tuple[str, str], None, None]:
+    """What comes of each network, by its name, from where it is made."""
+    how: Any = {"tell": plan.tell, "until": plan.until} if plan else {}
+    if workers == "local":
+        return each("reproduce", queue, many, total=len(todo), **how)
+    devices = {network.train.device for network in todo.values()}
+    gpus = None if "auto" in devices else int(devices != {"cpu"})
+    return each_on_cluster("reproduce", queue, workers, gpus=gpus, total=len(todo), **how)
 
 
 def _following(left: dict[str, Network], plan: Plan | None) -> Iterator[Network]:
@@ -115,8 +118,10 @@ def _begin(out: Path) -> None:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from None
 
 
-def _lost(out: Path, name: str, cells: list[Cell]) -> str:
-    """What is wrong where a network is done and its results are not here; else nothing."""
+def _wrong(out: Path, name: str, cells: list[Cell], state: str) -> str:
+    """Why a network that came to `state` is none; nothing where it is done and its results here."""
+    if state != "done":
+        return f"{name}: the GPU's memory is not enough" if state == "full" else state
     lost = len(grid.read(out).missing(cells))
     what = f"{name}: done, but {lost} results are not in {out}: does every worker see it?"
     return what if lost else ""
