@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from conftest import refused
+from defquant.files import claimed
 from defquant.paper.ask import Ask, ask_all
 from defquant.paper.figures import cells_of
-from defquant.paper.grid import SCALES, Cell, Network, Results, keep, read
+from defquant.paper.grid import SCALES, Cell, Network, Results, keep, lock_of, read
 from defquant.paper.plan import (
     SLOWER,
     UNKNOWN,
@@ -169,3 +170,15 @@ def test_weights_stay_where_they_are_named_or_needed(tmp_path: Path) -> None:
             keep(tmp_path, cell, fake_measurement(cell))
         remove(cells, tmp_path, ["*_4bit_s*"])
         assert len(list((tmp_path / "networks").iterdir())) == stays
+
+
+def test_weights_stay_while_another_call_is_at_them(tmp_path: Path) -> None:
+    cell = cells_of(["fig1"], SMALL)[0]
+    run = tmp_path / "networks" / cell.network.name
+    run.mkdir(parents=True)
+    keep(tmp_path, cell, fake_measurement(cell))
+    with claimed(lock_of(tmp_path, cell.network), wait=False):
+        remove([cell], tmp_path, [])
+        assert run.is_dir()
+    remove([cell], tmp_path, [])
+    assert not run.is_dir()

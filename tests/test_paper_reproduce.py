@@ -145,6 +145,7 @@ def test_what_was_changed_is_never_the_presets() -> None:
             ("fig1", "--networks", "*_9bit_*"),
             "no network '*_9bit_*' in fig1 at --preset small: --dr",
         ),
+        (("fig1", "--keep", "*_4bti_*"), "no network '*_4bti_*' in fig1 at --preset small: --dr"),
         (("fig1", "--seeds", "1", "1"), "--seeds are numbers from 0, each once; found 1 and 1"),
         (("fig1", "--epochs", "0"), "epochs must be positive; found 0"),
         (

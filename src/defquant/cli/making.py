@@ -153,6 +153,7 @@ def reproduce(
     scale = grid.SCALES[preset].placed(data_root, svhn_root, device).changed(seeds, epochs)
     chosen = paper.names_of(names or ["all"] * bool(cell), scale)
     cells = paper.cells_to_make(chosen, scale, cell or (), networks or ())
+    paper.check_patterns(chosen, scale, keep or ())
     folder = Path(out or f"runs/{preset}")
     least(1, jobs=jobs, workers=int(workers) if workers.isdecimal() else None)
     seconds = None if budget is None else seconds_of(budget)

@@ -20,7 +20,7 @@ from defquant.typed import from_mapping
 
 __all__ = [
     "SCALES", "SCORES", "VALUES", "Cell", "Kind", "Network", "Results", "Scale", "Trial",
-    "by_network", "keep", "read", "written",
+    "by_network", "keep", "lock_of", "read", "written",
 ]  # fmt: skip
 
 Kind = Literal["accuracy", "layers", "first-block", "detector", "examples"]
@@ -123,6 +123,11 @@ def by_network(cells: Iterable[Cell]) -> dict[Network, list[Cell]]:
     for cell in every:
         groups.setdefault(cell.network, []).append(cell)
     return groups
+
+
+def lock_of(out: Path, network: Network) -> Path:
+    """The file that whoever works on `network` in the folder `out` holds."""
+    return out / "locks" / f"{network.name}.lock"
 
 
 # --- presets ------------------------------------------------------------------------------

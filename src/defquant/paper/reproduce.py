@@ -13,14 +13,17 @@ from rich.console import Console
 from rich.table import Table
 
 from defquant.errors import UserError, near
-from defquant.files import append_line, make_folder, read_lines
+from defquant.files import append_line, claimed, make_folder, read_lines
 from defquant.paper import grid
 from defquant.paper.figures import EXPERIMENTS, WORDS, cells_of
 from defquant.paper.grid import SCALES, Cell, Network, Scale, by_network
 from defquant.paper.plan import Plan, Survey, kind_of, long, passes_by_model
 from defquant.progress import say
 
-__all__ = ["cells_to_make", "make", "merge", "names_of", "print_list", "print_plan", "remove"]
+__all__ = [
+    "cells_to_make", "check_patterns", "make", "merge", "names_of", "print_list", "print_plan",
+    "remove",
+]  # fmt: skip
 
 PROBE_SECONDS = 10.0
 STEPS = 4  # of a probe, in two epochs: the first also pays for what is made once
@@ -73,13 +76,8 @@ def cells_to_make(
     Raises `UserError` for a key of none of them, and for a pattern of no network.
     """
     cells = cells_of(names, scale)
-    for pattern in networks:
-        if not any(fnmatch(cell.network.name, pattern) for cell in cells):
-            raise UserError(
-                f"no network {pattern!r} in {', '.join(names)} at {scale.flags}: --dry-run lists "
-                "their names, of which a pattern such as '*_4bit_*' picks some"
-            )
     if networks:
+        check_patterns(names, scale, networks)
         cells = [c for c in cells if any(fnmatch(c.network.name, p) for p in networks)]
     known = {cell.key: cell for cell in cells}
     for key in keys:
@@ -90,6 +88,17 @@ def cells_to_make(
             )
     ends = [(known[key].family, known[key].eps) for key in keys]
     return [c for c in cells if not keys or any(c.family == f and c.eps <= eps for f, eps in ends)]
+
+
+def check_patterns(names: Sequence[str], scale: Scale, patterns: Iterable[str]) -> None:
+    """Raise `UserError` for a pattern of no network: a slip in `--keep` would keep nothing."""
+    every = by_network(cells_of(names, scale))
+    for pattern in patterns:
+        if not any(fnmatch(network.name, pattern) for network in every):
+            raise UserError(
+                f"no network {pattern!r} in {', '.join(names)} at {scale.flags}: --dry-run lists "
+                "their names, of which a pattern such as '*_4bit_*' picks some"
+            )
 
 
 def print_plan(cells: Sequence[Cell], scale: Scale, out: Path, jobs: int | None) -> None:
@@ -168,7 +177,9 @@ def remove(cells: Sequence[Cell], out: Path, keep: Sequence[str]) -> None:
         if not any(fnmatch(network.name, pattern) for pattern in keep) and not (
             results.missing(users)
         ):
-            shutil.rmtree(out / "networks" / network.name, ignore_errors=True)
+            with claimed(grid.lock_of(out, network), wait=False) as mine:
+                if mine:  # else another call on the folder needs it now
+                    shutil.rmtree(out / "networks" / network.name, ignore_errors=True)
 
 
 def merge(out: Path, others: Sequence[str]) -> None:

@@ -140,7 +140,7 @@ def work(
     had. The claim dies with its process, and what was finished before stands: a checkpoint each
     epoch, a line each cell.
     """
-    with claimed(_claim(out, network), wait=wait) as mine:
+    with claimed(grid.lock_of(out, network), wait=wait) as mine:
         if not mine:
             return "busy"
         try:
@@ -165,10 +165,6 @@ def processes(networks: Iterable[Network]) -> int:
 
 def on_gpu(networks: Iterable[Network]) -> bool:
     return any(pick_device(network.train.device).type == "cuda" for network in networks)
-
-
-def _claim(out: Path, network: Network) -> Path:
-    return out / "locks" / f"{network.name}.lock"
 
 
 def _train(out: Path, network: Network) -> Path:
@@ -211,7 +207,7 @@ def _measure(out: Path, network: Network, cells: list[Cell], missing: set[Cell])
     others: list[Attack] = []
     for cell in cells:
         if cell.substitute is not None:
-            with claimed(_claim(out, cell.substitute), wait=True):
+            with claimed(grid.lock_of(out, cell.substitute), wait=True):
                 substitute = _train(out, cell.substitute)
                 name, attack = cell.substitute.name, parse_first_order(cell.attack, cell.eps)
                 others.append(replay(attack, substitute, images, device=device, source=name))
