@@ -19,7 +19,8 @@ from conftest import REAL_DATA, refused
 from defquant.attacks.surrogates import SoftRound, twin_of
 from defquant.cli import main
 from defquant.judging.opening import has_gradient, open_staircases
-from defquant.judging.suspects import suspect, with_twin
+from defquant.judging.suspects import Suspect, suspect, with_twin
+from defquant.judging.verdict import _paired, _verdict
 from defquant.records import mean_between
 from judged_quantisers import QUANTISERS
 
@@ -300,6 +301,58 @@ def test_worse_than_the_reference_closes_the_gate(
     same = dq.judge(good, data, reference=good, margin=20, **how)
     assert (same.paired, same.finding) == ("NOT WORSE", False)
     assert {t["fooled"] - t["total"] for t in same.record["rows"][0]["transfer"]} == {0}
+
+
+SOUND = [{"eps": 0.1, "overstated": {"verdict": "REAL"}, "strongest": {"rate": 0.5},
+          "paired": {"verdict": "NOT WORSE"}}]  # fmt: skip
+
+
+@pytest.mark.parametrize(("facts", "sign", "said", "words"), [
+    ({}, ("noise", "WARN"), "REAL", "no 10 points less"),
+    ({}, ("noise", "FAIL"), "MASKED", "hidden from the usual attack: noise"),
+    ({"closed": ("argmin",)}, ("noise", "FAIL"), "NOT DECIDED", "argmin could not be opened"),
+    ({}, ("flat", "WARN"), "NOT DECIDED", "upper bounds: flat"),
+    ({"doubts": ("it guesses",)}, ("noise", "PASS"), "NOT DECIDED", "it guesses"),
+    ({}, None, "NOT DECIDED", "give more --budget"),
+])  # fmt: skip
+def test_what_hides_something_is_not_real(
+    facts: dict[str, Any], sign: tuple[str, str] | None, said: str, words: str
+) -> None:
+    """Though no attack breaks more than the usual one, of a file without its own gradient."""
+    found = Suspect("m.onnx", "ONNX", nn.Flatten(), torch.argmax, own=False, **facts)
+    signs = sign and {"signs": [{"name": sign[0], "verdict": sign[1]}]}
+    verdict, why = _verdict(found, SOUND, signs, hurried=sign is None)
+    assert verdict == said and words in why
+    assert _paired(SOUND, 1.0, found.doubts)[0] == ("NOT DECIDED" if found.doubts else "NOT WORSE")
+
+
+class Between(nn.Module):
+    def __init__(self, before: Any, model: nn.Module, after: Any) -> None:
+        super().__init__()
+        self.before, self.model, self.after = before, model, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.after(self.model(self.before(x)))
+        return found
+
+
+def test_what_warnings_say_stands_in_the_verdict(
+    trained: dict[str, Tensor], data: dq.Dataset
+) -> None:
+    net = with_(trained, detached)
+    how: dict[str, Any] = {"eps": [1 / 255], "masking": False, "images": 48}
+    inverse = Between(lambda x: 1 - x, net, lambda z: z)
+    found = dq.judge(inverse, data, **how)
+    assert found.verdict == "NOT DECIDED" and "inverted, 1 - x" in found.record["why"]
+    assert found.record["why"] in found.record["model"]["contract"]
+    beside = dq.judge(net, data, reference=inverse, margin=100, **how)
+    assert beside.paired == "NOT DECIDED" and "inverted" in beside.record["beside"]
+    sure = suspect(Between(lambda x: x, net, lambda z: (5 * z).softmax(1)), data)
+    x = data.take(torch.arange(48))[0].requires_grad_()
+    top = sure.model(x).topk(2).values
+    (slope,) = torch.autograd.grad((top[:, 0] - top[:, 1]).sum(), x)
+    assert bool((slope != 0).flatten(1).any(1).all())
+    assert torch.equal(sure.answers(data.images), suspect(net, data).answers(data.images))
 
 
 def test_only_what_fools_the_thing_itself_counts(

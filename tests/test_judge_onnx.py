@@ -22,10 +22,10 @@ from torch import nn
 from conftest import tiny_images
 from defquant.attacks.surrogates import EOT, ClipFree, FloatTwin, SoftRound
 from defquant.errors import UserError
-from defquant.judging.contract import RANGES, File, find_contract, given_contract
+from defquant.judging.contract import RANGES, Contract, File, find_contract, given_contract
 from defquant.judging.twin import Twin, read_onnx
 from defquant.quantize import QuantReLU
-from onnx_nodes import CODES, FLOATS, IMAGE, OLD, WAYS, Node, Q, built, draw, ints, network
+from onnx_nodes import CODES, FLOATS, IMAGE, OLD, WAYS, Node, Q, built, draw, f, ints, network
 
 RNG = np.random.default_rng(1)
 
@@ -242,10 +242,44 @@ def test_the_contract_is_found(
     assert again.contract == contract
     with pytest.raises(UserError, match="guesses, however it is fed"):
         find_contract(file, images, labels[torch.randperm(240)])
+    some = torch.rand(240, generator=torch.Generator().manual_seed(0)) < 0.75
+    with pytest.raises(UserError, match="guesses, however it is fed"):
+        find_contract(file, images, torch.where(some, labels.roll(1), order[labels]))  # 44 %
     with pytest.raises(UserError, match="the images are 3 x 9 x 9"):
         find_contract(file, torch.zeros(4, 3, 9, 9, dtype=torch.uint8), labels[:4])
     with pytest.raises(UserError, match="4 outputs and the data 5 classes"):
         find_contract(file, images, labels, classes=5)
+
+
+QUADRANTS = nn.functional.avg_pool2d(torch.eye(64).view(64, 1, 8, 8), 4).flatten(1).T.numpy()
+READ: dict[str, tuple[tuple[Any, ...], list[Node], list[Node]]] = {
+    "a class": (("n", 1, 8, 8), [], [("ArgMax", [...], {"axis": 1})]),
+    "a class, flat": (("n", 1, 8, 8), [], [("ArgMax", [...], {"axis": 1, "keepdims": 0}),
+                                           ("Cast", [...], {"to": 6})]),
+    "no channel": (("n", 8, 8), [], []),
+    "a table of 256 values, which runs on no others": (("n", 1, 8, 8), [
+        ("Mul", [..., f(255)], {}), ("Round", [...], {}), ("Cast", [...], {"to": 7}),
+        ("Gather", [np.linspace(0, 1, 256, dtype=np.float32), ...], {}),
+    ], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_file_with_such_an_end_is_read(name: str, tmp_path: Path) -> None:
+    (shape, begin, end), data = READ[name], tiny_images(128)
+    nodes: list[Node] = [("Flatten", [...], {}), ("Gemm", [..., 20 * QUADRANTS], {"transB": 1})]
+    file = File(built([*begin, *nodes, *end], shape, tmp_path / "m.onnx"))
+    found = find_contract(file, data.images, data.labels)
+    assert torch.equal(file.predict(data.images, found.contract), data.labels)
+    assert torch.equal(file.model(found.contract)(data.images / 255).argmax(1), data.labels)
+
+
+def test_nan_is_no_answer(tmp_path: Path) -> None:
+    file = File(built([("Sqrt", [...], {}), ("Flatten", [...], {})], ("n", 1, 1, 2),
+                      tmp_path / "m.onnx"))  # fmt: skip
+    pixels = torch.tensor([[0, 255], [200, 255]], dtype=torch.uint8).view(2, 1, 1, 2)
+    way = Contract("-128..127", (128.0,), (1.0,))
+    assert file.predict(pixels, way).tolist() == [-1, 1]
 
 
 @pytest.mark.parametrize(("scale", "range_"), [(10 / 120, "0..255"), (255 * 10 / 120, "0..1")])
@@ -254,8 +288,7 @@ def test_among_ways_that_answer_alike_the_likeliest(
 ) -> None:
     """A linear file without biases is right however bright; its losses are not the same."""
     data = tiny_images(128)
-    mean = nn.functional.avg_pool2d(torch.eye(64).view(64, 1, 8, 8), 4).flatten(1)
-    weight = (mean.T * scale).numpy()
+    weight = np.float32(scale) * QUADRANTS
     nodes: list[Node] = [("Flatten", [...], {}), ("Gemm", [..., weight], {"transB": 1})]
     file = File(built(nodes, ("n", 1, 8, 8), tmp_path / "m.onnx"))
     found = find_contract(file, data.images, data.labels)
@@ -314,6 +347,7 @@ HOSTILE = {
     "sizes from the image": (BEGIN + "{ a = Cast <to = 7> (x) y = Reshape (x, a) }",
                              "its input 1 hangs on the image"),
     "an old set": (BEGIN + "{ y = Relu (x) }", "operator sets 7 to"),
+    "draws": (BEGIN + "<float r = {0.5}, bool t = {1}> { y = Dropout (x, r, t) }", "training mode"),
 }  # fmt: skip
 
 

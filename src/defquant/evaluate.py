@@ -90,7 +90,7 @@ def answers(model: nn.Module, data: Images, *, batch_size: int = 256) -> Tensor:
         for x in images.split(batch_size):
             logits = model(to_unit(x))
             lint_answer(logits, len(x), top)
-            found.append(logits.argmax(1).masked_fill(logits.isnan().any(1), -1))
+            found.append(told(logits))
     return torch.cat(found)
 
 
@@ -205,6 +205,11 @@ def linted(model: nn.Module, data: Images, batch_size: int) -> tuple[Tensor, Ten
     images, labels = on_device(model, data)
     lint_model(model, to_unit(images[: min(8, batch_size)]), labels)
     return images, labels
+
+
+def told(logits: Tensor) -> Tensor:
+    """The class of each row, -1 where a NaN stands in it: no answer, so a wrong one."""
+    return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
 
 
 def lint_classes(model: nn.Module, data: Images, classes: int, source: str) -> None:

@@ -15,7 +15,10 @@ from defquant.attacks.access import leaf, untouched
 from defquant.data import as_labels, in_unit, to_unit
 from defquant.errors import DefquantWarning, UserError
 
-__all__ = ["SAME", "kind_of", "lint_answer", "lint_attack", "lint_images", "lint_model", "suspect"]
+__all__ = [
+    "SAME", "kind_of", "lint_answer", "lint_attack", "lint_images", "lint_model", "probabilities",
+    "suspect",
+]  # fmt: skip
 
 SAME = 1e-4  # of the largest logit: what rounding may change between identical calls
 _PROBED = 256
@@ -100,7 +103,7 @@ def lint_model(model: nn.Module, x: Tensor, y: Tensor) -> None:
     if not logits.isfinite().all():
         _warn("the model's outputs are not all finite: a NaN counts as a wrong answer")
         return
-    if logits.min() >= 0 and torch.allclose(logits.sum(1), torch.ones(()).to(logits), atol=1e-3):
+    if probabilities(logits):
         _warn("the model seems to return probabilities: without its softmax attacks are stronger")
     scale = logits.abs().max().clamp_min(1)
     if (logits - again).abs().max() > SAME * scale:
@@ -110,6 +113,12 @@ def lint_model(model: nn.Module, x: Tensor, y: Tensor) -> None:
         )
     elif (logits[0] - alone[0]).abs().max() > 1e-2 * scale:
         _warn("an example's output depends on the batch it comes in: its score does, too")
+
+
+def probabilities(logits: Tensor) -> bool:
+    """Whether no number is below 0 and each row sums to 1."""
+    one = torch.ones(()).to(logits)
+    return bool(logits.min() >= 0) and torch.allclose(logits.sum(1), one, atol=1e-3)
 
 
 def kind_of(answer: object) -> str:

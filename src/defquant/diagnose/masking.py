@@ -162,7 +162,8 @@ def masking_verdict(
     sign without that proof.
 
     The signs `zero gradient`, `huge eps` and `noise` count only images that an attack breaks, or
-    whose logits move under random +-eps: where nothing moves, nothing is hidden.
+    whose logits move under random +-eps. Where nothing moves, nothing may be there to hide; `flat`
+    counts the others whose margin has no gradient either, and WARNs.
 
     At least 73 of `data` must be right for a PASS. `substitute`, another network of the same data,
     makes the black box. The model is left as it was found. Raises `UserError` for eps outside
@@ -267,7 +268,8 @@ def _raised(
     moves = seen.pop("moves") | ~strongest  # where nothing does, nothing is hidden
     raised = beyond | huge | {"mid-path": _mid_path(scene)} | seen | {"randomness": _random(scene)}
     only = ("zero gradient", "huge eps", "noise")
-    return usual, strongest, raised | {name: raised[name] & moves for name in only}
+    held = {name: raised[name] & moves for name in only} | {"flat": raised["flat"] & ~moves}
+    return usual, strongest, raised | held
 
 
 def _beyond(
@@ -349,6 +351,7 @@ def _looked(scene: _Scene, known: bool, x: Tensor, y: Tensor, ids: Tensor) -> di
         after = margin(scene.model(stepped), y, y)
     return {
         "zero gradient": ~grad.isfinite().all(1) | (grad == 0).all(1),
+        "flat": (slope == 0).flatten(1).all(1),
         "jumps": (rest >= unexplained * whole) & (whole > 0),
         "noise": after < raised,
         "moves": ~(moved <= SAME * logits.abs().amax(1)),

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from defquant.deploy.runtime import session
 from defquant.errors import UserError, shown
+from defquant.evaluate import told
 from defquant.judging.nodes import blamed
 from defquant.judging.twin import Layout, Twin, read_onnx
 from defquant.records import Score
@@ -120,7 +121,8 @@ class File:
     def answers(self, values: Tensor) -> Tensor:
         """The file's output (n, columns) in float32 for `values` (n, ...) as it takes them.
 
-        One image at a time where they would mix; a batch that the file fixes is filled up.
+        One image at a time where they would mix; a batch that the file fixes is filled up. Where
+        it returns a class for each image, that class's column is 1 and the others are 0.
         """
         port, rows = self.twin.port, self.twin.port.batch or (1 if self.twin.alone else _AT_ONCE)
         parts = []
@@ -130,13 +132,17 @@ class File:
                 given = torch.cat([part, part[-1:].expand(rows - len(part), *part.shape[1:])])
             with blamed(f"onnxruntime cannot run {self.path}"):
                 (made,) = self.session.run([self.twin.output], {port.name: given.numpy()})
-            parts.append(torch.from_numpy(np.asarray(made, np.float32))[: len(part)].flatten(1))
-        return torch.cat(parts)
+            parts.append(torch.from_numpy(np.asarray(made, np.float32))[: len(part)])
+        if "ArgMax" in self.twin.ending:
+            return nn.functional.one_hot(
+                torch.cat(parts).long().flatten(), self.twin.classes
+            ).float()
+        return torch.cat(parts).flatten(1)
 
     def predict(self, pixels: Tensor, contract: Contract) -> Tensor:
-        """Classes (n,) that the file itself gives to `pixels`, uint8 (n, c, h, w)."""
+        """Classes (n,) that the file itself gives to `pixels`, uint8 (n, c, h, w); -1 for a NaN."""
         values = contract.fed(pixels.float(), self.twin.sizes)
-        return contract.chosen(self.answers(values)).argmax(1)
+        return told(contract.chosen(self.answers(values)))
 
     def model(self, contract: Contract) -> Front:
         """What attacks take: images in [0, 1] to logits, with gradients."""
@@ -214,7 +220,7 @@ def find_contract(
     chance, is passed over: a network may answer alike on images 255 times too bright, but its
     losses, and their gradients, are others. The order of the classes is the file's own unless
     another, matched on every other image (Hungarian method), is right more often on the rest,
-    beyond their intervals.
+    beyond their intervals, and on half of them. A way that the file cannot run is none.
 
     Args:
         images: uint8 (n, c, h, w); a few hundred are enough.
@@ -236,7 +242,7 @@ def find_contract(
     if not ways:
         raise UserError(f"{file.path} takes no {' or '.join(ranges or RANGES)} of these images")
     first = _Trial(file, images[:_FIRST], labels[:_FIRST], count)
-    best = sorted(ways, key=first.matched, reverse=True)[:6]
+    best = _best(ways, first.matched)
     trial = _Trial(file, images, labels, count)
     scored = [(way, trial.right(way.chosen(trial.columns(way)), slice(None)))
               for way in map(trial.ordered, best)]  # fmt: skip
@@ -302,6 +308,20 @@ def _affines(
             yield name, (moved, tuple(d * scale for d in divide))
 
 
+def _best(ways: Sequence[Contract], matched: Callable[[Contract], int]) -> list[Contract]:
+    """The six that are right most often, of those that the file can run."""
+    found, refused = [], []
+    for way in ways:
+        try:
+            found.append((way, matched(way)))
+        except UserError as error:  # a table of 256 values has no place for others
+            refused.append(error)
+    if not found:
+        raise refused[0]
+    found.sort(key=lambda pair: pair[1], reverse=True)
+    return [way for way, _ in found[:6]]
+
+
 class _Trial:
     """Labelled images and what the file says of them."""
 
@@ -330,8 +350,8 @@ class _Trial:
         plain = tuple(range(self.classes)) if self.file.twin.classes > self.classes else None
         order = tuple(linear_sum_assignment(-self.table(said, slice(0, None, 2)))[1].tolist())
         right = [self.right(replace(way, order=o).chosen(columns), odd) for o in (plain, order)]
-        if right[1].interval[0] <= right[0].interval[1]:
-            return replace(way, order=plain)
+        if right[1].interval[0] <= right[0].interval[1] or right[1].accuracy < 0.5:
+            return replace(way, order=plain)  # any network, of any data, fits some order a little
         whole = linear_sum_assignment(-self.table(said, slice(None)))[1]
         return replace(way, order=tuple(whole.tolist()))
 
@@ -343,5 +363,4 @@ class _Trial:
         return float(loss.nan_to_num(math.inf))
 
     def right(self, columns: Tensor, part: slice) -> Score:
-        hits = columns.argmax(1)[part] == self.labels[part]
-        return Score.of(hits)
+        return Score.of((told(columns) == self.labels)[part])

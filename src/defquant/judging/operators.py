@@ -233,13 +233,21 @@ def gelu(s: Step, x: Tensor, b: Tensor | None = None) -> Tensor:
     return F.gelu(x if b is None else x + b, approximate=how)
 
 
+def dropout(
+    s: Step, x: Tensor, ratio: Numbers | None = None, draws: Numbers | None = None
+) -> Tensor:
+    if any(draws or ()) and any(ratio or [0.5]):
+        raise ValueError("it is in training mode and draws: export the network in eval mode")
+    return x
+
+
 def product(x: Tensor, dims: tuple[int, ...], keep: bool) -> Tensor:
     kept = reduce(lambda y, axis: y.prod(axis, True), dims, x)
     return kept if keep else kept.squeeze(dims)
 
 
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {
-    "Abs": torch.abs, "Cos": torch.cos, "Dropout": lambda x: x, "Erf": torch.erf, "Exp": torch.exp,
+    "Abs": torch.abs, "Cos": torch.cos, "Erf": torch.erf, "Exp": torch.exp,
     "HardSwish": F.hardswish, "Identity": lambda x: x, "Log": torch.log, "Mish": F.mish,
     "Neg": torch.neg, "Not": torch.logical_not, "Reciprocal": torch.reciprocal, "Relu": torch.relu,
     "Sigmoid": torch.sigmoid, "Sin": torch.sin, "Softplus": F.softplus, "Softsign": F.softsign,
@@ -305,7 +313,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "ArgMax": arg_max, "AveragePool": average_pool, "BatchNormalization": batch_norm,
     "BiasGelu": gelu, "Cast": cast, "CastLike": cast, "Clip": clip,
     "Ceil": lambda s, x: s.staircase(x, rounding=torch.ceil), "Conv": conv,
-    "ConvTranspose": conv_transpose, "Div": divide,
+    "ConvTranspose": conv_transpose, "Div": divide, "Dropout": dropout,
     "Einsum": lambda s, x, y: torch.einsum(s.get("equation"), x, y), "FastGelu": gelu,
     "Floor": lambda s, x: s.staircase(x, rounding=torch.floor),
     "FusedConv": partial(fused, conv), "FusedGemm": partial(fused, gemm),
@@ -321,8 +329,9 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Where": lambda s, c, x, y: torch.where(c, x, y),
 }  # fmt: skip
 NUMBERS: dict[str, tuple[int, ...]] = {
-    "Clip": (1, 2), "ConstantOfShape": (0,), "Expand": (1,), "Pad": (1, 2, 3), "Range": (0, 1, 2),
-    "Reshape": (1,), "Resize": (1, 2, 3), "Slice": (1, 2, 3, 4), "Split": (1,), "Squeeze": (1,),
-    "Tile": (1,), "Unsqueeze": (1,), "Upsample": (1,), **dict.fromkeys(REDUCED, (1,)),
+    "Clip": (1, 2), "ConstantOfShape": (0,), "Dropout": (1, 2), "Expand": (1,), "Pad": (1, 2, 3),
+    "Range": (0, 1, 2), "Reshape": (1,), "Resize": (1, 2, 3), "Slice": (1, 2, 3, 4),
+    "Split": (1,), "Squeeze": (1,), "Tile": (1,), "Unsqueeze": (1,), "Upsample": (1,),
+    **dict.fromkeys(REDUCED, (1,)),
 }  # fmt: skip
 """Inputs that an operator takes as a list of numbers: a size must not hang on what is computed."""

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from defquant.attacks import APGD, PGD, Adaptive, Attack, Square
 from defquant.attacks.access import to_eval, untouched
 from defquant.attacks.contract import Target, seed_of, standing
-from defquant.attacks.lint import lint_model
+from defquant.attacks.lint import lint_answer, lint_model, probabilities
 from defquant.attacks.surrogates import twin_of
 from defquant.data import Dataset, load, to_unit
 from defquant.diagnose.masking import Connected
 from defquant.errors import UserError, needs, shown
-from defquant.evaluate import device_of
+from defquant.evaluate import device_of, told
 from defquant.foreign import blamed, load_foreign, probe
 from defquant.judging.opening import Opened, few_layers, has_gradient, open_staircases
 from defquant.measure import Subject
@@ -53,6 +53,7 @@ class Suspect:
         staircases: layers whose rounding the twin opens; `closed`: those it could not.
         own: whether `model` has the thing's own gradient, not the twin's.
         sha256: of its file.
+        doubts: warnings, each of which makes its numbers others than they should be.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Suspect:
     closed: tuple[str, ...] = ()
     own: bool = True
     sha256: str = ""
+    doubts: tuple[str, ...] = ()
 
 
 class Seen(nn.Module):
@@ -76,6 +78,18 @@ class Seen(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.model(x)
         return logits
+
+
+class Logs(nn.Module):
+    """Logits of a `model` that returns probabilities, whose small differences would underflow."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.model(x)
+        return found.clamp_min(torch.finfo(found.dtype).tiny).log()
 
 
 class Pixels(nn.Module):
@@ -267,8 +281,12 @@ def _sha256(path: Path) -> str:
 
 def _of_module(model: nn.Module, name: str, kind: str, data: Dataset) -> Suspect:
     x, y = data.take(torch.arange(min(64, len(data))))
-    to_eval(model)
+    itself = to_eval(model)
     try:
+        with untouched(itself), torch.no_grad():
+            first = itself(x)
+        lint_answer(first, len(x), int(y.max()))
+        model = to_eval(Logs(itself)) if probabilities(first) else itself
         lint_model(model, x, y)
     except UserError:
         raise
@@ -286,9 +304,8 @@ def _of_module(model: nn.Module, name: str, kind: str, data: Dataset) -> Suspect
     seen = seen if own or twin is not model else Connected(model)
 
     def answers(pixels: Tensor) -> Tensor:
-        with untouched(model), torch.no_grad():
-            logits: Tensor = model(to_unit(pixels)).float()
-        return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
+        with untouched(itself), torch.no_grad():
+            return told(itself(to_unit(pixels)).float())
 
     return Suspect(
         name, kind, to_eval(seen), answers, tuple(contract), opened.staircases, opened.closed, own

@@ -47,12 +47,17 @@ class Port:
         return self.shape[0]
 
     def fits(self, image: tuple[int, int, int], layout: Layout) -> bool:
-        """Whether images of (c, h, w) can lie so; a row of c·h·w numbers may have either layout."""
+        """Whether images of (c, h, w) can lie so; a row of c·h·w numbers may have either layout.
+
+        Images of one channel may come without it, as (h, w).
+        """
         wanted = self.shape[1:]
         if len(wanted) == 1:
             return wanted[0] in (None, math.prod(image))
-        sizes = laid(image, layout)
-        return len(wanted) == 3 and all(a in (None, b) for a, b in zip(wanted, sizes, strict=True))
+        sizes = image[1:] if image[0] == 1 and len(wanted) == 2 else laid(image, layout)
+        return len(wanted) == len(sizes) and all(
+            a in (None, b) for a, b in zip(wanted, sizes, strict=True)
+        )
 
 
 def laid(image: tuple[int, int, int], layout: Layout) -> tuple[int, int, int]:
@@ -114,10 +119,12 @@ class Twin(nn.Module):
             if step.kind in ("QuantizeLinear", "DequantizeLinear") and not one:
                 break  # a scale for each class changes their order
             before = program.values[step.inputs[0]]
-            if before.ndim < 2 or len(before) != n:
+            if before.ndim < 1 or len(before) != n:
                 break
             name, passed = step.inputs[0], [*passed, step.kind]
             step = makers[name]
+        if program.values[name].ndim < 2:
+            raise ValueError("it returns one number for an image: a column for each class is read")
         if program.values[name].flatten(1).shape[1] < 2:
             return
         self.source, self.ending, self.logit = name, tuple(passed), step
@@ -244,7 +251,7 @@ def _port(nodes: Nodes, image: tuple[int, int, int] | None) -> tuple[Port, list[
             raise ValueError(f"it leaves sizes free, {dims}: give those of your images")
         last = len(sizes) == 3 and not port.fits(image, "NCHW") and port.fits(image, "NHWC")
         whole = list(laid(image, "NHWC" if last else "NCHW"))
-        sizes = [math.prod(image)] if len(sizes) == 1 else list(whole)
+        sizes = [math.prod(image)] if len(sizes) == 1 else [*whole[-len(sizes) :]]
     return port, [port.batch or 2, *(size for size in sizes if size is not None)]
 
 

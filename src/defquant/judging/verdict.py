@@ -9,29 +9,34 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from defquant.attacks import lint
 from defquant.checkpoint import stamp
 from defquant.config import check_eps
 from defquant.data import Dataset
 from defquant.data.dataset import in_unit
 from defquant.diagnose import Effort, masking_verdict
 from defquant.diagnose.masking import OVERSTATED as SHARE
+from defquant.diagnose.masking import RULES
 from defquant.errors import DefquantWarning, UserError
+from defquant.foreign import warn_of_chance
 from defquant.judging.suspects import QUERIES, STEPS, Side, Suspect, suspect
-from defquant.records import html_table, mean_between
+from defquant.records import Score, html_table, mean_between
 
 __all__ = ["Judgement", "judge"]
 
 LEVEL = 0.95
-FIRST, MASKING = 64, 128
-"""Images of the first look; most of those on which signs of masked gradients are looked for."""
+FIRST, MASKING, PROBED = 64, 128, 256
+"""Images of the first look; most of those on which signs of masked gradients, and usual mistakes,
+are looked for."""
 CLAIMED = 0.10  # of the images: where the usual attack leaves fewer, nothing can be masked
+NO_TIME = "no time was left"
 _FAR = 1 << 20
 
 
@@ -121,12 +126,12 @@ def judge(
     data = data.first(images) if images else data
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     shown, labels = data.images[order], data.labels[order]
+    named = [(model, weights, input), (reference, reference_weights, reference_input)]
+    found = [_doubted(*one, data, shown[:PROBED], labels[:PROBED])
+             for one in named if one[0] is not None]  # fmt: skip
+    sides = [Side(one, shown, labels, seed) for one in found]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DefquantWarning)  # said in the verdict, with numbers
-        sides = [Side(suspect(model, data, weights, input), shown, labels, seed)]
-        if reference is not None:
-            other = suspect(reference, data, reference_weights, reference_input)
-            sides.append(Side(other, shown, labels, seed))
         count = 0
         for some in _batches(len(data), begun + 0.8 * budget * (1 if masking else 1.25)):
             for side in sides:
@@ -143,6 +148,20 @@ def judge(
         "margin": margin, "level": LEVEL, "share": 100 * SHARE, "seed": seed,
         "steps": STEPS, "seconds": round(time.monotonic() - begun, 1),
     })  # fmt: skip
+
+
+def _doubted(
+    spec: Any, weights: str | None, fed: str | None, data: Dataset, images: Tensor, labels: Tensor
+) -> Suspect:
+    """The suspect, and what warnings say of it and of some images: its `doubts`."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", DefquantWarning)
+        found = suspect(spec, data, weights, fed)
+        right = found.answers(images) == labels
+        lint.suspect(found.model, images, labels, right)
+        warn_of_chance(Score.of(right), data.num_classes)
+    return replace(found, doubts=(*found.doubts, *dict.fromkeys(str(w.message) for w in said)))
 
 
 def _on_grid(eps: float) -> float:
@@ -246,7 +265,7 @@ def _signs(
     """
     claimed = [row["eps"] for row in rows if row["usual"]["rate"] >= CLAIMED]
     if not claimed or left <= 0:
-        return "no time was left" if claimed else "the usual attack leaves too little to hide"
+        return NO_TIME if claimed else "the usual attack leaves too little to hide"
     effort = Effort(steps=STEPS // 2, restarts=1, queries=QUERIES // 2, draws=8, seed=seed)
     images = side.images[:MASKING], side.labels[:MASKING]
     found = masking_verdict(side.model, images, claimed[-1], effort=effort)
@@ -269,8 +288,9 @@ def _judgement(
     how: Mapping[str, Any],
 ) -> Judgement:
     signs = None if isinstance(found, str) else found
-    verdict, why = _verdict(sides[0].suspect, rows, signs)
-    paired, beside = _paired(rows, float(how["margin"]))
+    verdict, why = _verdict(sides[0].suspect, rows, signs, found == NO_TIME)
+    doubts = [f"{Path(side.suspect.name).name}: {d}" for side in sides for d in side.suspect.doubts]
+    paired, beside = _paired(rows, float(how["margin"]), doubts)
     record = {
         "format": 1, "kind": "defquant judgement", "verdict": verdict, "why": why,
         "paired": paired, "beside": beside, "model": _described(sides[0], n),
@@ -286,21 +306,28 @@ def _described(side: Side, n: int) -> dict[str, Any]:
     found = side.suspect
     return {
         "name": Path(found.name).name, "kind": found.kind, "sha256": found.sha256,
-        "own": found.own, "contract": list(found.contract), "staircases": len(found.staircases),
-        "closed": list(found.closed), "clean": _share(side.clean[:n]),
+        "own": found.own, "contract": [*found.contract, *found.doubts],
+        "staircases": len(found.staircases), "closed": list(found.closed),
+        "clean": _share(side.clean[:n]),
     }  # fmt: skip
 
 
 def _verdict(
-    found: Suspect, rows: Sequence[Mapping[str, Any]], signs: Mapping[str, Any] | None
+    found: Suspect,
+    rows: Sequence[Mapping[str, Any]],
+    signs: Mapping[str, Any] | None,
+    hurried: bool = False,
 ) -> tuple[str, str]:
-    """The word, and a sentence."""
+    """The word, and a sentence; `hurried`: the signs were not looked for, for want of time."""
     over = [row for row in rows if row["overstated"]["verdict"] == "OVERSTATED"]
     undecided = [row["overstated"]["more"] for row in rows
                  if row["overstated"]["verdict"] == "NOT DECIDED"]  # fmt: skip
-    failed = [s["name"] for s in (signs or {}).get("signs", ()) if s["verdict"] == "FAIL"]
-    if signs is not None and signs["verdict"] == "FAIL" and (over or found.own):
+    raised = {s["name"]: s["verdict"] for s in (signs or {}).get("signs", ())}
+    failed = [name for name, said in raised.items() if said == "FAIL"]
+    if failed and (over or found.own or not found.closed):
         return "MASKED", f"gradients are hidden from the usual attack: {', '.join(failed)}"
+    if found.doubts:
+        return "NOT DECIDED", found.doubts[0]
     if over:
         worst = max(over, key=lambda row: row["overstated"]["rate"])
         points = 100 * worst["overstated"]["rate"]
@@ -315,13 +342,19 @@ def _verdict(
             f"its numbers are upper bounds: {', '.join(found.closed[:4])} could not be opened, and "
             "an attack that follows gradients may be blind there"
         )
+    if raised.get("flat") == "WARN":
+        return "NOT DECIDED", f"its numbers are upper bounds: flat: {RULES['flat'].means}"
+    if hurried:
+        return "NOT DECIDED", "signs of masked gradients were not looked for: give more --budget"
     left = ", ".join(f"{row['strongest']['rate']:.1%} at {_eps(row)}" for row in rows)
     return "REAL", (
         f"the strongest attack leaves {left}: no {100 * SHARE:g} points less than the usual one"
     )
 
 
-def _paired(rows: Sequence[Mapping[str, Any]], margin: float) -> tuple[str, str]:
+def _paired(
+    rows: Sequence[Mapping[str, Any]], margin: float, doubts: Sequence[str]
+) -> tuple[str, str]:
     found = [(row["paired"], row) for row in rows if "paired" in row]
     if not found:
         return "", ""
@@ -331,6 +364,8 @@ def _paired(rows: Sequence[Mapping[str, Any]], margin: float) -> tuple[str, str]
                 f"at {_eps(row)} it loses {-100 * pair['rate']:.1f} points to the reference, "
                 f"surely more than {margin:g}"
             )
+    if doubts:
+        return "NOT DECIDED", doubts[0]
     open_ = [pair["more"] for pair, _ in found if pair["verdict"] == "NOT DECIDED"]
     if open_:
         return "NOT DECIDED", (
