@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -157,6 +158,16 @@ def test_copied_results_are_merged_once(tmp_path: Path) -> None:
     refused(lambda: merge(tmp_path / "other", [str(there)]), "probes.jsonl, line 1")
     assert not (tmp_path / "other").exists()
     refused(lambda: merge(here, [str(tmp_path)]), "--merge needs folders with results.jsonl")
+
+
+@pytest.mark.parametrize("change", [{"data": "CIFAR-10"}, {"evidence": {"data_fingerprint": "b"}}])
+def test_results_on_other_images_are_not_merged(tmp_path: Path, change: dict[str, Any]) -> None:
+    for place, own in (("here", {"evidence": {"data_fingerprint": "a"}}), ("there", change)):
+        (tmp_path / place).mkdir()
+        found = fake_measurement(TABLE[place == "there"])
+        keep(tmp_path / place, TABLE[place == "there"], replace(found, **own))
+    refused(lambda: merge(tmp_path / "here", [str(tmp_path / "there")]), "has results on CIFAR-10")
+    assert len(read(tmp_path / "here").scores) == 1
 
 
 def test_weights_stay_where_they_are_named_or_needed(tmp_path: Path) -> None:

@@ -308,6 +308,12 @@ class Results:
         """Its measurement, or what a cell of another kind found (see `paper.run`)."""
         return (self.scores if cell.kind == "accuracy" else self.values).get(cell.key)
 
+    @property
+    def data(self) -> set[tuple[str, str]]:
+        """Name and hash of what was measured on, held-out training images aside."""
+        every = {(m.data, *m.source) for m in self.scores.values()}
+        return {own for own in every if not own[0].endswith(", validation")}
+
     def missing(self, cells: Iterable[Cell]) -> list[Cell]:
         return [cell for cell in dict.fromkeys(cells) if self.of(cell) is None]
 

@@ -16,7 +16,7 @@ from defquant.errors import UserError, near
 from defquant.files import append_line, claimed, make_folder, read_lines
 from defquant.paper import grid
 from defquant.paper.figures import EXPERIMENTS, WORDS, cells_of
-from defquant.paper.grid import SCALES, Cell, Network, Scale, by_network
+from defquant.paper.grid import SCALES, Cell, Network, Results, Scale, by_network
 from defquant.paper.plan import Plan, Survey, kind_of, long, passes_by_model
 from defquant.progress import say
 
@@ -149,8 +149,9 @@ def make(
     is measured.
     """
     until = time.monotonic() + (math.inf if budget is None else max(0.9 * budget, budget - 30))
-    missing = grid.read(out).missing(cells)
-    _check_data(scale, missing)
+    results = grid.read(out)
+    missing = results.missing(cells)
+    _check_same(out, results, _check_data(scale, missing))
     say(f"reproduce: {len(cells) - len(missing)} of {len(cells)} cells are there")
     failed: list[str] = []
     if missing:
@@ -184,14 +185,16 @@ def remove(cells: Sequence[Cell], out: Path, keep: Sequence[str]) -> None:
 
 def merge(out: Path, others: Sequence[str]) -> None:
     """Take over the results in these folders, copied from other machines, whose cells have none
-    in `out`. Raises `UserError` for a folder without results, and for lines that are none.
+    in `out`. Raises `UserError` for a folder without results, for lines that are none, and for
+    results on other images than those in `out`.
     """
     for other in map(Path, others):
         files = [name for name in (grid.SCORES, grid.VALUES) if (other / name).is_file()]
         if not files:
             raise UserError(f"--merge needs folders with {grid.SCORES}; found none in {other}")
-        grid.read(other)  # refuses broken lines before one is taken
+        there = grid.read(other)  # refuses broken lines before one is taken
         here, taken = grid.read(out), 0
+        _check_same(out, here, there.data)
         known = {*here.scores, *here.values}
         make_folder(out)
         for name in files:
@@ -202,8 +205,26 @@ def merge(out: Path, others: Sequence[str]) -> None:
         say(f"reproduce: {taken} results taken from {other}")
 
 
-def _check_data(scale: Scale, cells: Sequence[Cell]) -> None:
-    """Raise `UserError` unless the images of `cells` can be read: once, not in every process."""
+def _check_same(out: Path, results: Results, data: Iterable[tuple[str, str]]) -> None:
+    """Raise `UserError` where `data`, names and hashes, are other images of one data set than the
+    results': a mean over seeds would be one over data. Older lines have no hashes.
+    """
+    pairs = [(one, other) for one in results.data for other in data]
+    for (known, digest), (name, other) in pairs:
+        if known.split(" (")[0] == name.split(" (")[0] and (
+            known != name or (digest and other and digest != other)
+        ):
+            words = (f"{known} [{digest[:6]}]", f"{name} [{other[:6]}]")
+            raise UserError(
+                f"{out} has results on {words[0]}, and these are of {words[1]}: give each data a "
+                "folder of its own"
+            )
+
+
+def _check_data(scale: Scale, cells: Sequence[Cell]) -> list[tuple[str, str]]:
+    """Names and hashes of the test images of `cells`. Raises `UserError` unless these and those of
+    training can be read: once, not in every process.
+    """
     needed = {cell.network.data for cell in cells}
     for data, what, flag in ((scale.data, "CIFAR-10", "data"), (scale.svhn, "SVHN", "svhn")):
         if data in needed and data.data != "digits" and data.data_root is None:
@@ -216,6 +237,9 @@ def _check_data(scale: Scale, cells: Sequence[Cell]) -> None:
 
         for data in needed:
             load_images(data, "train")
+        tests = [load_images(data, "test") for data in needed]
+        return [(images.name, images.source) for images in tests]
+    return []
 
 
 # --- a probe ------------------------------------------------------------------------------
