@@ -39,7 +39,7 @@ from defquant.report.model import (
     value_text,
     view,
 )
-from defquant.report.names import distinct, is_validation, markdown, over_seeds
+from defquant.report.names import Cell, distinct, is_validation, markdown, over_seeds
 from defquant.report.sources import StripTable, of_runs, read_runs
 
 __all__ = [
@@ -84,24 +84,13 @@ def build_report(
     kept = measured.chosen(measurements)
     found = over_seeds(kept)
     places, strips = of_places(found, measured.table_eps), of_runs(pictures)
-    alike = distinct(str(c.series) for c in found if len(set(c.seeds)) < len(c.seeds))
-    notes = [f"Unreadable. {note}" for note in (*notes, *broken)]
-    notes += [
-        f"{name}: several runs of one seed are averaged, though they differ" for name in alike
-    ]
-    if repeated := len(measurements) - len(kept):
-        notes.append(f"Repeated measurements of the same run, attack and ε left out: {repeated}")
+    notes = _notes([*notes, *broken], found, len(measurements) - len(kept))
     told = {run.name: run.diagnosis for run in runs if run.diagnosis}
     answer = places[0].answer(told, cards.ships(exported)) if places else None
-    on_test = [m for m in measurements if not is_validation(m.data)]
+    name, facts = _about(measurements, bool(sections or verdicts))
     paper = _of_paper(sections)
     page = _Page(
-        title or _title(measurements, bool(sections or verdicts)),
-        {
-            "seeds": len({m.seed for m in measurements}),
-            "attacks": len({m.attack for m in measurements} - {"clean"}),
-            "test images": max((m.total for m in on_test or measurements), default=0),
-        },
+        title or name, facts,
         answer or (cards.answer(exported) if exported else None),
         [*rows_of(places), *cards.rows(exported)],
         {name: look for place in reversed(places) for name, look in place.looks.items()},
@@ -185,16 +174,30 @@ def _charts(chapter: Chapter) -> Iterator[plot.Figure]:
         yield plot.Figure("", WORDS["effects"], plot.claims_chart(chapter.verdicts))
 
 
-def _title(measurements: Sequence[Measurement], paper: bool) -> str:
-    if paper:
-        return "Defensive Quantization, measured again"
-    if not measurements:
-        return "Deployed integer models"
-    sizes = Counter((m.data, m.model) for m in measurements)
-    names = [name for name, _ in sizes.most_common()]
-    names = [name for name in names if not is_validation(name[0])] or names
+def _about(measurements: Sequence[Measurement], paper: bool) -> tuple[str, dict[str, int]]:
+    """A title, and what is counted; held-out images only where there are no others."""
+    tested = [m for m in measurements if not is_validation(m.data)] or measurements
+    facts = {
+        "seeds": len({m.seed for m in measurements}),
+        "attacks": len({m.attack for m in measurements} - {"clean"}),
+        "test images": max((m.total for m in tested), default=0),
+    }
+    names = [name for name, _ in Counter((m.data, m.model) for m in tested).most_common()]
     models, data = distinct(model for _, model in names), distinct(data for data, _ in names)
-    return f"Accuracy under attack: {', '.join(models)} on {', '.join(data)}"
+    title = f"Accuracy under attack: {', '.join(models)} on {', '.join(data)}"
+    title = title if measurements else "Deployed integer models"
+    return "Defensive Quantization, measured again" if paper else title, facts
+
+
+def _notes(unreadable: Sequence[str], cells: Sequence[Cell], repeated: int) -> list[str]:
+    """What is not among the numbers."""
+    alike = distinct(str(c.series) for c in cells if len(set(c.seeds)) < len(c.seeds))
+    notes = [f"Unreadable. {note}" for note in unreadable]
+    notes += [
+        f"{name}: several runs of one seed are averaged, though they differ" for name in alike
+    ]
+    told = f"Repeated measurements of the same run, attack and ε left out: {repeated}"
+    return [*notes, told] if repeated else notes
 
 
 # --- claims -------------------------------------------------------------------------------
