@@ -22,23 +22,8 @@ from defquant.files import write_bytes
 from defquant.paper.section import Answer as Decided
 from defquant.paper.section import Number, Reading, Section, Table, Verdict, eps_number
 from defquant.records import Measurement, read_folder
-from defquant.report import cards, judged, measured, plot
+from defquant.report import cards, judged, measured, model, plot
 from defquant.report.answer import Answer, of_places, rows_of
-from defquant.report.model import (
-    MARKS,
-    NOTHING,
-    WORDS,
-    Chapter,
-    Plain,
-    Row,
-    Shown,
-    View,
-    listing,
-    of_section,
-    uncertainty_text,
-    value_text,
-    view,
-)
 from defquant.report.names import Cell, distinct, is_validation, markdown, over_seeds
 from defquant.report.sources import StripTable, of_runs, read_runs
 
@@ -49,7 +34,7 @@ __all__ = [
 
 HERE = Path(__file__).parent
 ICONS: dict[Decided, str] = {"holds": "✓", "does not hold": "✗", "not decided": "?"}
-EMPTY = Reading(NOTHING, None, None, None, "not decided", NOTHING)
+EMPTY = Reading(model.NOTHING, None, None, None, "not decided", model.NOTHING)
 STYLES = ("", "bold", "underline")
 ANSWERS = {"right": "green", "wrong": "red", "open": "yellow"}
 LAYOUTS = ((" ", " (paper {})"), (" ", "\n(paper {})"), (" ", "\n({})"), ("\n", "\n({})"))
@@ -113,9 +98,9 @@ def judged_page(record: Mapping[str, Any]) -> str:
     return _Page(title, facts, answer, judged.rows(record), folded=folded).html()
 
 
-def _of_paper(sections: Sequence[Section]) -> list[Chapter]:
-    found: list[Chapter] = []
-    for chapter in map(of_section, sections):
+def _of_paper(sections: Sequence[Section]) -> list[model.Chapter]:
+    found: list[model.Chapter] = []
+    for chapter in map(model.of_section, sections):
         name = "paper-" + re.sub(r"[^a-z0-9]+", "-", chapter.anchor.lower()).strip("-")
         taken = f"-{len(found)}" * (name in [other.anchor for other in found])
         found.append(replace(chapter, anchor=name + taken))
@@ -129,11 +114,11 @@ class _Page:
     title: str
     facts: Mapping[str, int]
     answer: Answer | None
-    rows: Sequence[Row] = ()
+    rows: Sequence[model.Row] = ()
     known: plot.Looks | None = None
     strips: Sequence[StripTable] = ()
-    chapters: Sequence[Chapter] = ()
-    folded: Sequence[Chapter] = ()
+    chapters: Sequence[model.Chapter] = ()
+    folded: Sequence[model.Chapter] = ()
 
     def html(self) -> str:
         style, script = ((HERE / f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
@@ -146,8 +131,8 @@ class _Page:
             vars(self), style=style, script=script, policy=f"'sha256-{digest}'", pictures={},
             charts={c.anchor: list(_charts(c)) for c in (*self.chapters, *self.folded)},
             looks=plot.looks([(r.network, r.kind) for r in self.rows]) | (self.known or {}),
-            marks=MARKS, tally=tally, svg=plot.svg, net=plot.net, eps_number=eps_number,
-            value=value_text, spread=uncertainty_text,
+            marks=model.MARKS, tally=tally, svg=plot.svg, net=plot.net, eps_number=eps_number,
+            value=model.value_text, spread=model.uncertainty_text,
             reference=gaps[0] if len(gaps) == 1 else "reference",
             several=len({row.place for row in self.rows}) > 1,
         )  # fmt: skip
@@ -158,20 +143,20 @@ def template(name: str, place: Path = HERE) -> Template:
         loader=FileSystemLoader(place), autoescape=name.endswith("html"), trim_blocks=True,
         lstrip_blocks=True, undefined=StrictUndefined,
     )  # fmt: skip
-    environment.globals.update(view=view, guesses=_guesses)
+    environment.globals.update(view=model.view, guesses=_guesses)
     environment.filters.update(md=markdown, html=lambda text: escape(visible(text)), url=quote)
     environment.filters.update(paragraph=_paragraph, visible=visible)
     return environment.get_template(name)
 
 
-def _charts(chapter: Chapter) -> Iterator[plot.Figure]:
+def _charts(chapter: model.Chapter) -> Iterator[plot.Figure]:
     """What Vega-Lite draws, and what is said below."""
     for panels in plot.figures(chapter.panels):
-        about = WORDS["bars" if panels[0].percent else "deviation"]
+        about = model.WORDS["bars" if panels[0].percent else "deviation"]
         papers = any(line.paper for panel in panels for line in panel.lines)
-        yield plot.Figure("", about + WORDS["dashed"] * papers, plot.chart(panels))
+        yield plot.Figure("", about + model.WORDS["dashed"] * papers, plot.chart(panels))
     if any(reading.effect is not None for v in chapter.verdicts for reading in v.readings):
-        yield plot.Figure("", WORDS["effects"], plot.claims_chart(chapter.verdicts))
+        yield plot.Figure("", model.WORDS["effects"], plot.claims_chart(chapter.verdicts))
 
 
 def _about(measurements: Sequence[Measurement], paper: bool) -> tuple[str, dict[str, int]]:
@@ -183,7 +168,7 @@ def _about(measurements: Sequence[Measurement], paper: bool) -> tuple[str, dict[
         "test images": max((m.total for m in tested), default=0),
     }
     names = [name for name, _ in Counter((m.data, m.model) for m in tested).most_common()]
-    models, data = distinct(model for _, model in names), distinct(data for data, _ in names)
+    models, data = distinct(network for _, network in names), distinct(data for data, _ in names)
     title = f"Accuracy under attack: {', '.join(models)} on {', '.join(data)}"
     title = title if measurements else "Deployed integer models"
     return "Defensive Quantization, measured again" if paper else title, facts
@@ -203,11 +188,11 @@ def _notes(unreadable: Sequence[str], cells: Sequence[Cell], repeated: int) -> l
 # --- claims -------------------------------------------------------------------------------
 
 
-def claims(verdicts: Sequence[Verdict]) -> Chapter:
+def claims(verdicts: Sequence[Verdict]) -> model.Chapter:
     """Counted and drawn; folded, a row per reading, what is said of each claim, its command."""
-    rows: list[Plain] = [
+    rows: list[model.Plain] = [
         {
-            "Claim": f"{v.name} {v.claim} The paper: {v.paper or NOTHING}",
+            "Claim": f"{v.name} {v.claim} The paper: {v.paper or model.NOTHING}",
             "Under": r.attack,
             "Verdict": "" if r is EMPTY else f"{ICONS[r.verdict]} {r.verdict}",
             "Effect, points": Number(r.effect, low=r.low, high=r.high, points=True),
@@ -219,9 +204,9 @@ def claims(verdicts: Sequence[Verdict]) -> Chapter:
     notes = [(v.name, v.where, v.note, v.command) for v in verdicts]
     kept = tuple(note for note in notes if any(note[1:]))
     beside = Table(("Claim", "Where", "Note", "Command"), kept, "Notes and commands")
-    return Chapter(
+    return model.Chapter(
         "claims", "The paper's claims", verdicts=verdicts, folded=[
-            ("Every reading", [listing(rows, WORDS["claims"])]),
+            ("Every reading", [model.listing(rows, model.WORDS["claims"])]),
             *[(beside.caption, [beside])] * bool(kept),
         ],
     )  # fmt: skip
@@ -248,7 +233,7 @@ def section_markdown(section: Section, figure: str = "") -> str:
     parentheses. Pictures, and what each number rests on, are on the page; here is what the
     networks say of them.
     """
-    chapter = of_section(section)
+    chapter = model.of_section(section)
     return _written("section", chapter=chapter, figure=figure if section.panels else "")
 
 
@@ -264,19 +249,19 @@ def markdown_table(measurements: Iterable[Measurement]) -> str:
 
 def text_table(measurements: Iterable[Measurement]) -> RenderableType:
     """The summary for a terminal."""
-    shown = view(measured.summary_table(measured.summary(measurements)))
+    shown = model.view(measured.summary_table(measured.summary(measurements)))
     return Group(_terminal(shown, LAYOUTS[0]), Text("\n".join(shown.notes), style="italic"))
 
 
 def print_section(section: Section, console: Console) -> None:
     """Heading, paragraphs, tables and command; the numbers of figures where it has no table."""
-    chapter = of_section(section)
+    chapter = model.of_section(section)
     parts: list[RenderableType] = [Text(visible(chapter.title), style="bold")]
     parts += [Text(visible(paragraph)) for paragraph in chapter.text]
     for table in chapter.tables or [t for _, tables in chapter.folded[:1] for t in tables]:
-        parts += _fitted(view(table), console)
+        parts += _fitted(model.view(table), console)
     for strip in chapter.strips:
-        drawn = _terminal(view(_guesses(strip)), LAYOUTS[0])
+        drawn = _terminal(model.view(_guesses(strip)), LAYOUTS[0])
         parts.append(Group(Text(visible(strip.where)), drawn))
     parts += [Text(visible(note)) for note in chapter.notes]
     parts += [Text(f"$ {visible(command)}", style="dim") for command in chapter.commands[:1]]
@@ -287,11 +272,11 @@ def print_claims(verdicts: Sequence[Verdict], console: Console) -> None:
     """Each claim with its readings, one a line, and its note; the counts at the end."""
     for verdict in verdicts:
         console.print(Text(visible(f"{verdict.name}  {verdict.claim}"), style="bold"))
-        about = f"{verdict.where}. Paper: {verdict.paper or NOTHING}. {verdict.note}".rstrip()
+        about = f"{verdict.where}. Paper: {verdict.paper or model.NOTHING}. {verdict.note}".rstrip()
         console.print(Text(visible(about), style="dim"))
         ((_, (table,)), *_) = claims([verdict]).folded
         short = Table(table.head[1:-1], tuple(row[1:-1] for row in table.rows))
-        console.print(_terminal(view(short), LAYOUTS[0]), crop=False)
+        console.print(_terminal(model.view(short), LAYOUTS[0]), crop=False)
         console.print()
     console.print(Text(_counted(verdicts)))
 
@@ -348,7 +333,7 @@ def _guesses(table: StripTable) -> Table:
     rows = []
     for image in table.images:
         found = [o.answers(image) if image in o.by_id else {} for *_, o in table.columns]
-        said = [" ".join(own.get(kind, [NOTHING])).strip() for own in found for kind in kinds]
+        said = [" ".join(own.get(kind, [model.NOTHING])).strip() for own in found for kind in kinds]
         rows.append((image, table.first(image)[1], *said))
     return Table(("Image", "Truth", *heads), tuple(rows))
 
@@ -356,7 +341,7 @@ def _guesses(table: StripTable) -> Table:
 # --- terminal -----------------------------------------------------------------------------
 
 
-def _fitted(shown: View, console: Console) -> list[RenderableType]:
+def _fitted(shown: model.View, console: Console) -> list[RenderableType]:
     """Entries in the widest layout that fits, else in the narrowest, then not cut off."""
     tables = [_terminal(shown, layout) for layout in LAYOUTS]
     fitting = [table for table in tables if _width(table, console) <= console.width]
@@ -370,7 +355,7 @@ def _width(table: rich_table.Table, console: Console) -> int:
     return Width.get(console, console.options.update(max_width=10_000), table).maximum
 
 
-def _terminal(shown: View, layout: tuple[str, str]) -> rich_table.Table:
+def _terminal(shown: model.View, layout: tuple[str, str]) -> rich_table.Table:
     table = rich_table.Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
     for index, head in enumerate(shown.head):
         side: Literal["left", "right"] = "left" if index < shown.words else "right"
@@ -381,7 +366,7 @@ def _terminal(shown: View, layout: tuple[str, str]) -> rich_table.Table:
     return table
 
 
-def _text(place: Shown, layout: tuple[str, str]) -> Text:
+def _text(place: model.Shown, layout: tuple[str, str]) -> Text:
     shown = Text(visible(place.text), style=ANSWERS.get(place.mark, STYLES[place.rank]))
     if place.more:
         shown = Text.assemble(shown, layout[0] + place.more)
