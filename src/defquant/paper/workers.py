@@ -69,13 +69,35 @@ def each(
 
     Raises what a job raises, and `UserError` when a process dies, for want of memory say.
     """
+    queue, names = iter(jobs), dict[Future[T], str]()
+    with _pool(processes) as (pool, end), _progress(title, jobs, total, tell) as advance:
+        while time.monotonic() < until:
+            free = list(islice(queue, processes - len(names)))
+            with _late_ctrl_c(sys.maxsize), _deaf_children():
+                names |= {pool.submit(job): name for name, job in free}
+                if free:  # wakes Python's watcher once all it must watch has been started
+                    pool.submit(int)
+            if not names:
+                break
+            ready, _ = wait(names, max(0.0, min(1.0, until - time.monotonic())), _ANY)
+            for future in ready:
+                result = future.result()
+                name = names.pop(future)
+                advance(name, result)
+                yield name, result
+        if names:
+            end()
+
+
+@contextmanager
+def _pool(processes: int) -> Iterator[tuple[ProcessPoolExecutor, Callable[[], None]]]:
+    """Processes of one thread each, and what ends them in their work, as an error does."""
     # spawn: a forked child inherits torch's thread pool in a state that can hang
     context = multiprocessing.get_context("spawn")
     compilers = max(1, cores() // processes)
     pool = ProcessPoolExecutor(
         processes, mp_context=context, initializer=_start_child, initargs=(compilers,)
     )
-    queue, names = iter(jobs), dict[Future[T], str]()
 
     def end() -> None:
         for process in list((pool._processes or {}).values()):
@@ -83,21 +105,7 @@ def each(
         pool.shutdown(wait=True, cancel_futures=True)
 
     try:
-        with _progress(title, len(jobs) if isinstance(jobs, Sized) else total, tell) as advance:
-            while time.monotonic() < until:
-                free = list(islice(queue, processes - len(names)))
-                with _late_ctrl_c(sys.maxsize), _deaf_children():
-                    names |= {pool.submit(job): name for name, job in free}
-                    if free:  # wakes Python's watcher once all it must watch has been started
-                        pool.submit(int)
-                if not names:
-                    break
-                ready, _ = wait(names, max(0.0, min(1.0, until - time.monotonic())), _ANY)
-                for future in ready:
-                    result = future.result()
-                    name = names.pop(future)
-                    advance(name, result)
-                    yield name, result
+        yield pool, end
     except BaseException as error:
         end()
         if isinstance(error, BrokenProcessPool):
@@ -106,7 +114,7 @@ def each(
                 "time if need be; what was finished stands"
             ) from None
         raise
-    end() if names else pool.shutdown()
+    pool.shutdown()
 
 
 @contextmanager
@@ -179,7 +187,9 @@ def _one_thread() -> None:
 
 
 @contextmanager
-def _progress(title: str, total: int | None, tell: Tell) -> Iterator[Callable[[str, object], None]]:
+def _progress(
+    title: str, jobs: Iterable[Job[T]], total: int | None, tell: Tell
+) -> Iterator[Callable[[str, object], None]]:
     """One line per job that is done, whose result says no more, where there is something to tell
     or no terminal; on a terminal also a bar and the lines that `tell` has, each second.
     """
@@ -187,7 +197,7 @@ def _progress(title: str, total: int | None, tell: Tell) -> Iterator[Callable[[s
     hidden = not console.is_terminal or quiet()
     columns = BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn()
     bar = Progress("{task.description}", *columns, console=console)
-    task = bar.add_task(title, total=total)
+    task = bar.add_task(title, total=len(jobs) if isinstance(jobs, Sized) else total)
 
     def shown() -> Group:
         room = console.width - 3  # for the `^C` that a terminal writes: a new line would stay
@@ -234,7 +244,7 @@ def each_on_cluster(
 
     Raises `UserError`: Ray is not installed, nothing answers, or a node lacks defquant.
     """
-    bar = _progress(title, len(jobs) if isinstance(jobs, Sized) else total, tell)
+    bar = _progress(title, jobs, total, tell)
     with _late_ctrl_c(1) as stop, _connected(address) as ray, bar as advance:
         if gpus is None:
             gpus = int(ray.cluster_resources().get("GPU", 0) >= 1)
