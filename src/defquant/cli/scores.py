@@ -61,8 +61,7 @@ class _Own:
         from defquant.judging.suspects import foreign_on
 
         tested = load(self.data or "", root, "test").first(images)
-        size = batch_size or len(tested)
-        found = foreign_on(self.model_file or "", self.weights, tested, size, place)
+        found = foreign_on(self.model_file or "", self.weights, tested, batch_size, place)
         return *found, tested.to(place)
 
 
@@ -293,9 +292,8 @@ def rescore(
     from defquant.judging.suspects import foreign_on
 
     manifest, place = read_manifest(Path(folder)), pick_device(device)
-    spec, network = model_file or model or "", None
-    if model is not None:
-        network = _own_or_onnx(Path(model), manifest, place)
+    spec = model_file or model or ""
+    network = _own_or_onnx(Path(model), manifest, place) if model else None
     if network is None and ".py:" in spec:
         network, _ = load_foreign(spec, weights, place)
     elif network is None:

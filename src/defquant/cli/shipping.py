@@ -78,7 +78,7 @@ def export(
     path, network, origin, known, tested = _deployable(run, model, own, data_root, images)
     beside = None
     if reference is not None:
-        beside, _ = foreign_on(reference, None, tested, len(tested), torch.device("cpu"))
+        beside, _ = foreign_on(reference, None, tested, None, torch.device("cpu"))
     program, file = ship.exported(
         network, origin, known("train"), path, weight_bits=weight_bits, input_type=input,
         allow_float=allow_float, strict=strict,

@@ -45,6 +45,7 @@ __all__ = ["Page", "serve"]
 BYTES, AT_ONCE = 8 << 20, 4
 """At most: of an uploaded file; networks side by side."""
 EACH = "each network"
+Array = NDArray[np.uint8]
 HERE = Path(__file__).parent
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -89,9 +90,7 @@ class Page:
         except UserError as error:
             return {"error": str(error)}
 
-    def chosen(
-        self, sent: dict[str, Any], names: Sequence[str]
-    ) -> tuple[NDArray[np.uint8], int, str]:
+    def chosen(self, sent: dict[str, Any], names: Sequence[str]) -> tuple[Array, int, str]:
         """A test image by its number, or another picture; its class, or the first network's guess;
         and what each network says of it.
         """
@@ -108,8 +107,8 @@ class Page:
         return pixels.numpy(), label, text
 
     def attack(
-        self, stop: Event, picture: NDArray[np.uint8], label: int, names: Sequence[str],
-        attack: str, on: str, eps: float, steps: float,
+        self, stop: Event, picture: Array, label: int, names: Sequence[str], attack: str, on: str,
+        eps: float, steps: float,
     ) -> Generator[str]:  # fmt: skip
         """The page's right half while the attack runs, and when it has ended."""
         networks, pixels = self.networks(names), torch.from_numpy(np.ascontiguousarray(picture))

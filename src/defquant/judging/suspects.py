@@ -142,12 +142,12 @@ def with_twin(model: nn.Module, data: Dataset) -> nn.Module:
 
 
 def foreign_on(
-    spec: str, weights: str | None, images: Dataset, batch_size: int, place: torch.device
+    spec: str, weights: str | None, images: Dataset, batch_size: int | None, place: torch.device
 ) -> tuple[nn.Module, Subject]:
     """Whatever `judge` takes, seen to answer on the images, with its staircases opened."""
     if ".py:" in spec:
         model, subject = load_foreign(spec, weights, place)
-        probe(spec, model, images, batch_size)
+        probe(spec, model, images, batch_size or len(images))
         return with_twin(model, images), subject
     found, name = suspect(spec, images, weights), Path(spec).name
     subject = Subject(f"{FOREIGN} ({name})", name, evidence={"file_sha256": found.sha256})

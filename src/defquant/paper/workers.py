@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
@@ -43,8 +43,6 @@ T = TypeVar("T")
 Job = tuple[str, Callable[[], T]]
 Tell = Callable[[str], Sequence[str]]
 """What there is to tell of a job that is done, by its name; without a name, of all together."""
-
-_ANY = "FIRST_COMPLETED"
 
 
 def cores() -> int:
@@ -79,7 +77,7 @@ def each(
                     pool.submit(int)
             if not names:
                 break
-            ready, _ = wait(names, max(0.0, min(1.0, until - time.monotonic())), _ANY)
+            ready, _ = wait(names, max(0.0, min(1.0, until - time.monotonic())), FIRST_COMPLETED)
             for future in ready:
                 result = future.result()
                 name = names.pop(future)
