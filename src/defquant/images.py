@@ -174,14 +174,9 @@ def measure_and_save(
 
 
 def _saved(
-    folder: Path,
-    model: nn.Module,
-    images: Dataset,
-    attacks: Sequence[Single | Composition],
-    scores: Sequence[Measurement],
-    seed: int,
-    batch_size: int,
-) -> Iterator[Measurement]:
+    folder: Path, model: nn.Module, images: Dataset, attacks: Sequence[Single | Composition],
+    scores: Sequence[Measurement], seed: int, batch_size: int,
+) -> Iterator[Measurement]:  # fmt: skip
     """Save what `attacks` make; yields the 8-bit scores beside `scores`, the same in floats.
 
     Images that the network has wrong are saved as they are. Where a radius of a family leaves an

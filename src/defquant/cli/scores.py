@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from defquant.attacks import Composition, Single
-    from defquant.checkpoint import Facts
     from defquant.data import Dataset
     from defquant.images import Manifest
     from defquant.measure import Subject
@@ -71,6 +69,19 @@ _Tested = tuple[Path, Any, Any, Any]
 """A network that is measured: folder of its results, itself, what it is, the images."""
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What `attack` asks of each network, and how: `saved` is where 8-bit images go."""
+
+    attacks: list[Any]
+    unaware: bool
+    substitute: str | None
+    saved: Path | None
+    place: Any
+    how: dict[str, Any]
+    json: bool
+
+
 def attack(
     runs: tuple[str, ...] = (),
     *,
@@ -115,21 +126,18 @@ def attack(
     check_model("attack", runs, own, out, mine | {"split": split != "test"}, save_images)
     least(1, batch_size=batch_size)
     least(0, examples=examples)
-    from defquant.attacks import FirstOrder
     from defquant.attacks.names import parse_attack
-    from defquant.defenses import Unaware
     from defquant.distributed import pick_device
     from defquant.files import write_json
     from defquant.foreign import blamed
     from defquant.images import MANIFEST
     from defquant.measure import examples as pictures
-    from defquant.measure import replay
     from defquant.runs import test_images
 
     attacks = [parse_attack(name, radius) for name in attack for radius in eps]
     place, saved = pick_device(device), Path(save_images) if save_images else None
-    how: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
-    asking = [a for a in attacks if isinstance(a, FirstOrder) and a.walk.steps]  # Random asks none
+    how = {"seed": seed, "batch_size": batch_size}
+    asked = _Asked(attacks, unaware, substitute, saved, place, how, json)
     if own.model_file is None:
         loaded = _loaded(runs, place, substitute, squeezed=unaware)
         targets: Any = ((*one, test_images(one[2], data_root, images, split)) for one in loaded)
@@ -139,15 +147,9 @@ def attack(
         for one in targets:
             run, network, facts, tested = one
             keep_log(run)
-            others: list[Any] = [Unaware(a) for a in asking if unaware]
-            others += [
-                replay(a, Path(substitute), tested, device=place, source=substitute, **how)
-                for a in asking
-                if substitute
-            ]
-            width = _print_scores(one, attacks, others, saved, how, json)
+            width = _print_scores(one, asked)
             if detector:
-                _print_detected(one, attacks, data_root, how, json, width)
+                _print_detected(one, asked, data_root, width)
             if examples:
                 best = _shown(attacks, eps)
                 found = pictures(run, network, facts, tested, best, examples, seed, batch_size)
@@ -159,46 +161,48 @@ def attack(
                 print(saved / MANIFEST)
 
 
-def _print_scores(
-    one: _Tested, attacks: Sequence[Any], others: Sequence[Any], saved: Path | None,
-    how: Mapping[str, Any], json: bool,
-) -> int:  # fmt: skip
-    """Of one network, `others` in floats alone; returns the width of the attacks' column."""
+def _print_scores(one: _Tested, asked: _Asked) -> int:
+    """Of one network, unaware attacks and black boxes too; returns the width of their names."""
+    from defquant.attacks import FirstOrder
+    from defquant.defenses import Unaware
     from defquant.foreign import warn_of_chance
     from defquant.images import measure_and_save
+    from defquant.measure import replay
     from defquant.progress import AttackProgress
 
-    names = [a.name + EIGHT_BIT * bool(saved) for a in attacks] + [a.name for a in others]
+    attacks, source, how = asked.attacks, asked.substitute, asked.how
+    asking = [a for a in attacks if isinstance(a, FirstOrder) and a.walk.steps]  # Random asks none
+    others: list[Any] = [Unaware(a) for a in asking if asked.unaware]
+    others += [
+        replay(a, Path(source), one[-1], device=asked.place, source=source, **how)
+        for a in asking
+        if source
+    ]
+    names = [a.name + EIGHT_BIT * bool(asked.saved) for a in attacks] + [a.name for a in others]
     width, watch = max(12, *map(len, names)), AttackProgress(one[0].name, len(one[-1]), len(names))
-    for m in measure_and_save(saved, *one, attacks, black_box=others, watch=watch, **how):
-        print_measurements([m], as_json=json, width=width)
+    for m in measure_and_save(asked.saved, *one, attacks, black_box=others, watch=watch, **how):
+        print_measurements([m], as_json=asked.json, width=width)
         if m.attack == "clean" and m.method.startswith(FOREIGN):
             warn_of_chance(m.score, one[-1].num_classes)
     return width
 
 
-def _print_detected(
-    one: _Tested, attacks: Sequence[Any], root: str | None, how: Mapping[str, Any], json: bool,
-    width: int,
-) -> None:  # fmt: skip
+def _print_detected(one: _Tested, asked: _Asked, root: str | None, width: int) -> None:
     from defquant.attacks import FirstOrder
     from defquant.defenses import CALIBRATION, detect
     from defquant.runs import test_images
 
     known = test_images(one[2], root, None, "train")
     clean = known.first(min(len(known), CALIBRATION))
-    for r in detect(*one, clean, [a for a in attacks if isinstance(a, FirstOrder)], **how):
-        print_json(r) if json else print(rows.detection_row(r, width), flush=True)
+    attacks = [a for a in asked.attacks if isinstance(a, FirstOrder)]
+    for r in detect(*one, clean, attacks, **asked.how):
+        print_json(r) if asked.json else print(rows.detection_row(r, width), flush=True)
 
 
 def check_model(
-    verb: str,
-    runs: Sequence[str],
-    own: Own,
-    out: str | None,
-    mine: Mapping[str, object],
+    verb: str, runs: Sequence[str], own: Own, out: str | None, mine: Mapping[str, object],
     save_images: str | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Raise `UserError` for flags of one's own runs beside a foreign model, and the reverse."""
     foreign = {"weights": own.weights, "data": own.data, "out": out}
     given = next((name for name, value in foreign.items() if value is not None), "")
@@ -227,7 +231,7 @@ def check_model(
 
 def _loaded(
     runs: Sequence[str], place: "torch.device", source: str | None, *, squeezed: bool
-) -> "list[tuple[Path, nn.Module, Facts]]":
+) -> list[tuple[Path, Any, Any]]:
     """All are sound, and fit the substitute, before the first is attacked."""
     from defquant.measure import load_on
 
@@ -248,9 +252,7 @@ def _loaded(
     return loaded
 
 
-def _shown(
-    attacks: "Sequence[Single | Composition]", eps: Sequence[float]
-) -> "Single | Composition":
+def _shown(attacks: Sequence[Any], eps: Sequence[float]) -> Any:
     """The attack of the report's example pictures: the one of most steps, at the middle eps."""
     from defquant.attacks import FirstOrder
 
