@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import defquant as dq
 from conftest import left_alone, refused, tiny_images, uniform
 from defquant.attacks import FGSM, PGD, untouched
+from defquant.attacks.access import channels_last
 from defquant.captured import capture
 from defquant.deploy.lower import calibrate
 from defquant.diagnose import Effort, first_block_distances, gradient_cosines, layer_distances
@@ -138,3 +139,52 @@ def test_attacks_run_in_eval_mode_without_parameter_gradients() -> None:
     spy.register_forward_hook(lambda *_: seen.add((spy.training, spy.weight.requires_grad)))
     FGSM(0.1)(spy, x, y)
     assert seen == {(False, False)}
+
+
+class Ordered(nn.Module):
+    """A convolution between two of other kinds of reading: by memory or not, as `reads` says."""
+
+    def __init__(self, reads: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.fc, self.reads = nn.Conv2d(3, 8, 3, 4), nn.Linear(128, 4), reads
+        self.seen: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        self.seen.append(x.is_contiguous(memory_format=torch.channels_last))
+        return self.fc(self.reads(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("reads", "last"),
+    [
+        (lambda x: x.flatten(1), True),
+        (lambda x: x.view(len(x), -1), False),
+        (lambda x: x.as_strided((len(x), 128), (128, 1)), False),  # as a kernel of a user's own may
+    ],
+)
+def test_convolutions_run_channels_last_where_the_answers_stay(
+    reads: Callable[[Tensor], Tensor], last: bool
+) -> None:
+    model, data = Ordered(reads).eval(), (uniform(6, 3, 16, 16), torch.arange(6) % 4)
+    weight = model.conv.weight
+    there = weight.data_ptr()
+    with torch.no_grad():
+        usual = model(data[0])
+    with pytest.raises(KeyboardInterrupt), channels_last(model, data[0]):
+        assert torch.allclose(model(data[0]), usual, atol=1e-5)
+        assert model.seen[-1] == last
+        raise KeyboardInterrupt
+    assert weight is model.conv.weight and weight.data_ptr() == there
+    model.seen.clear()
+    dq.robust_accuracy(model, (data[0], usual.argmax(1)), PGD(0.01, steps=3))
+    assert model.seen[-1] == last
+
+
+def test_small_images_and_compiled_models_run_as_they_are() -> None:
+    model = Ordered(lambda x: x.flatten(1))
+    compiled = Ordered(lambda x: x.flatten(1))
+    compiled._compiled_call_impl = compiled.forward  # as `Module.compile` leaves it
+    for one, side in ((model, 8), (compiled, 16)):
+        with channels_last(one, uniform(2, 3, side, side)):
+            assert one.conv.weight.is_contiguous()

@@ -426,6 +426,21 @@ class Viewed(nn.Module):
         return self.fc(self.conv(x).view(x.size(0), -1))  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize(("channels", "last"), [(8, True), (4, False)])
+def test_a_skip_of_few_channels_is_not_trained_channels_last(
+    corners: Dataset, channels: int, last: bool
+) -> None:
+    """Its weights' gradient is written out of bounds by oneDNN on AVX2: runs crashed."""
+    first = nn.Conv2d(1, channels, 3)
+    skip = nn.Conv2d(channels, 8, 1, stride=2)
+    seen: list[bool] = []
+    skip.register_forward_hook(
+        lambda *args: seen.append(args[-1].is_contiguous(memory_format=torch.channels_last))
+    )
+    trained(corners, nn.Sequential(first, skip, nn.Flatten(), nn.Linear(72, 4)))
+    assert seen[-1] == last
+
+
 def test_memory_formats_are_the_users_own_after_training(corners: Dataset) -> None:
     assert trained(corners, Viewed())(torch.rand(2, 1, 8, 8)).shape == (2, 4)
 

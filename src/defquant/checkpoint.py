@@ -223,7 +223,10 @@ def restore(model: nn.Module, weights: Mapping[str, Tensor], source: str = "chec
 
 
 def load_model(path: Path | str) -> tuple[nn.Module, Facts]:
-    """The trained network of a run's folder or checkpoint, in eval mode on the CPU."""
+    """The trained network of a run's folder or checkpoint, in eval mode on the CPU.
+
+    Its weights lie in the order of memory in which it was trained (`TrainConfig.channels_last`).
+    """
     checkpoint = load(path)
     facts, weights = checkpoint.facts, checkpoint.weights
     try:
@@ -236,7 +239,8 @@ def load_model(path: Path | str) -> tuple[nn.Module, Facts]:
     except (ArithmeticError, RuntimeError, TypeError) as error:
         raise UserError(f"{path} has a header that is not ours ({shown(error)})") from None
     restore(model, weights, str(path))
-    return model.eval(), facts
+    layout = torch.channels_last if facts.train.channels_last else torch.contiguous_format
+    return model.to(memory_format=layout).eval(), facts  # type: ignore[call-overload]
 
 
 def _least(facts: Facts) -> float:
@@ -257,8 +261,7 @@ def load_on(run: Path, device: torch.device) -> tuple[nn.Module, Facts]:
             f"{run} has done {len(facts.history)} of {facts.train.epochs} epochs: finish it with "
             "`defquant train --resume`"
         )
-    layout = torch.channels_last if facts.train.channels_last else torch.contiguous_format
-    return model.to(device=device, memory_format=layout), facts  # type: ignore[call-overload]
+    return model.to(device), facts
 
 
 def _facts(path: Path, header: str) -> Facts:

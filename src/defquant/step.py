@@ -150,7 +150,15 @@ class Training:
 
 
 def _runs_channels_last(model: nn.Module, images: Tensor) -> bool:
-    """False for a model that reshapes by `view`, which knows the usual order of memory alone."""
+    """False for a model that reshapes by `view`, which knows the usual order of memory alone.
+
+    And for one with strided 1x1 convolutions of channels that are no multiple of 8: with 3 to 7
+    oneDNN (torch 2.13, AVX2) writes the gradient of their weights out of bounds, channels last.
+    """
+    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
+    skips = (m for m in convolutions if m.kernel_size == (1, 1) and m.stride != (1, 1))
+    if any(m.in_channels % 8 for m in skips):
+        return False
     with untouched(model), torch.no_grad():
         try:
             model(to_unit(images).contiguous(memory_format=torch.channels_last))

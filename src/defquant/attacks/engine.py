@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from defquant.attacks.access import channels_last
 from defquant.attacks.contract import Ids, InBall, Target, confirmed, to_pixels
 from defquant.attacks.look import (
     Forward,
@@ -142,9 +143,14 @@ def unbroken(target: Target, attack: Single, ids: Tensor) -> Tensor:
     the queue takes its place. The queue holds every example's first start, then every second
     start, so that late starts stack in the batch; starts of fallen examples are skipped. On a CPU,
     rows at a step at which most fell so far show their logits first: a gradient costs one or two
-    forward passes more. The answer does not depend on the batch size (beyond rounding).
+    forward passes more, and convolutions run channels last. The answer does not depend on the batch
+    size (beyond rounding).
     """
-    with opened(target.model, attack.plan, target.images) as forwards:
+    few = to_unit(target.images[ids[:4]])
+    with (
+        channels_last(target.model, few),
+        opened(target.model, attack.plan, target.images) as forwards,
+    ):
         return _Search(target, attack, ids, forwards).ended()
 
 

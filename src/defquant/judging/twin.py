@@ -154,7 +154,10 @@ class Twin(nn.Module):
         return None
 
     def _hold(self, program: Steps) -> None:
-        """Constants become buffers, but for sizes and indices, which stay where they are."""
+        """Constants become buffers, but for sizes and indices, which stay where they are.
+
+        Weights of convolutions lie channels last, in which a CPU is faster.
+        """
         wanted = {name for step in self.steps for name in step.inputs} | {self.unit or ""}
         self.held: dict[str, str] = {}
         self.indices: dict[str, Tensor] = {}
@@ -164,7 +167,8 @@ class Twin(nn.Module):
                 self.indices[name] = value
             else:
                 self.held[name] = f"constant{len(self.held)}"
-                self.register_buffer(self.held[name], value)
+                order = torch.channels_last if value.ndim == 4 else torch.preserve_format
+                self.register_buffer(self.held[name], value.clone(memory_format=order))
         last = {name: i for i, step in enumerate(self.steps) for name in step.inputs}
         self.dead: list[list[str]] = [[] for _ in self.steps]
         for name, i in last.items():

@@ -101,8 +101,8 @@ def initialize(model: nn.Module) -> None:
 def scaled(channels: int, width: float) -> int:
     """`channels` times `width`, to the nearest multiple of 8 and at least 8.
 
-    Strided 1x1 convolutions of other widths write out of bounds in the backward pass of oneDNN,
-    channels last (torch 2.13 on a CPU): some runs crash, others may be wrong.
+    Of strided 1x1 convolutions of 3 to 7 input channels oneDNN writes the weights' gradient out of
+    bounds, channels last (torch 2.13, AVX2): some runs crash, others may be wrong.
     """
     return max(8, 8 * round(channels * width / 8))
 
