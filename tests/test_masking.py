@@ -326,7 +326,8 @@ class Sure(nn.Module):
     """`Corners` behind a softmax of large logits: it falls as easily, and nothing moves before."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return 50 * Corners(1e5)(x).softmax(1)
+        logits: Tensor = Corners(1e5)(x)
+        return 50 * logits.softmax(1)
 
 
 @pytest.mark.parametrize("model", [Dead(), Sure()])
