@@ -130,13 +130,13 @@ def channels_last(model: nn.Module, images: Tensor) -> Iterator[None]:
 
 
 def _kernels(model: nn.Module) -> list[Tensor]:
-    """Weights of plain 2-d convolutions; none of a model that torch compiled."""
+    """Weights of plain convolutions, not channels last; none of a model that torch compiled."""
     modules = list(model.modules())
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in modules):
         return []
     found = [m._parameters.get("weight") for m in modules if isinstance(m, nn.Conv2d)]
     own = {id(w): w for w in found if type(w) is nn.Parameter and not w.is_inference()}
-    return list(own.values())
+    return [w for w in own.values() if not w.is_contiguous(memory_format=torch.channels_last)]
 
 
 def _put(weights: Iterable[Tensor], kept: Iterable[Tensor]) -> None:
