@@ -23,6 +23,8 @@ from conftest import tiny_images
 from defquant.attacks.surrogates import EOT, ClipFree, FloatTwin, SoftRound
 from defquant.errors import UserError
 from defquant.judging.contract import RANGES, Contract, File, find_contract, given_contract
+from defquant.judging.opening import has_gradient
+from defquant.judging.suspects import suspect
 from defquant.judging.twin import Twin, read_onnx
 from defquant.quantize import QuantReLU
 from onnx_nodes import CODES, FLOATS, IMAGE, OLD, WAYS, Node, Q, built, draw, f, ints, network
@@ -272,6 +274,24 @@ def test_a_file_with_such_an_end_is_read(name: str, tmp_path: Path) -> None:
     found = find_contract(file, data.images, data.labels)
     assert torch.equal(file.predict(data.images, found.contract), data.labels)
     assert torch.equal(file.model(found.contract)(data.images / 255).argmax(1), data.labels)
+
+
+@pytest.mark.parametrize("name", ["looked up", "asked", "modulo"])
+def test_a_node_that_hides_a_rounding_is_named(name: str, tmp_path: Path) -> None:
+    first: dict[str, list[Node]] = {
+        "looked up": READ["a table of 256 values, which runs on no others"][1],
+        "asked": [
+            ("Sub", [..., f(0.5)], {}),
+            ("Relu", [...], {}),
+            ("Cast", [...], {"to": 9}),
+            ("Cast", [...], {"to": 1}),
+        ],
+        "modulo": [("Mod", [..., f(0.25)], {"fmod": 1}), ("Sub", ["x", ...], {})],
+    }
+    last: list[Node] = [("Flatten", [...], {}), ("Gemm", [..., 20 * QUADRANTS], {"transB": 1})]
+    path, data = built(first[name] + last, ("n", 1, 8, 8), tmp_path / "m.onnx"), tiny_images(128)
+    seen = suspect(path, data, fed="0..1")
+    assert len(seen.closed) == 1 and has_gradient(seen.model, data.images[:2] / 255)
 
 
 def test_nan_is_no_answer(tmp_path: Path) -> None:

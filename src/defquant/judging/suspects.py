@@ -250,7 +250,8 @@ def _of_onnx(path: Path, data: Dataset, fed: str | None) -> Suspect:
     file = File(path, data.shape)
     some = data.first(min(_SHOWN, len(data)))
     found = find_contract(file, some.images, some.labels, classes=data.num_classes, **given)
-    contract, model = found.contract, file.model(found.contract)
+    contract, front = found.contract, file.model(found.contract)
+    model = front if has_gradient(front, to_unit(some.images[:2])) else Connected(front)
     return Suspect(
         str(path), "ONNX", model, lambda pixels: file.predict(pixels, contract),
         (str(found),), file.twin.staircases, file.twin.blind, own=False, sha256=digest,

@@ -81,7 +81,7 @@ class Twin(nn.Module):
         alone: an answer hangs on the other images of its batch (ranges are measured on it): the
             file is to be asked for one image at a time; the twin answers each as if alone.
         rows: how many images the twin takes at once, None for any number; it splits larger batches.
-        blind: nodes that an image reaches and a gradient does not pass, as a comparison.
+        blind: nodes that an image reaches and its gradient does not pass, as a comparison.
         grid: scale and zero point of a file that takes whole numbers, where one is told.
         staircases: names of the nodes whose roundings hang on the image, as in `stairs`.
     """
@@ -101,13 +101,20 @@ class Twin(nn.Module):
         self._to_logits(makers, program)
         self.classes = program.values[self.source].flatten(1).shape[1]
         before = self.steps[: self.steps.index(makers[self.source]) + 1]
-        self.blind = tuple(s.name for s in before if s.image and s.kind in BLIND)
+        self.blind = tuple(s.name for s in before if s.image and self._blind(s, program))
         rounding = [step for step in self.steps if step.stairs is not None]
         self.staircases = tuple(step.name for step in rounding)
         self.stairs = nn.ModuleList([step.stairs for step in rounding if step.stairs is not None])
         self.grid = self._grid(program)
         self._hold(program)
         self.eval()
+
+    @staticmethod
+    def _blind(step: Step, program: Steps) -> bool:
+        """Whether it passes no gradient on, or one of its input alone: a table, `x - x mod 1`."""
+        looked_up = step.kind == "Gather" and step.inputs[1] not in program.constants
+        asked = step.kind == "Cast" and step.get("to") == TensorProto.BOOL
+        return step.kind in BLIND or step.kind == "Mod" or looked_up or asked
 
     def _to_logits(self, makers: dict[str, Step], program: Steps) -> None:
         """Walk back from the output to what a loss should see."""

@@ -98,7 +98,7 @@ def judge(
         eps: L-infinity radii in (0, 1]; 8-bit images move by whole 1/255.
         margin: points of robust accuracy, on the same images.
         budget: seconds; what is not decided by then is `NOT DECIDED`.
-        images: at most so many; None for all.
+        images: at most so many are attacked; None for all.
         weights: of `my.py:make`, a .safetensors file.
         reference_weights: of the reference, likewise.
         input, reference_input: how an ONNX file takes its images, where it is known: as it is
@@ -123,11 +123,11 @@ def judge(
             f"judge needs an eps, a budget above 0 and a margin of 0 points or more; found "
             f"{len(eps)} eps, a budget of {budget:g} s and a margin of {margin:g}"
         )
-    data = data.first(images) if images else data
+    known, data = data, data.first(images) if images else data
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     shown, labels = data.images[order], data.labels[order]
     named = [(model, weights, input), (reference, reference_weights, reference_input)]
-    found = [_doubted(*one, data, shown[:PROBED], labels[:PROBED])
+    found = [_doubted(*one, known, shown[:PROBED], labels[:PROBED])
              for one in named if one[0] is not None]  # fmt: skip
     sides = [Side(one, shown, labels, seed) for one in found]
     with warnings.catch_warnings():
