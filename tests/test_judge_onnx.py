@@ -393,6 +393,9 @@ def test_constants_that_are_not_there(tmp_path: Path) -> None:
         path.write_bytes(whole[:cut])
         with pytest.raises(UserError):
             read_onnx(path)
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="it has no nodes"):
+        read_onnx(path)
     model = onnx.load_model_from_string(whole)
     (constant,) = model.graph.initializer
 

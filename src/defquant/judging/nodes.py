@@ -103,6 +103,8 @@ def read_nodes(path: Path) -> Nodes:
     """Raises `UserError` for a file that is none, or holds what is not read."""
     try:
         model = onnx.load_model_from_string(read_bytes(path))
+        if not model.graph.node:  # as an empty file has none
+            raise ValueError("it has no nodes")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # of protobuf, which has several
