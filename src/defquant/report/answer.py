@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Any
 
 from defquant.paper.section import Answer as Decided
 from defquant.paper.section import Number, bits_text, eps_text, listed, signed
 from defquant.paper.verdict import Interval, accuracy, decide, interval, pooled
-from defquant.records import BLACK
+from defquant.report.marks import UNSHIPPED, Kind, Mark, masking, missing, strength
 from defquant.report.model import WORDS, Row, interval_text, panels
 from defquant.report.names import (
     Cell,
@@ -30,12 +30,8 @@ from defquant.report.names import (
 from defquant.report.plot import Figure, Looks, Spec, chart, differences, looks, trade
 from defquant.report.sources import Diagnosis
 
-__all__ = [
-    "Answer", "Kind", "Mark", "Place", "gap", "kind_of", "ladder",
-    "of_places", "rows_of",
-]  # fmt: skip
+__all__ = ["Answer", "Place", "gap", "kind_of", "ladder", "of_places", "rows_of"]
 
-Kind = Literal["right", "wrong", "open"]
 At = tuple[str, float]
 """An attack and its eps."""
 SEEDS = 3  # that both have, of which a paired interval is made
@@ -44,22 +40,6 @@ VERDICTS: Mapping[Decided, tuple[str, Kind]] = {
     "does not hold": ("No", "wrong"),
     "not decided": ("Not shown", "open"),
 }
-SIGNS: Mapping[str, tuple[str, Kind]] = {  # of a diagnosis, from the best to the worst
-    "PASS": ("no sign", "right"),
-    "WARN": ("signs", "open"),
-    "OVERSTATED": ("overstated", "wrong"),
-    "FAIL": ("masked", "wrong"),
-}
-
-
-@dataclass(frozen=True)
-class Mark:
-    """One side of the evidence in a word, and what it rests on."""
-
-    name: str
-    word: str
-    kind: Kind
-    text: str
 
 
 @dataclass(frozen=True)
@@ -266,19 +246,15 @@ class Place:
         series, attack = self.pair[-1], attack_at(*self.at)
         own = self.networks[series]
         cell = own.get(self.at) or next(iter(own.values()))
-        marks = [
-            _strength(cell), _masking(cell, diagnoses),
-            ships or Mark("What ships", "not exported", "open",
-                          "defquant export RUN FILE.onnx measures it"),
-        ]  # fmt: skip
+        marks = [strength(cell), masking(cell, diagnoses), ships or UNSHIPPED]
         kept, found = f"{100 * cell.mean:.1f} %", self.less(cell, self.reference)
-        missing, figures = _missing([a for a, _ in own], marks, cell), _figures(self)
+        absent, figures = missing([a for a, _ in own], marks, cell), _figures(self)
         if found is None:
             ends = f"[{interval_text(cell.n).replace(' to ', ', ')}]"
             return Answer(
                 f"How robust is {series}?", kept, "open",
                 f"of {cell.n.images:,} images are right, {attack}, 95 % interval {ends}. There is "
-                "no other network to set it beside.", marks, (), missing, figures,
+                "no other network to set it beside.", marks, (), absent, figures,
             )  # fmt: skip
         word, kind = VERDICTS[decide(found[0])]
         theirs = self.networks[self.reference][cell.attack, cell.eps]
@@ -287,7 +263,7 @@ class Place:
             f"Is {series} safer than {self.reference}?", word, kind,
             f"{_points(found[0])} {where}: {kept} of the images stay right, "
             f"{100 * theirs.mean:.1f} % with {self.reference}. The 95 % interval is {found[1]}.",
-            marks, self._beside(cell), missing, figures,
+            marks, self._beside(cell), absent, figures,
         )  # fmt: skip
 
     def _beside(self, cell: Cell) -> list[str]:
@@ -335,44 +311,6 @@ def rows_of(places: Sequence[Place]) -> list[Row]:
 
 def _points(found: Interval) -> str:
     return f"{signed(found.effect)} points [{signed(found.low)}, {signed(found.high)}]"
-
-
-def _strength(cell: Cell) -> Mark:
-    """Strong: 5 seeds or more on 400 images or more; fair: 2 seeds or more."""
-    seeds = len(set(cell.seeds))
-    strong = seeds >= 5 and cell.n.images >= 400
-    word, kind = ("strong", "right") if strong else ("fair" if seeds > 1 else "weak", "open")
-    text = f"{seeds} seed{'s' * (seeds > 1)}, {cell.n.images:,} images"
-    return Mark("Evidence", word, kind, text)  # type: ignore[arg-type]
-
-
-def _masking(cell: Cell, diagnoses: Mapping[str, Diagnosis]) -> Mark:
-    """The worst of the diagnoses; or that the attack was blind."""
-    name, order = "Masked gradients", list(SIGNS)
-    if cell.n.masked:
-        share = f"no gradient on {cell.vanishing:.1%} of the right images"
-        return Mark(name, "masked", "wrong", share)
-    known = [(order.index(d.verdict), run, d) for run, d in diagnoses.items() if d.verdict in SIGNS]
-    if not known:
-        return Mark(name, "not asked", "open", "defquant diagnose RUN answers")
-    _, run, worst = max(known, key=lambda own: own[0])
-    about = f"{worst.verdict} of {run} at {eps_text(worst.eps)}, {worst.images:,} images"
-    return Mark(name, *SIGNS[worst.verdict], about)
-
-
-def _missing(attacks: Sequence[str], marks: Sequence[Mark], cell: Cell) -> list[str]:
-    def any_of(*starts: str) -> bool:
-        return any(a.startswith(starts) for a in attacks)
-
-    absent = {
-        "an attack made for quantised networks (adaptive)": not any_of("Adaptive", "Standard"),
-        "a black box (square, --substitute)":
-        not (any_of("Square", "Standard") or any(a.endswith(BLACK) for a in attacks)),
-        "other seeds": len(cell.seeds) == 1,
-        "masked gradients (diagnose)": marks[1].word == "not asked",
-        "what ships (export)": marks[2].word == "not exported",
-    }  # fmt: skip
-    return [what for what, is_so in absent.items() if is_so]
 
 
 # --- charts ---------------------------------------------------------------------------------

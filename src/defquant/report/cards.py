@@ -14,7 +14,8 @@ from defquant.files import read_text
 from defquant.paper.section import Entry, Number, Table, rate, signed
 from defquant.paper.verdict import Spread, accuracy, interval
 from defquant.records import Score
-from defquant.report.answer import Answer, Mark
+from defquant.report.answer import Answer
+from defquant.report.marks import UNASKED, Mark
 from defquant.report.model import NOTHING, WORDS, Chapter, Row, interval_text
 from defquant.report.names import Family, Series, attack_at, attack_order, distinct
 from defquant.report.plot import differences
@@ -332,7 +333,7 @@ def answer(cards: Sequence[Card]) -> Answer:
         "wrong" if bad else "right", sentence,
         [
             Mark("Evidence", "one seed each", "open", f"{max(images):,} images of each for parity"),
-            Mark("Masked gradients", "not asked", "open", "defquant diagnose RUN answers"),
+            UNASKED,
             Mark("What ships", "integers" if integers and not codes else "not all in integers",
                  "right" if integers and not codes else "wrong",
                  f"{codes:,} codes differ from the integer reference's")

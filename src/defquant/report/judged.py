@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from defquant.paper.section import Number, eps_text, rate
-from defquant.report.answer import Answer, Kind, Mark
+from defquant.report.answer import Answer
+from defquant.report.marks import Kind, Mark
 from defquant.report.model import Chapter, Plain, Row, listing
 from defquant.report.plot import differences
 from defquant.report.sources import flatten
