@@ -146,6 +146,7 @@ def test_what_was_changed_is_never_the_presets() -> None:
             "no network '*_9bit_*' in fig1 at --preset small: --dr",
         ),
         (("fig1", "--keep", "*_4bti_*"), "no network '*_4bti_*' in fig1 at --preset small: --dr"),
+        (("fig1", "--merge", ".", "--dry-run"), "--merge takes results over, --dry-run"),
         (("fig1", "--seeds", "1", "1"), "--seeds are numbers from 0, each once; found 1 and 1"),
         (("fig1", "--epochs", "0"), "epochs must be positive; found 0"),
         (
@@ -166,3 +167,11 @@ def test_mistakes_are_one_line(
     assert (status, out) == (2, "")
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def test_a_folder_that_is_not_there_is_not_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    none = tmp_path / "none"
+    status, _, err = call(capsys, "fig1", "--preset", "smoke", "--render-only", "--out", str(none))
+    assert status == 2 and "there is no folder" in err and not none.exists()

@@ -157,6 +157,10 @@ def reproduce(
     folder = Path(out or f"runs/{preset}")
     least(1, jobs=jobs, workers=int(workers) if workers.isdecimal() else None)
     seconds = None if budget is None else seconds_of(budget)
+    if merge and dry_run:
+        raise UserError("--merge takes results over, --dry-run makes nothing: leave one out")
+    if render_only and not merge and not folder.is_dir():
+        raise UserError(f"there is no folder {folder} to show: leave out --render-only to make it")
     if merge:
         paper.merge(folder, merge)
     if dry_run:
