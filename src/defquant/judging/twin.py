@@ -161,10 +161,7 @@ class Twin(nn.Module):
         return None
 
     def _hold(self, program: Steps) -> None:
-        """Constants become buffers, but for sizes and indices, which stay where they are.
-
-        Weights of convolutions lie channels last, in which a CPU is faster.
-        """
+        """Constants become buffers, but for sizes and indices, which stay where they are."""
         wanted = {name for step in self.steps for name in step.inputs} | {self.unit or ""}
         self.held: dict[str, str] = {}
         self.indices: dict[str, Tensor] = {}
@@ -174,8 +171,7 @@ class Twin(nn.Module):
                 self.indices[name] = value
             else:
                 self.held[name] = f"constant{len(self.held)}"
-                order = torch.channels_last if value.ndim == 4 else torch.preserve_format
-                self.register_buffer(self.held[name], value.clone(memory_format=order))
+                self.register_buffer(self.held[name], value)
         last = {name: i for i, step in enumerate(self.steps) for name in step.inputs}
         self.dead: list[list[str]] = [[] for _ in self.steps]
         for name, i in last.items():
