@@ -1,5 +1,8 @@
 """A model is left as it was found, whatever happened; attacks run in eval mode, without a graph."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -188,3 +191,34 @@ def test_small_images_and_compiled_models_run_as_they_are() -> None:
     for one, side in ((model, 8), (compiled, 16)):
         with channels_last(one, uniform(2, 3, side, side)):
             assert one.conv.weight.is_contiguous()
+
+
+SHAPES = """
+import torch
+from torch.nn.functional import conv2d
+
+last, some = torch.channels_last, (1, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24)
+shapes = [(k, s, i, o, 1) for k in (1, 3, 5) for s in (1, 2) for i in some for o in some]
+shapes += [(3, s, c, c, c) for s in (1, 2) for c in some]
+torch.set_num_threads(1)
+for k, s, i, o, groups in shapes:
+    for side, n in ((8, 3), (7, 2), (32, 2)):
+        found = []
+        for layout in (torch.contiguous_format, last):
+            torch.manual_seed(0)
+            x = torch.randn(n, i, side, side).contiguous(memory_format=layout).requires_grad_()
+            w = torch.randn(o, i // groups, k, k).contiguous(memory_format=layout)
+            y = conv2d(x, w, None, s, k // 2, 1, groups)
+            found.append((y.detach(), *torch.autograd.grad(y.square().sum(), x)))
+        for usual, other in zip(*found):
+            assert torch.allclose(usual, other, rtol=1e-3, atol=1e-2), (k, s, i, o, groups, side)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instructions", ["AVX512_CORE", "AVX2", "SSE41"])
+def test_an_attack_asks_onednn_for_nothing_that_it_writes_out_of_bounds(instructions: str) -> None:
+    """Channels last, as the gradient of weights is at some widths: see `step`. glibc looks."""
+    checks = {"LD_PRELOAD": "libc_malloc_debug.so.0", "MALLOC_CHECK_": "3"}
+    env = os.environ | checks | {"ONEDNN_MAX_CPU_ISA": instructions}
+    subprocess.run([sys.executable, "-c", SHAPES], env=env, check=True)

@@ -313,6 +313,7 @@ SOUND = [{"eps": 0.1, "overstated": {"verdict": "REAL"}, "strongest": {"rate": 0
     ({"closed": ("argmin",)}, ("noise", "FAIL"), "NOT DECIDED", "argmin could not be opened"),
     ({}, ("flat", "WARN"), "NOT DECIDED", "upper bounds: flat"),
     ({"doubts": ("it guesses",)}, ("noise", "PASS"), "NOT DECIDED", "it guesses"),
+    ({"doubts": ("it guesses",)}, ("noise", "FAIL"), "MASKED", "usual attack: noise; it guesses"),
     ({}, None, "NOT DECIDED", "give more --budget"),
 ])  # fmt: skip
 def test_what_hides_something_is_not_real(

@@ -325,7 +325,8 @@ def _verdict(
     raised = {s["name"]: s["verdict"] for s in (signs or {}).get("signs", ())}
     failed = [name for name, said in raised.items() if said == "FAIL"]
     if failed and (over or found.own or not found.closed):
-        return "MASKED", f"gradients are hidden from the usual attack: {', '.join(failed)}"
+        hidden = f"gradients are hidden from the usual attack: {', '.join(failed)}"
+        return "MASKED", "; ".join((hidden, *found.doubts[:1]))
     if found.doubts:
         return "NOT DECIDED", found.doubts[0]
     if over:
