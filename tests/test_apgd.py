@@ -172,14 +172,16 @@ def test_queries_break_what_the_gradient_cannot() -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@example(0.130859375, 67, 2, 22)
+@example(0.130859375, 67, 2, 22)  # with float32 weights, a tie of two images that 2 bits see as one
 @given(st.floats(0.01, 0.2), st.integers(0, 99), st.integers(1, 30), st.integers(1, 40))
 def test_never_weaker_than_its_ascent_whatever_the_batch(
     eps: float, seed: int, batch_size: int, queries: int
 ) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 8, 3), dq.QuantReLU(2, 0.5), nn.Flatten(), nn.Linear(128, 3))
-    model.eval().double()  # in float32 last digits, which a batch's size changes, tip a rounding
+    model.eval().double()  # in float32 last digits, which a batch's size changes, tip a rounding,
+    for weights in model.parameters():  # and sums of float32 weights lie midway between logits
+        nn.init.uniform_(weights, -0.2, 0.2)
     x = torch.rand(20, 1, 6, 6, generator=torch.Generator().manual_seed(1))
     y = model(x.double()).argmax(1)
     plain = APGD(eps, 5, loss="margin", surrogate=SoftRound())
