@@ -60,6 +60,8 @@ docs: setup-dev
 	cp -r *.md LICENSE docs examples results build/docs
 	$(BIN)/zensical build --strict --clean
 
+# hypothesis draws the same cases on every machine here; `make test` draws new ones
+check: TESTS += --hypothesis-profile=ci
 check: lint types docs test test-old-cpu test-slow
 
 clean:
