@@ -8,20 +8,30 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from defquant.captured import MOVES, Captured, capture, kind_of, operation
-from defquant.deploy.emit import Codes, Emitter, Padded, Scaled, Stream, Unfinished, Value
+from defquant.captured import MOVES, Captured, arguments, capture, kind_of, operation
+from defquant.deploy.emit import (
+    Codes,
+    Emitter,
+    Make,
+    Padded,
+    Scaled,
+    Stream,
+    Unfinished,
+    Value,
+    Walk,
+    named,
+)  # fmt: skip
 from defquant.deploy.floats import borders, pair
 from defquant.deploy.program import Add, Linear, MaxPool, Program
-from defquant.deploy.walk import Make, Walk, named
 from defquant.errors import UserError
 from defquant.integers import (
     Floats64,
     Grid,
     Sums,
     as_double,
-    branch_grid,
     finest,
     fold_batch_norm,
+    grid_of,
     integers,
 )
 
@@ -111,51 +121,37 @@ _OPEN = (Unfinished, Scaled)
 _SUMS = ("add", "sub", "rsub", "addcmul")
 
 
-def _conv(walk: Walk, node: fx.Node) -> Value | None:
-    x, kernel = walk.value(node.args[0]), node.args[1]
-    assert isinstance(kernel, fx.Node)
+def _conv(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Value | None:
+    x, kernel = walk.value(given["input"]), given["weight"]
     border = x.border if isinstance(x, Padded) else (0, 0, 0, 0)
     x = x.codes if isinstance(x, Padded) else x
-    source = None if x is None else walk.real(x)
+    source = None if x is None else walk.out.finished(x)
     weight = walk.seen.constant(kernel)
-    ends = _ends(node, weight, border)
-    if source is None or source.name not in walk.out.grids or weight is None or ends is None:
+    if source is None or source.name not in walk.out.grids or weight is None or weight.ndim != 4:
         return None
-    factor = source.factor if isinstance(source, Stream) else 1.0
-    held = walk.seen.constant(node.args[2]) if len(node.args) > 2 else None
+    dilation = pair(given["dilation"])
+    own = borders(given["padding"], weight.shape[2:], dilation)
+    top, left, bottom, right = (p + b for p, b in zip(own, border, strict=True))
+    ends = pair(given["stride"]), (top, left, bottom, right), dilation, int(given["groups"])
+    held = walk.seen.constant(given["bias"])
     bias = np.zeros(len(weight)) if held is None else as_double(held)
     kept, bits = kernel.meta.get("float", weight), kernel.meta.get("bits")
     sums = Sums.of(node.meta["layer"], kept, bits, None, walk.out.grids[source.name])
-    sums = sums.scaled(np.asarray(factor), bias)
+    sums = sums.scaled(np.asarray(source.factor), bias)
     return Unfinished(named(node), source.name, sums, ends)
 
 
-def _ends(node: fx.Node, weight: Tensor | None, border: tuple[int, int, int, int]) -> Any:
-    """Stride, padding (top, left, bottom, right), dilation, groups; None where it is not of 2D."""
-    if weight is None or weight.ndim != 4:
-        return None
-    stride, padding, dilation, groups = _given(node, 3, 1, 0, 1, 1)
-    own = borders(padding, weight.shape[2:], pair(dilation))
-    pads = tuple(p + b for p, b in zip(own, border, strict=True))
-    return pair(stride), pads, pair(dilation), int(groups)
-
-
-def _given(node: fx.Node, first: int, *defaults: Any) -> list[Any]:
-    """The arguments from the `first` on, and the defaults of those that are not given."""
-    given = list[Any](node.args[first:])
-    return given + list(defaults[len(given) :])
-
-
-def _batch_norm(walk: Walk, node: fx.Node) -> Value | None:
-    weight, bias, mean, var = (walk.seen.constant(a) for a in node.args[1:5])
-    if mean is None or var is None or node.args[5]:
+def _batch_norm(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Value | None:
+    names = ("weight", "bias", "running_mean", "running_var")
+    weight, bias, mean, var = (walk.seen.constant(given[name]) for name in names)
+    if mean is None or var is None or given["training"]:
         raise UserError(
             f"cannot export layer {node.meta['layer']!r}: a batch norm without running statistics"
         )
-    folded = fold_batch_norm(weight, bias, mean, var, float(node.args[7]))  # type: ignore[arg-type]
+    folded = fold_batch_norm(weight, bias, mean, var, given["eps"])
     channels = (-1, *[1] * (node.meta["val"].ndim - 2))
     gain, shift = (v.reshape(channels) for v in folded)
-    return _affine(walk, node, node.args[0], gain, shift)
+    return _affine(walk, node, given["input"], gain, shift)
 
 
 def _affine(
@@ -166,9 +162,8 @@ def _affine(
     if x is None or source.meta["val"].shape != node.meta["val"].shape:
         return None
     if gain.size == 1 and not shift.any() and not (isinstance(x, _OPEN) and _alone(node)):
-        x = walk.real(x)
-        factor = float(gain.reshape(())) * (x.factor if isinstance(x, Stream) else 1.0)
-        return Stream(x.name, factor)
+        x = walk.out.finished(x)
+        return Stream(x.name, float(gain.reshape(())) * x.factor)
     channels = int(node.meta["val"].shape[1]) if rank > 1 else 0
     parts = [_by_channel(v, rank, channels) for v in (gain, shift)]
     if parts[0] is None or parts[1] is None:
@@ -178,7 +173,7 @@ def _affine(
         return replace(x, name=named(node), sums=x.sums.scaled(gain, shift))
     if isinstance(x, Scaled):
         return replace(x, name=named(node), gain=x.gain * gain, shift=x.shift * gain + shift)
-    return Scaled(named(node), walk.real(x), gain, shift, rank)
+    return Scaled(named(node), walk.out.finished(x), gain, shift, rank)
 
 
 def _alone(node: fx.Node) -> bool:
@@ -197,18 +192,17 @@ def _by_channel(value: Floats64, rank: int, channels: int) -> Floats64 | None:
         value.size == channels) else None  # fmt: skip
 
 
-def _sum(walk: Walk, node: fx.Node) -> Value | None:
+def _sum(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Value | None:
     """add, sub, rsub: of two values, or of one and a constant."""
-    kind = kind_of(node)
-    alpha = float(node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1))  # type: ignore[arg-type]
-    factors = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[kind]
-    fixed = [walk.floats(a) for a in node.args[:2]]
-    values = [walk.value(a) for a in node.args[:2]]
+    alpha, terms = float(given.get("alpha", 1)), (given["self"], given["other"])
+    factors = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[kind_of(node)]
+    fixed = [walk.floats(a) for a in terms]
+    values = [walk.value(a) for a in terms]
     for one, other in ((0, 1), (1, 0)):
         constant = fixed[other]
         if constant is not None:
             gain, shift = np.asarray(factors[one]), factors[other] * constant
-            return _affine(walk, node, node.args[one], gain, shift)
+            return _affine(walk, node, terms[one], gain, shift)
     if any(v is None for v in values) or not _alike(node):
         return None
     return walk.out.add(named(node), list(factors), [v for v in values if v is not None])
@@ -219,28 +213,28 @@ def _alike(node: fx.Node) -> bool:
     return all(a.meta["val"].shape == node.meta["val"].shape for a in node.all_input_nodes)
 
 
-def _times(walk: Walk, node: fx.Node) -> Value | None:
+def _times(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Value | None:
     """mul, div: by a constant."""
-    first, second = node.args[:2]
+    first, second = given["self"], given["other"]
     divides = kind_of(node) == "div"
     constant = walk.floats(second)
     if constant is None and not divides:
         first, second = second, first
         constant = walk.floats(second)
-    if constant is None or len(node.args) > 2 or node.kwargs:
+    if constant is None or given.get("rounding_mode"):
         return None
     gain = 1 / constant if divides else constant
     return _affine(walk, node, first, gain, np.zeros(()))
 
 
-def _addcmul(walk: Walk, node: fx.Node) -> Value | None:
+def _addcmul(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Value | None:
     """a + number · x, as a convex sum is written."""
-    total, one, other = node.args
+    one, other = given["tensor1"], given["tensor2"]
     factor = walk.floats(one)
     if factor is None:
         factor, other = walk.floats(other), one
-    values = walk.value(total), walk.value(other)
-    if factor is None or factor.size != 1 or None in values or node.kwargs:
+    values = walk.value(given["self"]), walk.value(other)
+    if factor is None or factor.size != 1 or None in values or given["value"] != 1:
         raise UserError(
             f"cannot export layer {node.meta['layer']!r}: addcmul without a number ({node.name})"
         )
@@ -248,91 +242,83 @@ def _addcmul(walk: Walk, node: fx.Node) -> Value | None:
     return walk.out.add(named(node), [1.0, float(factor.reshape(()))], inputs)
 
 
-def _neg(walk: Walk, node: fx.Node) -> Value | None:
-    return _affine(walk, node, node.args[0], np.asarray(-1.0), np.zeros(()))
+def _neg(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Value | None:
+    return _affine(walk, node, given["self"], np.asarray(-1.0), np.zeros(()))
 
 
-def _clip_round(walk: Walk, node: fx.Node) -> Value:
-    bits, high = int(node.args[1]), float(node.args[2])  # type: ignore[arg-type]
-    return _onto(walk, node, Grid(high / (2**bits - 1), 0, 2**bits - 1))
-
-
-def _signed_round(walk: Walk, node: fx.Node) -> Value:
-    peak = walk.seen.constant(node.args[1])
-    if peak is None or not float(peak) > 0:
+def _quantised(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Value:
+    """By one of this library's quantisers."""
+    quantiser = walk.seen.quantiser(node)
+    grid = None if quantiser is None else grid_of(quantiser)
+    if grid is None:
         raise UserError(
             f"cannot export layer {node.meta['layer']!r}: its range is 0, as before training"
         )
-    bits, least = node.args[2:]
-    return _onto(walk, node, branch_grid(float(peak), int(bits), least))  # type: ignore[arg-type]
+    return _onto(walk, node, given, grid)
 
 
-def _affine_round(walk: Walk, node: fx.Node) -> Value | None:
+def _affine_round(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Value | None:
     """torch's own quantiser: scale, zero point, lowest and highest code."""
-    given = [walk.floats(a) for a in node.args[1:]]
-    if any(v is None or v.size != 1 for v in given):
+    known = [walk.floats(given[name]) for name in ("scale", "zero", "low", "high")]
+    if any(v is None or v.size != 1 for v in known):
         return None
-    scale, zero, low, high = (float(v.reshape(())) for v in given if v is not None)
+    scale, zero, low, high = (float(v.reshape(())) for v in known if v is not None)
     if high - low > 255:
         return None
-    return _onto(walk, node, Grid(scale, int(zero - low), int(high - low)))
+    return _onto(walk, node, given, Grid(scale, int(zero - low), int(high - low)))
 
 
-def _onto(walk: Walk, node: fx.Node, grid: Grid) -> Value:
-    x = walk.value(node.args[0])
+def _onto(walk: Walk, node: fx.Node, given: dict[str, Any], grid: Grid) -> Value:
+    x = walk.value(given["x"])
     assert x is not None
     codes = walk.out.onto(named(node), grid, x)
     walk.out.activations.append(codes.name)
     return codes
 
 
-def _pad(walk: Walk, node: fx.Node) -> Value | None:
+def _pad(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Value | None:
     """A border of zeros around codes that one convolution reads goes into it."""
-    x, (pads, *rest) = walk.value(node.args[0]), _given(node, 1)
-    rest += node.kwargs.values()
+    x, pads = walk.value(given["self"]), given["pad"]
     (reader, *others) = node.users
-    zeros = all(r in ("constant", 0, 0.0, None) for r in rest)
-    fixed = walk.seen.constant((*reader.args, None)[1]) is not None
-    if others or not fixed or not zeros or len(pads) != 4 or min(pads) < 0:
+    read = arguments(reader)
+    zeros = given["mode"] == "constant" and not given["value"]
+    if others or not zeros or len(pads) != 4 or min(pads) < 0 or kind_of(reader) != "conv2d":
         return None
-    if kind_of(reader) != "conv2d" or reader.args[0] is not node:
+    if read["input"] is not node or walk.seen.constant(read["weight"]) is None:
         return None
-    source = None if x is None else walk.real(x)
+    source = None if x is None else walk.out.finished(x)
     left, right, top, bottom = pads
-    if not isinstance(source, Codes):
-        return None
-    return Padded(source, (top, left, bottom, right))
+    return Padded(source, (top, left, bottom, right)) if isinstance(source, Codes) else None
 
 
-def _max_pool(walk: Walk, node: fx.Node) -> Value | None:
-    x = walk.value(node.args[0])
-    source = None if x is None else walk.real(x)
-    kernel, stride, padding, dilation, ceil = _given(node, 1, None, None, 0, 1, False)
-    if ceil and any(pair(padding)):
+def _max_pool(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Value | None:
+    x = walk.value(given["self"])
+    source = None if x is None else walk.out.finished(x)
+    kernel, stride, padding = (given[k] for k in ("kernel_size", "stride", "padding"))
+    if given["ceil_mode"] and any(pair(padding)):
         raise UserError(
             f"cannot export layer {node.meta['layer']!r}: ONNX pools beyond a padded border "
             "otherwise than torch; take padding or ceil_mode"
         )
-    if not isinstance(source, Codes) or pair(dilation) != (1, 1):
+    if not isinstance(source, Codes) or pair(given["dilation"]) != (1, 1):
         return None
     name = named(node)
     walk.out.grids[name] = walk.out.grids[source.name]
     sizes = pair(kernel), pair(stride or kernel), pair(padding)
-    walk.out.emit(MaxPool(name, source.name, *sizes, bool(ceil)))
+    walk.out.emit(MaxPool(name, source.name, *sizes, bool(given["ceil_mode"])))
     return Codes(name)
 
 
-def _linear(walk: Walk, node: fx.Node) -> Value | None:
-    x, kernel = walk.value(node.args[0]), node.args[1]
-    assert isinstance(kernel, fx.Node)
+def _linear(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Value | None:
+    x, kernel = walk.value(given["input"]), given["weight"]
     weight = walk.seen.constant(kernel)
     if x is None or weight is None:
         return None
-    top, kept = _top(walk, node.args[0]), kernel.meta.get("float", weight)
+    top, kept = _top(walk, given["input"]), kernel.meta.get("float", weight)
     bits = kernel.meta.get("bits") or min(8, finest(top))
-    held = walk.seen.constant(node.args[2]) if len(node.args) > 2 else None
+    held = walk.seen.constant(given["bias"])
     bias = torch.zeros(len(weight)) if held is None else held
-    source, rank = walk.out.tensor(walk.real(x)), node.meta["val"].ndim
+    source, rank = walk.out.tensor(x), node.meta["val"].ndim
     made = integers(kept, bits, top, node.meta["layer"]), bias.detach().float().cpu().numpy()
     return walk.out.emit(Linear(named(node), source, node.meta["layer"], *made, rank))
 
@@ -352,6 +338,6 @@ _KINDS: Mapping[str, Make] = {
     "aten.conv2d": _conv, "aten.batch_norm": _batch_norm, "aten.add": _sum, "aten.sub": _sum,
     "aten.rsub": _sum, "aten.mul": _times, "aten.div": _times, "aten.addcmul": _addcmul,
     "aten.neg": _neg, "aten.pad": _pad, "aten.max_pool2d": _max_pool, "aten.linear": _linear,
-    "defquant.clip_round": _clip_round, "defquant.signed_round": _signed_round,
+    "defquant.clip_round": _quantised, "defquant.signed_round": _quantised,
     "defquant.affine_round": _affine_round,
 }  # fmt: skip
