@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from defquant.attacks import contract
 from defquant.attacks.access import differentiable, gradient, untouched
-from defquant.attacks.contract import Attack, Target, Tick, eps_of, name_of
+from defquant.attacks.contract import Attack, Target, Tick, eps_of, name_of, told
 from defquant.attacks.lint import lint_answer, lint_attack, lint_images, lint_model, suspect
 from defquant.config import positive
 from defquant.data import Dataset, Images, to_unit
@@ -205,11 +205,6 @@ def linted(model: nn.Module, data: Images, batch_size: int) -> tuple[Tensor, Ten
     images, labels = on_device(model, data)
     lint_model(model, to_unit(images[: min(8, batch_size)]), labels)
     return images, labels
-
-
-def told(logits: Tensor) -> Tensor:
-    """The class of each row, -1 where a NaN stands in it: no answer, so a wrong one."""
-    return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
 
 
 def lint_classes(model: nn.Module, data: Images, classes: int, source: str) -> None:

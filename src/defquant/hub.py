@@ -12,14 +12,14 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from defquant.errors import UserError, needs, shown
 from defquant.files import make_folder, read_json
 from defquant.progress import quiet, say
-from defquant.records import Measurement, Score, read_folder
+from defquant.records import Measurement, read_folder
 from defquant.report.cards import KIND, Card
 from defquant.report.names import attack_at, markdown
 from defquant.typed import from_mapping
@@ -44,18 +44,6 @@ _MASKED = (
     "† Masked: on more than 1 % of the images that are classified rightly the loss gradient is "
     "zero. It proves no robustness and is not in the evaluation block.\n\n"
 )
-
-
-class _Row(NamedTuple):
-    """One score of a file, as those of a run are a `Measurement`."""
-
-    attack: str
-    eps: float
-    settings: str
-    score: Score
-    data: str
-    fingerprint: str
-    masked: bool = False
 
 
 def push(source: Path, repo: str, *, public: bool = False) -> str:
@@ -210,7 +198,7 @@ $ {shlex.join(["defquant", *use])}
 """
 
 
-def _of_file(source: Path) -> tuple[str, list[str], list[str], list[_Row]]:
+def _of_file(source: Path) -> tuple[str, list[str], list[str], list[Measurement]]:
     """Words of the card, its tags, how it is used, and its scores."""
     card = _sidecar(source.with_suffix(".json"))
     integer, every = card.convolutions
@@ -221,9 +209,12 @@ def _of_file(source: Path) -> tuple[str, list[str], list[str], list[_Row]]:
         f"{card.parity.images:,} images."
     )
     rows = [
-        _Row(p.attack, p.eps, p.settings, Score(*p.deployed), card.data, card.fingerprint)
+        Measurement(
+            card.run, card.method, card.model, card.bits, card.beta, card.seed, card.data,
+            card.fingerprint, p.attack, p.eps, p.settings, *p.deployed,
+        )
         for p in card.scores
-    ]
+    ]  # fmt: skip
     use = ["judge", f"{source.stem}/{source.name}", "--data", "DATA"]
     return text, ["onnx"], use, rows
 
@@ -253,7 +244,7 @@ def _name(source: Path) -> str:
     return source.stem if source.suffix == ".onnx" else source.resolve().name
 
 
-def _line(row: _Row | Measurement) -> str:
+def _line(row: Measurement) -> str:
     low, high = row.score.interval
     name = markdown(attack_at(row.attack, row.eps))
     return (
@@ -262,7 +253,7 @@ def _line(row: _Row | Measurement) -> str:
     )
 
 
-def _index(rows: Iterable[_Row | Measurement]) -> Iterator[dict[str, Any]]:
+def _index(rows: Iterable[Measurement]) -> Iterator[dict[str, Any]]:
     """The evaluation block: a result for each set of test images."""
     sets: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:

@@ -1,5 +1,6 @@
 """A layer in integers: its weight, batch norm and bias as whole numbers and scales."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -254,13 +255,11 @@ def _watched(model: nn.Module, x: Tensor) -> list[tuple[Sums, Grid]]:
             values[id(y)] = made
 
     names = {module: name for name, module in model.named_modules()}
-    hooks = [m.register_forward_hook(hook) for m in names if not list(m.children())]
-    try:
-        with untouched(model):
-            model(x)
-    finally:
-        for handle in hooks:
-            handle.remove()
+    with ExitStack() as stack, untouched(model):
+        for module in names:
+            if not list(module.children()):
+                stack.enter_context(module.register_forward_hook(hook))
+        model(x)
     ended += [(sums, branch_grid(1.0)) for sums in values.values() if isinstance(sums, Sums)]
     return ended if whole else []
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache, partial
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -22,7 +23,7 @@ from defquant.errors import UserError, near, shown
 
 __all__ = [
     "NOT_NEGATIVE", "POSITIVE", "UNIT", "Rule", "check_fields", "check_sound", "convert", "decode",
-    "from_mapping", "parse_json", "parse_yaml",
+    "from_mapping", "parse_json", "parse_yaml", "written",
 ]  # fmt: skip
 
 
@@ -69,6 +70,11 @@ def parse_json(text: str, where: str) -> Any:
 def parse_yaml(text: str, where: str) -> Any:
     """The same of a YAML text; aliases are refused, as a few of them can stand for gigabytes."""
     return _parse(text, where, "YAML", lambda: yaml.load(text, _Loader))
+
+
+def written(source: str, name: str) -> Any:
+    """What stands in our own YAML file `name` beside the module `source`, its `__file__`."""
+    return yaml.safe_load(Path(source).with_name(name).read_text("utf-8"))
 
 
 def _parse(text: str, where: str, kind: str, load: Callable[[], Any]) -> Any:

@@ -80,13 +80,10 @@ def _fed(model: nn.Module) -> Iterator[None]:
     if kind in (None, torch.float32):
         yield
         return
-    handle = model.register_forward_pre_hook(
+    with model.register_forward_pre_hook(
         lambda _, args: tuple(a.to(kind) if a.is_floating_point() else a for a in args)
-    )
-    try:
+    ):
         yield
-    finally:
-        handle.remove()
 
 
 def only_type(model: nn.Module) -> torch.dtype | None:

@@ -19,7 +19,7 @@ from defquant.errors import UserError
 __all__ = [
     "Ask", "Attack", "Draws", "Ids", "InBall", "Target", "Tick", "Witness", "attacked", "called",
     "confirmed", "draw_seed", "eight_bit", "eps_of", "made_by", "name_of", "pixels", "right",
-    "seed_of", "standing", "to_pixels", "uniform",
+    "seed_of", "standing", "to_pixels", "told", "uniform",
 ]  # fmt: skip
 
 Ask = Callable[[], tuple[float, int]]
@@ -214,10 +214,14 @@ def eight_bit(
 
 
 def right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Which answers are right; one with a NaN among its logits is not, whatever argmax says."""
+    """Which answers are right."""
     with untouched(model), torch.no_grad():
-        logits: Tensor = model(x)
-    return (logits.argmax(1) == y) & ~logits.isnan().any(1)
+        return told(model(x)) == y
+
+
+def told(logits: Tensor) -> Tensor:
+    """The class of each row, -1 where a NaN stands in it: no answer, so a wrong one."""
+    return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
 
 
 def name_of(attack: Attack) -> str:

@@ -16,18 +16,19 @@ from defquant.data import as_labels, in_unit, to_unit
 from defquant.errors import DefquantWarning, UserError
 
 __all__ = [
-    "SAME", "kind_of", "lint_answer", "lint_attack", "lint_images", "lint_model", "probabilities",
-    "suspect",
+    "NORMS", "SAME", "kind_of", "lint_answer", "lint_attack", "lint_images", "lint_model",
+    "probabilities", "suspect",
 ]  # fmt: skip
 
 SAME = 1e-4  # of the largest logit: what rounding may change between identical calls
 _PROBED = 256
 _FEWEST = 32
 _DEAD = "the model gives different images exactly the same output: look for dead layers"
-_NORMS = {
+NORMS = {
     "ImageNet's": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "CIFAR-10's": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
 }
+"""Means and deviations of images in [0, 1], by whose they are."""
 
 
 def lint_attack(attack: object) -> None:
@@ -179,7 +180,7 @@ def _answers(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
 def _repairs(x: Tensor) -> Iterator[tuple[str, Tensor]]:
     channels = x.shape[1]
     mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
-    for name, (means, deviations) in _NORMS.items():
+    for name, (means, deviations) in NORMS.items():
         if channels == 3:
             yield (
                 f"normalised with {name} mean and deviation",

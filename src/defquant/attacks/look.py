@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from defquant.attacks.access import differentiable, untouched
 from defquant.attacks.access import gradient as gradient_at
+from defquant.attacks.contract import told
 from defquant.attacks.graphs import alike, recorded, tensor_float
 from defquant.attacks.lint import lint_answer
 from defquant.attacks.losses import Loss, cross_entropy
@@ -160,10 +161,7 @@ def look(
             logits.append(answer.detach())
             losses.append(value.detach())
     grad = _mean(grads).nan_to_num(0.0) if gradient else at.new_zeros(()).expand_as(at[:n])
-    mean = _mean(logits)
-    # a NaN among the logits is an answer as wrong as any, and must not stop its neighbours
-    fooled = (mean.argmax(1) != y) | mean.isnan().any(1)
-    return Look(_mean(losses).nan_to_num(torch.inf), fooled, grad)
+    return Look(_mean(losses).nan_to_num(torch.inf), told(_mean(logits)) != y, grad)
 
 
 def at_once(at: Tensor) -> int:

@@ -6,6 +6,7 @@ Measured, as error amplification (section 3, Figure 3), and bounded, as the Lips
 import copy
 import math
 from collections.abc import Collection, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -168,14 +169,11 @@ def _first_quantizer(model: nn.Module, x: Tensor) -> tuple[Quantizer, Tensor]:
         if not found:
             found.append((module, args[0]))
 
-    parts = [module for module in model.modules() if isinstance(module, Quantizer)]
-    handles = [module.register_forward_pre_hook(hook) for module in parts]
-    try:
-        with untouched(model), torch.no_grad():
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack, untouched(model), torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, Quantizer):
+                stack.enter_context(module.register_forward_pre_hook(hook))
+        model(x)
     if not found:
         raise UserError(f"there must be a Quantizer to look at; {type(model).__name__} calls none")
     return found[0]

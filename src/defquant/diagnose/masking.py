@@ -3,11 +3,9 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from defquant.attacks import APGD, BIM, FGSM, PGD, RFGSM, Adaptive, Attack, Square, Transfer
@@ -22,6 +20,7 @@ from defquant.errors import DefquantWarning, UserError
 from defquant.evaluate import Images, answers, linted, robust
 from defquant.quantize import Quantizer
 from defquant.records import Score, html_table
+from defquant.typed import written
 
 __all__ = ["RULES", "Effort", "Finding", "Rule", "Sign", "Verdict", "judged", "masking_verdict"]
 
@@ -59,10 +58,7 @@ class Rule:
 
 
 RULES: Mapping[str, Rule] = {
-    name: Rule(**row)
-    for name, row in yaml.safe_load(
-        Path(__file__).with_name("signs.yaml").read_text("utf-8")
-    ).items()
+    name: Rule(**row) for name, row in written(__file__, "signs.yaml").items()
 }
 
 

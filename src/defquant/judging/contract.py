@@ -15,11 +15,12 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
+from defquant.attacks.contract import told
+from defquant.attacks.lint import NORMS
 from defquant.deploy.runtime import session
 from defquant.errors import UserError, shown
-from defquant.evaluate import told
 from defquant.judging.nodes import blamed
-from defquant.judging.twin import Layout, Twin, read_onnx
+from defquant.judging.twin import Layout, Twin, in_batches, read_onnx
 from defquant.records import Score
 from defquant.rounding import Rounded
 
@@ -45,8 +46,7 @@ RANGES: dict[str, Affine] = {
     "0..255": ((0.0,), (1.0,)),
     "-1..1": ((127.5,), (127.5,)),
     "-128..127": ((128.0,), (1.0,)),
-    "ImageNet's mean and std": normalised((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "CIFAR-10's mean and std": normalised((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    **{f"{whose} mean and std": normalised(*norm) for whose, norm in NORMS.items()},
 }
 """By name: what is subtracted from a pixel of 0..255, and what it is then divided by."""
 
@@ -125,19 +125,16 @@ class File:
         it returns a class for each image, that class's column is 1 and the others are 0.
         """
         port, rows = self.twin.port, self.twin.port.batch or (1 if self.twin.alone else _AT_ONCE)
-        parts = []
-        for part in values.to(port.dtype).split(rows):
-            given = part
-            if port.batch is not None:
-                given = torch.cat([part, part[-1:].expand(rows - len(part), *part.shape[1:])])
+
+        def run(part: Tensor) -> Tensor:
             with blamed(f"onnxruntime cannot run {self.path}"):
-                (made,) = self.session.run([self.twin.output], {port.name: given.numpy()})
-            parts.append(torch.from_numpy(np.asarray(made, np.float32))[: len(part)])
+                (made,) = self.session.run([self.twin.output], {port.name: part.numpy()})
+            return torch.from_numpy(np.asarray(made, np.float32))
+
+        found = in_batches(values.to(port.dtype), rows, run, filled=port.batch is not None)
         if "ArgMax" in self.twin.ending:
-            return nn.functional.one_hot(
-                torch.cat(parts).long().flatten(), self.twin.classes
-            ).float()
-        return torch.cat(parts).flatten(1)
+            return nn.functional.one_hot(found.long().flatten(), self.twin.classes).float()
+        return found.flatten(1)
 
     def predict(self, pixels: Tensor, contract: Contract) -> Tensor:
         """Classes (n,) that the file itself gives to `pixels`, uint8 (n, c, h, w); -1 for a NaN."""

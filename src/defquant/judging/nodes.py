@@ -71,7 +71,8 @@ class Nodes:
             raise ValueError(f"constants of more than {LARGEST:,} numbers: {list(tensor.dims)[:8]}")
         kind = tensor.data_type
         if kind not in _WHOLES and kind not in _FLOATS:
-            name = TensorProto.DataType.Name(kind) if kind in _names() else str(kind)
+            known = kind in TensorProto.DataType.values()
+            name = TensorProto.DataType.Name(kind) if known else str(kind)
             raise ValueError(f"constants of type {name} are not read")
         if tensor.data_location == TensorProto.EXTERNAL:
             tensor = _brought(tensor, self.path.parent)
@@ -81,10 +82,6 @@ class Nodes:
         if kind in _HALVES:
             array = array.astype("float32")
         return torch.from_numpy(array.copy())
-
-
-def _names() -> set[int]:
-    return set(TensorProto.DataType.values())
 
 
 def _brought(tensor: TensorProto, folder: Path) -> TensorProto:

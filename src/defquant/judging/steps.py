@@ -39,6 +39,7 @@ _RANGES = {
     torch.uint8: (0, 255), torch.int8: (-128, 127), torch.int16: (-32768, 32767),
     torch.uint16: (0, 65535),
 }  # fmt: skip
+_LISTS = NUMBERS | {kind: (place,) for kind, place in ZERO.items()}
 _COMMUTE = {"Add", "Max", "Min", "Mul"}
 _MONOTONE = {"Clip", "Div", "Identity", "Relu", "Sub"} | _COMMUTE
 
@@ -46,7 +47,7 @@ _MONOTONE = {"Clip", "Div", "Identity", "Relu", "Sub"} | _COMMUTE
 def call(step: Step, values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """What the step makes of `values`; those that it takes as numbers become lists."""
     given: list[Any] = list(values)
-    for place in NUMBERS.get(step.kind, ()) + ((ZERO[step.kind],) if step.kind in ZERO else ()):
+    for place in _LISTS.get(step.kind, ()):
         if place < len(given) and given[place] is not None:
             known = step.known.get(place)
             given[place] = given[place].reshape(-1).tolist() if known is None else known
@@ -160,8 +161,7 @@ class Steps:
         return _RANGES[kind]
 
     def list_numbers(self, step: Step, values: Sequence[Tensor | None]) -> None:
-        places = NUMBERS.get(step.kind, ()) + ((ZERO[step.kind],) if step.kind in ZERO else ())
-        for place in places:
+        for place in _LISTS.get(step.kind, ()):
             value = values[place] if place < len(values) else None
             if value is None:
                 continue

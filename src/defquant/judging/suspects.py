@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from defquant.attacks import APGD, PGD, Adaptive, Attack, Square
 from defquant.attacks.access import to_eval, untouched
-from defquant.attacks.contract import Target, seed_of, standing
+from defquant.attacks.contract import Target, seed_of, standing, told
 from defquant.attacks.lint import lint_answer, lint_model, probabilities
 from defquant.attacks.surrogates import twin_of
 from defquant.data import Dataset, load, to_unit
 from defquant.diagnose.masking import Connected
 from defquant.errors import UserError, needs, shown
-from defquant.evaluate import device_of, told
+from defquant.evaluate import device_of
 from defquant.foreign import blamed, load_foreign, probe
 from defquant.judging.opening import Opened, few_layers, has_gradient, open_staircases
 from defquant.measure import Subject

@@ -1,7 +1,7 @@
 """An ONNX file read into a torch module with gradients, in bounded memory and time."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,7 @@ from defquant.judging.quantized import ZERO
 from defquant.judging.shapes import Step
 from defquant.judging.steps import BLIND, Steps, call
 
-__all__ = ["Layout", "Port", "Twin", "laid", "read_onnx"]
+__all__ = ["Layout", "Port", "Twin", "in_batches", "laid", "read_onnx"]
 
 Layout = Literal["NCHW", "NHWC"]
 _BATCH = 1024
@@ -189,13 +189,9 @@ class Twin(nn.Module):
         x = x.to(torch.float64 if self.port.dtype == torch.float64 else torch.float32)
         if self.port.dtype == torch.float16:
             x = x.half().float()
-        if self.rows is None or len(x) == self.rows:
+        if self.rows is None:
             return self._run(x, last)
-        parts = []
-        for part in x.split(self.rows):
-            filled = torch.cat([part, part[-1:].expand(self.rows - len(part), *part.shape[1:])])
-            parts.append(self._run(filled, last)[: len(part)])
-        return torch.cat(parts)
+        return in_batches(x, self.rows, lambda part: self._run(part, last))
 
     def _run(self, x: Tensor, last: Step) -> Tensor:
         values = {self.port.name: x, **self.indices}
@@ -216,6 +212,17 @@ class Twin(nn.Module):
             for name in dead:
                 values.pop(name, None)
         raise AssertionError("the last step is one of the steps")
+
+
+def in_batches(
+    x: Tensor, rows: int, run: Callable[[Tensor], Tensor], *, filled: bool = True
+) -> Tensor:
+    """What `run` makes of `x`, `rows` at a time; the last ones are `filled` up with the last."""
+    parts = []
+    for part in x.split(rows):
+        more = part[-1:].expand(rows - len(part) if filled else 0, *part.shape[1:])
+        parts.append(run(torch.cat([part, more]) if len(more) else part)[: len(part)])
+    return torch.cat(parts)
 
 
 def read_onnx(path: Path | str, image: tuple[int, int, int] | None = None) -> Twin:

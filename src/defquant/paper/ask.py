@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from defquant.paper.grid import Cell, Network, Results, Scale, Trial, written
+from defquant.paper.grid import Cell, Network, Results, Scale, Trial
 from defquant.paper.section import Entry, Line, Number, Panel, Table, bits_text, eps_text, number
+from defquant.typed import written
 
 __all__ = ["NUMBERS", "Ask", "Found", "Shown", "ask_all", "panel", "pivot", "printed", "select"]
 
@@ -21,7 +22,7 @@ NUMBERS: Mapping[str, Mapping[str, Row]] = {
         for name, line in rows.items()
         if name != "columns"
     }
-    for table, rows in written("numbers.yaml").items()
+    for table, rows in written(__file__, "numbers.yaml").items()
 }
 """The paper's own, by table, row and column."""
 

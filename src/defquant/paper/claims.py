@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from defquant.paper.ask import Ask, Found
 from defquant.paper.figures import EXPERIMENTS
-from defquant.paper.grid import Results, Scale, Trial, written
+from defquant.paper.grid import Results, Scale, Trial
 from defquant.paper.section import Number, Reading, Verdict, bits_text, eps_text, listed, signed
 from defquant.paper.verdict import (
     Blind,
@@ -21,7 +21,7 @@ from defquant.paper.verdict import (
     unmeasured,
     versus,
 )  # fmt: skip
-from defquant.typed import from_mapping
+from defquant.typed import from_mapping, written
 
 __all__ = ["CLAIMS", "Claim", "verdicts"]
 
@@ -277,7 +277,7 @@ class Claim:
 
 CLAIMS: Sequence[Claim] = [
     from_mapping(Claim, {"slug": slug, **entry}, f"{slug}: ")
-    for slug, entry in written("claims.yaml").items()
+    for slug, entry in written(__file__, "claims.yaml").items()
 ]
 
 

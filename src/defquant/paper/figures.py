@@ -9,7 +9,7 @@ from typing import Any
 from defquant.config import TrainConfig
 from defquant.paper import tables
 from defquant.paper.ask import Ask, Found, Shown, ask_all, panel, pivot, select
-from defquant.paper.grid import Cell, Results, Scale, Trial, written
+from defquant.paper.grid import Cell, Results, Scale, Trial
 from defquant.paper.section import (
     Number,
     Section,
@@ -23,6 +23,7 @@ from defquant.paper.section import (
     method_text,
     model_text,
 )  # fmt: skip
+from defquant.typed import written
 
 __all__ = ["EXPERIMENTS", "WORDS", "cells_of", "fig3", "fig7", "render", "surrogates"]
 
@@ -239,7 +240,7 @@ def cells_of(names: Iterable[str], scale: Scale) -> list[Cell]:
     return list(dict.fromkeys(cell for name in names for cell in EXPERIMENTS[name].cells(scale)))
 
 
-WORDS: Mapping[str, Any] = written("text.yaml")
+WORDS: Mapping[str, Any] = written(__file__, "text.yaml")
 """What people wrote of each section: see there."""
 
 

@@ -9,18 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from defquant.config import DataConfig, ModelConfig, TrainConfig, digest
 from defquant.errors import UserError
 from defquant.files import append_line, read_lines
 from defquant.paper.section import attack_text, eps_number, eps_text, listed
 from defquant.records import Measurement, append, read_jsonl
-from defquant.typed import from_mapping
+from defquant.typed import from_mapping, written
 
 __all__ = [
     "SCALES", "SCORES", "VALUES", "Cell", "Kind", "Network", "Results", "Scale", "Trial",
-    "by_network", "keep", "lock_of", "read", "written",
+    "by_network", "keep", "lock_of", "read",
 ]  # fmt: skip
 
 Kind = Literal["accuracy", "layers", "first-block", "detector", "examples"]
@@ -283,14 +281,9 @@ def _in_unit(key: str, value: Any) -> Any:
     return value / 255 if key in _RADII else value
 
 
-def written(name: str) -> Any:
-    """What stands in the YAML file `name` beside this one."""
-    return yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
-
-
 SCALES: Mapping[str, Scale] = {
     name: from_mapping(Scale, {"name": name, **_in_unit("", entry)}, f"{name}: ")
-    for name, entry in written("presets.yaml").items()
+    for name, entry in written(__file__, "presets.yaml").items()
 }
 
 

@@ -8,13 +8,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from defquant.paper.section import Entry, Line, Number, Panel, Section, Table, Verdict, signed
 from defquant.report.sources import StripTable, of_pictures
+from defquant.typed import written
 
 __all__ = [
     "EPS", "MARKS", "NOTHING", "WORDS", "Chapter", "Plain", "Row", "Shown", "View", "axis", "bar",
@@ -31,7 +29,7 @@ BLIND = (
     "† The loss gradient is exactly zero on more than 1% of the images that are classified "
     "rightly. Gradient attacks are blind there: this accuracy is masked, not robust."
 )
-WORDS: Mapping[str, Any] = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text("utf-8"))
+WORDS: Mapping[str, Any] = written(__file__, "words.yaml")
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from defquant.errors import UserError
 from defquant.files import write_bytes
 from defquant.paper.section import Line, Number, Panel, Section, Verdict, signed
@@ -31,6 +29,7 @@ from defquant.report.model import (
     value_text,
 )
 from defquant.report.names import attack_at, distinct
+from defquant.typed import written
 
 __all__ = [
     "Figure", "Looks", "Spec", "chart", "claims_chart", "differences", "drawing", "figures",
@@ -62,7 +61,7 @@ BITS = re.compile(r"\b([1-8])[- ]bit")
 
 @functools.cache
 def _charts() -> Spec:
-    found: Spec = yaml.safe_load(Path(__file__).with_name("charts.yaml").read_text("utf-8"))
+    found: Spec = written(__file__, "charts.yaml")
     return found
 
 
