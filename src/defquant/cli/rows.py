@@ -170,8 +170,11 @@ def judged_rows(record: Mapping[str, Any]) -> Iterator[str]:
         yield f"beside {record['reference']['name']}: {record['paired']}: {record['beside']}"
     for name in ("model", "reference"):
         found = record[name]
-        for line in () if found is None else (*found["contract"], *_closed(found)):
+        for line in () if found is None else found["contract"]:
             yield f"  {found['name']:32} {line}"
+        if found and found["closed"]:
+            shut = ", ".join(found["closed"])
+            yield f"  {found['name']:32} upper bounds: not opened: {shut}"
     for row in record["rows"]:
         yield f"  eps {eps_column(row['eps']):>6}  usual {_rate(row['usual'])}"
         yield f"  {'':10}  strongest {_rate(row['strongest'])}  {_points(row['overstated'])}"
@@ -186,11 +189,6 @@ def judged_rows(record: Mapping[str, Any]) -> Iterator[str]:
         if sign["verdict"] in ("WARN", "FAIL"):
             part = _part(sign["count"], sign["total"])
             yield f"  {sign['verdict']:11} {sign['name']:13} {part}: {sign['means']}"
-
-
-def _closed(found: Mapping[str, Any]) -> Iterator[str]:
-    if found["closed"]:
-        yield f"upper bounds: not opened: {', '.join(found['closed'])}"
 
 
 def _points(found: Mapping[str, Any]) -> str:

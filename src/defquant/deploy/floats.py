@@ -159,15 +159,11 @@ def _norm(c: _Writing) -> None:
     _reduce("ReduceL2")(c)
 
 
-def _transpose(c: _Writing) -> None:
-    order = list(range(c.rank))
-    one, other = (int(c[name]) % c.rank for name in ("dim0", "dim1"))
-    order[one], order[other] = other, one
-    c.put("Transpose", c.x, perm=order)
-
-
-def _turned(c: _Writing) -> None:
-    c.put("Transpose", c.x, perm=[*range(c.rank - 2), c.rank - 1, c.rank - 2])
+def _swapped(rank: int, one: int = -2, other: int = -1) -> list[int]:
+    """All dimensions, two of them in each other's place."""
+    order = list(range(rank))
+    order[one], order[other] = order[other], order[one]
+    return order
 
 
 def _prelu(c: _Writing) -> None:
@@ -220,8 +216,7 @@ def _attention(c: _Writing) -> None:
     """softmax(scale · q k') v, without a mask."""
     q, k, v = (c.tensor(c[name]) for name in ("query", "key", "value"))
     scale = c["scale"] or 1 / math.sqrt(c.call.size[-1])
-    order = [*range(c.rank - 2), c.rank - 1, c.rank - 2]
-    sums = c.node("MatMul", "sums", q, c.node("Transpose", "turned", k, perm=order))
+    sums = c.node("MatMul", "sums", q, c.node("Transpose", "turned", k, perm=_swapped(c.rank)))
     scaled = c.node("Mul", "scaled", sums, c.number(scale))
     c.put("MatMul", c.node("Softmax", "shares", scaled, axis=-1), v)
 
@@ -326,10 +321,12 @@ _NAMED: dict[str, _Write] = {
     "linalg_vector_norm": _norm, "square": lambda c: c.put("Mul", c.x, c.x),
     "amin": _reduce("ReduceMin"), "reshape": lambda c: c.put("Reshape", c.x, c.ints(*c.call.size)),
     "permute": lambda c: c.put("Transpose", c.x, perm=[d % c.rank for d in c["dims"]]),
-    "mT": _turned, "prelu": _prelu, "glu": _glu, "selu": _plain("Selu"),
+    "mT": lambda c: c.put("Transpose", c.x, perm=_swapped(c.rank)), "prelu": _prelu, "glu": _glu,
+    "selu": _plain("Selu"),
     "pixel_shuffle": lambda c: c.put("DepthToSpace", c.x, blocksize=c["upscale_factor"],
                                      mode="CRD"),
-    "transpose": _transpose, "cat": _cat, "slice": _slice, "select": _select, "expand": _expand,
+    "transpose": lambda c: c.put("Transpose", c.x, perm=_swapped(c.rank, c["dim0"], c["dim1"])),
+    "cat": _cat, "slice": _slice, "select": _select, "expand": _expand,
     "expand_as": _expand,
     "scaled_dot_product_attention": _attention, "layer_norm": _layer_norm,
     "group_norm": _group_norm, "conv2d": _conv, "linear": _linear, "pad": _pad,

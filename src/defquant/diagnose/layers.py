@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from defquant.attacks import untouched
 from defquant.attacks.access import differentiable, gradient, leaf
+from defquant.attacks.losses import margin
 from defquant.captured import Captured, capture, operation
 from defquant.config import check_bits, check_eps
 from defquant.data import to_unit
@@ -267,7 +268,8 @@ def audit(model: nn.Module, data: Images, *, batch_size: int = 64) -> Audit:
     parts = [jacobian_norms(Connected(twin), some) for some in x.split(batch_size)]
     jacobians = torch.cat(parts).tolist()
     some = zip(x.split(batch_size), y.split(batch_size), strict=True)
-    margins = torch.cat([_margins(twin, *pair) for pair in some])
+    with untouched(twin), torch.no_grad():
+        margins = torch.cat([-margin(twin(images).double(), y, y) for images, y in some])
     bound = math.inf if found.bound is None else found.bound
     radii = tuple(_radius(margin, bound, x[0].numel()) for margin in margins.tolist())
     return Audit(
@@ -313,16 +315,6 @@ def jacobian_norms(model: nn.Module, x: Tensor) -> Tensor:
         rows = [gradient(column, x, keep=True).flatten(1) for column in model(x).unbind(1)]
     norms: Tensor = torch.linalg.matrix_norm(torch.stack(rows, 1).double(), 2)
     return norms
-
-
-def _margins(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """z_y - max_{j != y} z_j of each image, (n,)."""
-    with untouched(model), torch.no_grad():
-        logits = model(x).double()
-    right = logits.gather(1, y[:, None])
-    others = logits.scatter(1, y[:, None], -torch.inf)
-    margins: Tensor = right[:, 0] - others.max(1).values
-    return margins
 
 
 def _radius(margin: float, bound: float, pixels: int) -> Radius:
