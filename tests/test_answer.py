@@ -59,7 +59,7 @@ def test_the_verdict_is_the_paired_difference_under_the_strongest_attack() -> No
     assert answer.sentence.startswith(said)
     assert (answer.question, answer.word) == ("Is DQ 4-bit (β = 0.05) safer than float?", "No")
     assert "33.6 % of the images stay right, 41.1 % with float" in answer.sentence
-    assert "paired over 4 seeds" in answer.sentence
+    assert "over training on these test images, paired over 4 seeds" in answer.sentence
     assert [mark.word for mark in answer.marks] == ["fair", "not asked", "not exported"]
     swapped = networks({("float", None): DQ, ("DQ", 4): FLOAT}, "PGD-20")
     assert place_of(swapped).answer({}, None).word == "Yes"
@@ -79,6 +79,18 @@ def test_few_seeds_are_not_paired_and_one_decides_little() -> None:
     assert gap(a, b)[0] == interval(terms)
     assert decide(gap(a, b)[0]) == "not decided"
     assert "other seeds" in one.answer({}, None).missing
+
+
+def test_seeds_on_other_images_are_not_paired_and_the_same_images_count_once() -> None:
+    found = networks({("float", None): FLOAT, ("DQ", 4): DQ}, "PGD-20")
+    a, b = (place_of(found).networks[s]["PGD-20", EPS] for s in place_of(found).pair)
+    other = replace(b, found=tuple(replace(m, fingerprint="other") for m in b.found))
+    fewer = replace(b, found=tuple(replace(m, correct=m.correct // 2, total=225) for m in b.found))
+    assert "paired over" in gap(a, b, (a, b))[1]
+    for unlike in (other, fewer):
+        assert "not paired" in gap(a, unlike, (a, unlike))[1]
+    alike = replace(b, found=(replace(b.found[0], seed=0), replace(b.found[0], seed=1)))
+    assert (alike.n.low, alike.n.high) == pytest.approx(b.found[0].score.interval)
 
 
 def test_of_several_betas_none_is_chosen_by_its_accuracy() -> None:

@@ -23,7 +23,7 @@ from defquant.typed import NOT_NEGATIVE, UNIT, from_mapping
 __all__ = [
     "ABOUT", "BLACK", "EIGHT_BIT", "FOREIGN", "MASKED", "UNAWARE", "Measurement", "Rows", "Score",
     "append", "blind", "html_table", "mean_between", "read_folder", "read_jsonl", "record",
-    "results", "run_name", "told_apart",
+    "results", "run_name", "told_apart", "wilson",
 ]  # fmt: skip
 
 ABOUT = ("run", "method", "model", "bits", "beta", "seed", "data", "fingerprint")  # is measured
@@ -43,8 +43,7 @@ _PACE = r"\1(eps=\2, steps=1, alpha=1/255"  # at 1/255 repr once left the paper'
 class Score:
     """`correct` of `total` examples.
 
-    The interval is Wilson's at 95 %:
-    (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n), z = 1.96 (Wilson 1927).
+    The interval is `wilson`'s.
     """
 
     correct: int
@@ -67,11 +66,7 @@ class Score:
 
     @property
     def interval(self) -> tuple[float, float]:
-        z, n, p = 1.959963984540054, self.total, self.accuracy
-        centre = p + z * z / (2 * n)
-        spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
-        return (0.0 if self.correct == 0 else low, 1.0 if self.correct == self.total else high)
+        return wilson(self.accuracy, self.total)
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -82,6 +77,18 @@ class Score:
         interval = f"{low:.1%} to {high:.1%}"
         row = {"accuracy": f"{self.accuracy:.1%}", "95 % interval": interval, **asdict(self)}
         return html_table([row])
+
+
+def wilson(p: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share `p` of `n` images, in [0, 1] (Wilson 1927):
+
+    (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n), z = 1.96.
+    """
+    z = 1.959963984540054
+    centre = p + z * z / (2 * n)
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+    return (0.0 if p == 0 else low, 1.0 if p == 1 else high)
 
 
 def html_table(rows: Sequence[Mapping[str, object]], caption: str = "", most: int = 100) -> str:

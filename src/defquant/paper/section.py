@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from defquant.records import MASKED, Measurement, Score, blind
+from defquant.records import MASKED, Measurement, Score, blind, wilson
 
 __all__ = [
     "Answer", "Entry", "Line", "Number", "Panel", "Reading", "Section", "Table", "Verdict",
@@ -22,7 +22,7 @@ class Number:
     spread: float = 0.0  # standard deviation over the seeds (n - 1); 0 for one
     seeds: int = 0
     images: int = 0  # of one seed
-    low: float | None = None  # Wilson's 95 % interval of all seeds' images together
+    low: float | None = None  # Wilson's 95 % interval of the mean on one seed's images
     high: float | None = None
     paper: float | None = None  # the paper's own
     vanishing: float = 0.0  # largest share of images on which the attack was blind
@@ -134,16 +134,20 @@ class Verdict:
 
 
 def number(found: Sequence[Measurement], paper: float | None = None) -> Number:
-    """The accuracy of measurements that differ in their seed alone."""
+    """The accuracy of measurements that differ in their seed alone.
+
+    More seeds see the same images: the interval, which covers their choice, is as of one.
+    """
     if not found:
         return Number(None, paper=paper)
     accuracies = [m.score.accuracy for m in found]
-    low, high = Score(sum(m.correct for m in found), sum(m.total for m in found)).interval
+    mean, images = statistics.fmean(accuracies), sum(m.total for m in found) // len(found)
+    low, high = wilson(mean, images)
     return Number(
-        mean=statistics.fmean(accuracies),
+        mean=mean,
         spread=statistics.stdev(accuracies) if len(found) > 1 else 0.0,
         seeds=len(found),
-        images=sum(m.total for m in found) // len(found),
+        images=images,
         low=low,
         high=high,
         paper=paper,

@@ -62,19 +62,23 @@ class Answer:
 def gap(a: Cell, b: Cell, alike: Iterable[Cell] = ()) -> tuple[Interval, str]:
     """Accuracy of `a` less that of `b` with its 95 % interval, and what that covers.
 
-    Of three seeds or more that both have, d_s = a_s - b_s: mean d ± t s_d / sqrt(n), Student's t
-    of n - 1. All seeds see the same images, so it covers the chance in training. Else as
-    `paper.verdict.interval`: the test images' chance and the training's, whose spread is pooled
-    over `alike`, cells of the same attack; of the images alone where nobody has two seeds.
+    Of three seeds or more that both have, all on the same images, d_s = a_s - b_s: mean d ±
+    t s_d / sqrt(n), Student's t of n - 1. It covers the chance in training, not that of other
+    images. Else as `paper.verdict.interval`: the test images' chance and the training's, whose
+    spread is pooled over `alike`, cells of the same attack; of the images alone where nobody has
+    two seeds.
     """
     from scipy.special import stdtrit
 
     ours, theirs = ({m.seed: m.score.accuracy for m in c.found} for c in (a, b))
     own = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
-    if len(own) >= SEEDS and len(ours) == len(a.seeds) and len(theirs) == len(b.seeds):
+    paired = len(ours) == len(a.seeds) and len(theirs) == len(b.seeds)
+    seen = {(m.fingerprint, m.total) for c in (a, b) for m in c.found}
+    if len(own) >= SEEDS and paired and len(seen) == 1:
         half = float(stdtrit(len(own) - 1, 0.975)) * stdev(own) / math.sqrt(len(own))
         mean = fmean(own)
-        return Interval(mean, mean - half, mean + half, True), f"paired over {len(own)} seeds"
+        covers = f"over training on these test images, paired over {len(own)} seeds"
+        return Interval(mean, mean - half, mean + half, True), covers
     spread = pooled(c.n for c in alike)
     terms = [
         (sign, accuracy(c.mean, c.n.images, c.n.seeds, spread)) for sign, c in ((1, a), (-1, b))

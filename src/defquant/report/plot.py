@@ -220,13 +220,13 @@ def claims_chart(verdicts: Sequence[Verdict]) -> Spec:
     """The effect of every reading with its interval, a line of the chart per claim."""
     rows = [
         {
-            "claim": v.name, "verdict": r.verdict, "effect": 100 * r.effect, "low": 100 * low,
-            "high": 100 * high,
+            "claim": v.name, "verdict": r.verdict, "effect": 100 * r.effect, "low": 100 * r.low,
+            "high": 100 * r.high,
             "told": f"|{v.name} {v.claim} Under {r.attack}: {r.verdict}, {signed(r.effect)} points",
         }
         for v in verdicts
         for r in v.readings
-        if r.effect is not None and (low := r.low or r.effect) and (high := r.high or r.effect)
+        if r.effect is not None and r.low is not None and r.high is not None
     ]  # fmt: skip
     return drawing("claims", rows, claims=[v.name for v in verdicts])
 
@@ -271,7 +271,7 @@ def trade(
     words = {"unit": f"under {attack} (%)", "about": f"Clean accuracy and that under {attack}"}
     ways = {"zero": False, "nice": True}, {"domain": [0, 100]}
     drawn = [drawing("trade", rows, **style, **words, reach=reach) for reach in ways]
-    about = "Up and to the right is better. Bars: 95% intervals over the images of all seeds."
+    about = "Up and to the right is better. Bars: 95% intervals over the test images."
     return Figure(f"Clean against {attack}", about, *drawn)
 
 
