@@ -1,7 +1,7 @@
 """The ONNX file computes the integer reference, code for code, and in integers."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -229,6 +229,26 @@ def test_every_kind_of_layer_is_written(layer: nn.Module) -> None:
     assert len(reference[codes_of(program)[-1]].unique()) > 3
     count = len(program.convolutions)
     assert integer_convolutions(file) == (count, count)
+
+
+KEPT: Mapping[str, Callable[[], list[nn.Module]]] = {
+    "a transposed convolution": lambda: [nn.ConvTranspose2d(8, 8, 2, 2)],
+    "behind a dilated pool": lambda: [nn.MaxPool2d(2, 1, dilation=2), nn.Conv2d(8, 8, 3)],
+    "a linear layer": lambda: [nn.MaxPool2d(16), nn.Flatten(), nn.Linear(8, 8)],
+}
+
+
+@pytest.mark.parametrize("make", KEPT.values(), ids=KEPT)
+def test_what_stays_in_float_keeps_its_own_weights_and_bias(make: Callable[[], Any]) -> None:
+    """Between two roundings onnxruntime would quantise both, with one scale, or one of 1."""
+    torch.manual_seed(0)
+    middle = make()
+    with torch.no_grad():
+        middle[-1].weight[1::4] *= 1e-4
+        middle[-1].weight[::2] = 0
+    model = nn.Sequential(conv(), dq.QuantReLU(4, 1.0), *middle, dq.QuantReLU(8, 1.0), nn.Flatten())
+    program, x = lower(model.eval(), SHAPE), pixels()
+    assert dq.parity(model, program, graph(program), x).mismatches == 0
 
 
 @pytest.mark.parametrize("name", ["wrn-10-1", "resnet-18x0.125"])

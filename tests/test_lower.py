@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from defquant.deploy.program import (
     steps,
     value,
 )
-from defquant.deploy.runtime import OnnxModel
+from defquant.deploy.runtime import OnnxModel, open_model
 from defquant.integers import snap_biases_
 from defquant.models import build
 from defquant.quantize import QuantBranch
@@ -796,9 +797,9 @@ class Fake(nn.Module):
 
 @pytest.mark.parametrize(("make", "floats"), SEEN.values(), ids=SEEN)
 def test_any_network_is_a_file_that_answers_as_it_does(
-    make: Callable[[], nn.Module], floats: tuple[str, ...]
+    make: Callable[[], nn.Module], floats: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """What has no integer form stays in floats, and is counted."""
+    """What has no integer form stays in floats, and is counted; `verify` reads the file."""
     torch.manual_seed(0)
     x = pixels()
     model = on_grid(lively(make(), x))
@@ -806,7 +807,9 @@ def test_any_network_is_a_file_that_answers_as_it_does(
     assert program.float_convolutions == floats
     with torch.no_grad():
         wanted = model(x)
-    for logits in (run(program, x)[program.logits], OnnxModel(graph(program))(x)):
+    path = tmp_path / "any.onnx"
+    path.write_bytes(graph(program).SerializeToString())
+    for logits in (run(program, x)[program.logits], OnnxModel(open_model(path))(x)):
         assert (logits - wanted).abs().max() < 0.15 * wanted.std()
 
 

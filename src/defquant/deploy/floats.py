@@ -23,6 +23,7 @@ class Nodes(Protocol):
     def node(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str: ...
     def constant(self, value: Any) -> str: ...
     def real(self, name: str) -> str: ...
+    def apart(self, source: str, output: str) -> str: ...
 
 
 class _Writing:
@@ -269,9 +270,10 @@ def _conv(c: _Writing, kind: str = "Conv") -> None:
     weight, bias, dilation = c["weight"], c["bias"], pair(c["dilation"])
     names = [c.tensor(v) for v in (weight, bias) if v is not None]
     turned = {"output_padding": pair(c["output_padding"])} if kind == "ConvTranspose" else {}
-    c.put(kind, c.x, *names, kernel_shape=weight.shape[2:], strides=pair(c["stride"]),
-          pads=borders(c["padding"], weight.shape[2:], dilation), dilations=dilation,
-          group=c["groups"], **turned)  # fmt: skip
+    sums = c.node(kind, "sums", c.x, *names, kernel_shape=weight.shape[2:],
+                  strides=pair(c["stride"]), dilations=dilation, group=c["groups"],
+                  pads=borders(c["padding"], weight.shape[2:], dilation), **turned)  # fmt: skip
+    c.out.apart(sums, c.call.name)
 
 
 def _resize(c: _Writing, nearest: bool = False) -> None:

@@ -118,14 +118,16 @@ class Writer:
         inputs = [self.real(source), *map(self.constant, values)]
         return self.node("BatchNormalization", inputs, name, epsilon=0.0)
 
-    def linear(self, op: Linear) -> None:
+    def linear(self, op: Linear) -> str:
         source, bias = self.real(op.source), self.constant(op.bias)
         if op.rank == 2:
-            self.node("Gemm", [source, self.weight(op), bias], op.name, transB=1)
-            return
+            end = op is self.program.ops[-1]
+            sums = op.name if end else f"{op.name}/sums"
+            self.node("Gemm", [source, self.weight(op), bias], sums, transB=1)
+            return sums if end else self.apart(sums, op.name)
         turned = self.node("Transpose", [self.weight(op)], f"{op.name}/turned", perm=(1, 0))
-        self.node("Add", [self.node("MatMul", [source, turned], f"{op.name}/product"), bias],
-                  op.name)  # fmt: skip
+        product = self.node("MatMul", [source, turned], f"{op.name}/product")
+        return self.node("Add", [product, bias], op.name)
 
     def convolution(self, op: Conv) -> None:
         unit = np.float32(self.program.grids[op.source].scale) * op.weight.scale
@@ -184,6 +186,14 @@ class Writer:
             result = self.node("Mul", [name, self.constant(np.float32(factor))], name + suffix)
         self.floats[name, factor] = result
         return result
+
+    def apart(self, source: str, output: str) -> str:
+        """`source` again, without the rounding that follows beside what made it.
+
+        Between two roundings onnxruntime gives a float convolution int8 weights of its own, of one
+        scale for all channels, and a linear layer a bias in whole units of its products.
+        """
+        return self.node("Max" if self.integers else "Identity", [source], output)
 
     def weight(self, op: Conv | Linear) -> str:
         layer, weight = op.layer, op.weight

@@ -54,22 +54,36 @@ def open_model(path: Path) -> onnx.ModelProto:
 
 
 def _check_sizes(model: onnx.ModelProto) -> None:
-    """Raise `ValueError` unless one batch of images makes tensors of known, bearable sizes."""
-    body = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
-    known = {t.name: t.type.tensor_type.shape.dim for t in [*body.value_info, *body.output]}
+    """Raise `ValueError` unless images make tensors of bearable sizes, in proportion to them."""
+    body = model.graph
     ends = [list(t.type.tensor_type.shape.dim) for t in (*body.input, *body.output)]
     if [len(dims) for dims in ends] != [4, 2] or any(dims[0].dim_value for dims in ends):
         raise ValueError("it must take a batch of images and give a batch of logits")
     far = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in body.initializer)
     if far or body.sparse_initializer:
         raise ValueError("it keeps values in another file, or sparse ones")
+    one, two = (_sizes(model, batch) for batch in (1, 2))
     for name in (name for node in body.node for name in node.output):
-        sizes = [dim.dim_value for dim in known.get(name, ())]
-        sizes = sizes[1:] if sizes and not sizes[0] else sizes  # of one image, without the batch
-        if name not in known or 0 in sizes or math.prod(sizes) > _LARGEST:
-            raise ValueError(f"tensor {name!r} has the size {sizes}")
+        size = math.prod(one.get(name, [0]))
+        if not 0 < size <= _LARGEST or math.prod(two.get(name, [0])) > 2 * size:
+            raise ValueError(f"tensor {name!r} has the size {one.get(name)}")
     if math.prod(dim.dim_value for dim in ends[0][1:]) > _LARGEST:
         raise ValueError("it takes enormous images")
+
+
+def _sizes(model: onnx.ModelProto, batch: int) -> dict[str, list[int]]:
+    """Of every tensor that a node gives for so many images; 0 for a dimension not known."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.value_info[:]
+    for end in (*copy.graph.input, *copy.graph.output):
+        end.type.tensor_type.shape.dim[0].dim_value = batch
+    for node in copy.graph.node:
+        if node.op_type == "GroupNormalization":  # of which onnx infers no size
+            node.CopyFrom(helper.make_node("Identity", node.input[:1], node.output))
+    body = onnx.shape_inference.infer_shapes(copy, strict_mode=True, data_prop=True).graph
+    ends = (t for t in (*body.value_info, *body.output) if t.type.tensor_type.HasField("shape"))
+    return {t.name: [dim.dim_value for dim in t.type.tensor_type.shape.dim] for t in ends}
 
 
 def facts_of(model: onnx.ModelProto, path: Path) -> dict[str, Any]:
