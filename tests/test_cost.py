@@ -132,7 +132,7 @@ def test_groups_stride_padding_and_dilation() -> None:
     kernel = weight(6, 1, 3, 3, bits=8)
     op = conv("a", "pixels", kernel, stride=(2, 3), padding=(1, 2, 1, 2), dilation=(1, 2), groups=6)
     built = program(op, shape=(6, 7, 9))
-    assert shapes(built)["a"] == (6, 4, 3)
+    assert shapes(built)["a"] == (1, 6, 4, 3)
     assert card(built)["macs"] == 9 * 6 * 4 * 3
 
 
@@ -176,6 +176,32 @@ def test_a_batch_norm_in_floats_is_counted() -> None:
     ones = np.ones(2, np.float32)
     found = card(program(Affine("bn", "pixels", ones, ones)))
     assert (found["macs"], found["float_macs"], found["bops"]) == (0, 50, 50 * 1024)
+
+
+class Tokens(nn.Module):
+    """torch's attention, images in the second dimension, of what a transposed convolution gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 8, 4, 4), dq.QuantReLU(4)
+        self.up = nn.ConvTranspose2d(8, 8, 2, 2, groups=2)
+        self.mix, self.fc = nn.MultiheadAttention(8, 2), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.up(self.act(self.conv(x))).flatten(2).permute(2, 0, 1)
+        return self.fc(self.mix(x, x, x, need_weights=False)[0].mean(0))  # type: ignore[no-any-return]
+
+
+def test_matrix_products_and_all_weights_in_floats_are_counted() -> None:
+    """64 tokens of 8: each with each, for the shares and with them."""
+    found = card(lower(Tokens().eval(), (3, 16, 16)))
+    up, attention = 8 * 16 * 4 * 4, 2 * 64 * 64 * 8
+    linear = 64 * 8 * 24 + 64 * 8 * 8 + 8 * 4
+    assert (found["macs"], found["float_macs"]) == (8 * 16 * 48, up + attention + linear)
+    layers = 8 * 24 + 8 * 8 + 8 * 4
+    assert found["weights"] == 8 * 48 + 8 * 4 * 4 + layers
+    assert found["weight_bytes"] == 8 * 48 * 7 // 8 + 4 * 8 * 4 * 4 + layers  # 7, 32 and 8 bits
+    assert found["peak_activation_bytes"] >= 2 * 64 * 24 * 4
 
 
 FEW: dict[str, Any] = {"bits": 4, "weight_bits": 4}

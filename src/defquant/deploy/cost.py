@@ -14,7 +14,7 @@ import onnx
 import torch
 from torch import nn
 
-from defquant.deploy.program import Affine, Call, Conv, Linear, Program, run, sources
+from defquant.deploy.program import Affine, Call, Conv, Linear, Name, Op, Program, run, sources
 from defquant.deploy.runtime import OnnxModel
 from defquant.errors import UserError
 from defquant.quantize import QuantBranch, Quantizer
@@ -23,6 +23,9 @@ from defquant.weights import QuantConv2d, QuantLinear
 __all__ = ["as_float", "latencies", "latency", "rows", "shapes", "static_cost"]
 
 FLOAT = 32
+_MULTIPLIES = {
+    "bmm", "conv2d", "conv_transpose2d", "linear", "matmul", "scaled_dot_product_attention",
+}  # fmt: skip
 WARM_UP, REST = 3, 0.005  # rounds; seconds
 NOTE = "Fewer than 8 bits run at the speed of 8 on CPUs: they save bytes, not time."
 WAYS = {"torch": "PyTorch float32", "onnxruntime": "onnxruntime float32", "integer": "integer"}
@@ -40,11 +43,12 @@ def static_cost(program: Program, *, file_bytes: int, float_file_bytes: int) -> 
         float_file_bytes: of the same network's in float32.
 
     Returns:
-        weights: how many, of convolutions and linear layers, without biases and scales.
+        weights: how many, of convolutions, linear layers and matrix products, without biases and
+            scales; of what stays in floats they have 32 bits.
         weight_bytes: packed, Σ bits · count / 8.
         macs, float_macs: multiply-adds of what runs in integers, convolutions and batch norms of
-            codes, and of what stays in floats: linear layers, and batch norms that could not be
-            folded, with one for each element.
+            codes, and of what stays in floats: linear layers, other convolutions, matrix products
+            (attention), and batch norms that could not be folded, with one for each element.
         peak_activation_bytes: the largest sum of tensors alive at once, packed: codes at their
             bits, floats at 32. A tensor lives from the operation that makes it to the last that
             reads it, both included; the caller's image is not counted.
@@ -55,8 +59,8 @@ def static_cost(program: Program, *, file_bytes: int, float_file_bytes: int) -> 
     """
     sizes = shapes(program)
     layers, grids = _layers(program, sizes), program.grids
-    weights = [op.weight for op in program.ops if isinstance(op, Conv | Linear)]
-    count = sum(weight.integers.size for weight in weights)
+    weights = [held for op in program.ops for held in _weights(op)]
+    count = sum(size for size, _ in weights)
     macs = sum(layer["macs"] for layer in layers)
     floats = sum(layer["macs"] for layer in layers if layer["weight_bits"] == FLOAT)
     return {
@@ -64,7 +68,7 @@ def static_cost(program: Program, *, file_bytes: int, float_file_bytes: int) -> 
         "float_file_bytes": float_file_bytes,
         "file_ratio": file_bytes / float_file_bytes,
         "weights": count,
-        "weight_bytes": sum(_bytes(weight.integers.size, weight.bits) for weight in weights),
+        "weight_bytes": sum(_bytes(*held) for held in weights),
         "float_weight_bytes": _bytes(count, FLOAT),
         "macs": macs - floats,
         "float_macs": floats,
@@ -78,9 +82,9 @@ def static_cost(program: Program, *, file_bytes: int, float_file_bytes: int) -> 
 
 
 def shapes(program: Program) -> dict[str, tuple[int, ...]]:
-    """Of every tensor for one image, without the batch: (c, h, w) or (c,)."""
+    """Of every tensor for a batch of one image: (1, c, h, w), (1, c) or as it is laid out."""
     tensors = run(program, torch.zeros(1, *program.shape))
-    return {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 _Sizes: TypeAlias = Mapping[str, tuple[int, ...]]
@@ -90,25 +94,38 @@ def _layers(program: Program, sizes: _Sizes) -> list[dict[str, Any]]:
     found = []
     for op in program.ops:
         if isinstance(op, Conv):
-            macs = op.weight.integers.size * math.prod(sizes[op.name][1:])
+            macs = op.weight.integers.size * math.prod(sizes[op.name][2:])
             found.append((op.layer, macs, op.weight.bits, program.grids[op.source].bits))
         elif isinstance(op, Linear):
             rows = math.prod(sizes[op.name][:-1])
             found.append((op.layer, op.weight.integers.size * rows, FLOAT, FLOAT))
         elif isinstance(op, Affine):
             found.append((op.name, math.prod(sizes[op.name]), FLOAT, FLOAT))
-        elif isinstance(op, Call) and (count := _products(op)):
+        elif isinstance(op, Call) and (count := _products(op, sizes)):
             found.append((op.layer, count, FLOAT, FLOAT))
     keys = ("layer", "macs", "weight_bits", "activation_bits")
     return [dict(zip(keys, a, strict=True)) | {"bops": math.prod(a[1:])} for a in found]
 
 
-def _products(op: Call) -> int:
-    """Multiply-adds of what stays in floats: convolutions and linear layers; others count as 0."""
-    if op.kind not in ("conv2d", "linear") or not isinstance(op.args[1], np.ndarray):
+def _weights(op: Op) -> list[tuple[int, int]]:
+    """How many it multiplies with, and their bits."""
+    if isinstance(op, Conv | Linear):
+        return [(op.weight.integers.size, op.weight.bits)]
+    held = op.args[:2] if isinstance(op, Call) and op.kind in _MULTIPLIES else ()
+    return [(value.size, FLOAT) for value in held if isinstance(value, np.ndarray)]
+
+
+def _products(op: Call, sizes: _Sizes) -> int:
+    """Multiply-adds of what stays in floats: layers and matrix products; others count as 0."""
+    if op.kind not in _MULTIPLIES:
         return 0
-    weight, results = op.args[1], op.size[2:] if op.kind == "conv2d" else op.size[1:-1]
-    return int(weight.size) * math.prod(results)
+    first, second = (sizes[a.value] if isinstance(a, Name) else a.shape for a in op.args[:2])
+    results = math.prod(sizes[op.name])
+    if op.kind == "scaled_dot_product_attention":  # of queries and keys, of shares and values
+        return second[-2] * (math.prod(first) + results)
+    if op.kind == "conv_transpose2d":
+        return math.prod(first) * math.prod(second[1:])
+    return results * (math.prod(second[1:]) if op.kind in ("conv2d", "linear") else first[-1])
 
 
 def _peak(program: Program, sizes: _Sizes, bits: Mapping[str, int]) -> int:
