@@ -91,6 +91,16 @@ def test_seeds_on_other_images_are_not_paired_and_the_same_images_count_once() -
         assert "not paired" in gap(a, unlike, (a, unlike))[1]
     alike = replace(b, found=(replace(b.found[0], seed=0), replace(b.found[0], seed=1)))
     assert (alike.n.low, alike.n.high) == pytest.approx(b.found[0].score.interval)
+    mixed = replace(b, found=(b.found[0], replace(b.found[1], correct=9, total=10)))
+    assert mixed.n.images == 10  # of the seed with the fewest
+
+
+def test_equal_differences_are_no_certainty_and_the_order_of_lines_is_none() -> None:
+    found = networks({("float", None): [180, 200, 170], ("DQ", 4): [181, 201, 171]}, "PGD-20")
+    there, back = (of_places(over_seeds(chosen(own)), table_eps) for own in (found, found[::-1]))
+    assert there[0].answer({}, None).word == "Not shown"
+    assert rows_of(there) == rows_of(back)
+    assert there[0].answer({}, None) == back[0].answer({}, None)
 
 
 def test_of_several_betas_none_is_chosen_by_its_accuracy() -> None:

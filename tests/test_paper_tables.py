@@ -60,6 +60,12 @@ def numbers(section: Section) -> list[Number]:
     return [n for _, n in entries(section)] + drawn
 
 
+def test_probes_are_of_the_images_on_which_their_networks_were_scored() -> None:
+    found = scored(SMALL, "table1", lambda cell: 0.5).scores
+    jpeg = Results({key: replace(m, data="CIFAR-10 (JPEG)") for key, m in found.items()})
+    assert "CIFAR-10 (JPEG)" in render("fig3", SMALL, jpeg).text[0]
+
+
 # --- every section, with any results ----------------------------------------------------------
 
 

@@ -249,8 +249,9 @@ def render(name: str, scale: Scale, results: Results) -> Section:
     experiment, words, own = EXPERIMENTS[name], WORDS[name], scale.on(name)
     found, cells = experiment.found(scale, results), experiment.cells(scale)
     shown, panels = experiment.show(scale, found)
-    scored = (results.scores.get(cell.key) for cell in cells if cell.split == "test")
-    images = sorted({m.data for m in scored if m is not None}) or [DATA[own.data.data]]
+    runs = {cell.network.name for cell in cells}  # scored, whatever is asked of them here
+    scored = Results({key: m for key, m in results.scores.items() if m.run in runs})
+    images = sorted({name for name, *_ in scored.data}) or [DATA[own.data.data]]
     facts = _facts(own, listed(images), tables.chosen_beta(found))
     note = "The images are not the paper's, so its numbers do not stand beside ours."
     captions = [caption.format(**facts) for caption in words["captions"]]

@@ -21,7 +21,7 @@ class Number:
     mean: float | None  # over the seeds; None where nothing was measured
     spread: float = 0.0  # standard deviation over the seeds (n - 1); 0 for one
     seeds: int = 0
-    images: int = 0  # of one seed
+    images: int = 0  # of one seed; the fewest
     low: float | None = None  # Wilson's 95 % interval of the mean on one seed's images
     high: float | None = None
     paper: float | None = None  # the paper's own
@@ -141,7 +141,7 @@ def number(found: Sequence[Measurement], paper: float | None = None) -> Number:
     if not found:
         return Number(None, paper=paper)
     accuracies = [m.score.accuracy for m in found]
-    mean, images = statistics.fmean(accuracies), sum(m.total for m in found) // len(found)
+    mean, images = statistics.fmean(accuracies), min(m.total for m in found)
     low, high = wilson(mean, images)
     return Number(
         mean=mean,

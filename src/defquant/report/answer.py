@@ -64,9 +64,9 @@ def gap(a: Cell, b: Cell, alike: Iterable[Cell] = ()) -> tuple[Interval, str]:
 
     Of three seeds or more that both have, all on the same images, d_s = a_s - b_s: mean d ±
     t s_d / sqrt(n), Student's t of n - 1. It covers the chance in training, not that of other
-    images. Else as `paper.verdict.interval`: the test images' chance and the training's, whose
-    spread is pooled over `alike`, cells of the same attack; of the images alone where nobody has
-    two seeds.
+    images; equal d_s, as of one image, are not taken for certainty. Else as
+    `paper.verdict.interval`: the test images' chance and the training's, whose spread is pooled
+    over `alike`, cells of the same attack; of the images alone where nobody has two seeds.
     """
     from scipy.special import stdtrit
 
@@ -74,16 +74,17 @@ def gap(a: Cell, b: Cell, alike: Iterable[Cell] = ()) -> tuple[Interval, str]:
     own = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
     paired = len(ours) == len(a.seeds) and len(theirs) == len(b.seeds)
     seen = {(m.fingerprint, m.total) for c in (a, b) for m in c.found}
-    if len(own) >= SEEDS and paired and len(seen) == 1:
-        half = float(stdtrit(len(own) - 1, 0.975)) * stdev(own) / math.sqrt(len(own))
+    spread = stdev(own) if len(own) >= SEEDS and paired and len(seen) == 1 else 0.0
+    if spread > 1e-9:
+        half = float(stdtrit(len(own) - 1, 0.975)) * spread / math.sqrt(len(own))
         mean = fmean(own)
         covers = f"over training on these test images, paired over {len(own)} seeds"
         return Interval(mean, mean - half, mean + half, True), covers
-    spread = pooled(c.n for c in alike)
+    known = pooled(c.n for c in alike)
     terms = [
-        (sign, accuracy(c.mean, c.n.images, c.n.seeds, spread)) for sign, c in ((1, a), (-1, b))
+        (sign, accuracy(c.mean, c.n.images, c.n.seeds, known)) for sign, c in ((1, a), (-1, b))
     ]
-    covers = "test images and training" if spread else "test images alone"
+    covers = "test images and training" if known else "test images alone"
     return interval(terms), f"over {covers}, not paired"
 
 

@@ -73,7 +73,8 @@ class Row:
 
 
 def chosen(measurements: Iterable[Measurement]) -> list[Measurement]:
-    """One measurement per network, attack and eps: the most examples, then the lowest accuracy.
+    """One measurement per network, attack and eps: the most examples, then the lowest accuracy;
+    in an order of names, whatever the order of the lines.
 
     Otherwise a run that was measured twice, or copied, would pass for two seeds. See `told_apart`.
     """
@@ -83,7 +84,21 @@ def chosen(measurements: Iterable[Measurement]) -> list[Measurement]:
         old = best.setdefault((*network, m.data, m.attack, m.eps), m)
         if (m.total, -m.correct) > (old.total, -old.correct):
             best[*network, m.data, m.attack, m.eps] = m
-    return list(best.values())
+    return sorted(best.values(), key=_named)
+
+
+def _named(m: Measurement) -> tuple[Any, ...]:
+    series = Series(m.method, m.bits, m.beta)
+    return (
+        m.data,
+        m.model,
+        series.order,
+        str(series),
+        attack_order(m.attack),
+        m.eps,
+        m.seed,
+        m.run,
+    )
 
 
 def summary(measurements: Iterable[Measurement]) -> list[Row]:
