@@ -759,6 +759,8 @@ SEEN: Mapping[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "attention": (lambda: nn.Sequential(*front(), nn.AvgPool2d(4), Attention()), ()),
     "signed activations": (lambda: chain(conv(), nn.GELU(), dq.QuantSigned(4), conv(8), *norm_act(),
                                          conv(8), dq.QuantSigned(3), nn.SiLU()), ()),
+    "signed activations laid out anew": (lambda: nn.Sequential(
+        conv(), nn.GELU(), dq.QuantSigned(4), nn.Flatten(), nn.Linear(2048, 4)), ()),
     "pooled evenly": (lambda: nn.Sequential(*front(), nn.AdaptiveAvgPool2d((4, 2)), conv(8),
                                             nn.Flatten(), nn.Linear(64, 4)), ("4",)),
     "torch's own attention": (lambda: nn.Sequential(*front(), nn.AvgPool2d(4), Torchs()), ()),

@@ -87,7 +87,18 @@ def shuffled(net: Any, x: Tensor) -> Tensor:
     return net.last(functional.max_pool2d(net.b(y).relu(), 2))  # type: ignore[no-any-return]
 
 
+def borders(net: Any, x: Tensor) -> Tensor:
+    """Of other values than 0, and read twice; and a pooling with gaps: no file does it to codes."""
+    x = functional.max_pool2d(net.a(net.stem(x).relu()).relu(), 2, 1, dilation=2)
+    x = functional.pad(net.c(net.b(x).relu()).relu(), (1, 0, 1, 0))
+    return net.last(x) + net.d(x)  # type: ignore[no-any-return]
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
+    "borders": lambda: Net(
+        borders, stem=conv(3), a=conv(), b=conv(), c=conv(padding_mode="reflect"), d=conv(),
+        last=conv(),
+    ),
     "modules": lambda: nn.Sequential(
         conv(3), norm(), nn.ReLU(), nn.MaxPool2d(2), conv(), nn.ReLU6(), nn.Dropout(0.5),
         nn.Flatten(), nn.Linear(128, 4),

@@ -24,7 +24,8 @@ from defquant.quantize import QuantBranch, Quantizer, QuantReLU, QuantSigned, Qu
 from defquant.rounding import WHOLE, affine_round
 
 __all__ = [
-    "MOVES", "RESHAPES", "Captured", "arguments", "bare", "capture", "kind_of", "operation",
+    "MOVES", "RESHAPES", "Captured", "arguments", "bare", "border", "capture", "kind_of",
+    "operation",
 ]  # fmt: skip
 
 RESHAPES = {"_unsafe_view", "flatten", "reshape", "squeeze", "unflatten", "unsqueeze", "view"}
@@ -126,6 +127,16 @@ def kind_of(node: Any) -> str:
         return ""
     parts = operation(node).split(".")
     return parts[1] if len(parts) == 3 else "getitem" * (node.target is operator.getitem)
+
+
+def border(node: fx.Node) -> tuple[int, int, int, int] | None:
+    """(top, left, bottom, right) of zeros around height and width for one reader; else None."""
+    given = arguments(node)
+    zeros = given.get("mode", "constant") == "constant" and not given.get("value")
+    if "pad" not in kind_of(node) or not zeros or len(node.users) > 1:
+        return None
+    pads: list[int] = given["pad"]
+    return (pads[2], pads[0], pads[3], pads[1]) if len(pads) == 4 and min(pads) >= 0 else None
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from defquant.captured import MOVES, arguments, bare, capture, kind_of
+from defquant.captured import MOVES, arguments, bare, border, capture, kind_of
 from defquant.config import check_bits
 from defquant.data import Images, images_of, to_unit
 from defquant.errors import UserError
@@ -28,11 +28,6 @@ _KEEPS = MOVES | {
     "max_pool2d_with_indices", "pad", "stack",
 }  # fmt: skip
 """Operations whose output has the values of their inputs."""
-_CARRIES = {
-    "clone", "constant_pad_nd", "contiguous", "detach", "max_pool2d", "max_pool2d_with_indices",
-    "pad",
-}  # fmt: skip
-"""Of those what an exported file does to codes, so that a convolution may read them behind it."""
 _LEAST = {
     "gelu": 0.17, "hardsigmoid": 0.0, "hardswish": 0.375, "mish": 0.309,
     "sigmoid": 0.0, "silu": 0.2785, "softmax": 0.0, "softplus": 0.0,
@@ -173,7 +168,7 @@ class _Quantising:
         for node in list(self.net.graph.nodes):
             module = self.net.module(node)
             if node.op == "placeholder":
-                self.codes[node] = 8
+                self.codes[node], self.least[node] = 8, 0.0
             elif isinstance(module, QuantConv2d | QuantLinear):
                 (x,), convolves = node.all_input_nodes, isinstance(module, QuantConv2d)
                 node.replace_input_with(x, self._read(x, str(node.target), convolves))
@@ -212,7 +207,19 @@ class _Quantising:
             self.codes[node] = max(width or 0 for width in widths)
 
     def _carries(self, node: fx.Node) -> bool:
-        return kind_of(node) in _CARRIES or isinstance(self.net.module(node), _DROPOUT)
+        """Whether an exported file does it to codes, so that a convolution may read them behind.
+
+        Zeros around them go into that convolution.
+        """
+        kind, dilation = kind_of(node), arguments(node).get("dilation", 1)
+        if kind.startswith("max_pool2d"):
+            return dilation in (1, [1], [1, 1])
+        if "pad" in kind:
+            read = all(isinstance(self.net.module(user), QuantConv2d) for user in node.users)
+            return read and border(node) is not None
+        return kind in ("clone", "contiguous", "detach") or isinstance(
+            self.net.module(node), _DROPOUT
+        )
 
     def _carried(self, node: fx.Node) -> bool:
         """Whether an exported convolution that reads `node` reads codes."""

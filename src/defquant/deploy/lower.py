@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from defquant.captured import MOVES, Captured, arguments, capture, kind_of, operation
+from defquant.captured import MOVES, Captured, arguments, border, capture, kind_of, operation
 from defquant.deploy.emit import (
     Codes,
     Emitter,
@@ -113,8 +113,14 @@ def _follow(seen: Captured, peaks: Mapping[str, float] | None, weight_bits: int)
 def _rounds(node: fx.Node) -> bool:
     """Whether it quantises an activation; a signed one may only end a branch."""
     if kind_of(node) == "signed_round":
-        return any(kind_of(user) in ("conv2d", "linear") for user in node.users)
+        return any(map(_reads, node.users))
     return operation(node).startswith("defquant.")
+
+
+def _reads(node: fx.Node) -> bool:
+    """Whether a layer reads it, or what only moves its values."""
+    moves = kind_of(node) in MOVES or kind_of(node) in ("cat", "max_pool2d", "pad")
+    return kind_of(node) in ("conv2d", "linear") or (moves and any(map(_reads, node.users)))
 
 
 _OPEN = (Unfinished, Scaled)
@@ -123,7 +129,7 @@ _SUMS = ("add", "sub", "rsub", "addcmul")
 
 def _conv(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Value | None:
     x, kernel = walk.value(given["input"]), given["weight"]
-    border = x.border if isinstance(x, Padded) else (0, 0, 0, 0)
+    edge = x.border if isinstance(x, Padded) else (0, 0, 0, 0)
     x = x.codes if isinstance(x, Padded) else x
     source = None if x is None else walk.out.finished(x)
     weight = walk.seen.constant(kernel)
@@ -131,7 +137,7 @@ def _conv(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Value | None:
         return None
     dilation = pair(given["dilation"])
     own = borders(given["padding"], weight.shape[2:], dilation)
-    top, left, bottom, right = (p + b for p, b in zip(own, border, strict=True))
+    top, left, bottom, right = (p + b for p, b in zip(own, edge, strict=True))
     ends = pair(given["stride"]), (top, left, bottom, right), dilation, int(given["groups"])
     held = walk.seen.constant(given["bias"])
     bias = np.zeros(len(weight)) if held is None else as_double(held)
@@ -278,17 +284,12 @@ def _onto(walk: Walk, node: fx.Node, given: dict[str, Any], grid: Grid) -> Value
 
 def _pad(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Value | None:
     """A border of zeros around codes that one convolution reads goes into it."""
-    x, pads = walk.value(given["self"]), given["pad"]
-    (reader, *others) = node.users
-    read = arguments(reader)
-    zeros = given["mode"] == "constant" and not given["value"]
-    if others or not zeros or len(pads) != 4 or min(pads) < 0 or kind_of(reader) != "conv2d":
+    x, (reader, *_), ends = walk.value(given["self"]), node.users, border(node)
+    if x is None or ends is None or kind_of(reader) != "conv2d":
         return None
-    if read["input"] is not node or walk.seen.constant(read["weight"]) is None:
-        return None
-    source = None if x is None else walk.out.finished(x)
-    left, right, top, bottom = pads
-    return Padded(source, (top, left, bottom, right)) if isinstance(source, Codes) else None
+    read, source = arguments(reader), walk.out.finished(x)
+    fixed = read["input"] is node and walk.seen.constant(read["weight"]) is not None
+    return Padded(source, ends) if fixed and isinstance(source, Codes) else None
 
 
 def _max_pool(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Value | None:
