@@ -2,8 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 import defquant as dq
@@ -242,6 +244,17 @@ def test_cosines_of_linear_networks() -> None:
         found = gradient_cosine(linear(w), linear(other), (x, y))
         assert (found.left_out, found.examples) == (0, 10)
         assert [found.mean, found.low, found.high] == pytest.approx([expected] * 3, abs=1e-5)
+
+
+def test_few_cosines_have_students_interval_and_one_bounds_nothing() -> None:
+    model, (x, y) = small(), (uniform(4, 1, 8, 8), torch.arange(4))
+    pair = at_bits(model, 1), at_bits(model, None)
+    each = [gradient_cosine(*pair, (x[i : i + 1], y[i : i + 1])) for i in range(4)]
+    assert {(one.low, one.high) for one in each} == {(-1.0, 1.0)}
+    means = [one.mean or 0.0 for one in each]
+    low, high = stats.t.interval(0.95, 3, np.mean(means), stats.sem(means))
+    found = gradient_cosine(*pair, (x, y))
+    assert (found.low, found.high) == pytest.approx((max(-1, low), min(1, high)), abs=1e-4)
 
 
 def test_zero_gradients_have_no_cosine() -> None:

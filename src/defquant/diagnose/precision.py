@@ -42,10 +42,10 @@ class TransferMatrix:
 
 @dataclass(frozen=True)
 class Cosine:
-    """Mean cosine of two networks' input gradients, with its normal 95 % interval.
+    """Mean cosine of two networks' input gradients, with its 95 % interval by Student's t.
 
     `left_out` images have a gradient that is zero or not finite in one of the two, and no cosine;
-    where none is left the numbers are None. The interval needs two images: else it is the mean.
+    where none is left the numbers are None. One image bounds nothing: its interval is [-1, 1].
     """
 
     mean: float | None
@@ -146,6 +146,8 @@ def gradient_cosine(
     1 for equal networks. Quantised gradients are the straight-through ones. Both are left as
     they were found. Raises `UserError` as `transfer_matrix` does.
     """
+    from scipy.special import stdtrit
+
     x, y = _same_images({"the first": first, "the second": second}, data, batch_size)
     a, b = (_gradients(model, x, y, batch_size) for model in (first, second))
     cosines = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
@@ -153,8 +155,9 @@ def gradient_cosine(
     left_out = len(cosines) - len(kept)
     if not len(kept):
         return Cosine(None, None, None, left_out, len(cosines))
-    mean = kept.mean().item()
-    error = 1.96 * kept.std().item() / len(kept) ** 0.5 if len(kept) > 1 else 0.0
+    mean, df, error = kept.mean().item(), len(kept) - 1, 2.0
+    if df:
+        error = float(stdtrit(df, 0.975)) * kept.std().item() / len(kept) ** 0.5
     return Cosine(mean, max(-1.0, mean - error), min(1.0, mean + error), left_out, len(cosines))
 
 
