@@ -77,7 +77,9 @@ def test_few_seeds_are_not_paired_and_one_decides_little() -> None:
     a, b = (one.networks[s][one.at] for s in (one.candidate or one.reference, one.reference))
     terms = [(1, accuracy(150 / 450, 450, 1, None)), (-1, accuracy(180 / 450, 450, 1, None))]
     assert gap(a, b)[0] == interval(terms)
-    assert decide(gap(a, b)[0]) == "not decided"
+    assert decide(gap(a, b)[0]) == "not decided" and gap(a, b)[1].endswith(
+        "20 points or more decide"
+    )
     assert "other seeds" in one.answer({}, None).missing
 
 
@@ -99,6 +101,9 @@ def test_equal_differences_are_no_certainty_and_the_order_of_lines_is_none() -> 
     found = networks({("float", None): [180, 200, 170], ("DQ", 4): [181, 201, 171]}, "PGD-20")
     there, back = (of_places(over_seeds(chosen(own)), table_eps) for own in (found, found[::-1]))
     assert there[0].answer({}, None).word == "Not shown"
+    image = [replace(m, correct=m.correct % 2, total=1) for m in found if m.attack == "PGD-20"]
+    a, b = (place_of(image).networks[s]["PGD-20", EPS] for s in place_of(image).pair)
+    assert gap(b, a)[0].high == 1.0
     assert rows_of(there) == rows_of(back)
     assert there[0].answer({}, None) == back[0].answer({}, None)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from defquant.paper.section import Answer as Decided
 from defquant.paper.section import Number, bits_text, eps_text, listed, signed
-from defquant.paper.verdict import Interval, accuracy, decide, interval, pooled
+from defquant.paper.verdict import ALONE, Interval, accuracy, decide, interval, pooled
 from defquant.report.marks import UNSHIPPED, Kind, Mark, masking, missing, strength
 from defquant.report.model import WORDS, Row, interval_text, panels
 from defquant.report.names import (
@@ -84,8 +84,14 @@ def gap(a: Cell, b: Cell, alike: Iterable[Cell] = ()) -> tuple[Interval, str]:
     terms = [
         (sign, accuracy(c.mean, c.n.images, c.n.seeds, known)) for sign, c in ((1, a), (-1, b))
     ]
-    covers = "test images and training" if known else "test images alone"
-    return interval(terms), f"over {covers}, not paired"
+    found = interval(terms)
+    found = found._replace(low=max(-1.0, found.low), high=min(1.0, found.high))
+    if known:
+        return found, "over test images and training, not paired"
+    return (
+        found,
+        f"over test images alone, not paired: only more than {100 * ALONE:g} points decide",
+    )
 
 
 def _number(found: Interval, cell: Cell) -> Number:
