@@ -307,13 +307,9 @@ def operator_norm(A: Callable[[Tensor], Tensor], size: tuple[int, ...], like: Te
         T[k, k + 1] = T[k + 1, k] = value
     value = math.sqrt(max(0.0, torch.linalg.eigvalsh(T)[-1].item()))
     exhausted = done == n or len(beside) < done
-    short = 0.0 if exhausted else _shortfall(n, done)
+    # the e of `Norm` for which the probability is `FAILURE`
+    short = 0.0 if exhausted else (math.log(1.648 * math.sqrt(n) / FAILURE) / (2 * done - 1)) ** 2
     return Norm(value, value / math.sqrt(1 - short) * (1 + ROUNDING))
-
-
-def _shortfall(n: int, steps: int) -> float:
-    """The e of `Norm` for which the probability is `FAILURE`."""
-    return (math.log(1.648 * math.sqrt(n) / FAILURE) / (2 * steps - 1)) ** 2
 
 
 @torch.inference_mode(False)

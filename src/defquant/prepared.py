@@ -141,7 +141,9 @@ def prepare(
         quantising.run(None if ranges == "calibrate" else float(ranges), convex=convex)
         quantising.end_in_integers(round_sums)
     prepared = net.finish(Prepared)
-    if not any(_quantises(module) for module in prepared.modules()):
+    widths = (getattr(module, "weight_bits", None) for module in prepared.modules())
+    quantisers = [module for module in prepared.modules() if isinstance(module, Quantizer)]
+    if not quantisers and not any(widths):
         raise UserError(
             f"{type(model).__name__} has nothing to quantise: no activation that a convolution or "
             "linear layer reads; give weight_bits for its weights"
@@ -376,7 +378,3 @@ def _residual(node: fx.Node, inputs: tuple[fx.Node, ...]) -> bool:
         return False
     a, b = (n.meta["val"] for n in inputs)
     return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape
-
-
-def _quantises(module: nn.Module) -> bool:
-    return isinstance(module, Quantizer) or getattr(module, "weight_bits", None) is not None

@@ -180,11 +180,6 @@ def _glu(c: _Writing) -> None:
     c.put("Mul", values, c.node("Sigmoid", "shares", gates))
 
 
-def _cat(c: _Writing) -> None:
-    (axis,) = c.dims("dim")
-    c.put("Concat", *map(c.tensor, c["tensors"]), axis=axis)
-
-
 def _slice(c: _Writing) -> None:
     (axis,) = c.dims("dim")
     start, end, step = c["start"] or 0, c["end"], c["step"]
@@ -328,7 +323,8 @@ _NAMED: dict[str, _Write] = {
     "pixel_shuffle": lambda c: c.put("DepthToSpace", c.x, blocksize=c["upscale_factor"],
                                      mode="CRD"),
     "transpose": lambda c: c.put("Transpose", c.x, perm=_swapped(c.rank, c["dim0"], c["dim1"])),
-    "cat": _cat, "slice": _slice, "select": _select, "expand": _expand,
+    "cat": lambda c: c.put("Concat", *map(c.tensor, c["tensors"]), axis=c.dims("dim")[0]),
+    "slice": _slice, "select": _select, "expand": _expand,
     "expand_as": _expand,
     "scaled_dot_product_attention": _attention, "layer_norm": _layer_norm,
     "group_norm": _group_norm, "conv2d": _conv, "linear": _linear, "pad": _pad,

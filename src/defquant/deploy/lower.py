@@ -248,10 +248,6 @@ def _addcmul(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Value | None:
     return walk.out.add(named(node), [1.0, float(factor.reshape(()))], inputs)
 
 
-def _neg(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Value | None:
-    return _affine(walk, node, given["self"], np.asarray(-1.0), np.zeros(()))
-
-
 def _quantised(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Value:
     """By one of this library's quantisers."""
     quantiser = walk.seen.quantiser(node)
@@ -338,7 +334,10 @@ def _top(walk: Walk, node: Any) -> int:
 _KINDS: Mapping[str, Make] = {
     "aten.conv2d": _conv, "aten.batch_norm": _batch_norm, "aten.add": _sum, "aten.sub": _sum,
     "aten.rsub": _sum, "aten.mul": _times, "aten.div": _times, "aten.addcmul": _addcmul,
-    "aten.neg": _neg, "aten.pad": _pad, "aten.max_pool2d": _max_pool, "aten.linear": _linear,
+    "aten.neg": lambda walk, node, given: _affine(
+        walk, node, given["self"], np.asarray(-1.0), np.zeros(())
+    ),
+    "aten.pad": _pad, "aten.max_pool2d": _max_pool, "aten.linear": _linear,
     "defquant.clip_round": _quantised, "defquant.signed_round": _quantised,
     "defquant.affine_round": _affine_round,
 }  # fmt: skip

@@ -17,7 +17,7 @@ from defquant.judging.operators import OPERATORS
 from defquant.judging.quantized import QUANTIZED
 from defquant.judging.shapes import Step
 
-__all__ = ["LARGEST", "TABLE", "Nodes", "blamed", "read_nodes"]
+__all__ = ["FLOATS", "LARGEST", "TABLE", "Nodes", "blamed", "read_nodes"]
 
 TABLE = OPERATORS | QUANTIZED
 LARGEST = 1 << 28
@@ -27,7 +27,7 @@ _DOMAINS = ("", "ai.onnx", "com.microsoft")
 _OLDEST = 7
 _SMALL: dict[int, tuple[int, int]] = {TensorProto.UINT4: (0, 15), TensorProto.INT4: (-8, 7)}
 _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-_FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, *_HALVES)
+FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, *_HALVES)
 _WHOLES = {
     TensorProto.BOOL, TensorProto.UINT8, TensorProto.INT8, TensorProto.UINT16, TensorProto.INT16,
     TensorProto.INT32, TensorProto.INT64, *_SMALL,
@@ -70,7 +70,7 @@ class Nodes:
         if size < 0 or self.size > LARGEST:
             raise ValueError(f"constants of more than {LARGEST:,} numbers: {list(tensor.dims)[:8]}")
         kind = tensor.data_type
-        if kind not in _WHOLES and kind not in _FLOATS:
+        if kind not in _WHOLES and kind not in FLOATS:
             known = kind in TensorProto.DataType.values()
             name = TensorProto.DataType.Name(kind) if known else str(kind)
             raise ValueError(f"constants of type {name} are not read")

@@ -154,20 +154,10 @@ def sign(s: Step, x: Tensor) -> Tensor:
     return torch.where(x == 0, x, 2 * s.staircase((x + 1) / 2, 0, 1) - 1)
 
 
-def prelu(s: Step, x: Tensor, slope: Tensor) -> Tensor:
-    return torch.where(x < 0, slope * x, x)
-
-
 def gemm(s: Step, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
-    a, b = a.T if s.get("transA", 0) else a, b.T if s.get("transB", 0) else b
-    product: Tensor = s.get("alpha", 1.0) * (a @ b)
-    return product if c is None else product + s.get("beta", 1.0) * c
-
-
-def fused_matmul(s: Step, a: Tensor, b: Tensor) -> Tensor:
     a, b = a.mT if s.get("transA", 0) else a, b.mT if s.get("transB", 0) else b
     product: Tensor = s.get("alpha", 1.0) * (a @ b)
-    return product
+    return product if c is None else product + s.get("beta", 1.0) * c
 
 
 def softmax(s: Step, x: Tensor, f: Callable[..., Tensor] = torch.softmax) -> Tensor:
@@ -210,10 +200,6 @@ def group_norm(s: Step, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return y * along(w, x, 1) + along(b, x, 1)
 
 
-def lp_norm(s: Step, x: Tensor) -> Tensor:
-    return F.normalize(x, s.get("p", 2), s.get("axis", -1), eps=0)
-
-
 Reduce = Callable[[Tensor, tuple[int, ...], bool], Tensor]
 
 
@@ -222,10 +208,6 @@ def reduced(f: Reduce, s: Step, x: Tensor, axes: Numbers | None = None) -> Tenso
     if not axes and s.get("noop_with_empty_axes", 0):
         return x
     return f(x, tuple(axes or range(x.ndim)), bool(s.get("keepdims", 1)))
-
-
-def arg_max(s: Step, x: Tensor) -> Tensor:
-    return x.argmax(s.get("axis", 0), bool(s.get("keepdims", 1)))
 
 
 def gelu(s: Step, x: Tensor, b: Tensor | None = None) -> Tensor:
@@ -310,21 +292,24 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     **{name: lambda s, x, y, f=f: f(x, y) for name, f in BINARY.items()},
     **{name: partial(reduced, f) for name, f in REDUCED.items()},
     **dict.fromkeys(MANY, many), **ACTIVATIONS, **SHAPES,
-    "ArgMax": arg_max, "AveragePool": average_pool, "BatchNormalization": batch_norm,
+    "ArgMax": lambda s, x: x.argmax(s.get("axis", 0), bool(s.get("keepdims", 1))),
+    "AveragePool": average_pool, "BatchNormalization": batch_norm,
     "BiasGelu": gelu, "Cast": cast, "CastLike": cast, "Clip": clip,
     "Ceil": lambda s, x: s.staircase(x, rounding=torch.ceil), "Conv": conv,
     "ConvTranspose": conv_transpose, "Div": divide, "Dropout": dropout,
     "Einsum": lambda s, x, y: torch.einsum(s.get("equation"), x, y), "FastGelu": gelu,
     "Floor": lambda s, x: s.staircase(x, rounding=torch.floor),
     "FusedConv": partial(fused, conv), "FusedGemm": partial(fused, gemm),
-    "FusedMatMul": fused_matmul, "Gelu": gelu, "Gemm": gemm,
+    "FusedMatMul": gemm, "Gelu": gelu, "Gemm": gemm,
     "GlobalAveragePool": partial(over_space, f=torch.mean),
     "GlobalMaxPool": partial(over_space, f=torch.amax), "GroupNormalization": group_norm,
     "InstanceNormalization": instance_norm, "LayerNormalization": layer_norm,
-    "LogSoftmax": partial(softmax, f=torch.log_softmax), "LpNormalization": lp_norm,
+    "LogSoftmax": partial(softmax, f=torch.log_softmax),
+    "LpNormalization": lambda s, x: F.normalize(x, s.get("p", 2), s.get("axis", -1), eps=0),
     "MaxPool": max_pool,
     "Mod": lambda s, x, y: (torch.fmod if s.get("fmod", 0) else torch.remainder)(x, y),
-    "PRelu": prelu, "Round": lambda s, x: s.staircase(x), "Sign": sign,
+    "PRelu": lambda s, x, slope: torch.where(x < 0, slope * x, x),
+    "Round": lambda s, x: s.staircase(x), "Sign": sign,
     "SkipLayerNormalization": skip_layer_norm, "Softmax": softmax,
     "Where": lambda s, c, x, y: torch.where(c, x, y),
 }  # fmt: skip

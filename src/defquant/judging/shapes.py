@@ -161,10 +161,6 @@ def bounded(size: float) -> int:
     return int(size)
 
 
-def expand(s: Step, x: Tensor, shape: Numbers) -> Tensor:
-    return x.expand(torch.broadcast_shapes(x.shape, shape))
-
-
 def filled(s: Step, shape: Numbers) -> Tensor:
     value = s.get("value", torch.zeros(1))
     result: Tensor = value.reshape(()).expand(shape)  # takes no memory
@@ -174,10 +170,6 @@ def filled(s: Step, shape: Numbers) -> Tensor:
 def counted(s: Step, start: Numbers, end: Numbers, step: Numbers) -> Tensor:
     bounded((end[0] - start[0]) / step[0])
     return torch.arange(start[0], end[0], step[0])
-
-
-def shape_of(s: Step, x: Tensor) -> Tensor:
-    return torch.tensor(x.shape[s.get("start", 0) : s.get("end")], dtype=torch.int64)
 
 
 def blocks(s: Step, x: Tensor) -> Tensor:
@@ -239,8 +231,10 @@ def resample(s: Step, x: Tensor, axis: int, m: int, scale: float) -> Tensor:
 
 SHAPES: dict[str, Callable[..., Any]] = {
     "Concat": lambda s, *x: torch.cat(x, s.get("axis", 1)), "ConstantOfShape": filled,
-    "DepthToSpace": blocks, "Expand": expand, "Flatten": flatten, "Gather": gather, "Pad": pad,
-    "Range": counted, "Reshape": reshape, "Resize": resize, "Shape": shape_of,
+    "DepthToSpace": blocks, "Expand": lambda s, x, n: x.expand(torch.broadcast_shapes(x.shape, n)),
+    "Flatten": flatten, "Gather": gather, "Pad": pad, "Range": counted, "Reshape": reshape,
+    "Resize": resize,
+    "Shape": lambda s, x: torch.tensor(x.shape[s.get("start", 0) : s.get("end")]).long(),
     "Size": lambda s, x: torch.tensor(x.numel()), "Slice": cut, "Split": split,
     "Squeeze": squeeze, "Tile": lambda s, x, n: x.repeat(n),
     "Transpose": lambda s, x: x.permute(s.get("perm", list(range(x.ndim))[::-1])),

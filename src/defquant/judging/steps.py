@@ -14,7 +14,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from defquant.errors import shown
-from defquant.judging.nodes import LARGEST, TABLE, Nodes, blamed
+from defquant.judging.nodes import FLOATS, LARGEST, TABLE, Nodes, blamed
 from defquant.judging.operators import NUMBERS
 from defquant.judging.quantized import ZERO
 from defquant.judging.shapes import MOST, Step, bounded
@@ -109,7 +109,8 @@ class Steps:
         if len(outputs) < len(needed):
             raise ValueError(f"only its first output is read; it has {len(needed)}")
         self.values.update(zip(step.outputs, outputs, strict=False))
-        codes = step.kind in _CODES or self.casts_to_codes(step)
+        to = step.get("to", TensorProto.FLOAT)
+        codes = step.kind in _CODES or (step.kind == "Cast" and to not in FLOATS)
         if codes or (step.whole and step.kind not in _REALS and step.kind != "Cast"):
             self.whole.update(step.outputs)
         if self.constants.issuperset(name for name in step.inputs if name):
@@ -191,12 +192,6 @@ class Steps:
             raise ValueError(
                 f"the file needs too much: {sizes} here after {self.numbers:,} numbers"
             )
-
-    @staticmethod
-    def casts_to_codes(step: Step) -> bool:
-        to = step.get("to", TensorProto.FLOAT)
-        floats = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
-        return step.kind == "Cast" and to not in floats
 
     def narrow(self, step: Step) -> None:
         """Give a rounding the range that clips before and after it leave, and so its true bits.
