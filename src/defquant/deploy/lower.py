@@ -167,7 +167,8 @@ def _affine(
     rank, x = node.meta["val"].ndim, walk.value(source)
     if x is None or source.meta["val"].shape != node.meta["val"].shape:
         return None
-    if gain.size == 1 and not shift.any() and not (isinstance(x, _OPEN) and _alone(node)):
+    summed = any(kind_of(user) in _SUMS for user in node.users)  # a sum takes a factor for nothing
+    if gain.size == 1 and not shift.any() and (summed or not isinstance(x, _OPEN)):
         x = walk.out.finished(x)
         return Stream(x.name, float(gain.reshape(())) * x.factor)
     channels = int(node.meta["val"].shape[1]) if rank > 1 else 0
@@ -180,11 +181,6 @@ def _affine(
     if isinstance(x, Scaled):
         return replace(x, name=named(node), gain=x.gain * gain, shift=x.shift * gain + shift)
     return Scaled(named(node), walk.out.finished(x), gain, shift, rank)
-
-
-def _alone(node: fx.Node) -> bool:
-    """Whether no sum reads it, which takes a factor for nothing."""
-    return not any(kind_of(user) in _SUMS for user in node.users)
 
 
 def _by_channel(value: Floats64, rank: int, channels: int) -> Floats64 | None:

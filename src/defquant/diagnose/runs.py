@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from defquant.checkpoint import Facts, load_on, stamp
 from defquant.data import Dataset, to_unit
 from defquant.diagnose.layers import Audit, audit, layer_distances
 from defquant.diagnose.masking import Effort, Verdict, masking_verdict
-from defquant.diagnose.precision import TransferMatrix, at_bits, finite, last_made, transfer_matrix
+from defquant.diagnose.precision import at_bits, finite, last_made, transfer_matrix
 from defquant.errors import UserError
 from defquant.evaluate import Images, on_device
 from defquant.foreign import warn_of_chance
@@ -212,48 +213,38 @@ def transfer_runs(
             listed.append(
                 {"name": shown, "run": name, "bits": width, "trained_bits": facts.model.bits}
             )
-    tested = test_images(loaded[0][1], data_root, images)
-    return _transferred(networks, listed, tested, attack, device, batch_size, seed)
+    tested = test_images(loaded[0][1], data_root, images).to(device)
+    return _transferred(networks, listed, tested, attack, batch_size=batch_size, seed=seed)
 
 
 def transfer_foreign(
-    models: Mapping[Path, nn.Module],
-    images: Dataset,
-    attack: Attack,
-    *,
-    batch_size: int = 256,
-    seed: int = 0,
+    models: Mapping[Path, nn.Module], images: Dataset, attack: Attack, **how: int
 ) -> dict[str, Any]:
-    """The same between networks that need not be runs, by what names each; at their own bits."""
+    """The same between networks that need not be runs, by what names each; at their own bits.
+
+    `how`: batch_size and seed.
+    """
     networks = dict(zip(_names_of(list(models)), models.values(), strict=True))
     listed = [{"name": name, "run": name, "bits": None, "trained_bits": None} for name in networks]
-    device = images.images.device
-    return _transferred(networks, listed, images, attack, device, batch_size, seed)
+    return _transferred(networks, listed, images, attack, **how)
 
 
 def _transferred(
-    networks: Mapping[str, nn.Module],
-    listed: Sequence[Mapping[str, Any]],
-    images: Dataset,
-    attack: Attack,
-    device: torch.device,
-    batch_size: int,
-    seed: int,
-) -> dict[str, Any]:
+    networks: Mapping[str, nn.Module], listed: Sequence[Mapping[str, Any]], images: Dataset,
+    attack: Attack, *, batch_size: int = 256, seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
     found = transfer_matrix(networks, images, attack, batch_size=batch_size, seed=seed)
+    scores = [score for row in found.cells for score in row]
     return {
         "attack": found.attack, "eps": float(getattr(attack, "eps", 0.0)), "data": images.name,
         "fingerprint": images.fingerprint, "images": len(images), "seed": seed,
-        "networks": list(listed), "cells": _cells(found), "evidence": stamp(device),
+        "networks": list(listed),
+        "cells": [
+            {"source": source, "target": target} | _counted(score, "fooled")
+            for (source, target), score in zip(product(found.names, repeat=2), scores, strict=True)
+        ],
+        "evidence": stamp(images.images.device),
     }  # fmt: skip
-
-
-def _cells(matrix: TransferMatrix) -> list[dict[str, Any]]:
-    return [
-        {"source": source, "target": target} | _counted(score, "fooled")
-        for source, row in zip(matrix.names, matrix.cells, strict=True)
-        for target, score in zip(matrix.names, row, strict=True)
-    ]
 
 
 def _names_of(runs: Sequence[Path]) -> list[str]:
