@@ -342,7 +342,7 @@ def test_the_reference_has_every_public_name() -> None:
 
 
 def test_ci_runs_the_targets_of_check() -> None:
-    made = re.search(r"^check: (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    made = re.search(r"^check: ([a-z -]+)$", (ROOT / "Makefile").read_text(), re.M)
     ran = re.search(r"target: \[(.*)\]", (ROOT / ".github/workflows/ci.yml").read_text())
     assert made and ran
     assert sorted(made[1].split()) == sorted(ran[1].replace(",", "").split())
