@@ -761,6 +761,9 @@ SEEN: Mapping[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
                                          conv(8), dq.QuantSigned(3), nn.SiLU()), ()),
     "signed activations laid out anew": (lambda: nn.Sequential(
         conv(), nn.GELU(), dq.QuantSigned(4), nn.Flatten(), nn.Linear(2048, 4)), ()),
+    "channels mixed, the largest of two": (lambda: nn.Sequential(
+        conv(), nn.InstanceNorm2d(8, affine=True), dq.QuantReLU(4), nn.ChannelShuffle(2),
+        nn.AdaptiveMaxPool2d((4, 2)), conv(8), nn.InstanceNorm2d(8), Both(8)), ("5",)),
     "pooled evenly": (lambda: nn.Sequential(*front(), nn.AdaptiveAvgPool2d((4, 2)), conv(8),
                                             nn.Flatten(), nn.Linear(64, 4)), ("4",)),
     "torch's own attention": (lambda: nn.Sequential(*front(), nn.AvgPool2d(4), Torchs()), ()),
@@ -785,6 +788,18 @@ class Times(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.factor
+
+
+class Both(nn.Module):
+    """The mean of two answers."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.pool, self.a, self.b = nn.AdaptiveMaxPool2d(1), nn.Linear(c, 4), nn.Linear(c, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(x).flatten(1)
+        return torch.stack([self.a(x), self.b(x)], -1).mean(-1)
 
 
 class Turned(nn.Module):

@@ -242,7 +242,7 @@ class Walk:
             name, args = "aten.reshape.default", (self._plain(node.args[0]), size)
         elif node.target is operator.getitem:
             name, args, kwargs = self._part(node)
-        elif kind_of(node) == "adaptive_avg_pool2d" and (step := _even(node)):
+        elif kind_of(node) == "adaptive_avg_pool2d" and (step := _even(node.args[0], node)):
             name, args = "aten.avg_pool2d.default", (self._plain(node.args[0]), step)
         else:
             args, kwargs = (self._plain(a) for a in (node.args, node.kwargs))
@@ -264,9 +264,11 @@ class Walk:
         many, index = node.args
         assert isinstance(many, fx.Node) and isinstance(index, int)
         kind, source = kind_of(many), many.args[0]
+        if kind == "adaptive_max_pool2d" and not index and (step := _even(source, node, least=0)):
+            return "aten.max_pool2d.default", (self._plain(source), step), {}
         if kind not in ("chunk", "split", "split_with_sizes", "unbind"):
             raise UserError(
-                f"cannot export layer {node.meta['layer']!r}: a file has no form here of "
+                f"cannot export layer {many.meta['layer']!r}: a file has no form here of "
                 f"{operation(many) or many.name}"
             )
         dims = [*many.args[1:], *many.kwargs.values()]
@@ -298,10 +300,10 @@ class Walk:
         return argument
 
 
-def _even(node: fx.Node) -> tuple[int, ...]:
-    """The windows of an adaptive pooling, where all are alike and there are several; else none."""
-    before, after = (n.meta["val"].shape[-2:] for n in (node.all_input_nodes[0], node))
-    alike = all(a % b == 0 for a, b in zip(before, after, strict=True)) and after != (1, 1)
+def _even(source: Any, node: fx.Node, least: int = 1) -> tuple[int, ...]:
+    """The windows of an adaptive pooling, where all are alike and more than `least`; else none."""
+    before, after = (n.meta["val"].shape[-2:] for n in (source, node))
+    alike = all(a % b == 0 for a, b in zip(before, after, strict=True)) and after.numel() > least
     return tuple(a // b for a, b in zip(before, after, strict=True)) if alike else ()
 
 

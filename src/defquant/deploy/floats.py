@@ -128,6 +128,34 @@ def _clip(c: _Writing, low: str = "min", high: str = "max") -> None:
     c.put("Clip", c.x, *names)
 
 
+def _stack(c: _Writing) -> None:
+    (axis,) = c.dims("dim")
+    size = c.ints(*(1 if d == axis else n for d, n in enumerate(c.call.size)))
+    parts = enumerate(map(c.tensor, c["tensors"]))
+    c.put("Concat", *[c.node("Reshape", str(i), x, size) for i, x in parts], axis=axis)
+
+
+def _shuffle(c: _Writing) -> None:
+    """As if the channels, laid out as (groups, rest), were turned."""
+    n, channels, *sides = c.call.size
+    parts = c.ints(n, c["groups"], channels // c["groups"], *sides)
+    order = [0, 2, 1, *range(3, c.rank + 1)]
+    turned = c.node("Transpose", "turned", c.node("Reshape", "parts", c.x, parts), perm=order)
+    c.put("Reshape", turned, c.ints(*c.call.size))
+
+
+def _instance_norm(c: _Writing) -> None:
+    """Each image by its own statistics; they do not move where they are not kept."""
+    c.unread.discard("momentum")
+    if not c["use_input_stats"]:
+        raise c.refused("must use each image's own statistics")
+    named = (c[name] for name in ("weight", "bias"))
+    ends = [
+        np.full(c.call.size[1], i) if v is None else v for i, v in zip((1, 0), named, strict=True)
+    ]
+    c.put("InstanceNormalization", c.x, *map(c.tensor, ends), epsilon=c["eps"])
+
+
 def _global(c: _Writing) -> None:
     if c.call.size[2:] != (1, 1):
         raise c.refused("must divide height and width evenly")
@@ -323,6 +351,7 @@ _NAMED: dict[str, _Write] = {
     "pixel_shuffle": lambda c: c.put("DepthToSpace", c.x, blocksize=c["upscale_factor"],
                                      mode="CRD"),
     "transpose": lambda c: c.put("Transpose", c.x, perm=_swapped(c.rank, c["dim0"], c["dim1"])),
+    "stack": _stack, "channel_shuffle": _shuffle, "instance_norm": _instance_norm,
     "cat": lambda c: c.put("Concat", *map(c.tensor, c["tensors"]), axis=c.dims("dim")[0]),
     "slice": _slice, "select": _select, "expand": _expand,
     "expand_as": _expand,

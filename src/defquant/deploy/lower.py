@@ -250,7 +250,8 @@ def _quantised(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Value:
     grid = None if quantiser is None else grid_of(quantiser)
     if grid is None:
         raise UserError(
-            f"cannot export layer {node.meta['layer']!r}: its range is 0, as before training"
+            f"cannot export layer {node.meta['layer']!r}: its range is 0, as before training and "
+            "where it saw zeros alone: train it, or leave out the layer in front that gives zeros"
         )
     return _onto(walk, node, given, grid)
 
