@@ -235,17 +235,22 @@ KEPT: Mapping[str, Callable[[], list[nn.Module]]] = {
     "a transposed convolution": lambda: [nn.ConvTranspose2d(8, 8, 2, 2)],
     "behind a dilated pool": lambda: [nn.MaxPool2d(2, 1, dilation=2), nn.Conv2d(8, 8, 3)],
     "a linear layer": lambda: [nn.MaxPool2d(16), nn.Flatten(), nn.Linear(8, 8)],
+    "averages beyond the border": lambda: [nn.AvgPool2d(3, 2, ceil_mode=True)],
+    "softmax": lambda: [nn.Softmax(1)],
 }
 
 
 @pytest.mark.parametrize("make", KEPT.values(), ids=KEPT)
-def test_what_stays_in_float_keeps_its_own_weights_and_bias(make: Callable[[], Any]) -> None:
-    """Between two roundings onnxruntime would quantise both, with one scale, or one of 1."""
+def test_what_stays_in_float_is_not_merged_with_the_roundings_around_it(
+    make: Callable[[], Any],
+) -> None:
+    """onnxruntime would quantise weights and biases, with one scale, or one of 1."""
     torch.manual_seed(0)
     middle = make()
     with torch.no_grad():
-        middle[-1].weight[1::4] *= 1e-4
-        middle[-1].weight[::2] = 0
+        for weight in (p for layer in middle for p in layer.parameters() if p.ndim > 1):
+            weight[1::4] *= 1e-4
+            weight[::2] = 0
     model = nn.Sequential(conv(), dq.QuantReLU(4, 1.0), *middle, dq.QuantReLU(8, 1.0), nn.Flatten())
     program, x = lower(model.eval(), SHAPE), pixels()
     assert dq.parity(model, program, graph(program), x).mismatches == 0

@@ -61,6 +61,10 @@ class _Writing:
         """The node that gives the result."""
         self.out.node(kind, inputs, self.call.name, **attributes)
 
+    def apart(self, kind: str, *inputs: str, **attributes: Any) -> None:
+        """`put`, and what onnxruntime must not merge with the roundings around it."""
+        self.out.apart(self.node(kind, "alone", *inputs, **attributes), self.call.name)
+
     def node(self, kind: str, suffix: str, *inputs: str, **attributes: Any) -> str:
         return self.out.node(kind, inputs, f"{self.call.name}/{suffix}", **attributes)
 
@@ -163,7 +167,7 @@ def _global(c: _Writing) -> None:
 
 
 def _softmax(kind: str) -> _Write:
-    return lambda c: c.put(kind, c.x, axis=c.dims("dim")[0])
+    return lambda c: c.apart(kind, c.x, axis=c.dims("dim")[0])
 
 
 def _reduce(kind: str) -> _Write:
@@ -283,8 +287,9 @@ def _pool(kind: str, *flags: str) -> _Write:
         more: dict[str, Any] = {name: int(c[name]) for name in flags}
         if kind == "MaxPool":
             more["dilations"] = pair(c["dilation"])
-        c.put(kind, c.x, kernel_shape=kernel, strides=pair(c["stride"] or kernel),
-              pads=pair(c["padding"]) * 2, **more)  # fmt: skip
+        put = c.apart if kind == "AveragePool" and c["ceil_mode"] else c.put
+        put(kind, c.x, kernel_shape=kernel, strides=pair(c["stride"] or kernel),
+            pads=pair(c["padding"]) * 2, **more)  # fmt: skip
 
     return pool
 
@@ -293,10 +298,9 @@ def _conv(c: _Writing, kind: str = "Conv") -> None:
     weight, bias, dilation = c["weight"], c["bias"], pair(c["dilation"])
     names = [c.tensor(v) for v in (weight, bias) if v is not None]
     turned = {"output_padding": pair(c["output_padding"])} if kind == "ConvTranspose" else {}
-    sums = c.node(kind, "sums", c.x, *names, kernel_shape=weight.shape[2:],
-                  strides=pair(c["stride"]), dilations=dilation, group=c["groups"],
-                  pads=borders(c["padding"], weight.shape[2:], dilation), **turned)  # fmt: skip
-    c.out.apart(sums, c.call.name)
+    c.apart(kind, c.x, *names, kernel_shape=weight.shape[2:], strides=pair(c["stride"]),
+            pads=borders(c["padding"], weight.shape[2:], dilation), dilations=dilation,
+            group=c["groups"], **turned)  # fmt: skip
 
 
 def _resize(c: _Writing, nearest: bool = False) -> None:

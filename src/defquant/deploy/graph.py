@@ -192,7 +192,8 @@ class Writer:
         """`source` again, without the rounding that follows beside what made it.
 
         Between two roundings onnxruntime gives a float convolution int8 weights of its own, of one
-        scale for all channels, and a linear layer a bias in whole units of its products.
+        scale for all channels, and a linear layer a bias in whole units of its products; an average
+        over windows beyond the border is divided by the whole window, and a softmax looked up.
         """
         return self.node("Max" if self.integers else "Identity", [source], output)
 
