@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm
 
 import defquant as dq
 from conftest import left_alone, refused
-from defquant.captured import MOVES, capture, kind_of, operation
+from defquant.captured import MOVES, border, capture, kind_of, operation
 from defquant.config import ModelConfig
 from defquant.models import build
 
@@ -185,3 +185,22 @@ def test_what_moves_values_computes_none(move: Callable[[Tensor], Tensor]) -> No
     captured = capture(Net(lambda net, x: move(x).flatten(1)[:, :4]), X)
     assert {kind_of(node) for node in captured.calls} <= MOVES
     assert torch.isin(captured.values(X), X).all()
+
+
+@pytest.mark.parametrize(
+    ("pad", "wanted"),
+    [
+        (lambda x: nn.functional.pad(x, (1, 2, 3, 4)), (3, 1, 4, 2)),
+        (lambda x: torch.constant_pad_nd(x, (1, 2, 3, 4)), (3, 1, 4, 2)),
+        (lambda x: nn.functional.pad(x, (1, 2, 3, 4), value=1.0), None),
+        (lambda x: nn.functional.pad(x, (-1, 2, 3, 4)), None),
+        (lambda x: nn.functional.pad(x, (1, 2)), None),
+        (lambda x: nn.functional.pad(x, (1, 2, 3, 4), mode="reflect"), None),
+        (lambda x: torch.ops.aten.reflection_pad2d(x, (1, 2, 3, 4)), None),
+    ],
+)
+def test_a_border_of_zeros_is_told_from_others(
+    pad: Callable[[Tensor], Tensor], wanted: Any
+) -> None:
+    seen = capture(net(function=lambda net, x: net.fc(pad(net.conv(x)).mean((2, 3)))), X)
+    assert [border(node) for node in seen.nodes if "pad" in kind_of(node)] == [wanted]

@@ -223,6 +223,7 @@ def test_unaware_needs_a_squeezing_in_every_run(
         ("reproduce tabel1", "(did you mean table1?)"),
         ("attack x --eps 8", "write 8/255"),
         ("attack x --eps 300/255", "eps must lie in [0, 1]; found 1.17647"),
+        ("attack x --eps inf", "eps must lie in [0, 1]; found inf"),
         ("attack x --eps eight", "found 'eight'"),
         ("attack x --attack cw", "unknown attack 'cw'"),
         ("attack {run} --batch-size 0", "--batch_size must be 1 or more; found 0"),

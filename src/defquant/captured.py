@@ -133,7 +133,7 @@ def border(node: fx.Node) -> tuple[int, int, int, int] | None:
     """(top, left, bottom, right) of zeros around height and width for one reader; else None."""
     given = arguments(node)
     zeros = given.get("mode", "constant") == "constant" and not given.get("value")
-    if "pad" not in kind_of(node) or not zeros or len(node.users) > 1:
+    if kind_of(node) not in ("constant_pad_nd", "pad") or not zeros or len(node.users) > 1:
         return None
     pads: list[int] = given["pad"]
     return (pads[2], pads[0], pads[3], pads[1]) if len(pads) == 4 and min(pads) >= 0 else None

@@ -40,8 +40,8 @@ def check_bits(bits: object, name: str = "bits", off: str = "full precision") ->
 def check_eps(eps: float) -> float:
     """`eps` as it was given, where it lies in [0, 1]; else `UserError`."""
     if not 0 <= eps <= 1:
-        over = 255 * eps  # 300/255, which nobody took for pixels, needs no word on them
-        if eps > 1 and (eps == int(eps) or abs(over - round(over)) > 1e-6):
+        over = 255 * eps % 1  # 300/255, which nobody took for pixels, needs no word on them
+        if eps > 1 and (eps % 1 == 0 or 1e-6 < over < 1 - 1e-6):
             raise UserError(
                 f"eps is a distance between images in [0, 1]; found {eps:g}: write {eps:g}/255"
             )

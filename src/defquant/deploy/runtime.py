@@ -64,8 +64,8 @@ def _check_sizes(model: onnx.ModelProto) -> None:
         raise ValueError("it keeps values in another file, or sparse ones")
     one, two = (_sizes(model, batch) for batch in (1, 2))
     for name in (name for node in body.node for name in node.output):
-        size = math.prod(one.get(name, [0]))
-        if not 0 < size <= _LARGEST or math.prod(two.get(name, [0])) > 2 * size:
+        size, of_two = (math.prod(known.get(name, [0])) for known in (one, two))
+        if not 0 < size <= _LARGEST or not 0 < of_two <= 2 * size:
             raise ValueError(f"tensor {name!r} has the size {one.get(name)}")
     if math.prod(dim.dim_value for dim in ends[0][1:]) > _LARGEST:
         raise ValueError("it takes enormous images")
